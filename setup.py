@@ -1,0 +1,60 @@
+"""Packaging of kd: `pip install -e .` or `pip install -e '.[test]'`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Lower bounds are the versions the test suite was run with.
+REQUIREMENTS = [
+    'absl-py>=2.5',
+    'array_record>=0.8.3',
+    'chex>=0.1.92',
+    'clu>=0.0.12',
+    'diffrax>=0.7.2',
+    'einops>=0.8.2',
+    'etils[epath,epy]>=1.15',
+    'flax>=0.12.8',
+    'grain>=0.2.18',
+    'jax>=0.10.2',
+    'matplotlib>=3.11',
+    'ml_collections>=1.1.0',
+    'numpy>=2.4',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'scikit-learn>=1.9',
+    'scipy>=1.17',
+    # clu.metric_writers imports both without depending on either.
+    'tensorboard>=2.20',
+    'tensorflow-cpu>=2.20',
+    'tensorflow-datasets>=4.9.10',
+    'tqdm>=4.68',
+]
+
+EXTRAS = {
+    'test': [
+        'mnist1d>=0.0.2.post1',
+        'mypy>=2.4',
+        'pytest>=9.0',
+        'pytest-timeout>=2.4',
+        'pytest-xdist>=3.8',
+        'ruff>=0.17',
+    ],
+    'launch': ['xmanager>=0.7'],
+    'colab': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
+    'gpu': ['jax[cuda12]>=0.10.2'],
+    'tpu': ['jax[tpu]>=0.10.2'],
+}
+
+setup(
+    name='kd',
+    version='0.1.0',
+    description='A reference codebase for distillation in JAX: losses, methods, recipes, theorems.',
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['kd', 'kd.*']),
+    package_data={'kd': ['py.typed']},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)
