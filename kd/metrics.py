@@ -1,0 +1,56 @@
+"""Metrics as (sum, count) pairs.
+
+A mean over examples is carried as its numerator and denominator until it is written. Pairs merge
+by adding, so a metric does not depend on how a batch was cut into micro-batches, devices or hosts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Mean(NamedTuple):
+    """A running mean: `total / count`, both float32 and of one shape (scalars as a rule)."""
+
+    total: jax.Array
+    count: jax.Array
+
+
+Metrics = dict[str, Mean]
+
+
+def mean(values: jax.Array, where: jax.Array | None = None) -> Mean:
+    """Sums `values[...]` (any shape) and counts them, over the entries where `where` is true.
+
+    Entries outside `where` may be NaN: they influence neither the sum nor its gradient.
+    """
+    values = jnp.asarray(values, jnp.float32)
+    if where is None:
+        return Mean(values.sum(), jnp.float32(values.size))
+    where = jnp.broadcast_to(where, values.shape)
+    return Mean(jnp.where(where, values, 0.0).sum(), where.sum(dtype=jnp.float32))
+
+
+def scalar(value: jax.Array | float) -> Mean:
+    """A value counted once per step, such as a gradient norm."""
+    return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1.0))
+
+
+def merge(first: Metrics, second: Metrics) -> Metrics:
+    """Adds two sets of metrics of the same names."""
+    return jax.tree.map(jnp.add, first, second)
+
+
+def zeros_like(metrics: Metrics) -> Metrics:
+    """The neutral element of `merge`; accepts abstract metrics."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+
+def divide(metrics: Metrics) -> dict[str, float]:
+    """Brings metrics to the host as floats; a metric that was never counted is left out."""
+    host = jax.device_get(metrics)
+    return {name: float(np.asarray(m.total) / m.count) for name, m in host.items() if m.count > 0}

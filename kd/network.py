@@ -1,0 +1,113 @@
+"""A network as a pair of pure functions, so that methods know nothing of Flax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd.state import PyTree
+
+
+class Output(NamedTuple):
+    """What a network returns.
+
+    Attributes:
+      logits: float32 [B, classes] (or whatever the network computes).
+      mutables: updated variable collections in training mode, {} otherwise.
+      features: captured intermediates by module path, {} unless asked for.
+    """
+
+    logits: jax.Array
+    mutables: PyTree
+    features: dict[str, jax.Array]
+
+
+class Network(NamedTuple):
+    """`init(key) -> variables`; `apply(variables, *inputs, train=, key=, capture=) -> Output`."""
+
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[..., Output]
+    module: nn.Module
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
+    """Wraps a linen module whose `__call__` takes `*inputs` and the keyword `train`.
+
+    Args:
+      module: the linen module.
+      *inputs: shapes and dtypes of a batch of one, e.g. `ShapeDtypeStruct((1, 8, 8, 1), f32)`.
+    """
+
+    def init(key: jax.Array) -> PyTree:
+        examples = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+        return module.init(key, *examples, train=False)
+
+    def apply(
+        variables: PyTree,
+        *arrays: jax.Array,
+        train: bool = False,
+        key: jax.Array | None = None,
+        capture: tuple[str, ...] = (),
+        **kwargs,
+    ) -> Output:
+        collections = [name for name in variables if name != 'params'] if train else []
+        rngs = {'dropout': key} if key is not None else None
+        outputs, updated = module.apply(
+            variables,
+            *arrays,
+            train=train,
+            rngs=rngs,
+            mutable=[*collections, 'intermediates'],
+            capture_intermediates=(lambda m, _: '/'.join(m.path) in capture) if capture else False,
+            **kwargs,
+        )
+        updated = dict(updated)
+        features = _flatten(updated.pop('intermediates', {}))
+        missing = set(capture) - set(features)
+        if missing:
+            raise ValueError(
+                f'{type(module).__name__} has no feature {sorted(missing)}; '
+                f'see feature_names(network) for its features.'
+            )
+        return Output(outputs, updated, {name: features[name] for name in capture})
+
+    return Network(init, apply, module, inputs)
+
+
+def feature_names(network: Network) -> tuple[str, ...]:
+    """Names accepted by `apply(..., capture=names)`, in the order of computation."""
+    names: list[str] = []
+
+    def record(module: nn.Module, method: str) -> bool:
+        if method == '__call__' and module.path:
+            names.append('/'.join(module.path))
+        return False
+
+    def run(key, *inputs):
+        variables = network.module.init(key, *inputs, train=False)
+        return network.module.apply(
+            variables, *inputs, train=False, capture_intermediates=record, mutable=['intermediates']
+        )
+
+    jax.eval_shape(run, jax.random.key(0), *network.inputs)
+    return tuple(dict.fromkeys(names))
+
+
+def parameter_count(variables: PyTree) -> int:
+    """Number of trained scalars."""
+    return sum(x.size for x in jax.tree.leaves(variables['params']))
+
+
+def _flatten(tree: Mapping, prefix: str = '') -> dict[str, jax.Array]:
+    flat: dict[str, jax.Array] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f'{prefix}{name}/')
+        elif name == '__call__':
+            flat[prefix.rstrip('/')] = value[0]
+    return flat
