@@ -1,0 +1,246 @@
+"""Checkpoints of a stage, on Orbax.
+
+    <stage>/checkpoints/<step>/variables   params, mutables, ema: what later stages need
+                              /training    key, step, optimiser state, the open metric window
+                              /data        position of the data iterator
+    <stage>/done.json                      the stage is finished, and which step is its result
+
+Saving is asynchronous. Frozen trees (teachers) are never part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from kd.errors import UserError
+from kd.parallel.sharding import path_name
+from kd.state import State
+
+log = logging.getLogger('kd')
+
+# Orbax narrates every save at INFO and warns about things that are as we want them.
+logging.getLogger('absl').setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one stage."""
+
+    def __init__(self, directory: Path, *, keep: int = 2, best: str = '') -> None:
+        """Opens or creates the directory.
+
+        Args:
+          directory: the stage's directory.
+          keep: how many of the latest checkpoints to keep.
+          best: metric whose best checkpoint is kept too, prefixed '-' if lower is better.
+        """
+        self.directory = directory
+        self._best = best.lstrip('-')
+        sign = -1.0 if best.startswith('-') else 1.0
+        policies: list = [checkpoint_managers.LatestN(keep)]
+        options: dict[str, Any] = {}
+        if best:
+            score = self._score(sign)
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+            options = {'best_fn': score, 'best_mode': 'max'}
+        self._manager = ocp.CheckpointManager(
+            directory / 'checkpoints',
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                **options,
+            ),
+        )
+
+    def _score(self, sign: float):
+        return lambda metrics: sign * metrics[self._best]
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int:
+        """The step that is best by the metric, the latest if there is none."""
+        step = self._manager.best_step() if self._best else self._manager.latest_step()
+        if step is None:
+            raise UserError(f'{self.directory} has no checkpoint.')
+        return step
+
+    def save(self, state: State, window: Any, data: Any, metrics: Mapping[str, float]) -> None:
+        """Starts saving; returns once the arrays are copied."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(_variables(state)),
+                training=ocp.args.StandardSave(_training(state, window)),
+                data=ocp.args.JsonSave(data),
+            ),
+            # Orbax keeps a checkpoint's place in the order of merit only if it has metrics.
+            metrics=dict(metrics) if self._best in metrics else None,
+        )
+
+    def restore_latest(self, state: State, window: Any) -> tuple[State, Any, Any] | None:
+        """The newest checkpoint that can be read, as (state, window, data position).
+
+        A checkpoint that cannot be read is moved to `broken_checkpoints` and the one before it is
+        tried.
+
+        Args:
+          state: abstract state with shardings; its `frozen` must be concrete and is kept.
+          window: abstract metrics of the open window.
+
+        Returns:
+          None if there is no checkpoint at all.
+
+        Raises:
+          UserError: there are checkpoints but none can be read, or their trees do not match.
+        """
+        tried = self.steps()
+        for step in reversed(tried):
+            self._check_tree(step, _variables(state))
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        variables=ocp.args.StandardRestore(_variables(state)),
+                        training=ocp.args.StandardRestore(_training(state, window)),
+                        data=ocp.args.JsonRestore(),
+                    ),
+                )
+            except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
+                self._set_aside(step, error)
+                continue
+            training = restored['training']
+            state = state.replace(
+                **restored['variables'],
+                **{name: training[name] for name in ('step', 'key', 'opt_state', 'extra')},
+            )
+            return state, training['window'], restored['data']
+        if tried:
+            raise UserError(
+                f'None of the checkpoints {tried} in {self.directory} can be read; they were moved '
+                'to broken_checkpoints. Start again in another workdir, or run the command again '
+                'to train this stage from its beginning.'
+            )
+        return None
+
+    def restore_variables(self, step: int, abstract: Mapping[str, Any], where: str) -> Any:
+        """`{'params', 'mutables', 'ema'}` of one checkpoint, as far as `abstract` asks for it.
+
+        Raises:
+          UserError: the checkpoint's tree differs from `abstract`, or it cannot be read.
+        """
+        return restore_variables(self.directory, step, abstract, where)
+
+    def _check_tree(self, step: int, abstract: Any) -> None:
+        path = self.directory / 'checkpoints' / str(step) / 'variables'
+        _check_tree(path, abstract, str(self.directory))
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        target = self.directory / 'broken_checkpoints' / str(step)
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + '_')
+        (self.directory / 'checkpoints' / str(step)).rename(target)
+        self._manager.reload()
+        reason = str(error).strip().splitlines()[0][:200]
+        log.warning('Checkpoint %s cannot be read (%s); moved to %s.', step, reason, target)
+
+    def wait(self) -> None:
+        """Waits for the save in progress."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> Any:
+    """See `Checkpoints.restore_variables`."""
+    path = (directory / 'checkpoints' / str(step) / 'variables').absolute()
+    if not path.is_dir():
+        raise UserError(f'{where}: {directory} is marked as done but checkpoint {step} is missing.')
+    _check_tree(path, abstract, where)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f'{where}: checkpoint {path} cannot be read: {reason}') from error
+
+
+def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
+    """Writes the marker of a finished stage, atomically."""
+    partial = directory / 'done.json.partial'
+    partial.write_text(json.dumps(record, indent=1))
+    partial.rename(directory / 'done.json')
+
+
+def read_done(directory: Path) -> dict[str, Any] | None:
+    """The marker of a finished stage, or None."""
+    marker = directory / 'done.json'
+    return json.loads(marker.read_text()) if marker.exists() else None
+
+
+def _variables(state: State) -> dict[str, Any]:
+    return {'params': state.params, 'mutables': state.mutables, 'ema': state.ema}
+
+
+def _training(state: State, window: Any) -> dict[str, Any]:
+    names = ('step', 'key', 'opt_state', 'extra')
+    return {'window': window, **{name: getattr(state, name) for name in names}}
+
+
+def _check_tree(path: Path, abstract: Any, where: str) -> None:
+    """Compares names and shapes with what is stored; names the first differences."""
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(ocp.path.step.epath.Path(path.absolute()))
+        stored = _shapes(metadata.tree)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # Unreadable: the restoration that follows says so.
+    wanted = _shapes(abstract)
+    differences = [
+        f'{name}: {_shown(stored.get(name))} in the checkpoint, {_shown(shape)} in the config'
+        for name, shape in wanted.items()
+        if stored.get(name) != shape
+    ]
+    params = {name for name in stored if name.startswith('params/')}
+    differences += [
+        f'{name}: {stored[name]} in the checkpoint, nothing in the config'
+        for name in sorted(params - set(wanted))
+    ]
+    if differences:
+        shown = '; '.join(differences[:3])
+        more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
+        raise UserError(
+            f'{where}: the checkpoint does not fit the configured network. {shown}{more}. '
+            'Change the network in the config or name another checkpoint.'
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: hasattr(x, 'shape') and not isinstance(x, dict)
+    )[0]
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')}
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return 'nothing' if shape is None else str(shape)
