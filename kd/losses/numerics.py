@@ -1,0 +1,85 @@
+"""Softmax arithmetic that stays finite where a logit is -inf or a row is empty.
+
+The rule behind every function here is the double `where`: an entry that must not count is replaced
+*before* the arithmetic that would make it NaN, and selected away again after it, so that neither
+the value nor the gradient sees it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+
+def accumulation_dtype(*arrays: ArrayLike) -> jnp.dtype:
+    """The dtype in which losses compute: float32, or float64 if an input is float64."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def log_softmax(
+    logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """log softmax(logits / temperature), with impossible outcomes at exactly -inf.
+
+    Args:
+      logits: [..., V], any float dtype; -inf marks an impossible outcome.
+      temperature: positive; a scalar, or an array that broadcasts against `logits`.
+      axis: the axis of outcomes.
+      where: bool, broadcasts against `logits`; an outcome with False is impossible.
+
+    Returns:
+      [..., V] log-probabilities in nats, float32 (float64 for float64 input). The gradient is
+      exactly 0 at impossible outcomes, and a row in which all are impossible is all -inf with zero
+      gradient.
+    """
+    logits = jnp.asarray(logits)
+    logits = logits.astype(accumulation_dtype(logits))
+    possible = logits != -jnp.inf
+    if where is not None:
+        possible = jnp.logical_and(possible, where)
+        logits = jnp.broadcast_to(logits, possible.shape)
+    # Masked before the division: -inf / temperature would give the temperature a NaN gradient.
+    scaled = jnp.where(possible, logits, 0.0) / jnp.asarray(temperature, logits.dtype)
+    scaled = jnp.where(possible, scaled, -jnp.inf)
+    log_total = log_sum_exp(scaled, axis=axis, keepdims=True)
+    return jnp.where(possible, scaled - jnp.where(log_total > -jnp.inf, log_total, 0.0), -jnp.inf)
+
+
+def log_sum_exp(x: jax.Array, *, axis: int, keepdims: bool = False) -> jax.Array:
+    """log sum exp(x), safe for rows that are all -inf: there -inf with zero gradient, not NaN."""
+    peak = lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    total = jnp.sum(jnp.exp(x - peak), axis=axis, keepdims=True)
+    log_total = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + peak, -jnp.inf)
+    return log_total if keepdims else jnp.squeeze(log_total, axis)
+
+
+def log_mixture(log_a: jax.Array, log_b: jax.Array, weight: float) -> jax.Array:
+    """log(weight a + (1 - weight) b) from log a and log b, elementwise; -inf where both are.
+
+    Formed by logaddexp: the logarithm of the mixed probabilities would underflow in float32 where
+      both lie below
+    e^-87. `weight` is a Python number in [0, 1].
+    """
+    if weight in (0, 1):
+        return log_a if weight == 1 else log_b
+    possible = jnp.maximum(log_a, log_b) > -jnp.inf
+    log_weights = jnp.log(jnp.array([weight, 1 - weight], log_a.dtype))
+    mixed = jnp.logaddexp(
+        jnp.where(possible, log_a, 0.0) + log_weights[0],
+        jnp.where(possible, log_b, 0.0) + log_weights[1],
+    )
+    return jnp.where(possible, mixed, -jnp.inf)
+
+
+def relative_entropy_term(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+    """a (log a - log b) elementwise: 0 where a is 0 or underflows, +inf where only b is 0."""
+    a = jnp.exp(log_a)
+    log_ratio = jnp.where(a > 0, log_a, 0.0) - jnp.where(a > 0, log_b, 0.0)
+    return a * log_ratio
