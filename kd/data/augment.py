@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from kd import errors
+from kd.data import warp
+from kd.data.siamese import siamese
 
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], Batch]
@@ -39,11 +41,11 @@ def random_flip(key: jax.Array, images: jax.Array, probability: float = 0.5) -> 
     Raises:
       ValueError: if `images` is not [B, H, W, C] or the probability lies outside [0, 1].
     """
-    _check_images(images)
+    warp.check_images(images)
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f'The probability of a flip lies in [0, 1], got {probability}.')
     flipped = jax.random.bernoulli(key, probability, images.shape[:1])
-    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    return warp.mirror(images, flipped)
 
 
 def random_crop(
@@ -65,24 +67,15 @@ def random_crop(
       ValueError: if `images` is not [B, H, W, C], the padding is negative, or a mirrored padding
         is not smaller than the image.
     """
-    _check_images(images)
-    count, height, width, channels = images.shape
+    warp.check_images(images)
+    count, height, width, _ = images.shape
     if padding < 0 or (fill is None and padding >= min(height, width)):
         limit = f'0..{min(height, width) - 1}' if fill is None else '0 or more'
         raise ValueError(
             f'crop: padding of {height}x{width} images must be {limit} pixels, got {padding}.'
         )
-    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    if fill is None:
-        padded = jnp.pad(images, pads, mode='reflect')
-    else:
-        padded = jnp.pad(images, pads, constant_values=fill)
     corners = jax.random.randint(key, (count, 2), 0, 2 * padding + 1)
-
-    def window(image, corner):
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
-
-    return jax.vmap(window)(padded, corners)
+    return warp.crop(images, (padding, padding), corners, fill)
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int, *, fill: float = 0.0) -> jax.Array:
@@ -103,18 +96,12 @@ def cutout(key: jax.Array, images: jax.Array, size: int, *, fill: float = 0.0) -
 
     Source: DeVries and Taylor 2017, arXiv 1708.04552.
     """
-    _check_images(images)
+    warp.check_images(images)
     if size < 1:
         raise ValueError(f'cutout: the square has a side of 1 pixel or more, got {size}.')
     count, height, width, _ = images.shape
-    row_key, column_key = jax.random.split(key)
-    top = jax.random.randint(row_key, (count, 1), 0, height) - size // 2
-    left = jax.random.randint(column_key, (count, 1), 0, width) - size // 2
-    rows, columns = jnp.arange(height), jnp.arange(width)
-    in_rows = (rows >= top) & (rows < top + size)
-    in_columns = (columns >= left) & (columns < left + size)
-    covered = in_rows[:, :, None, None] & in_columns[:, None, :, None]
-    return jnp.where(covered, jnp.asarray(fill, images.dtype), images)
+    centres = jax.random.randint(key, (count, 2), 0, jnp.asarray([height, width]))
+    return warp.erase(images, (size, size), centres - size // 2, fill)
 
 
 def mixup(
@@ -243,14 +230,10 @@ def _mix(values: jax.Array, weights: jax.Array, partners: jax.Array) -> jax.Arra
     return weights * values + (1 - weights) * values[partners]
 
 
-def _check_images(images: jax.Array) -> None:
-    if images.ndim != 4:
-        raise ValueError(f'Images have the shape [B, H, W, C], got {list(images.shape)}.')
-
-
 _OF_IMAGES: dict[str, Callable[..., Any]] = {
     'flip': random_flip,
     'crop': random_crop,
     'cutout': cutout,
+    'siamese': siamese,
 }
 _OF_BATCHES: dict[str, Callable[..., Any]] = {'mixup': mixup}
