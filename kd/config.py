@@ -171,7 +171,7 @@ def validate(config: ConfigDict) -> None:
     known = set(recipe(stages=(), data={}))
     missing = known - set(config)
     if missing:
-        raise UserError(f"The config lacks {_list(missing)}; build it with kd.config.recipe.")
+        raise UserError(f'The config lacks {_list(missing)}; build it with kd.config.recipe.')
     if not config.stages:
         raise UserError('The config names no stages.')
     for name in config:
@@ -246,7 +246,9 @@ def check_arguments(
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     hidden = {'self', 'parent', *reserved}
-    known = [n for n, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY and n not in hidden]
+    known = [
+        n for n, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY and n not in hidden
+    ]
     for argument in arguments:
         if argument not in known:
             raise UserError(

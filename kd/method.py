@@ -129,7 +129,9 @@ def alternate(players: Mapping[str, Player], init: Callable[[jax.Array], PyTree]
         mutables = dict(init(network_key))
         params = mutables.pop('params')
         if set(params) != set(players):
-            raise ValueError(f'init gives parameters of {sorted(params)}, players are {sorted(players)}.')
+            raise ValueError(
+                f'init gives parameters of {sorted(params)}, players are {sorted(players)}.'
+            )
         opt_state = {name: player.tx.init(params[name]) for name, player in players.items()}
         return State.create(
             run_key, params, opt_state, mutables=mutables, frozen=dict(frozen or {})
@@ -228,26 +230,38 @@ def with_nonfinite_guard(method: Method, mode: str) -> Method:
 
     Args:
       method: the method to wrap.
-      mode: 'skip' moves on to the next batch; 'stop' keeps the step counter too, so that the
-        state stays as it was before the bad step until the loop notices. The loop must then not
-        run further batches for good: it repeats the step or ends.
+      mode: 'skip' leaves the update out and moves on to the next batch; 'stop' leaves the state
+        as it was before the bad step, whatever batches follow, until the loop takes notice.
     """
     if mode not in ('skip', 'stop'):
         raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {mode!r}.")
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        new_state, metrics = method.step(state, batch)
-        finite = jnp.all(jnp.stack([jnp.isfinite(m.total) for m in metrics.values()]))
-        # Frozen trees pass through unchanged; leaving them out saves a select over the teacher.
-        new_state, old_state = (s.replace(frozen={}, key=()) for s in (new_state, state))
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)
-        if mode == 'skip':
-            kept = kept.replace(step=new_state.step)
-        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
-        metrics['nonfinite'] = Mean(jnp.where(finite, 0.0, 1.0), jnp.float32(1.0))
-        return kept.replace(frozen=state.frozen, key=state.key), metrics
+    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
+        state = method.init(key, frozen)
+        return state.replace(extra={**state.extra, 'halted': jnp.zeros((), bool)})
 
-    return Method(method.init, step)
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        halted = state.extra['halted']
+        new, metrics = method.step(state, batch)
+        finite = jnp.all(jnp.stack([jnp.isfinite(m.total) for m in metrics.values()]))
+        good = finite & ~halted
+
+        def select(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        kept = state.replace(
+            step=new.step if mode == 'skip' else select(new.step, state.step),
+            **{
+                name: select(getattr(new, name), getattr(state, name))
+                for name in ('params', 'opt_state', 'mutables', 'ema', 'extra')
+            },
+        )
+        kept.extra['halted'] = halted | ~finite if mode == 'stop' else halted
+        metrics = jax.tree.map(lambda x: jnp.where(good, x, 0.0), metrics)
+        metrics['nonfinite'] = Mean(jnp.where(finite, 0.0, 1.0), jnp.float32(1.0))
+        return kept, metrics
+
+    return Method(init, step)
 
 
 def gradient(
@@ -291,9 +305,7 @@ def _accumulate(differentiate, params, state, batch, key, micro_batches):
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), (grads, (objective.loss, objective.metrics))
     )
-    carry, _ = jax.lax.scan(
-        body, (*zeros, state.mutables), (jnp.arange(micro_batches), parts)
-    )
+    carry, _ = jax.lax.scan(body, (*zeros, state.mutables), (jnp.arange(micro_batches), parts))
     grads, (total, metrics), mutables = carry
     return grads, Objective(total, metrics, mutables)
 

@@ -63,7 +63,9 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
         ways = 1
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             if axis not in mesh.shape:
-                raise UserError(f"sharding of '{name}' names mesh axis '{axis}'; axes: {mesh.axis_names}.")
+                raise UserError(
+                    f"sharding of '{name}' names mesh axis '{axis}'; axes: {mesh.axis_names}."
+                )
             ways *= mesh.shape[axis]
         if length % ways:
             raise UserError(

@@ -1,0 +1,50 @@
+"""How close is the student to its teacher?"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kd.context import Context, Evaluator
+from kd.errors import UserError
+from kd.evaluators.classification import finish_means, negative_log_likelihood, predictor
+from kd.losses import divergence, numerics
+from kd.metrics import mean
+
+
+def top_1_agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """1 where both have the same argmax; logits [..., V], float32 [...]."""
+    same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    return same.astype(jnp.float32)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits) in nats; logits [..., V], float32 [...]."""
+    log_p = numerics.log_softmax(logits.astype(jnp.float32))
+    p = jnp.exp(log_p)
+    return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+
+
+def agreement(context: Context, *, weights: str = 'final') -> Evaluator:
+    """Top-1 agreement, KL(teacher || student) at T = 1, both entropies, the teacher's own NLL.
+
+    The teacher's NLL does not change over training; if it does, the frozen teacher is broken.
+    """
+    predict = predictor(context, weights)
+    teacher = context.teacher
+    if teacher is None:
+        raise UserError('The evaluator agreement needs a stage with a teacher.')
+
+    def update(state, batch):
+        student_logits = predict(state, batch)
+        teacher_logits = teacher.apply(state.frozen['teacher'], batch['input']).logits
+        values = {
+            'top_1': top_1_agreement(student_logits, teacher_logits),
+            'kl': divergence.forward_kl(student_logits, teacher_logits),
+            'student_entropy': entropy(student_logits),
+            'teacher_entropy': entropy(teacher_logits),
+            'teacher_nll': negative_log_likelihood(teacher_logits, batch['label']),
+        }
+        return {name: mean(value, batch['mask']) for name, value in values.items()}
+
+    return Evaluator(update, finish_means)

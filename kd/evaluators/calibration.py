@@ -1,0 +1,78 @@
+"""Does the network's confidence say how often it is right?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd.context import Context, Evaluator
+from kd.evaluators.classification import (
+    finish_means,
+    negative_log_likelihood,
+    predictor,
+    top_k_correct,
+)
+from kd.metrics import mean
+
+
+class Bins(NamedTuple):
+    """Sums over confidence bins, each float32 [bins]; they merge by adding."""
+
+    count: jax.Array
+    confidence: jax.Array
+    correct: jax.Array
+
+
+def confidence_bins(
+    logits: jax.Array, labels: jax.Array, bins: int = 15, where: jax.Array | None = None
+) -> Bins:
+    """Sorts predictions into equal-width bins of their confidence max_k softmax(z)_k.
+
+    Args:
+      logits: [B, V].
+      labels: int [B].
+      bins: bin i holds confidences in (i / bins, (i + 1) / bins].
+      where: bool [B].
+    """
+    p = jax.nn.softmax(logits.astype(jnp.float32))
+    confidence = p.max(-1)
+    weight = jnp.ones_like(confidence) if where is None else where.astype(jnp.float32)
+    index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
+    member = jax.nn.one_hot(index, bins) * weight[:, None]
+    correct = (p.argmax(-1) == labels).astype(jnp.float32)
+    return Bins(member.sum(0), confidence @ member, correct @ member)
+
+
+def expected_calibration_error(bins: Bins) -> float:
+    """ECE = sum_b n_b / N |accuracy_b - confidence_b| (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    gap = np.abs(np.asarray(bins.correct, np.float64) - np.asarray(bins.confidence, np.float64))
+    return float(gap.sum() / max(float(np.sum(bins.count)), 1.0))
+
+
+def brier_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`sum_k (softmax(z)_k - onehot_k)^2`, in [0, 2]; logits [..., V], labels int [...]."""
+    p = jax.nn.softmax(logits.astype(jnp.float32))
+    return jnp.sum((p - jax.nn.one_hot(labels, logits.shape[-1])) ** 2, axis=-1)
+
+
+def calibration(context: Context, *, weights: str = 'final', bins: int = 15) -> Evaluator:
+    """ECE, NLL, Brier score and accuracy of the stage's network."""
+    predict = predictor(context, weights)
+
+    def update(state, batch):
+        logits, labels, mask = predict(state, batch), batch['label'], batch['mask']
+        means = {
+            'nll': mean(negative_log_likelihood(logits, labels), mask),
+            'brier': mean(brier_score(logits, labels), mask),
+            'accuracy': mean(top_k_correct(logits, labels), mask),
+        }
+        return means, confidence_bins(logits, labels, bins, mask)
+
+    def finish(sums) -> dict[str, float]:
+        means, binned = sums
+        return {'ece': expected_calibration_error(binned), **finish_means(means)}
+
+    return Evaluator(update, finish)

@@ -1,0 +1,81 @@
+"""How often is the network right, and how sure is it of the right class?"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd.context import Context, Evaluator
+from kd.errors import UserError
+from kd.losses import numerics
+from kd.metrics import Mean, mean
+
+
+def top_k_correct(logits: jax.Array, labels: jax.Array, k: int = 1) -> jax.Array:
+    """Whether the label is among the k largest logits; ties count against the label.
+
+    Args:
+      logits: [..., V].
+      labels: int [...].
+      k: 1 for accuracy.
+
+    Returns:
+      float32 [...] of 0 and 1.
+    """
+    of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    others = jnp.arange(logits.shape[-1]) != labels[..., None]
+    return (((logits >= of_label) & others).sum(-1) < k).astype(jnp.float32)
+
+
+def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`-log softmax(logits)[label]` in nats; logits [..., V], labels int [...], float32 [...]."""
+    log_p = numerics.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+
+
+def classification(context: Context, *, weights: str = 'final', top_k: int = 0) -> Evaluator:
+    """Accuracy and NLL of the stage's network.
+
+    Args:
+      context: the stage.
+      weights: 'final' for the parameters, or the name of an average.
+      top_k: also report whether the label is among the k best; 0 for not.
+    """
+    predict = predictor(context, weights)
+
+    def update(state, batch) -> dict[str, Mean]:
+        logits, mask = predict(state, batch), batch['mask']
+        sums = {
+            'accuracy': mean(top_k_correct(logits, batch['label']), mask),
+            'nll': mean(negative_log_likelihood(logits, batch['label']), mask),
+        }
+        if top_k:
+            sums[f'top_{top_k}'] = mean(top_k_correct(logits, batch['label'], top_k), mask)
+        return sums
+
+    return Evaluator(update, finish_means)
+
+
+def predictor(context: Context, weights: str = 'final'):
+    """`predict(state, batch) -> logits` of the trained network, in evaluation mode."""
+    network = context.network
+    if network is None or context.num_classes is None:
+        raise UserError('This evaluator needs a stage with a network and data with class labels.')
+    if weights != 'final' and not any(
+        weights in block.get('ema', {})
+        for block in context.config.values()
+        if hasattr(block, 'get')
+    ):
+        raise UserError(f"weights is '{weights}', but the stage keeps no such average.")
+
+    def predict(state, batch):
+        variables = state.variables(None if weights == 'final' else weights)
+        return network.apply(variables, batch['input']).logits
+
+    return predict
+
+
+def finish_means(sums: dict[str, Mean]) -> dict[str, float]:
+    """Divides (sum, count) pairs on the host."""
+    return {name: float(np.asarray(m.total) / max(float(m.count), 1.0)) for name, m in sums.items()}

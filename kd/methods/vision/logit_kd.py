@@ -1,0 +1,69 @@
+"""Distillation from softened outputs (Hinton, Vinyals, Dean 2015, arXiv:1503.02531)."""
+
+from __future__ import annotations
+
+import jax
+
+from kd import config as config_lib
+from kd.context import Context
+from kd.data import augment
+from kd.errors import UserError
+from kd.losses import classification
+from kd.method import Method, Objective, minimize
+from kd.metrics import mean
+
+
+def logit_kd(
+    context: Context,
+    *,
+    divergence: str = 'kd.losses.divergence.forward_kl',
+    temperature: float = 4.0,
+    soft_weight: float = 0.9,
+    label_smoothing: float = 0.0,
+    augmentation: tuple = (),
+    micro_batches: int = 1,
+    **divergence_arguments,
+) -> Method:
+    """A mixture of the hard labels and of a divergence to the teacher's outputs.
+
+        loss = (1 - a) CE(y, f(x)) + a T^2 D(f(x), g(x); T)
+
+    The factor T^2 keeps the gradient of the soft term of one size as T grows (section 2.1 of the
+    paper). The teacher g sees the same augmented input x as the student f.
+
+    Args:
+      context: the stage; needs a network, an optimiser, a teacher and labelled data.
+      divergence: import path of `d(student_logits, teacher_logits, *, temperature) -> [B]`: one of
+        `kd.losses.divergence`, or a function of your own.
+      temperature: T.
+      soft_weight: a in [0, 1].
+      label_smoothing: of the hard term.
+      augmentation: for `kd.data.augment.augment`.
+      micro_batches: parts over which gradients are accumulated.
+      **divergence_arguments: further keywords of the divergence (`beta` of generalized_jsd, ...).
+    """
+    network, teacher = context.network, context.teacher
+    if teacher is None:
+        raise UserError("logit_kd needs a teacher: set the stage's `teacher`.")
+    if not 0.0 <= soft_weight <= 1.0:
+        raise UserError(f'soft_weight must lie in [0, 1], got {soft_weight}.')
+    soft_loss = config_lib.resolve(divergence)
+    config_lib.check_arguments(soft_loss, divergence_arguments, where=f'method ({divergence})')
+
+    def loss(params, state, batch, key) -> Objective:
+        augment_key, dropout_key = jax.random.split(key)
+        batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
+        variables = {'params': params, **state.mutables}
+        output = network.apply(variables, batch['input'], train=True, key=dropout_key)
+        teacher_logits = teacher.apply(state.frozen['teacher'], batch['input']).logits
+        hard = classification.cross_entropy(
+            output.logits, batch['label'], label_smoothing=label_smoothing
+        )
+        soft = temperature**2 * soft_loss(
+            output.logits, teacher_logits, temperature=temperature, **divergence_arguments
+        )
+        losses = (1.0 - soft_weight) * hard + soft_weight * soft
+        metrics = {'hard_loss': mean(hard), 'soft_loss': mean(soft)}
+        return Objective(mean(losses), metrics, output.mutables)
+
+    return minimize(loss, context.tx, network.init, micro_batches=micro_batches)

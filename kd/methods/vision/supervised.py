@@ -1,0 +1,44 @@
+"""Training on labels: teachers, and students that learn alone."""
+
+from __future__ import annotations
+
+import jax
+
+from kd.context import Context
+from kd.data import augment
+from kd.losses import classification
+from kd.method import Method, Objective, minimize
+from kd.metrics import mean
+
+
+def supervised(
+    context: Context,
+    *,
+    label_smoothing: float = 0.0,
+    augmentation: tuple = (),
+    micro_batches: int = 1,
+) -> Method:
+    """Cross-entropy with the labels.
+
+        loss(x, y) = -sum_k q_k log softmax(f(x))_k,   q = (1 - eps) onehot(y) + eps / K
+
+    Args:
+      context: the stage; needs a network, an optimiser and labelled data.
+      label_smoothing: eps.
+      augmentation: for `kd.data.augment.augment`.
+      micro_batches: parts over which gradients are accumulated.
+    """
+    network = context.network
+
+    def loss(params, state, batch, key) -> Objective:
+        augment_key, dropout_key = jax.random.split(key)
+        batch = augment.augment(augment_key, batch, augmentation)
+        variables = {'params': params, **state.mutables}
+        output = network.apply(variables, batch['input'], train=True, key=dropout_key)
+        losses = classification.cross_entropy(
+            output.logits, batch['label'], label_smoothing=label_smoothing
+        )
+        accuracy = classification.correct(output.logits, batch['label'])
+        return Objective(mean(losses), {'accuracy': mean(accuracy)}, output.mutables)
+
+    return minimize(loss, context.tx, network.init, micro_batches=micro_batches)

@@ -1,0 +1,259 @@
+"""A stage made ready to run: networks, teacher, method and evaluators from its config block."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kd import config as config_lib
+from kd import optim
+from kd.context import Context, Evaluator
+from kd.data import pipeline, sources
+from kd.errors import UserError
+from kd.io import checkpoints
+from kd.method import Method, State, with_ema, with_nonfinite_guard
+from kd.network import Network, from_linen
+from kd.parallel import mesh as mesh_lib
+from kd.parallel.sharding import tree_shardings
+
+
+@dataclasses.dataclass
+class Stage:
+    """Everything the loop needs for one stage."""
+
+    name: str
+    config: config_lib.ConfigDict
+    context: Context
+    method: Method
+    mesh: Mesh
+    teacher: Any  # {'teacher': variables} or {}
+    evaluators: dict[str, tuple[str, Evaluator]]
+    sharding: tuple
+    frozen_sharding: tuple
+    seed: int
+
+    def batches(self, split: str = 'train') -> Iterator[dict[str, np.ndarray]]:
+        """This host's part of the training batches, endless and checkpointable."""
+        return pipeline.train_iterator(
+            self.context.source(split),
+            self.config.batch_size,
+            seed=self.seed,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+
+    def eval_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+        """This host's part of one ordered pass over a split, the last batch padded."""
+        return pipeline.eval_batches(
+            self.context.source(split),
+            self.config.batch_size,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+
+    def key(self) -> jax.Array:
+        """The stage's random key; stages of one run do not share randomness."""
+        index = list(self.context.config.stages).index(self.name)
+        return jax.random.fold_in(jax.random.key(self.seed), index)
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state; nothing is computed."""
+        abstract = jax.eval_shape(self.method.init, self.key(), self.teacher)
+        shardings = tree_shardings(abstract.replace(frozen={}), self.sharding, self.mesh)
+        shardings = shardings.replace(frozen=self.teacher_shardings())
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+
+    def teacher_shardings(self) -> Any:
+        return tree_shardings(self.teacher, self.frozen_sharding, self.mesh)
+
+    def batch_sharding(self) -> NamedSharding:
+        return mesh_lib.batch_sharding(self.mesh)
+
+
+def prepare(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh) -> Stage:
+    """Builds a stage; everything that can be wrong with its config is found here."""
+    stage = config[name]
+    data = config_lib.to_plain(config.data) | config_lib.to_plain(stage.data)
+    source = source_loader(data, config.data_dir)
+    train = source('train')
+    mesh_lib.check_batch_size(stage.batch_size, mesh, where=f'{name}.batch_size')
+    network = build_network(stage.network, train, where=f'{name}.network')
+    teacher_network, teacher_variables = None, {}
+    if stage.teacher:
+        teacher_network, variables = load_network(
+            config, stage.teacher, workdir, mesh, train, weights=stage.teacher_weights,
+            where=f'{name}.teacher',
+        )  # fmt: skip
+        teacher_variables = {'teacher': variables}
+        _check_classes(name, network, teacher_network)
+
+    def optimizer(**arguments: Any) -> optax.GradientTransformation:
+        try:
+            return optim.optimizer(stage.steps, **arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{name}.optimizer: {error}') from error
+
+    context = Context(
+        network=network,
+        teacher=teacher_network,
+        tx=optimizer(**config_lib.to_plain(stage.optimizer)) if stage.optimizer else None,
+        optimizer=optimizer,
+        spec=train.spec,
+        num_classes=train.num_classes,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        source=source,
+        config=config,
+    )
+    method = config_lib.build(stage.method, context, where=f'{name}.method')
+    if stage.ema:
+        method = with_ema(method, config_lib.to_plain(stage.ema))
+    evaluators = {}
+    for label, block in stage.evaluators.items():
+        block = config_lib.to_plain(block)
+        split = block.pop('split', 'validation')
+        evaluator = config_lib.build(block, context, where=f'{name}.evaluators.{label}')
+        evaluators[label] = (split, evaluator)
+    return Stage(
+        name=name,
+        config=stage,
+        context=context,
+        method=with_nonfinite_guard(method, config.on_nonfinite),
+        mesh=mesh,
+        teacher=teacher_variables,
+        evaluators=evaluators,
+        sharding=config_lib.to_plain(config.sharding),
+        frozen_sharding=config_lib.to_plain(config.frozen_sharding),
+        seed=config.seed,
+    )
+
+
+def source_loader(data: dict[str, Any], data_dir: str) -> Callable[[str], sources.Source]:
+    """`load(split)` for the splits named in a recipe's `data`, each opened once."""
+    opened: dict[str, sources.Source] = {}
+
+    def load(split: str) -> sources.Source:
+        if split not in data:
+            splits = [key for key in data if key != 'name']
+            raise UserError(f"config.data has no split '{split}', only {splits}.")
+        if split not in opened:
+            opened[split] = sources.load(data['name'], data[split], data_dir=data_dir or None)
+        return opened[split]
+
+    return load
+
+
+def build_network(block: Any, source: sources.Source, *, where: str) -> Network | None:
+    """A network for the inputs of a data source; `num_classes` is filled in from the data."""
+    block = config_lib.to_plain(block)
+    if not block:
+        return None
+    factory = config_lib.resolve(block['name'])
+    if 'num_classes' in inspect.signature(factory).parameters:
+        block.setdefault('num_classes', source.num_classes)
+    module = config_lib.build(block, where=where)
+    spec = source.spec['input']
+    network = from_linen(module, jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype))
+    try:
+        jax.eval_shape(network.init, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{where}: {error}') from error
+    return network
+
+
+def load_network(
+    config: config_lib.ConfigDict,
+    reference: str,
+    workdir: Path,
+    mesh: Mesh,
+    source: sources.Source,
+    *,
+    weights: str = 'final',
+    where: str,
+) -> tuple[Network, Any]:
+    """The network that a finished stage trained, and its variables.
+
+    Args:
+      config: the recipe.
+      reference: name of a stage of this recipe, or the directory of a stage of another run.
+      workdir: of this run.
+      mesh: where the variables go, by the recipe's `frozen_sharding`.
+      source: data the network is applied to.
+      weights: 'final', or the name of an average that the stage kept.
+      where: place in the config, for messages.
+    """
+    if reference in config.stages:
+        directory, block = workdir / reference, config_lib.to_plain(config[reference])
+    else:
+        directory = Path(reference)
+        block = _stored_stage(directory, where, config)
+    network = build_network(block['network'], source, where=f'{where} ({reference})')
+    if network is None:
+        raise UserError(f"{where}: stage '{reference}' trains no network.")
+    done = checkpoints.read_done(directory)
+    if done is None:
+        raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
+    mutables = jax.eval_shape(network.init, jax.random.key(0))
+    params = mutables.pop('params')
+    if weights == 'final':
+        wanted = {'params': params, 'mutables': mutables}
+    elif weights in block['ema']:
+        wanted = {'ema': {weights: params}, 'mutables': mutables}
+    else:
+        raise UserError(
+            f"{where}_weights is '{weights}'; stage '{reference}' has: {['final', *block['ema']]}."
+        )
+    wanted = {key: tree for key, tree in wanted.items() if tree}
+    shardings = tree_shardings(wanted, config_lib.to_plain(config.frozen_sharding), mesh)
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, shardings
+    )
+    restored = checkpoints.restore_variables(directory, done['step'], wanted, where)
+    params = restored['params'] if weights == 'final' else restored['ema'][weights]
+    return network, {'params': params, **restored.get('mutables', {})}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _stored_stage(directory: Path, where: str, config: config_lib.ConfigDict) -> dict[str, Any]:
+    file = directory.parent / 'config.json'
+    if not file.exists():
+        raise UserError(
+            f"{where}='{directory}' is neither a stage of this recipe ({list(config.stages)}) nor "
+            'the directory of a stage of another run (such as runs/teacher/teacher).'
+        )
+    stored = json.loads(file.read_text())
+    if directory.name not in stored:
+        raise UserError(f"{where}: the run in {directory.parent} has no stage '{directory.name}'.")
+    return stored[directory.name]
+
+
+def _check_classes(name: str, network: Network | None, teacher: Network) -> None:
+    if network is None:
+        return
+    shapes = []
+    for net in (network, teacher):
+        variables = jax.eval_shape(net.init, jax.random.key(0))
+        shapes.append(
+            jax.eval_shape(
+                lambda v, *x, net=net: net.apply(v, *x).logits, variables, *net.inputs
+            ).shape
+        )
+    if shapes[0][-1] != shapes[1][-1]:
+        raise UserError(
+            f'{name}: the student has {shapes[0][-1]} classes and its teacher {shapes[1][-1]}; '
+            f'change {name}.network.num_classes or {name}.teacher.'
+        )

@@ -1,0 +1,366 @@
+"""The one training loop.
+
+`run` takes the stages of a recipe in order; a stage that is done is passed over, one that was cut
+off goes on from its last checkpoint. A step runs under jit over the mesh with its state donated;
+the host waits for the device only where something is logged, evaluated or saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd import config as config_lib
+from kd import metrics as metrics_lib
+from kd.errors import NonFiniteError, Preempted
+from kd.io import checkpoints
+from kd.io.progress import Progress, doing, say
+from kd.io.workdir import MetricLog, Workdir
+from kd.parallel import mesh as mesh_lib
+from kd.stage import Evaluator, Stage, prepare, replicated
+from kd.state import State
+
+# Batches that are on their way to the device while a step runs.
+PREFETCH = 2
+
+
+def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
+    """Runs a recipe in a work directory; returns the path of the report, if it has one.
+
+    Raises:
+      UserError: the config, the data or the work directory needs a correction.
+      NonFiniteError: a loss became infinite or NaN.
+      Preempted: SIGTERM came; a checkpoint has been written.
+    """
+    config_lib.validate(config)
+    mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh))
+    directory = Workdir(Path(workdir), config)
+    try:
+        with _Sigterm() as stop:
+            for name in config.stages:
+                train_stage(config, name, directory, mesh, stop)
+        if not config.report:
+            return None
+        with doing('report', 'evaluating and drawing'):
+            return config_lib.build(config.report, config, directory.path, mesh, where='report')
+    finally:
+        directory.close()
+
+
+def train_stage(
+    config: config_lib.ConfigDict,
+    name: str,
+    workdir: Workdir,
+    mesh: jax.sharding.Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs one stage to its end, from its last checkpoint if there is one."""
+    directory = workdir.stage(name)
+    done = checkpoints.read_done(directory)
+    if done is not None:
+        say(name, f'done at step {done["step"]}')
+        return
+    stage = prepare(config, name, workdir.path, mesh)
+    saved = checkpoints.Checkpoints(directory, keep=stage.config.keep, best=stage.config.best)
+    try:
+        loop = _Loop(stage, saved, directory, stop)
+        loop.run()
+        step = saved.best_step() if stage.config.final == 'best' else stage.config.steps
+        record = {
+            'step': step,
+            'metrics': loop.last_scalars,
+            'steps_per_s': loop.clock.speed(),
+            'parameters': sum(x.size for x in jax.tree.leaves(loop.state.params)),
+        }
+        checkpoints.mark_done(directory, record)
+    finally:
+        saved.close()
+
+
+def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
+    """`train_step(state, frozen, window, batch) -> (state, window)`, jitted.
+
+    `state` has no frozen trees and is donated, as is `window`, the sum of the metrics since they
+    were last written.
+    """
+    abstract = stage.abstract_state()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    trained = shardings.replace(frozen={})
+    everywhere = replicated(stage.mesh)
+
+    def train_step(state, frozen, window, batch):
+        state, metrics = stage.method.step(state.replace(frozen=frozen), batch)
+        return state.replace(frozen={}), metrics_lib.merge(window, metrics)
+
+    return jax.jit(
+        train_step,
+        donate_argnums=(0, 2),
+        in_shardings=(trained, shardings.frozen, everywhere, stage.batch_sharding()),
+        out_shardings=(trained, everywhere),
+    )
+
+
+def abstract_arguments(stage: Stage) -> tuple[State, Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes and shardings of the arguments of the train step, for ahead-of-time compilation."""
+    state = stage.abstract_state()
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (stage.config.batch_size, *x.shape), x.dtype, sharding=stage.batch_sharding()
+        )
+        for name, x in stage.context.spec.items()
+    }
+    metrics = jax.eval_shape(stage.method.step, state, batch)[1]
+    window = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(stage.mesh)), metrics
+    )
+    return state.replace(frozen={}), state.frozen, window, batch
+
+
+def initial_state(stage: Stage) -> State:
+    """The state at step 0, computed on the mesh; its `frozen` is left empty."""
+    shardings = jax.tree.map(lambda x: x.sharding, stage.abstract_state().replace(frozen={}))
+    init = jax.jit(lambda key: stage.method.init(key), out_shardings=shardings)
+    return init(stage.key())
+
+
+def _zeros(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
+
+
+class _Evaluation:
+    """The evaluators of a stage, jitted once."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.updates = {name: self._summed(e) for name, (_, e) in stage.evaluators.items()}
+
+    def __call__(self, state: State) -> dict[str, float]:
+        """Runs all evaluators over their splits; returns {'evaluator/metric': value}."""
+        stage = self.stage
+        sums: dict[str, Any] = {}
+        for split in dict.fromkeys(split for split, _ in stage.evaluators.values()):
+            names = [name for name, (of, _) in stage.evaluators.items() if of == split]
+            for host_batch in stage.eval_batches(split):
+                batch = mesh_lib.put_batch(host_batch, stage.batch_sharding())
+                for name in names:
+                    if name not in sums:
+                        update = stage.evaluators[name][1].update
+                        abstract = jax.eval_shape(update, state, batch)
+                        sums[name] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+                    sums[name] = self.updates[name](state, batch, sums[name])
+        return {
+            f'{name}/{metric}': float(value)
+            for name, (_, evaluator) in stage.evaluators.items()
+            for metric, value in evaluator.finish(jax.device_get(sums[name])).items()
+        }
+
+    def _summed(self, evaluator: Evaluator) -> Callable[..., Any]:
+        def update(state, batch, sums):
+            return jax.tree.map(jax.numpy.add, sums, evaluator.update(state, batch))
+
+        return jax.jit(update, out_shardings=replicated(self.stage.mesh))
+
+
+class _Loop:
+    """The loop of one stage; its attributes are what changes from step to step."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        saved: checkpoints.Checkpoints,
+        directory: Path,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.stage, self.saved, self.directory, self.stop = stage, saved, directory, stop
+        self.name = stage.name
+        self.last_scalars: dict[str, float] = {}
+        self.evaluation = _Evaluation(stage)
+        self.iterator = stage.batches()
+        abstract, self.frozen, window, _ = abstract_arguments(stage)
+        self.frozen = stage.teacher
+        restored = saved.restore_latest(abstract, window)
+        if restored is None:
+            with doing(self.name, 'initialising'):
+                self.state, self.window = (
+                    jax.block_until_ready(initial_state(stage)),
+                    _zeros(window),
+                )
+        else:
+            self.state, self.window, position = restored
+            self.iterator.set_state(position)
+            say(self.name, f'resuming from step {int(self.state.step)}')
+        self.start = self.logged = int(self.state.step)
+        self.train_step = make_train_step(stage)
+        # Batches on their way to the device, each with the iterator's position before it.
+        self.queue: deque[tuple[Any, dict[str, jax.Array]]] = deque()
+        # Positions before the batches since `logged`: where to find a batch that went wrong.
+        self.positions: list[Any] = []
+        self.clock = _Clock()
+
+    def run(self) -> None:
+        config, steps = self.stage.config, self.stage.config.steps
+        log = MetricLog(self.directory, resume_step=self.start)
+        progress = Progress(self.name, start=self.start, total=steps)
+        profile = _Profile(self.stage, self.directory, self.start)
+        try:
+            for step in range(self.start, steps):
+                with profile(step):
+                    self._step(first=step == self.start)
+                now, scalars = step + 1, {}
+                last, stopping = now == steps, self.stop()
+                if now % config.log_every == 0 or last:
+                    scalars = self._close_window(now)
+                    progress.update(now, **_shown(scalars))
+                if last or (config.eval_every and now % config.eval_every == 0):
+                    with self.clock.paused():
+                        scalars |= self.evaluation(self.state.replace(frozen=self.frozen))
+                self.last_scalars |= scalars
+                if scalars:
+                    log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
+                ranked = bool(config.best) and config.best.lstrip('-') in scalars
+                if now % config.checkpoint_every == 0 or last or stopping or ranked:
+                    with self.clock.paused():
+                        self._save(now, scalars)
+                if stopping and not last:
+                    raise Preempted(f'{self.name}: stopped at step {now}; a checkpoint is written.')
+        finally:
+            progress.close()
+            log.close()
+            self.saved.wait()
+
+    def _step(self, *, first: bool) -> None:
+        while len(self.queue) <= PREFETCH:
+            position = self.iterator.get_state()
+            batch = mesh_lib.put_batch(next(self.iterator), self.stage.batch_sharding())
+            self.queue.append((position, batch))
+        position, batch = self.queue.popleft()
+        self.positions.append(position)
+        arguments = (self.state, self.frozen, self.window, batch)
+        if first:
+            with doing(self.name, 'compiling the training step'):
+                self.state, self.window = jax.block_until_ready(self.train_step(*arguments))
+            self.clock.start()
+        else:
+            self.state, self.window = self.train_step(*arguments)
+            self.clock.steps += 1
+
+    def _close_window(self, step: int) -> dict[str, float]:
+        self._check_finite(step)
+        scalars = {f'train/{k}': v for k, v in metrics_lib.divide(self.window).items()}
+        self.window = jax.tree.map(lambda x: x * 0, self.window)
+        self.positions, self.logged = [], step
+        return scalars
+
+    def _save(self, step: int, scalars: dict[str, float]) -> None:
+        self._check_finite(step)
+        position = self.queue[0][0] if self.queue else self.iterator.get_state()
+        self.saved.save(self.state, self.window, position, scalars)
+
+    def _check_finite(self, step: int) -> None:
+        """Ends the run if the guard halted it: saves the last good state and the bad batch."""
+        if int(self.state.step) == step:
+            return
+        bad = int(self.state.step)
+        position = self.positions[bad - (step - len(self.positions))]
+        self.iterator.set_state(position)
+        batch = next(self.iterator)
+        dump = self.directory / f'nonfinite_{bad}'
+        dump.mkdir(exist_ok=True)
+        np.savez(dump / 'batch.npz', **batch)
+        (dump / 'step.json').write_text(json.dumps({'step': bad, 'stage': self.name}))
+        if bad not in self.saved.steps():
+            zero = jax.tree.map(lambda x: x * 0, self.window)
+            extra = {**self.state.extra, 'halted': self.state.extra['halted'] & False}
+            self.saved.save(self.state.replace(extra=extra), zero, position, {})
+            self.saved.wait()
+        raise NonFiniteError(
+            f'{self.name}: the loss or its gradient became non-finite at step {bad}. The state '
+            f'before that step is saved as checkpoint {bad}, the batch in {dump}/batch.npz. Lower '
+            f'{self.name}.optimizer.lr or set optimizer.clip_norm, or run the same command with '
+            '--config.on_nonfinite=skip to leave such updates out.'
+        )
+
+
+class _Clock:
+    """Training speed, with evaluation, checkpoints and compilation left out."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self.began: float | None = None
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        if self.began is not None:
+            self.seconds += time.monotonic() - self.began
+        yield
+        self.began = time.monotonic()
+
+    def speed(self) -> float:
+        """Steps per second."""
+        running = time.monotonic() - self.began if self.began is not None else 0.0
+        total = self.seconds + running
+        return self.steps / total if total else 0.0
+
+
+class _Profile:
+    """Writes a profiler trace of a window of steps."""
+
+    def __init__(self, stage: Stage, directory: Path, first: int) -> None:
+        profile = stage.context.config.profile
+        # Not the first step of a run, which is mostly compilation.
+        self.begin = max(profile.start, first + 1)
+        self.end = self.begin + profile.steps
+        self.directory = directory / 'profile'
+
+    @contextlib.contextmanager
+    def __call__(self, step: int) -> Iterator[None]:
+        if step == self.begin < self.end:
+            jax.profiler.start_trace(str(self.directory))
+        yield
+        if self.begin < self.end == step + 1:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+
+
+class _Sigterm:
+    """Turns SIGTERM into a question the loop asks after every step."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Callable[[], bool]:
+        # Python takes signal handlers in the main thread only.
+        self.handles = threading.current_thread() is threading.main_thread()
+        if self.handles:
+            self.previous = signal.signal(signal.SIGTERM, self._note)
+        return lambda: self.came
+
+    def __exit__(self, *_: Any) -> None:
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+
+
+def _shown(scalars: dict[str, float]) -> dict[str, float]:
+    """The few numbers worth a place on the progress line."""
+    names = ('loss', 'accuracy', 'nonfinite')
+    return {
+        name: scalars[f'train/{name}']
+        for name in names
+        if scalars.get(f'train/{name}') or (name == 'loss' and f'train/{name}' in scalars)
+    }
