@@ -197,10 +197,11 @@ def parse_split(
     """Resolves a tfds split to segments (named split, start, stop), in order, with stop >= start.
 
     `a[i:j]` slices like a Python list, `%` counts hundredths of the split rounded to the nearest
-    example (halves to even), and `+` joins. Bounds beyond the ends are clipped, as in tfds.
+    example (halves to even), and `+` joins.
 
     Raises:
-      DataError: a split that cannot be parsed, or a name that is not in `sizes`.
+      DataError: a split that cannot be parsed, a name that is not in `sizes`, or, as in tfds, a
+        bound beyond the ends of the split.
     """
     segments = []
     for part in split.replace(' ', '').split('+'):
@@ -212,14 +213,18 @@ def parse_split(
                 "written like 'train[:90%]', 'train[100:-50]' or 'train+test'"
             )
         size = sizes[match['base']]
-        start = _boundary(match['start'], 0, size)
-        stop = _boundary(match['stop'], size, size)
+        start, stop = (
+            default if text is None else _boundary(text, size)
+            for text, default in ((match['start'], 0), (match['stop'], size))
+        )
+        if max(abs(start), abs(stop)) > size:
+            raise DataError(
+                f'split {part!r} of data set {name!r} reaches beyond its {size:,} examples'
+            )
+        start, stop = (bound + size if bound < 0 else bound for bound in (start, stop))
         segments.append((match['base'], start, max(start, stop)))
     return segments
 
 
-def _boundary(text: str | None, default: int, size: int) -> int:
-    if text is None:
-        return default
-    value = round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)
-    return min(max(value + size if value < 0 else value, 0), size)
+def _boundary(text: str, size: int) -> int:
+    return round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)

@@ -193,7 +193,8 @@ def _versions(folder: epath.Path) -> list[str]:
 
 
 def _children(folder: epath.Path) -> list[epath.Path]:
-    return [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+    """Sub-folders by name; none where there is no such folder."""
+    return sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
 
 
 def _list(names: Iterable[str]) -> str:
