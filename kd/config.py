@@ -11,6 +11,7 @@ code is named the same way: anything importable from where you start the run wil
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -18,11 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from kd.errors import UserError, did_you_mean
-
-ConfigDict = ml_collections.ConfigDict
 
 # Fields that may differ between a run and its resumption.
 RUNTIME_FIELDS = ('mesh', 'sharding', 'frozen_sharding', 'data_dir', 'on_nonfinite', 'profile')
@@ -142,7 +141,8 @@ def load(path: str) -> ConfigDict:
         near = [str(p) for p in Path('configs').rglob('*.py')]
         raise UserError(f'There is no config file {file}.{did_you_mean(file, near)}')
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):
@@ -154,6 +154,89 @@ def load(path: str) -> ConfigDict:
     except (ValueError, KeyError) as error:
         raise UserError(f'{path}: {error}') from error
     return config
+
+
+def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:
+    """Sets fields from text, in place: `override(config, {'student.optimizer.lr': '1e-3'})`.
+
+    A field takes the type of the value it has. A block that names a callable also takes arguments
+    of it that the config leaves at their defaults.
+
+    Raises:
+      UserError: no such field, or text that is not of the field's type.
+    """
+    for path, text in assignments.items():
+        *parents, field = path.split('.')
+        block = config
+        for depth, name in enumerate(parents):
+            if name not in block or not isinstance(block[name], ConfigDict):
+                blocks = [key for key, value in block.items() if isinstance(value, ConfigDict)]
+                raise UserError(
+                    f'config.{".".join(parents[: depth + 1])} is no block of the config.'
+                    f'{did_you_mean(name, blocks)}'
+                )
+            block = block[name]
+        if field in block:
+            if isinstance(block[field], ConfigDict):
+                raise UserError(f'config.{path} is a block; set one of: {", ".join(block[field])}.')
+            value = _parse(path, text, block[field])
+        else:
+            known = {*block, *_arguments(block, parents)}
+            if field not in known or not parents:
+                near = did_you_mean(field, known)
+                raise UserError(
+                    f"The config has no field '{path}'.{near} "
+                    f'{".".join(parents) or "It"} has: {", ".join(sorted(known))}.'
+                )
+            value = _literal(text)
+        with block.unlocked(), block.ignore_type():
+            block[field] = value
+
+
+def _arguments(block: ConfigDict, parents: list[str]) -> list[str]:
+    if parents[-1:] == ['optimizer']:
+        path = 'kd.optim.optimizer'
+    elif 'name' in block and '.' in block.name:
+        path = block.name
+    else:
+        return []
+    hidden = ('context', 'steps', 'arguments', 'parent', 'name')
+    # An evaluator's split is read by its stage.
+    extra = ['split'] if parents[-2:-1] == ['evaluators'] else []
+    return extra + [n for n in inspect.signature(resolve(path)).parameters if n not in hidden]
+
+
+def _parse(path: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    value = _literal(text)
+    if isinstance(old, bool):
+        value = {'true': True, 'false': False}.get(text.lower(), value)
+        fits = isinstance(value, bool)
+    elif isinstance(old, int):
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(old, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif isinstance(old, tuple):
+        value = tuple(value) if isinstance(value, list) else value
+        fits = isinstance(value, tuple)
+    else:
+        fits = True
+    if not fits:
+        kind = type(old).__name__
+        raise UserError(
+            f'config.{path} takes a value of type {kind}, such as {old!r}; got {text!r}.'
+        )
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def variant(argument: str, known: Mapping[str, Any]) -> Any:

@@ -48,7 +48,7 @@ def reliability(rows: Mapping[str, Bins]) -> Figure:
     figure = new_figure(3.1 * len(rows), 3.4)
     axes = np.atleast_1d(figure.subplots(1, len(rows), sharey=True))
     for axis, (title, bins) in zip(axes, rows.items(), strict=True):
-        count = np.asarray(bins.count)
+        count = np.asarray(bins.examples)
         width = 1.0 / len(count)
         centres = (np.arange(len(count)) + 0.5) * width
         accuracy = np.asarray(bins.correct) / np.maximum(count, 1)
@@ -83,7 +83,7 @@ def image_page(images: np.ndarray, captions: Sequence[str], columns: int = 8) ->
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = new_figure(1.25 * columns, 1.75 * rows)
+    figure = new_figure(1.25 * columns, 1.65 * rows)
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()

@@ -9,76 +9,85 @@ non-finite; 75 stopped by SIGTERM with a checkpoint written, run again to go on.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+import jax
 
+from kd import config as config_lib
 from kd.errors import NonFiniteError, Preempted, UserError, did_you_mean
 
 EXIT_USER, EXIT_NONFINITE, EXIT_PREEMPTED = 2, 3, 75
-
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Config file with an optional argument: FILE.py:ARGUMENT.', lock_config=True
-)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'tfds data directory; overrides config.data_dir.')
+_PREFIX = '--config.'
 
 
-def _main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument '{argv[1]}'; flags start with --.")
-    if _CONFIG.value is None or _WORKDIR.value is None:
-        raise UserError('Both --config=FILE and --workdir=DIRECTORY are needed.')
-    # The cache makes the second start of a recipe quick.
-    import jax
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status. Errors meant for people become one line."""
+    logging.basicConfig(format='%(message)s', level=logging.WARNING)
+    try:
+        config, workdir = parse(sys.argv[1:] if argv is None else argv)
+        enable_compilation_cache()
+        # Importing the loop takes a second; a mistyped flag is told before.
+        from kd import train
 
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = os.path.join(os.path.expanduser('~'), '.cache', 'kd', 'jax')
-        jax.config.update('jax_compilation_cache_dir', cache)
-    from kd import train
-
-    config = _CONFIG.value
-    if _DATA_DIR.value is not None:
-        config.data_dir = _DATA_DIR.value
-    report = train.run(config, _WORKDIR.value)
-    print(f'Done. Report: {report}' if report else f'Done: {_WORKDIR.value}')
+        report = train.run(config, workdir)
+    except UserError as error:
+        return _told(error, EXIT_USER)
+    except NonFiniteError as error:
+        return _told(error, EXIT_NONFINITE)
+    except Preempted as error:
+        return _told(error, EXIT_PREEMPTED)
+    print(f'Done. Report: {report}' if report else f'Done: {workdir}')
     return 0
 
 
-def main() -> None:
-    """Entry point; turns errors meant for people into one line and an exit status."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    logging.basicConfig(format='%(message)s', level=logging.WARNING)
-    try:
-        app.run(_main, flags_parser=_parse)
-    except UserError as error:
-        _fail(str(error), EXIT_USER)
-    except NonFiniteError as error:
-        _fail(str(error), EXIT_NONFINITE)
-    except Preempted as error:
-        _fail(str(error), EXIT_PREEMPTED)
+def parse(argv: Sequence[str]) -> tuple[config_lib.ConfigDict, str]:
+    """The config with its overrides, and the work directory."""
+    parser = argparse.ArgumentParser(
+        prog='python -m kd.main', description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument('--config', required=True, metavar='FILE[:ARGUMENT]')
+    parser.add_argument('--workdir', required=True, metavar='DIRECTORY')
+    parser.add_argument('--data_dir', metavar='DIRECTORY', help='sets config.data_dir')
+    known, rest = parser.parse_known_args(argv)
+    config = config_lib.load(known.config)
+    config_lib.override(config, overrides(rest))
+    if known.data_dir is not None:
+        config.data_dir = known.data_dir
+    return config, known.workdir
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        raise UserError(
-            f"Unknown flag '--{error.flagname}'.{did_you_mean(error.flagname, flags.FLAGS)}"
-        ) from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(' '.join(str(error).strip('"').split())) from error
-    except FileNotFoundError as error:
-        raise UserError(f'There is no config file {error.filename}.') from error
+def overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`['--config.a.b=1']` as `{'a.b': '1'}`."""
+    assignments = {}
+    for argument in arguments:
+        flag, equals, value = argument.partition('=')
+        if not argument.startswith(_PREFIX) or not equals:
+            near = did_you_mean(flag, ['--config', '--workdir', '--data_dir'])
+            raise UserError(
+                f"Unknown argument '{argument}'.{near} Fields of the config are set by "
+                '--config.FIELD=VALUE.'
+            )
+        assignments[flag.removeprefix(_PREFIX)] = value
+    return assignments
 
 
-def _fail(text: str, status: int) -> None:
-    print(f'kd: {text}', file=sys.stderr)
-    sys.exit(status)
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where already."""
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        cache = Path.home() / '.cache' / 'kd' / 'jax'
+        jax.config.update('jax_compilation_cache_dir', str(cache))
+
+
+def _told(error: Exception, status: int) -> int:
+    print(f'kd: {error}', file=sys.stderr)
+    return status
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

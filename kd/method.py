@@ -50,8 +50,8 @@ class Objective(NamedTuple):
     """
 
     loss: Mean
-    metrics: Metrics = {}
-    mutables: PyTree = {}
+    metrics: Metrics = {}  # noqa: RUF012
+    mutables: PyTree = {}  # noqa: RUF012
 
 
 Loss = Callable[[PyTree, State, Batch, jax.Array], Objective]

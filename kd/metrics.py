@@ -11,19 +11,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 class Mean(NamedTuple):
     """A running mean: `total / count`, both float32 and of one shape (scalars as a rule)."""
 
     total: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls
 
 
 Metrics = dict[str, Mean]
 
 
-def mean(values: jax.Array, where: jax.Array | None = None) -> Mean:
+def mean(values: ArrayLike, where: ArrayLike | None = None) -> Mean:
     """Sums `values[...]` (any shape) and counts them, over the entries where `where` is true.
 
     Entries outside `where` may be NaN: they influence neither the sum nor its gradient.
@@ -31,8 +32,8 @@ def mean(values: jax.Array, where: jax.Array | None = None) -> Mean:
     values = jnp.asarray(values, jnp.float32)
     if where is None:
         return Mean(values.sum(), jnp.float32(values.size))
-    where = jnp.broadcast_to(where, values.shape)
-    return Mean(jnp.where(where, values, 0.0).sum(), where.sum(dtype=jnp.float32))
+    counted = jnp.broadcast_to(where, values.shape)
+    return Mean(jnp.where(counted, values, 0.0).sum(), counted.sum(dtype=jnp.float32))
 
 
 def scalar(value: jax.Array | float) -> Mean:

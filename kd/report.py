@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from kd.io.workdir import read_metrics
 from kd.losses import divergence
 from kd.network import Network, parameter_count
 from kd.parallel import mesh as mesh_lib
-from kd.stage import load_network, source_loader
+from kd.stage import source_loader, trained_network
 
 # A page of disagreements shows at most this many images.
 SHOWN = 24
@@ -43,7 +43,8 @@ def classification(
     workdir: Path,
     mesh: Mesh,
     *,
-    rows: Mapping[str, str],
+    rows: Sequence[tuple[str, str]],
+    student: str = 'student',
     teacher: str = 'teacher',
     split: str = 'test',
     batch_size: int = 256,
@@ -54,7 +55,8 @@ def classification(
       config: the recipe.
       workdir: of the run, all stages done.
       mesh: devices to evaluate on.
-      rows: {title: stage} in the order of the table.
+      rows: (title, stage) in the order of the table.
+      student: the stage whose disagreements with the teacher are shown.
       teacher: the stage that agreement and KL refer to.
       split: which split of `config.data`.
       batch_size: examples per evaluation step.
@@ -66,9 +68,10 @@ def classification(
     data = source.fetch(np.arange(len(source)))
     labels = data['label']
     table = []
-    for title, stage in rows.items():
-        network, variables = load_network(config, stage, workdir, mesh, source, where='report')
-        logits = _logits(network, variables, source, batch_size, mesh)
+    for title, stage in rows:
+        trained = trained_network(config, stage, workdir, mesh, source, where='report')
+        variables = trained.restore()
+        logits = _logits(trained.network, variables, source, batch_size, mesh)
         done = checkpoints.read_done(workdir / stage) or {}
         count = parameter_count(variables)
         table.append(Row(title, stage, count, done.get('steps_per_s', 0.0), logits))
@@ -81,13 +84,15 @@ def classification(
     figures.learning_curves(curves).savefig(folder / 'learning_curves.png')
     bins = {row.title: calibration.confidence_bins(row.logits, labels) for row in table}
     figures.reliability(bins).savefig(folder / 'reliability.png')
-    student = table[-1] if table[-1] is not reference else table[0]
+    shown = next((row for row in table if row.stage == student), None)
     pages = [('Learning curves', 'learning_curves.png'), ('Reliability', 'reliability.png')]
-    if reference is not None and data['input'].ndim == 4:
-        page = _disagreements(source, data, student, reference)
+    if reference is not None and shown is not None and data['input'].ndim == 4:
+        page = _disagreements(source, data, shown, reference)
         if page is not None:
             page.savefig(folder / 'disagreements.png')
-            pages.append((f'Where {student.title} and teacher disagree', 'disagreements.png'))
+            pages.append(
+                (f'Where {shown.title} and teacher disagree, surest first', 'disagreements.png')
+            )
     (workdir / 'report.json').write_text(json.dumps(results, indent=1))
     report = workdir / 'report.md'
     report.write_text(_markdown(config, source, results, pages))
@@ -111,7 +116,7 @@ def _logits(
 
 def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, float]:
     logits = jnp.asarray(row.logits)
-    values = {
+    values: dict[str, Any] = {
         'accuracy': metrics.top_k_correct(logits, labels).mean(),
         'nll': metrics.negative_log_likelihood(logits, labels).mean(),
         'ece': calibration.expected_calibration_error(calibration.confidence_bins(logits, labels)),
@@ -163,7 +168,7 @@ def _markdown(
 ) -> str:
     columns = [c for c in _COLUMNS if any(c in row for row in results.values())]
     lines = [
-        f'# {config.data.name}: {" and ".join(results)}',
+        f'# {config.data.name}: {", ".join(results)}',
         '',
         f'{len(source)} examples of `{source.split}`, seed {config.seed}. '
         'The command and versions are in `manifest.json`.',

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 import optax
@@ -35,13 +36,13 @@ class Stage:
     context: Context
     method: Method
     mesh: Mesh
-    teacher: Any  # {'teacher': variables} or {}
+    frozen: dict[str, Any]  # {'teacher': variables}, abstract or not, or {}
     evaluators: dict[str, tuple[str, Evaluator]]
     sharding: tuple
     frozen_sharding: tuple
     seed: int
 
-    def batches(self, split: str = 'train') -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, split: str = 'train') -> grain.DatasetIterator:
         """This host's part of the training batches, endless and checkpointable."""
         return pipeline.train_iterator(
             self.context.source(split),
@@ -51,7 +52,7 @@ class Stage:
             host_count=jax.process_count(),
         )
 
-    def eval_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    def eval_batches(self, split: str) -> Iterable[dict[str, np.ndarray]]:
         """This host's part of one ordered pass over a split, the last batch padded."""
         return pipeline.eval_batches(
             self.context.source(split),
@@ -67,36 +68,44 @@ class Stage:
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state; nothing is computed."""
-        abstract = jax.eval_shape(self.method.init, self.key(), self.teacher)
+        abstract = jax.eval_shape(self.method.init, self.key(), self.frozen)
         shardings = tree_shardings(abstract.replace(frozen={}), self.sharding, self.mesh)
-        shardings = shardings.replace(frozen=self.teacher_shardings())
+        shardings = shardings.replace(
+            frozen=tree_shardings(self.frozen, self.frozen_sharding, self.mesh)
+        )
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
-
-    def teacher_shardings(self) -> Any:
-        return tree_shardings(self.teacher, self.frozen_sharding, self.mesh)
 
     def batch_sharding(self) -> NamedSharding:
         return mesh_lib.batch_sharding(self.mesh)
 
 
-def prepare(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh) -> Stage:
-    """Builds a stage; everything that can be wrong with its config is found here."""
+def prepare(
+    config: config_lib.ConfigDict, name: str, mesh: Mesh, workdir: Path | None = None
+) -> Stage:
+    """Builds a stage.
+
+    Args:
+      config: the recipe.
+      name: of the stage.
+      mesh: where it runs.
+      workdir: directory of the run, from which the teacher is restored; None leaves the teacher
+        abstract, for checks and ahead-of-time compilation.
+    """
     stage = config[name]
     data = config_lib.to_plain(config.data) | config_lib.to_plain(stage.data)
     source = source_loader(data, config.data_dir)
     train = source('train')
     mesh_lib.check_batch_size(stage.batch_size, mesh, where=f'{name}.batch_size')
     network = build_network(stage.network, train, where=f'{name}.network')
-    teacher_network, teacher_variables = None, {}
+    teacher = None
     if stage.teacher:
-        teacher_network, variables = load_network(
-            config, stage.teacher, workdir, mesh, train, weights=stage.teacher_weights,
-            where=f'{name}.teacher',
-        )  # fmt: skip
-        teacher_variables = {'teacher': variables}
-        _check_classes(name, network, teacher_network)
+        weights, where = stage.teacher_weights, f'{name}.teacher'
+        teacher = trained_network(
+            config, stage.teacher, workdir, mesh, train, weights=weights, where=where
+        )
+        _check_classes(name, network, teacher.network)
 
     def optimizer(**arguments: Any) -> optax.GradientTransformation:
         try:
@@ -106,7 +115,7 @@ def prepare(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh)
 
     context = Context(
         network=network,
-        teacher=teacher_network,
+        teacher=teacher.network if teacher else None,
         tx=optimizer(**config_lib.to_plain(stage.optimizer)) if stage.optimizer else None,
         optimizer=optimizer,
         spec=train.spec,
@@ -119,6 +128,9 @@ def prepare(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh)
     method = config_lib.build(stage.method, context, where=f'{name}.method')
     if stage.ema:
         method = with_ema(method, config_lib.to_plain(stage.ema))
+    frozen = {}
+    if teacher:
+        frozen['teacher'] = teacher.restore() if workdir else teacher.abstract
     evaluators = {}
     for label, block in stage.evaluators.items():
         block = config_lib.to_plain(block)
@@ -131,7 +143,7 @@ def prepare(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh)
         context=context,
         method=with_nonfinite_guard(method, config.on_nonfinite),
         mesh=mesh,
-        teacher=teacher_variables,
+        frozen=frozen,
         evaluators=evaluators,
         sharding=config_lib.to_plain(config.sharding),
         frozen_sharding=config_lib.to_plain(config.frozen_sharding),
@@ -172,56 +184,76 @@ def build_network(block: Any, source: sources.Source, *, where: str) -> Network 
     return network
 
 
-def load_network(
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The network that a stage trains or has trained.
+
+    Attributes:
+      network: the network.
+      abstract: its variables, with shardings, nothing read.
+      restore: reads the variables; raises `UserError` unless the stage is finished and its
+        checkpoint fits.
+    """
+
+    network: Network
+    abstract: Any
+    restore: Callable[[], Any]
+
+
+def trained_network(
     config: config_lib.ConfigDict,
     reference: str,
-    workdir: Path,
+    workdir: Path | None,
     mesh: Mesh,
     source: sources.Source,
     *,
     weights: str = 'final',
     where: str,
-) -> tuple[Network, Any]:
-    """The network that a finished stage trained, and its variables.
+) -> Trained:
+    """Finds the network of a stage.
 
     Args:
       config: the recipe.
       reference: name of a stage of this recipe, or the directory of a stage of another run.
-      workdir: of this run.
+      workdir: of this run; None if nothing will be restored.
       mesh: where the variables go, by the recipe's `frozen_sharding`.
       source: data the network is applied to.
-      weights: 'final', or the name of an average that the stage kept.
+      weights: 'final', or the name of an average that the stage keeps.
       where: place in the config, for messages.
     """
     if reference in config.stages:
-        directory, block = workdir / reference, config_lib.to_plain(config[reference])
+        directory = (workdir or Path()) / reference
+        block = config_lib.to_plain(config[reference])
     else:
         directory = Path(reference)
         block = _stored_stage(directory, where, config)
     network = build_network(block['network'], source, where=f'{where} ({reference})')
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
-    done = checkpoints.read_done(directory)
-    if done is None:
-        raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
-    mutables = jax.eval_shape(network.init, jax.random.key(0))
-    params = mutables.pop('params')
-    if weights == 'final':
-        wanted = {'params': params, 'mutables': mutables}
-    elif weights in block['ema']:
-        wanted = {'ema': {weights: params}, 'mutables': mutables}
-    else:
+    if weights != 'final' and weights not in block['ema']:
         raise UserError(
             f"{where}_weights is '{weights}'; stage '{reference}' has: {['final', *block['ema']]}."
         )
-    wanted = {key: tree for key, tree in wanted.items() if tree}
-    shardings = tree_shardings(wanted, config_lib.to_plain(config.frozen_sharding), mesh)
-    wanted = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, shardings
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    shardings = tree_shardings(abstract, config_lib.to_plain(config.frozen_sharding), mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    restored = checkpoints.restore_variables(directory, done['step'], wanted, where)
-    params = restored['params'] if weights == 'final' else restored['ema'][weights]
-    return network, {'params': params, **restored.get('mutables', {})}
+
+    def restore() -> Any:
+        done = checkpoints.read_done(directory)
+        if done is None:
+            raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
+        mutables = dict(abstract)
+        params = mutables.pop('params')
+        wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
+        if mutables:
+            wanted['mutables'] = mutables
+        restored = checkpoints.restore_variables(directory, done['step'], wanted, where)
+        params = restored['params'] if weights == 'final' else restored['ema'][weights]
+        return {'params': params, **restored.get('mutables', {})}
+
+    return Trained(network, abstract, restore)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 PyTree = Any
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """The state of a method; a pytree that is donated to every step.
 
     Attributes:

@@ -22,7 +22,7 @@ import numpy as np
 
 from kd import config as config_lib
 from kd import metrics as metrics_lib
-from kd.errors import NonFiniteError, Preempted
+from kd.errors import NonFiniteError, Preempted, UserError
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir
@@ -46,6 +46,9 @@ def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
     mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh))
     directory = Workdir(Path(workdir), config)
     try:
+        for name in config.stages:
+            check(config, name, mesh)
+        directory.record()
         with _Sigterm() as stop:
             for name in config.stages:
                 train_stage(config, name, directory, mesh, stop)
@@ -70,7 +73,7 @@ def train_stage(
     if done is not None:
         say(name, f'done at step {done["step"]}')
         return
-    stage = prepare(config, name, workdir.path, mesh)
+    stage = prepare(config, name, mesh, workdir.path)
     saved = checkpoints.Checkpoints(directory, keep=stage.config.keep, best=stage.config.best)
     try:
         loop = _Loop(stage, saved, directory, stop)
@@ -85,6 +88,22 @@ def train_stage(
         checkpoints.mark_done(directory, record)
     finally:
         saved.close()
+
+
+def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> None:
+    """Traces a stage's step without computing anything, so that what is wrong shows at once."""
+    stage = prepare(config, name, mesh)
+    try:
+        abstract_arguments(stage)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f'{name}: the step of {stage.config.method.name} fails: {reason}'
+        ) from error
+    for split, _ in stage.evaluators.values():
+        stage.context.source(split)
 
 
 def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
@@ -186,8 +205,8 @@ class _Loop:
         self.last_scalars: dict[str, float] = {}
         self.evaluation = _Evaluation(stage)
         self.iterator = stage.batches()
-        abstract, self.frozen, window, _ = abstract_arguments(stage)
-        self.frozen = stage.teacher
+        abstract, _, window, _ = abstract_arguments(stage)
+        self.frozen = stage.frozen
         restored = saved.restore_latest(abstract, window)
         if restored is None:
             with doing(self.name, 'initialising'):

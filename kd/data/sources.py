@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from kd.data.builders import mnist1d, toys
+from kd.errors import UserError
 
 # A decoded split up to this size is kept in memory, row by row as it is first read.
 CACHE_BYTES = 1 << 30
@@ -22,7 +23,7 @@ Batch = dict[str, np.ndarray]
 Reader = Callable[[np.ndarray], Batch]  # rows of a named split -> {'input': ..., 'label': ...}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data set, split or batch size that cannot be had; the message says what to do."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.errors import UserError
@@ -12,15 +13,15 @@ from kd.losses import divergence, numerics
 from kd.metrics import mean
 
 
-def top_1_agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+def top_1_agreement(student_logits: jax.Array, teacher_logits: ArrayLike) -> jax.Array:
     """1 where both have the same argmax; logits [..., V], float32 [...]."""
-    same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    same = jnp.argmax(student_logits, -1) == jnp.argmax(teacher_logits, -1)
     return same.astype(jnp.float32)
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: ArrayLike) -> jax.Array:
     """Entropy of softmax(logits) in nats; logits [..., V], float32 [...]."""
-    log_p = numerics.log_softmax(logits.astype(jnp.float32))
+    log_p = numerics.log_softmax(logits)
     p = jnp.exp(log_p)
     return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.evaluators.classification import (
@@ -21,13 +22,13 @@ from kd.metrics import mean
 class Bins(NamedTuple):
     """Sums over confidence bins, each float32 [bins]; they merge by adding."""
 
-    count: jax.Array
+    examples: jax.Array
     confidence: jax.Array
     correct: jax.Array
 
 
 def confidence_bins(
-    logits: jax.Array, labels: jax.Array, bins: int = 15, where: jax.Array | None = None
+    logits: ArrayLike, labels: ArrayLike, bins: int = 15, where: ArrayLike | None = None
 ) -> Bins:
     """Sorts predictions into equal-width bins of their confidence max_k softmax(z)_k.
 
@@ -37,9 +38,9 @@ def confidence_bins(
       bins: bin i holds confidences in (i / bins, (i + 1) / bins].
       where: bool [B].
     """
-    p = jax.nn.softmax(logits.astype(jnp.float32))
+    p = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
     confidence = p.max(-1)
-    weight = jnp.ones_like(confidence) if where is None else where.astype(jnp.float32)
+    weight = jnp.ones_like(confidence) if where is None else jnp.asarray(where, jnp.float32)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = jax.nn.one_hot(index, bins) * weight[:, None]
     correct = (p.argmax(-1) == labels).astype(jnp.float32)
@@ -47,15 +48,15 @@ def confidence_bins(
 
 
 def expected_calibration_error(bins: Bins) -> float:
-    """ECE = sum_b n_b / N |accuracy_b - confidence_b| (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    """ECE = sum_b n_b / N |accuracy_b - confidence_b| (Guo et al. 2017, arXiv:1706.04599)."""
     gap = np.abs(np.asarray(bins.correct, np.float64) - np.asarray(bins.confidence, np.float64))
-    return float(gap.sum() / max(float(np.sum(bins.count)), 1.0))
+    return float(gap.sum() / max(float(np.sum(bins.examples)), 1.0))
 
 
-def brier_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def brier_score(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """`sum_k (softmax(z)_k - onehot_k)^2`, in [0, 2]; logits [..., V], labels int [...]."""
-    p = jax.nn.softmax(logits.astype(jnp.float32))
-    return jnp.sum((p - jax.nn.one_hot(labels, logits.shape[-1])) ** 2, axis=-1)
+    p = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+    return jnp.sum((p - jax.nn.one_hot(labels, p.shape[-1])) ** 2, axis=-1)
 
 
 def calibration(context: Context, *, weights: str = 'final', bins: int = 15) -> Evaluator:

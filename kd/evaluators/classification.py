@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.errors import UserError
@@ -12,7 +13,7 @@ from kd.losses import numerics
 from kd.metrics import Mean, mean
 
 
-def top_k_correct(logits: jax.Array, labels: jax.Array, k: int = 1) -> jax.Array:
+def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> jax.Array:
     """Whether the label is among the k largest logits; ties count against the label.
 
     Args:
@@ -23,15 +24,16 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int = 1) -> jax.Array
     Returns:
       float32 [...] of 0 and 1.
     """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     others = jnp.arange(logits.shape[-1]) != labels[..., None]
     return (((logits >= of_label) & others).sum(-1) < k).astype(jnp.float32)
 
 
-def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def negative_log_likelihood(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """`-log softmax(logits)[label]` in nats; logits [..., V], labels int [...], float32 [...]."""
-    log_p = numerics.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    log_p = numerics.log_softmax(logits)
+    return -jnp.take_along_axis(log_p, jnp.asarray(labels)[..., None], axis=-1)[..., 0]
 
 
 def classification(context: Context, *, weights: str = 'final', top_k: int = 0) -> Evaluator:

@@ -27,7 +27,7 @@ class Workdir:
     """A run's directory, held by one process (per host) at a time."""
 
     def __init__(self, path: Path, config: config_lib.ConfigDict) -> None:
-        """Creates or opens the directory, takes its lock and writes config and manifest.
+        """Creates or opens the directory and takes its lock.
 
         Raises:
           UserError: not writable, in use by another run, or made with another config.
@@ -40,9 +40,13 @@ class Workdir:
             raise UserError(f'Cannot write to workdir {path}: {error.strerror}.') from error
         self._take_lock()
         plain = config_lib.to_plain(config)
+        self._config = plain
         self._check_config(json.loads(json.dumps(plain)))
-        (path / 'config.json').write_text(json.dumps(plain, indent=1))
-        self._write_manifest(plain)
+
+    def record(self) -> None:
+        """Writes config and manifest; from now on the directory belongs to this config."""
+        (self.path / 'config.json').write_text(json.dumps(self._config, indent=1))
+        self._write_manifest(self._config)
 
     def stage(self, name: str) -> Path:
         """Directory of a stage."""
@@ -124,11 +128,13 @@ class MetricLog:
     """
 
     def __init__(self, directory: Path, *, resume_step: int) -> None:
-        """Opens the log; lines after `resume_step` are of a run that was cut off and are dropped."""
+        """Opens the log; lines after `resume_step` are of a run cut off and are dropped."""
         self._file = directory / 'metrics.jsonl'
         kept = [line for line in _lines(self._file) if json.loads(line)['step'] <= resume_step]
         self._file.write_text(''.join(kept))
-        # Both import TensorFlow, which takes seconds: only where something is written.
+        # Imports TensorFlow, which takes seconds and has much to say: only where it is needed.
+        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+        os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
         from clu import metric_writers
 
         self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))

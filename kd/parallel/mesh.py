@@ -34,7 +34,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise UserError(f'mesh sizes must be positive, at most one of them -1; got {dict(sizes)}.')
     if fixed > len(devices):
         raise UserError(
-            f'mesh {dict(sizes)} needs {fixed} devices, there are {len(devices)}; change config.mesh.'
+            f'mesh {dict(sizes)} needs {fixed} devices, there are {len(devices)}; '
+            'change config.mesh.'
         )
     if -1 in shape:
         if len(devices) % fixed:
