@@ -107,7 +107,7 @@ def generalized_jsd(
 
     Source: Agarwal et al. 2023 (GKD), arXiv 2306.13649, eq. 1.
     """
-    beta = _number('beta', beta, 0, 1)
+    beta = numerics.number_in('beta', beta, 0, 1)
     if beta == 0:
         return forward_kl(student_logits, teacher, temperature=temperature, axis=axis, where=where)
     if beta == 1:
@@ -137,7 +137,7 @@ def skew_kl(
 
     Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
     """
-    alpha = _number('alpha', alpha, 0, 1)
+    alpha = numerics.number_in('alpha', alpha, 0, 1)
 
     def term(log_q, log_p):
         mixture = numerics.log_mixture(log_p, log_q, alpha)
@@ -162,7 +162,7 @@ def skew_reverse_kl(
 
     Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
     """
-    alpha = _number('alpha', alpha, 0, 1)
+    alpha = numerics.number_in('alpha', alpha, 0, 1)
 
     def term(log_q, log_p):
         mixture = numerics.log_mixture(log_q, log_p, alpha)
@@ -216,8 +216,8 @@ def alpha_beta(
     Source: Wang et al. 2025 (ABKD), arXiv 2505.04560; limits: Cichocki et al. 2011, Entropy 13(1),
     eq. 22.
     """
-    alpha = _number('alpha', alpha, 0, float('inf'))
-    beta = _number('beta', beta, 0, float('inf'))
+    alpha = numerics.number_in('alpha', alpha, 0, float('inf'))
+    beta = numerics.number_in('beta', beta, 0, float('inf'))
     if alpha + beta == 0:
         raise ValueError('alpha_beta needs alpha + beta > 0, got alpha=0 and beta=0.')
     if beta == 0:
@@ -254,7 +254,7 @@ def renyi(
 
     Source: van Erven and Harremoes 2014, arXiv 1206.2459, eq. 1.
     """
-    alpha = _number('alpha', alpha, 0, float('inf'))
+    alpha = numerics.number_in('alpha', alpha, 0, float('inf'))
     if alpha == 0:
         raise ValueError('renyi needs alpha > 0, got 0.')
     if alpha == 1:
@@ -384,9 +384,3 @@ def _check_temperature(name, teacher: signal.TopK | signal.Sampled, temperature)
             f'{teacher.temperature} cannot be used at temperature {temperature}; record it at '
             'that temperature, or pass the recorded one as a Python number.'
         )
-
-
-def _number(name: str, value: float, low: float, high: float) -> float:
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f'{name} must be a Python number in [{low}, {high}], got {value!r}.')
-    return float(value)

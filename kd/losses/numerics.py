@@ -83,3 +83,20 @@ def relative_entropy_term(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     a = jnp.exp(log_a)
     log_ratio = jnp.where(a > 0, log_a, 0.0) - jnp.where(a > 0, log_b, 0.0)
     return a * log_ratio
+
+
+def norm(x: jax.Array, *, axis: int | tuple[int, ...], keepdims: bool = False) -> jax.Array:
+    """The Euclidean norm, with gradient 0 (not NaN) at 0."""
+    squares = jnp.sum(x * x, axis=axis, keepdims=keepdims)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+
+
+def number_in(name: str, value: float, low: float, high: float) -> float:
+    """`value`, checked to be a Python number in [low, high]; for options that select a formula.
+
+    Raises:
+      ValueError: it is an array, or out of range.
+    """
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f'{name} must be a Python number in [{low}, {high}], got {value!r}.')
+    return float(value)

@@ -1,0 +1,241 @@
+"""Losses with labels: cross-entropy, its mixture with a teacher, decoupled KD, and logits as such.
+
+As in `divergence`: student first, V outcomes on the last axis, values in nats and unreduced,
+float32 (float64 for float64 input), `where` takes outcomes out of both softmaxes (`where=mask[...,
+None]` takes out positions, which are then 0), and nothing is stop-gradiented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd.losses import divergence as divergences
+from kd.losses import numerics, signal
+
+
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    label_smoothing: float = 0.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """-sum_v y'_v log q_v with y' = (1 - label_smoothing) y + label_smoothing / V.
+
+    The smoothing's uniform part covers the possible outcomes only: V counts neither logits of -inf
+    nor outcomes outside `where`.
+
+    Args:
+      logits: [..., V].
+      labels: int [...], or float [..., V]: probabilities, as mixup makes them.
+      label_smoothing: in [0, 1].
+      where: bool, broadcasts against `logits`.
+
+    Returns:
+      [...] nats; +inf where a label has an impossible outcome.
+
+    Raises:
+      ValueError: labels of another shape, label_smoothing out of range.
+
+    Source: label smoothing, Szegedy et al. 2015, arXiv 1512.00567, section 7.
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    smoothing = numerics.number_in('label_smoothing', label_smoothing, 0, 1)
+    log_q = numerics.log_softmax(logits, where=where)
+    size = log_q.shape[-1]
+    is_index = jnp.issubdtype(labels.dtype, jnp.integer)
+    if labels.shape != (logits.shape[:-1] if is_index else logits.shape):
+        raise ValueError(
+            f'cross_entropy needs int labels {logits.shape[:-1]} or float labels {logits.shape} '
+            f'for logits {logits.shape}, got {labels.dtype} {labels.shape}.'
+        )
+    targets = jax.nn.one_hot(labels, size, dtype=log_q.dtype) if is_index else labels
+    possible = log_q > -jnp.inf
+    count = jnp.sum(possible, axis=-1, keepdims=True)
+    uniform = possible / jnp.maximum(count, 1)
+    targets = (1 - smoothing) * targets.astype(log_q.dtype) + smoothing * uniform
+    if where is not None:
+        # A position that is taken out as a whole has a label but no outcome.
+        targets = jnp.where(jnp.any(where, axis=-1, keepdims=True), targets, 0.0)
+    return -jnp.sum(targets * jnp.where(targets > 0, log_q, 0.0), axis=-1)
+
+
+def soft_and_hard(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    labels: ArrayLike,
+    *,
+    temperature: ArrayLike,
+    hard_weight: ArrayLike,
+    label_smoothing: float = 0.0,
+    divergence: Callable[..., jax.Array] = divergences.forward_kl,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """(1 - w) T^2 D_T(teacher, student) + w CE(labels, student): Hinton's distillation loss.
+
+    T^2 is applied here, so that the soft part's gradient keeps its size as the temperature changes;
+    the hard part is taken at temperature 1.
+
+    Args:
+      student_logits: [..., V].
+      teacher: any signal that `divergence` accepts, or logits [..., V].
+      labels: int [...] or float [..., V].
+      temperature: T, a scalar or [...].
+      hard_weight: w, in [0, 1]; a scalar or [...].
+      label_smoothing: of the hard part; see `cross_entropy`.
+      divergence: D, a function of `kd.losses.divergence`.
+      where: bool, broadcasts against the logits.
+
+    Returns:
+      [...] nats.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+    """
+    soft = divergence(student_logits, teacher, temperature=temperature, where=where)
+    hard = cross_entropy(student_logits, labels, label_smoothing=label_smoothing, where=where)
+    return (1 - hard_weight) * temperature**2 * soft + hard_weight * hard
+
+
+def target_kl(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    labels: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """TCKD: the KL of the two outcomes 'the label' and 'any other', p_t log(p_t / q_t) + ...
+
+    Args:
+      student_logits: [..., V].
+      teacher: logits [..., V], Dense or HiddenHead.
+      labels: int [...].
+      temperature: divides both logits.
+      where: bool, broadcasts against the logits.
+
+    Returns:
+      [...] nats, in the teacher's direction KL(b_p || b_q).
+
+    Raises:
+      TypeError: TopK or Sampled, float labels.
+
+    Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eq. 5.
+    """
+    is_label, log_q, log_p = _decoupled(student_logits, teacher, labels, temperature, where)
+
+    def binary(log_probs):
+        label = numerics.log_sum_exp(jnp.where(is_label, log_probs, -jnp.inf), axis=-1)
+        other = numerics.log_sum_exp(jnp.where(is_label, -jnp.inf, log_probs), axis=-1)
+        return jnp.stack([label, other], axis=-1)
+
+    return jnp.sum(numerics.relative_entropy_term(binary(log_p), binary(log_q)), axis=-1)
+
+
+def non_target_kl(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    labels: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """NCKD: forward KL among the outcomes other than the label, each side renormalised over them.
+
+    Together they are the whole: KL(p || q) = target_kl + (1 - p_t) non_target_kl. Arguments and
+      errors
+    as of `target_kl`.
+
+    Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eqs. 5-7.
+    """
+    is_label, log_q, log_p = _decoupled(student_logits, teacher, labels, temperature, where)
+    return divergences.forward_kl(log_q, log_p, where=~is_label)
+
+
+def decoupled_kd(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    labels: ArrayLike,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """alpha TCKD + beta NCKD: the weight of the non-target part no longer falls with p_t.
+
+    T^2 is not applied. Arguments and errors as of `target_kl`; `alpha`, `beta` the two weights.
+
+    Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eq. 8.
+    """
+    target = target_kl(student_logits, teacher, labels, temperature=temperature, where=where)
+    rest = non_target_kl(student_logits, teacher, labels, temperature=temperature, where=where)
+    return alpha * target + beta * rest
+
+
+def logit_mse(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    *,
+    center: bool = False,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """(1/V) sum_v (z^s_v - z^t_v)^2, on logits as they are.
+
+    With `center` each side's mean logit is taken off first, as a softmax does not see it; half of
+    that is the limit of T^2 forward_kl as T grows.
+
+    Args:
+      student_logits: [..., V].
+      teacher: logits [..., V], Dense or HiddenHead.
+      center: whether to compare logits up to a constant.
+      where: bool, broadcasts against the logits. Outcomes outside it, or with a logit of -inf in
+        both, are left out of sums and V.
+
+    Returns:
+      [...] squared logits; +inf where one side alone has a logit of -inf.
+
+    Raises:
+      TypeError: TopK or Sampled.
+
+    Source: Kim et al. 2021, arXiv 2105.08919, eq. 4; Hinton et al. 2015, arXiv 1503.02531, eq. 4.
+    """
+    student, target = jnp.asarray(student_logits), _dense('logit_mse', teacher)
+    dtype = numerics.accumulation_dtype(student, target)
+    counted = (student != -jnp.inf) | (target != -jnp.inf)
+    if where is not None:
+        counted = counted & where
+    student = jnp.where(counted, student.astype(dtype), 0.0)
+    target = jnp.where(counted, target.astype(dtype), 0.0)
+    difference = student - target
+    count = jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)
+    if center:
+        mean = jnp.sum(difference, axis=-1, keepdims=True) / count
+        difference = jnp.where(counted, difference - mean, 0.0)
+    return jnp.sum(difference**2, axis=-1) / count[..., 0]
+
+
+def _decoupled(student_logits, teacher, labels, temperature, where):
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f'decoupled KD needs int labels [...], got {labels.dtype} {labels.shape}.')
+    log_q = numerics.log_softmax(student_logits, temperature=temperature, where=where)
+    log_p = numerics.log_softmax(
+        _dense('decoupled KD', teacher), temperature=temperature, where=where
+    )
+    return jnp.arange(log_q.shape[-1]) == labels[..., None], log_q, log_p
+
+
+def _dense(name, teacher):
+    teacher = signal.as_signal(teacher)
+    if isinstance(teacher, signal.HiddenHead):
+        return teacher.logits()
+    if isinstance(teacher, signal.Dense):
+        return teacher.logits
+    raise TypeError(
+        f'{name} is not defined by a teacher signal of the form {type(teacher).__name__}: '
+        'it needs Dense or HiddenHead.'
+    )
