@@ -321,5 +321,5 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _reported(objective: Objective, grads: PyTree) -> Metrics:
-    norm = metrics_lib.scalar(optax.global_norm(grads))
+    norm = metrics_lib.scalar(optax.tree.norm(grads))
     return {'loss': objective.loss, 'grad_norm': norm, **objective.metrics}
