@@ -11,37 +11,60 @@ import optax
 
 from kd.config import ConfigDict
 from kd.data import sources
+from kd.errors import UserError
 from kd.network import Network
 from kd.state import State
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the builder of a method or an evaluator may use.
+    """A stage, seen by the builder of its method or of an evaluator.
 
     Attributes:
-      network: the network that is trained (None if the stage has none).
-      teacher: the frozen network (None if the stage has no teacher); its variables are in
-        `state.frozen['teacher']`.
-      tx: the stage's optimiser (None without `optimizer`).
+      stage: name of the stage.
       optimizer: makes further optimisers: `optimizer(lr=1e-3, name='adam')`.
       spec: shape and dtype of one example by name.
       num_classes: of the data set, None where it has no labels.
       steps, batch_size: of the stage.
       source: loads a split: `source('train')`.
+      splits: names that `source` knows.
       config: the whole recipe, read-only.
+      optional_network, optional_teacher, optional_tx: None where the stage has none; a builder
+        that needs them asks for `network`, `teacher`, `tx`.
     """
 
-    network: Network | None
-    teacher: Network | None
-    tx: optax.GradientTransformation | None
+    stage: str
     optimizer: Callable[..., optax.GradientTransformation]
     spec: dict[str, jax.ShapeDtypeStruct]
     num_classes: int | None
     steps: int
     batch_size: int
     source: Callable[[str], sources.Source]
+    splits: tuple[str, ...]
     config: ConfigDict
+    optional_network: Network | None
+    optional_teacher: Network | None
+    optional_tx: optax.GradientTransformation | None
+
+    @property
+    def network(self) -> Network:
+        """The network that is trained."""
+        return self._needed('network', self.optional_network)
+
+    @property
+    def teacher(self) -> Network:
+        """The frozen network; its variables are in `state.frozen['teacher']`."""
+        return self._needed('teacher', self.optional_teacher)
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The stage's optimiser."""
+        return self._needed('optimizer', self.optional_tx)
+
+    def _needed(self, what: str, value: Any) -> Any:
+        if value is None:
+            raise UserError(f'this needs a {what}; set {self.stage}.{what}.')
+        return value
 
 
 class Evaluator(NamedTuple):

@@ -19,7 +19,7 @@ from kd import config as config_lib
 from kd import optim
 from kd.context import Context, Evaluator
 from kd.data import pipeline, sources
-from kd.errors import UserError
+from kd.errors import UserError, did_you_mean
 from kd.io import checkpoints
 from kd.method import Method, State, with_ema, with_nonfinite_guard
 from kd.network import Network, from_linen
@@ -114,15 +114,17 @@ def prepare(
             raise UserError(f'{name}.optimizer: {error}') from error
 
     context = Context(
-        network=network,
-        teacher=teacher.network if teacher else None,
-        tx=optimizer(**config_lib.to_plain(stage.optimizer)) if stage.optimizer else None,
+        stage=name,
+        optional_network=network,
+        optional_teacher=teacher.network if teacher else None,
+        optional_tx=optimizer(**config_lib.to_plain(stage.optimizer)) if stage.optimizer else None,
         optimizer=optimizer,
         spec=train.spec,
         num_classes=train.num_classes,
         steps=stage.steps,
         batch_size=stage.batch_size,
         source=source,
+        splits=tuple(key for key in data if key != 'name'),
         config=config,
     )
     method = config_lib.build(stage.method, context, where=f'{name}.method')
@@ -266,6 +268,7 @@ def _stored_stage(directory: Path, where: str, config: config_lib.ConfigDict) ->
         raise UserError(
             f"{where}='{directory}' is neither a stage of this recipe ({list(config.stages)}) nor "
             'the directory of a stage of another run (such as runs/teacher/teacher).'
+            f'{did_you_mean(str(directory), config.stages)}'
         )
     stored = json.loads(file.read_text())
     if directory.name not in stored:

@@ -44,7 +44,7 @@ def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh))
-    directory = Workdir(Path(workdir), config)
+    directory = Workdir(Path(workdir).absolute(), config)
     try:
         for name in config.stages:
             check(config, name, mesh)
@@ -102,7 +102,7 @@ def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> 
         raise UserError(
             f'{name}: the step of {stage.config.method.name} fails: {reason}'
         ) from error
-    for split, _ in stage.evaluators.values():
+    for split in stage.context.splits:
         stage.context.source(split)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
-from kd.errors import UserError
 from kd.evaluators.classification import finish_means, negative_log_likelihood, predictor
 from kd.losses import divergence, numerics
 from kd.metrics import mean
@@ -33,8 +32,6 @@ def agreement(context: Context, *, weights: str = 'final') -> Evaluator:
     """
     predict = predictor(context, weights)
     teacher = context.teacher
-    if teacher is None:
-        raise UserError('The evaluator agreement needs a stage with a teacher.')
 
     def update(state, batch):
         student_logits = predict(state, batch)

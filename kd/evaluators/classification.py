@@ -62,14 +62,11 @@ def classification(context: Context, *, weights: str = 'final', top_k: int = 0) 
 def predictor(context: Context, weights: str = 'final'):
     """`predict(state, batch) -> logits` of the trained network, in evaluation mode."""
     network = context.network
-    if network is None or context.num_classes is None:
-        raise UserError('This evaluator needs a stage with a network and data with class labels.')
-    if weights != 'final' and not any(
-        weights in block.get('ema', {})
-        for block in context.config.values()
-        if hasattr(block, 'get')
-    ):
-        raise UserError(f"weights is '{weights}', but the stage keeps no such average.")
+    if context.num_classes is None:
+        raise UserError('this needs data with class labels.')
+    averages = context.config[context.stage].ema
+    if weights != 'final' and weights not in averages:
+        raise UserError(f"{context.stage}.ema has no '{weights}', only {list(averages)}.")
 
     def predict(state, batch):
         variables = state.variables(None if weights == 'final' else weights)

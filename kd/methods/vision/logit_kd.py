@@ -43,8 +43,6 @@ def logit_kd(
       **divergence_arguments: further keywords of the divergence (`beta` of generalized_jsd, ...).
     """
     network, teacher = context.network, context.teacher
-    if teacher is None:
-        raise UserError("logit_kd needs a teacher: set the stage's `teacher`.")
     if not 0.0 <= soft_weight <= 1.0:
         raise UserError(f'soft_weight must lie in [0, 1], got {soft_weight}.')
     soft_loss = config_lib.resolve(divergence)

@@ -32,13 +32,14 @@ def supervised(
 
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)
-        batch = augment.augment(augment_key, batch, augmentation)
+        labels = batch['label']
+        batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         variables = {'params': params, **state.mutables}
         output = network.apply(variables, batch['input'], train=True, key=dropout_key)
         losses = classification.cross_entropy(
             output.logits, batch['label'], label_smoothing=label_smoothing
         )
-        accuracy = classification.correct(output.logits, batch['label'])
-        return Objective(mean(losses), {'accuracy': mean(accuracy)}, output.mutables)
+        correct = output.logits.argmax(-1) == labels
+        return Objective(mean(losses), {'accuracy': mean(correct)}, output.mutables)
 
     return minimize(loss, context.tx, network.init, micro_batches=micro_batches)
