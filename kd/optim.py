@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,10 @@ def schedule(
     factor: float = 0.1,
     timescale: int = 1,
 ) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate as a function of the step, after a linear warm-up from 0.
+    """Learning rate as a function of the step.
 
-    With u in [0, 1] the progress after the warm-up:
+    The following, times min((step + 1) / warmup_steps, 1), with u in [0, 1] the progress after the
+    warm-up:
       constant: lr
       cosine:   end lr + (1 - end) lr (1 + cos(pi u)) / 2
       linear:   end lr + (1 - end) lr (1 - u)
@@ -90,8 +92,9 @@ def optimizer(
       name: an optimiser of optax: 'sgd', 'adam', 'adamw', 'radam', 'lion', ...
       lr: peak learning rate.
       schedule, schedule_args, warmup_steps: see `kd.optim.schedule`.
-      weight_decay: applied to matrices and convolutions only, not to biases and norms; decoupled
-        where the optimiser has a `weight_decay` of its own, otherwise added to the gradient.
+      weight_decay: applied to matrices and convolutions only, not to biases and norms; in the
+        optimiser's own way where it has a `weight_decay` with a mask (decoupled in adamw, lion,
+        ...), otherwise added to the gradient.
       clip_norm: global norm to which gradients are clipped; 0 for none.
       **arguments: further arguments of the optax function (`momentum`, `b1`, ...).
     """
@@ -105,8 +108,10 @@ def optimizer(
     check_arguments(factory, arguments, where='optimizer', reserved=('learning_rate',))
     rate = _schedule(schedule, lr, steps, **options)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    if name in ('adamw', 'lion', 'nadamw', 'adamaxw', 'lamb'):
-        arguments |= {'weight_decay': weight_decay, 'mask': _is_matrix}
+    takes = inspect.signature(factory).parameters
+    mask = next((m for m in ('mask', 'weight_decay_mask') if m in takes), None)
+    if 'weight_decay' in takes and mask:
+        arguments |= {'weight_decay': weight_decay, mask: _is_matrix}
     elif weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=_is_matrix))
     return optax.chain(*parts, factory(rate, **arguments))
