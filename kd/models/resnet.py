@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from kd.models import layers
 
 STAGE_WIDTHS = (16, 32, 64)
+# He et al. (arXiv:1502.01852), in its backward form.
+kernel_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
@@ -23,7 +25,7 @@ def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
         padding=size // 2,
         use_bias=False,
         dtype=dtype,
-        kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+        kernel_init=kernel_init,
         name=name,
     )
 
