@@ -250,13 +250,17 @@ def variant(argument: str, known: Mapping[str, Any]) -> Any:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises `UserError` where a recipe or its stages have missing or unknown keys."""
+    """Raises `UserError` where a recipe or its stages have missing, unknown or impossible keys."""
     known = set(recipe(stages=(), data={}))
     missing = known - set(config)
     if missing:
         raise UserError(f'The config lacks {_list(missing)}; build it with kd.config.recipe.')
     if not config.stages:
         raise UserError('The config names no stages.')
+    if config.on_nonfinite not in ('stop', 'skip'):
+        raise UserError(f"on_nonfinite must be 'stop' or 'skip', got '{config.on_nonfinite}'.")
+    if set(config.profile) != {'start', 'steps'}:
+        raise UserError(f"profile has the keys 'start' and 'steps', not {_list(config.profile)}.")
     for name in config:
         if name not in known and name not in config.stages:
             raise UserError(
@@ -272,13 +276,33 @@ def validate(config: ConfigDict) -> None:
                 raise UserError(f"Unknown key '{name}.{key}'.{did_you_mean(key, stage_keys)}")
         if stage_keys - set(config[name]):
             raise UserError(f'{name} lacks {_list(stage_keys - set(config[name]))}.')
-        for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
-            if config[name][key] <= 0:
-                raise UserError(f'{name}.{key} must be positive, got {config[name][key]}.')
-        if config[name].final not in ('last', 'best'):
-            raise UserError(f"{name}.final must be 'last' or 'best', got '{config[name].final}'.")
-        if config[name].final == 'best' and not config[name].best:
-            raise UserError(f"{name}.final is 'best', so {name}.best must name a metric.")
+        _validate_stage(config, name)
+
+
+def _validate_stage(config: ConfigDict, name: str) -> None:
+    stage = config[name]
+    for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
+        if not isinstance(stage[key], int) or stage[key] <= 0:
+            raise UserError(f'{name}.{key} must be a positive integer, got {stage[key]!r}.')
+    if not isinstance(stage.eval_every, int) or stage.eval_every < 0:
+        raise UserError(f'{name}.eval_every must be an integer from 0, got {stage.eval_every!r}.')
+    if stage.final not in ('last', 'best'):
+        raise UserError(f"{name}.final must be 'last' or 'best', got '{stage.final}'.")
+    if stage.final == 'best' and not stage.best:
+        raise UserError(f"{name}.final is 'best', so {name}.best must name a metric.")
+    # A metric that never comes would be found missing only when the training is over.
+    evaluator = stage.best.lstrip('-').partition('/')[0]
+    if stage.best and evaluator not in (*stage.evaluators, 'train'):
+        raise UserError(
+            f"{name}.best='{stage.best}' names no evaluator of the stage."
+            f'{did_you_mean(evaluator, stage.evaluators)} It has: {_list(stage.evaluators)}.'
+        )
+    earlier = config.stages[: config.stages.index(name)]
+    if stage.teacher in config.stages and stage.teacher not in earlier:
+        raise UserError(
+            f"{name}.teacher='{stage.teacher}' must come before '{name}' in "
+            f'stages={tuple(config.stages)}.'
+        )
 
 
 def resolve(path: str) -> Any:
