@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -140,11 +141,7 @@ def load(path: str) -> ConfigDict:
     if not Path(file).is_file():
         near = [str(p) for p in Path('configs').rglob('*.py')]
         raise UserError(f'There is no config file {file}.{did_you_mean(file, near)}')
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(Path(file))
     if not hasattr(module, 'get_config'):
         raise UserError(f'{file} has no function get_config.')
     try:
@@ -154,6 +151,16 @@ def load(path: str) -> ConfigDict:
     except (ValueError, KeyError) as error:
         raise UserError(f'{path}: {error}') from error
     return config
+
+
+def load_module(file: Path) -> ModuleType:
+    """Imports a config file by its path."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:

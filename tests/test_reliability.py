@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -82,15 +84,14 @@ def uninterrupted(processes, tmp_path_factory):
 
 def _copy(source: Path, target: Path) -> None:
     """Copies a run without its lock."""
-    import shutil
-
     shutil.copytree(source, target, ignore=shutil.ignore_patterns('.lock'))
 
 
 def _arrays(workdir: Path, stage: str, item: str) -> dict[str, np.ndarray]:
     """All arrays of the last checkpoint, read without kd."""
     step = max(int(p.name) for p in (workdir / stage / 'checkpoints').iterdir() if p.name.isdigit())
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
+        warnings.simplefilter('ignore')  # Reading without being told a sharding is meant.
         tree = checkpointer.restore(workdir / stage / 'checkpoints' / str(step) / item)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -185,12 +186,10 @@ def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(
     (student / 'done.json').unlink()
     steps = sorted(int(p.name) for p in (student / 'checkpoints').iterdir() if p.name.isdigit())
     newest = student / 'checkpoints' / str(steps[-1])
-    largest = max((newest / 'training').rglob('*'), key=lambda f: f.is_file() * f.stat().st_size)
-    if damage == 'truncate':
-        with largest.open('r+b') as file:
-            file.truncate(largest.stat().st_size // 2)
-    else:
-        for file in (newest / 'variables').rglob('d/*'):
+    for file in (newest / 'training').rglob('d/*'):
+        if damage == 'truncate':
+            os.truncate(file, file.stat().st_size // 2)
+        else:
             file.unlink()
     assert command.run() == 0, command.said()
     assert f'Checkpoint {steps[-1]} cannot be read' in command.said()
@@ -200,8 +199,6 @@ def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(
 
 
 def test_a_done_stage_without_its_checkpoint_is_an_error(processes, uninterrupted, tmp_path):
-    import shutil
-
     _copy(uninterrupted, tmp_path / 'run')
     command = Command(processes, tmp_path / 'run')
     done = checkpoints.read_done(command.workdir / 'teacher')
