@@ -8,12 +8,16 @@ import jax.numpy as jnp
 
 from kd.models import layers
 
+# None is `nn.Conv`'s own choice, `lax.conv_general_dilated`.
+CONVS = {'direct': None, 'matmul': layers.matmul_conv}
+
 
 class ConvBlock(nn.Module):
     """Convolution of size 3, norm, ReLU, average pooling by 2 (an odd rest is dropped)."""
 
     width: int
     norm: str
+    conv: str
     dtype: Any
 
     @nn.compact
@@ -23,6 +27,7 @@ class ConvBlock(nn.Module):
             self.width,
             (3,) * axes,
             dtype=self.dtype,
+            conv_general_dilated=CONVS[self.conv],
             kernel_init=layers.torch_kernel_init,
             bias_init=layers.torch_bias_init(3**axes * x.shape[-1]),
             name='conv',
@@ -44,6 +49,8 @@ class ConvNet(nn.Module):
       width: channels of each block.
       num_classes: number of logits.
       norm: `instance`, `group`, `batch` or `none` (see `kd.models.layers.norm`).
+      conv: `direct`, or `matmul` for training unrolled in a `lax.scan` on CPU (see
+        `kd.models.layers.matmul_conv`); the parameters and the function are the same.
       dtype: compute type of the blocks.
 
     Features: `block0`, ..., and `features`, the flattened output of the last block.
@@ -53,10 +60,12 @@ class ConvNet(nn.Module):
     width: int = 128
     num_classes: int = 10
     norm: str = 'instance'
+    conv: str = 'direct'
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         layers.check_choice('norm', self.norm, layers.NORMS)
+        layers.check_choice('conv', self.conv, tuple(CONVS))
         super().__post_init__()
 
     @nn.compact
@@ -74,5 +83,5 @@ class ConvNet(nn.Module):
             )
         x = x.astype(self.dtype)
         for i in range(self.depth):
-            x = ConvBlock(self.width, self.norm, self.dtype, name=f'block{i}')(x, train)
+            x = ConvBlock(self.width, self.norm, self.conv, self.dtype, name=f'block{i}')(x, train)
         return layers.classifier(x.reshape(x.shape[0], -1), self.num_classes)

@@ -1,12 +1,14 @@
 """What the vision networks share: norms by name, PyTorch's initialisers, input checks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 NORMS = ('instance', 'group', 'batch', 'none')
 GROUPS = 8
@@ -29,6 +31,55 @@ def norm(kind: str, *, train: bool, dtype: Any, name: str) -> Callable[[jax.Arra
     if kind == 'group':
         return nn.GroupNorm(num_groups=GROUPS, epsilon=1e-5, dtype=dtype, name=name)
     return nn.InstanceNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+def matmul_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]] | str,
+    *,
+    lhs_dilation: Sequence[int] = (),
+    rhs_dilation: Sequence[int] = (),
+    feature_group_count: int = 1,
+    **options: Any,
+) -> jax.Array:
+    """A convolution as one matrix product of shifted copies; pass as `conv_general_dilated`.
+
+    On CPU, XLA runs the plain convolution tens of times slower inside `lax.scan` than outside; this
+    form is as fast inside as outside. On GPU and TPU the plain convolution is the better one.
+
+    Args:
+      x: [B, *space, C].
+      kernel: [*window, C, D].
+      window_strides: one per axis of space.
+      padding: 'SAME', 'VALID' or (before, after) per axis of space.
+      lhs_dilation, rhs_dilation, feature_group_count: must be 1.
+      **options: the rest of what `nn.Conv` passes (axes, precision), ignored.
+
+    Returns:
+      [B, *space / strides, D], equal to the plain convolution up to the order of summation.
+
+    Raises:
+      ValueError: dilation or groups.
+    """
+    if {*lhs_dilation, *rhs_dilation, feature_group_count} - {1}:
+        raise ValueError('matmul_conv has neither dilation nor groups; use the plain convolution')
+    window = kernel.shape[:-2]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:-1], window, window_strides, padding)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    # One slice per position in the window: every stride-th pixel from there on.
+    shifted = [
+        x[(slice(None), *map(slice, shift, _ends(x.shape[1:-1], window, shift), window_strides))]
+        for shift in np.ndindex(*window)
+    ]
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _ends(space: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> list[int]:
+    """Where the slice that starts at `shift` ends: the window's last position, exclusive."""
+    return [n - w + s + 1 for n, w, s in zip(space, window, shift, strict=True)]
 
 
 class Features(nn.Module):

@@ -221,6 +221,37 @@ def test_forward_pass_equals_numpy_in_float64(name):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize('padding', ['SAME', 'VALID', ((1, 1), (2, 0))])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_convolution_by_matrix_product_equals_the_plain_one(stride, padding):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 6, 7, 3)), rng.normal(size=(3, 2, 3, 4))
+    with jax.enable_x64(True):
+        strides = (stride, stride)
+        expected = jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+        np.testing.assert_allclose(
+            layers.matmul_conv(x, kernel, strides, padding), expected, atol=1e-12
+        )
+
+
+def test_convnet_by_matrix_products_has_the_same_value_and_gradient():
+    variables = randomised('ConvNet')
+
+    def loss(network, variables):
+        return jnp.sum(jnp.tanh(network.apply(variables, X) / 10))
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, NETWORKS['ConvNet'].clone(conv=conv))))(
+            variables
+        )
+        for conv in ('direct', 'matmul')
+    ]
+    assert jnp.abs(results[0][1]['params']['block0']['conv']['kernel']).max() > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
 @pytest.fixture(scope='module')
 def signals():
     """A one-dimensional ConvNet, signals [3, 9, 2], and variables as initialised."""
@@ -418,6 +449,7 @@ def test_initialisation_has_the_stated_scale(signals):
         ),
         (lambda: ConvNet(2), (1, 64), r'ConvNet takes images \[B, H, W, C\] or signals'),
         (lambda: ConvNet(norm='layer'), None, "norm='layer' must be one of 'instance', 'group'"),
+        (lambda: ConvNet(conv='fft'), None, "conv='fft' must be one of 'direct', 'matmul'"),
         (lambda: MLP(activation='rellu'), None, "activation='rellu' must be one of 'relu'"),
         (lambda: ResNet(18), None, r'depth=18 must be 6n \+ 2 with n >= 1; the nearest is 20'),
         (lambda: ResNet(2), None, r'depth=2 must be 6n \+ 2 with n >= 1; the nearest is 8'),
@@ -435,3 +467,9 @@ def test_mistakes_are_told_in_one_line(make, shape, text):
     if shape is None:  # Seen before any input.
         with pytest.raises(ValueError, match=text):
             make()
+
+
+def test_matmul_convolution_refuses_dilation_and_groups():
+    for option in ({'rhs_dilation': (1, 2)}, {'feature_group_count': 2}):
+        with pytest.raises(ValueError, match='neither dilation nor groups'):
+            layers.matmul_conv(X, jnp.ones((3, 3, 2, 4)), (1, 1), 'SAME', **option)
