@@ -84,8 +84,8 @@ def soft_and_hard(
       student_logits: [..., V].
       teacher: any signal that `divergence` accepts, or logits [..., V].
       labels: int [...] or float [..., V].
-      temperature: T, a scalar or [...].
-      hard_weight: w, in [0, 1]; a scalar or [...].
+      temperature: T, a number.
+      hard_weight: w in [0, 1], a scalar or [...].
       label_smoothing: of the hard part; see `cross_entropy`.
       divergence: D, a function of `kd.losses.divergence`.
       where: bool, broadcasts against the logits.
@@ -97,6 +97,7 @@ def soft_and_hard(
     """
     soft = divergence(student_logits, teacher, temperature=temperature, where=where)
     hard = cross_entropy(student_logits, labels, label_smoothing=label_smoothing, where=where)
+    hard_weight, temperature = jnp.asarray(hard_weight), jnp.asarray(temperature)
     return (1 - hard_weight) * temperature**2 * soft + hard_weight * hard
 
 
@@ -125,14 +126,17 @@ def target_kl(
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eq. 5.
     """
-    is_label, log_q, log_p = _decoupled(student_logits, teacher, labels, temperature, where)
+    teacher_logits = _dense('target_kl', teacher)
+    is_label = _is_label(teacher_logits, labels)
 
-    def binary(log_probs):
+    def binary(logits):
+        log_probs = numerics.log_softmax(logits, temperature=temperature, where=where)
         label = numerics.log_sum_exp(jnp.where(is_label, log_probs, -jnp.inf), axis=-1)
         other = numerics.log_sum_exp(jnp.where(is_label, -jnp.inf, log_probs), axis=-1)
         return jnp.stack([label, other], axis=-1)
 
-    return jnp.sum(numerics.relative_entropy_term(binary(log_p), binary(log_q)), axis=-1)
+    term = numerics.relative_entropy_term(binary(teacher_logits), binary(student_logits))
+    return jnp.sum(term, axis=-1)
 
 
 def non_target_kl(
@@ -151,8 +155,13 @@ def non_target_kl(
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eqs. 5-7.
     """
-    is_label, log_q, log_p = _decoupled(student_logits, teacher, labels, temperature, where)
-    return divergences.forward_kl(log_q, log_p, where=~is_label)
+    teacher_logits = _dense('non_target_kl', teacher)
+    others = ~_is_label(teacher_logits, labels)
+    if where is not None:
+        others = others & where
+    return divergences.forward_kl(
+        student_logits, teacher_logits, temperature=temperature, where=others
+    )
 
 
 def decoupled_kd(
@@ -218,15 +227,11 @@ def logit_mse(
     return jnp.sum(difference**2, axis=-1) / count[..., 0]
 
 
-def _decoupled(student_logits, teacher, labels, temperature, where):
+def _is_label(teacher_logits, labels):
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f'decoupled KD needs int labels [...], got {labels.dtype} {labels.shape}.')
-    log_q = numerics.log_softmax(student_logits, temperature=temperature, where=where)
-    log_p = numerics.log_softmax(
-        _dense('decoupled KD', teacher), temperature=temperature, where=where
-    )
-    return jnp.arange(log_q.shape[-1]) == labels[..., None], log_q, log_p
+    return jnp.arange(teacher_logits.shape[-1]) == labels[..., None]
 
 
 def _dense(name, teacher):

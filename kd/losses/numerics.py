@@ -47,17 +47,23 @@ def log_softmax(
     # Masked before the division: -inf / temperature would give the temperature a NaN gradient.
     scaled = jnp.where(possible, logits, 0.0) / jnp.asarray(temperature, logits.dtype)
     scaled = jnp.where(possible, scaled, -jnp.inf)
-    log_total = log_sum_exp(scaled, axis=axis, keepdims=True)
-    return jnp.where(possible, scaled - jnp.where(log_total > -jnp.inf, log_total, 0.0), -jnp.inf)
+    # Against the peak, and never back: adding a peak of 1e4 would cost three of seven digits.
+    shifted = scaled - _finite_peak(scaled, axis)
+    total = jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True)
+    return jnp.where(possible, shifted - jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
 
 def log_sum_exp(x: jax.Array, *, axis: int, keepdims: bool = False) -> jax.Array:
     """log sum exp(x), safe for rows that are all -inf: there -inf with zero gradient, not NaN."""
-    peak = lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True))
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    peak = _finite_peak(x, axis)
     total = jnp.sum(jnp.exp(x - peak), axis=axis, keepdims=True)
     log_total = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + peak, -jnp.inf)
     return log_total if keepdims else jnp.squeeze(log_total, axis)
+
+
+def _finite_peak(x, axis):
+    peak = lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True))
+    return jnp.where(jnp.isfinite(peak), peak, 0.0)
 
 
 def log_mixture(log_a: jax.Array, log_b: jax.Array, weight: float) -> jax.Array:

@@ -86,6 +86,6 @@ def _correlation_distance(a, b, kept, *, axis, eps):
         return jnp.where(kept, x - mean, 0.0)
 
     a, b = centred(a), centred(b)
-    norms = numerics.norm(a, axis=axis) * numerics.norm(b, axis=axis)
-    distance = 1 - jnp.sum(a * b, axis=axis) / (norms + eps)
+    norms = numerics.norm(a, axis=axis) * numerics.norm(b, axis=axis) + eps
+    distance = 1 - jnp.sum(a * b, axis=axis) / jnp.where(norms > 0, norms, 1.0)
     return jnp.where(jnp.squeeze(count, axis) > 0, distance, 0.0)
