@@ -1,0 +1,345 @@
+"""The two-time networks: derivatives against finite differences, and what they promise."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+
+from kd.losses.flow_map import flow_map, lsd_residual, squared_error
+from kd.losses.flow_map_checks import check_velocity_function
+from kd.models import magnitude_preserving as mp
+from kd.models.conditioning import TimeWeight, class_features, positional_embedding
+from kd.models.dit import DiT, grid_embedding
+from kd.models.unet import UNet
+from kd.models.velocity_mlp import VelocityMLP
+
+B, CLASSES = 2, 3
+
+
+def init(network, s, t, x, **options):
+    # The 'rbg' generator compiles several times faster than the default one.
+    return jax.jit(network.init)(jax.random.key(1, impl='rbg'), s, t, x, **options)
+
+
+NETWORKS = {
+    'mlp': (VelocityMLP(width=16, depth=2, num_classes=CLASSES, dtype=jnp.float64), (2,)),
+    'mlp_fourier': (
+        VelocityMLP(
+            width=16, depth=2, data_scale=0.6, frequencies=(1, 2), num_classes=CLASSES,
+            dtype=jnp.float64,
+        ),
+        (2,),
+    ),
+    'unet': (
+        UNet(
+            channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.5,
+            num_classes=CLASSES, channels_per_head=8, dtype=jnp.float64,
+        ),
+        (4, 4, 1),
+    ),
+    'dit': (
+        DiT(
+            patch=2, width=16, depth=2, heads=2, dropout=0.5, num_classes=CLASSES,
+            dtype=jnp.float64,
+        ),
+        (4, 4, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@dataclasses.dataclass
+class Case:
+    name: str
+    network: nn.Module
+    initial: dict
+    params: dict  # perturbed, so that zero gains do not hide the rest
+    velocity: Callable[..., jax.Array]  # jitted (params, s, t, x, label) -> [B, ...]
+    s: jax.Array
+    t: jax.Array
+    x: jax.Array
+    label: jax.Array
+
+    def bind(self, params=None, label=None):
+        label = self.label if label is None else label
+        return lambda s, t, x: self.velocity(params or self.params, s, t, x, label)
+
+
+@pytest.fixture(name='case', scope='module', params=NETWORKS)
+def _case(request, _x64):
+    network, shape = NETWORKS[request.param]
+    keys = jax.random.split(jax.random.key(0), 4)
+    s, t = jnp.array([0.1, 0.3]), jnp.array([0.6, 0.9])
+    x = 0.5 * jax.random.normal(keys[0], (B, *shape), jnp.float64)
+    label = jnp.array([0, 2])
+    # float64 throughout: parameters are float32 as trained, wide here for finite differences.
+    initial = jax.tree.map(lambda p: p.astype(jnp.float64), init(network, s, t, x, label=label))
+    leaves, tree = jax.tree.flatten(initial)
+    rng = np.random.default_rng(0)
+    noise = [p + 0.3 * rng.standard_normal(p.shape) for p in leaves]
+    velocity = jax.jit(lambda params, s, t, x, label: network.apply(params, s, t, x, label=label))
+    return Case(
+        request.param, network, initial, jax.tree.unflatten(tree, noise), velocity, s, t, x, label
+    )
+
+
+def test_map_is_the_identity_at_initialisation(case):
+    v = case.bind(case.initial)
+    np.testing.assert_array_equal(flow_map(v, case.s, case.t, case.x), case.x)
+    assert float(jnp.max(jnp.abs(case.bind()(case.s, case.t, case.x)))) > 1e-2
+
+
+def test_forward_derivative_passes_through_every_layer(case):
+    v, h = case.bind(), 1e-5
+    dx = jax.random.normal(jax.random.key(5), case.x.shape, case.x.dtype)
+    direction = (jnp.array([1.0, -0.5]), jnp.array([0.7, 1.0]), dx)
+    primal = (case.s, case.t, case.x)
+    jvp = jax.jit(lambda primal, direction: jax.jvp(v, primal, direction))
+    value, derivative = jvp(primal, direction)
+    ends = [
+        v(*(p + sign * h * d for p, d in zip(primal, direction, strict=True))) for sign in (1, -1)
+    ]
+    np.testing.assert_allclose(value, v(*primal), atol=1e-12)
+    scale = float(jnp.max(jnp.abs(derivative)))
+    np.testing.assert_allclose(derivative, (ends[0] - ends[1]) / (2 * h), atol=1e-7 * scale)
+
+
+def test_gradient_of_a_time_derivative_reaches_every_parameter(case):
+    direction = jax.tree.map(jnp.cos, case.params)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        # 'none' differentiates the whole residual, so finite differences see the same function.
+        r = lsd_residual(case.bind(params), case.s, case.t, case.x, stop_gradient='none')
+        return jnp.sum(squared_error(r))
+
+    _, gradient = loss(case.params)
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
+    h = 1e-6
+    ends = [
+        loss(jax.tree.map(lambda p, d, sign=sign: p + sign * h * d, case.params, direction))[0]
+        for sign in (1, -1)
+    ]
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-5)
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(gradient)
+        if not jnp.any(g != 0)
+    ]
+    assert dead == []
+
+
+def test_both_times_reach_the_output_even_with_zero_gain(case):
+    check_velocity_function(case.bind(case.initial), case.x)
+    check_velocity_function(case.bind(), case.x)
+
+
+def test_label_matters_and_no_label_is_the_null_class(case):
+    null = case.bind(label=jnp.full(B, CLASSES))(case.s, case.t, case.x)
+    without = case.velocity(case.params, case.s, case.t, case.x, None)
+    np.testing.assert_allclose(null, without, atol=1e-12)
+    values = [case.bind(label=jnp.full(B, k))(case.s, case.t, case.x) for k in range(CLASSES + 1)]
+    for i in range(CLASSES):
+        for j in range(i):
+            assert float(jnp.max(jnp.abs(values[i] - values[j]))) > 1e-4
+
+
+def test_examples_of_a_batch_do_not_mix(case):
+    v, flip = case.bind(), slice(None, None, -1)
+    swapped = case.bind(label=case.label[flip])(case.s[flip], case.t[flip], case.x[flip])
+    np.testing.assert_allclose(swapped[flip], v(case.s, case.t, case.x), atol=1e-12)
+
+
+def test_dropout_acts_in_training_only(case):
+    if 'mlp' in case.name:
+        pytest.skip('the MLP has no dropout')
+    args = (case.params, case.s, case.t, case.x)
+
+    @jax.jit
+    def noisy(key):
+        return case.network.apply(*args, label=case.label, train=True, rngs={'dropout': key})
+
+    a, b, c = noisy(jax.random.key(1)), noisy(jax.random.key(1)), noisy(jax.random.key(2))
+    np.testing.assert_array_equal(a, b)
+    assert float(jnp.max(jnp.abs(a - c))) > 1e-4
+    assert float(jnp.max(jnp.abs(a - case.velocity(*args, case.label)))) > 1e-4
+
+
+@pytest.mark.parametrize('name', ['mlp', 'dit'])
+def test_low_precision_network_keeps_float32_outside(name):
+    network, shape = NETWORKS[name]
+    low, full = network.copy(dtype=jnp.bfloat16), network.copy(dtype=jnp.float32)
+    s, t = jnp.array([0.1, 0.3], jnp.float32), jnp.array([0.6, 0.9], jnp.float32)
+    x = 0.5 * jax.random.normal(jax.random.key(0), (B, *shape), jnp.float32)
+    params = init(low, s, t, x)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    params = jax.tree.map(lambda p: p + 0.05, params)
+    coarse, fine = low.apply(params, s, t, x), full.apply(params, s, t, x)
+    assert coarse.dtype == fine.dtype == jnp.float32
+    scale = float(jnp.max(jnp.abs(fine)))
+    gap = float(jnp.max(jnp.abs(coarse - fine)))
+    assert 0 < gap < 0.05 * scale
+
+
+# Parts.
+
+
+def test_positional_embedding_is_the_stated_wave_at_unit_power():
+    t = np.array([0.0, 0.3, 1.0])
+    frequency = np.exp(-np.log(1e4) * np.arange(4) / 4)
+    wanted = np.sqrt(2) * np.concatenate(
+        [np.cos(t[:, None] * frequency), np.sin(t[:, None] * frequency)], axis=1
+    )
+    embedding = positional_embedding(jnp.asarray(t), 8)
+    np.testing.assert_allclose(embedding, wanted, atol=1e-12)
+    np.testing.assert_allclose(jnp.mean(embedding**2, axis=1), 1.0, atol=1e-12)
+    with pytest.raises(ValueError, match='size=7, expected an even number'):
+        positional_embedding(jnp.asarray(t), 7)
+
+
+def test_class_features_have_unit_power_and_a_null_column():
+    features = class_features(jnp.array([1]), 3, 2, jnp.float32)
+    np.testing.assert_array_equal(features, [[0, 2, 0, 0], [0, 2, 0, 0]])
+    np.testing.assert_array_equal(class_features(None, 3, 1, jnp.float32), [[0, 0, 0, 2]])
+    assert class_features(None, None, 1, jnp.float32) is None
+    with pytest.raises(ValueError, match='unconditional network; set num_classes'):
+        class_features(jnp.array([1]), None, 1, jnp.float32)
+
+
+def test_sums_concatenations_and_activations_preserve_magnitude():
+    a, b = jax.random.normal(jax.random.key(0), (2, 40_000))
+    for balance in (0.3, 0.5):
+        np.testing.assert_allclose(jnp.mean(mp.mp_sum(a, b, balance) ** 2), 1.0, atol=0.03)
+    np.testing.assert_allclose(jnp.mean(mp.mp_silu(a) ** 2), 1.0, atol=0.03)
+    joined = mp.mp_concat(a.reshape(-1, 10), b[:12_000].reshape(4000, 3))
+    np.testing.assert_allclose(jnp.mean(joined**2), 1.0, atol=0.03)
+    # Equal balance: both parts contribute the same energy whatever their widths.
+    energy = jnp.sum(joined**2, axis=0)
+    np.testing.assert_allclose(jnp.sum(energy[:10]) / jnp.sum(energy[10:]), 1.0, atol=0.05)
+
+
+def test_unit_norm_has_unit_rms_and_a_finite_gradient_at_zero():
+    x = 7 * jax.random.normal(jax.random.key(0), (4, 32))
+    rms = jnp.sqrt(jnp.mean(mp.unit_norm(x, -1) ** 2, axis=-1))
+    np.testing.assert_allclose(rms, 1.0, atol=1e-4)
+    gradient = jax.grad(lambda x: jnp.sum(mp.unit_norm(x, -1)))(jnp.zeros((2, 3)))
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_convolution_uses_unit_kernels_and_equals_scipy():
+    conv = mp.MPConv(2, 3, jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (1, 5, 6, 3), jnp.float64)
+    params = conv.init(jax.random.key(1), x)
+    kernel = np.array(params['params']['mp_weight'], np.float64)
+    kernel /= np.sqrt(np.sum(kernel**2, axis=(0, 1, 2), keepdims=True))
+    wanted = np.zeros((5, 6, 2))
+    for i in range(3):
+        for o in range(2):
+            wanted[..., o] += scipy.signal.correlate2d(
+                np.asarray(x)[0, :, :, i], kernel[:, :, i, o], mode='same'
+            )
+    np.testing.assert_allclose(conv.apply(params, x)[0], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_weight_projection_changes_lengths_only():
+    network, shape = NETWORKS['unet']
+    s, t = jnp.array([0.1]), jnp.array([0.6])
+    x = 0.5 * jax.random.normal(jax.random.key(0), (1, *shape), jnp.float64)
+    params = init(network, s, t, x)
+    params['params']['out_gain'] = jnp.ones(())
+    # Lengths drift apart in training; the network must not notice.
+    grown = jax.tree.map(lambda p: 3.0 * p if p.ndim > 1 else p, params)
+    projected = mp.normalize_weights(grown)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(projected):
+        if leaf.ndim > 1:
+            rms = jnp.sqrt(jnp.mean(leaf**2, axis=tuple(range(leaf.ndim - 1))))
+            np.testing.assert_allclose(rms, 1.0, atol=1e-3, err_msg=jax.tree_util.keystr(path))
+    assert projected['params']['out_gain'] == 1.0
+    apply = jax.jit(lambda params: network.apply(params, s, t, x))
+    out = apply(grown)
+    np.testing.assert_allclose(apply(projected), out, atol=2e-3 * float(jnp.max(jnp.abs(out))))
+    again = mp.normalize_weights(projected)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(projected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=3e-4)
+
+
+def test_gradient_is_orthogonal_to_a_normalised_weight():
+    layer = mp.MPDense(4, jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (8, 5), jnp.float64)
+    weight = layer.init(jax.random.key(1), x)['params']['mp_weight'].astype(jnp.float64)
+    gradient = jax.grad(lambda w: jnp.sum(jnp.sin(layer.apply({'params': {'mp_weight': w}}, x))))(
+        weight
+    )
+    along = jnp.sum(gradient * weight, axis=0)
+    length = jnp.linalg.norm(gradient, axis=0) * jnp.linalg.norm(weight, axis=0)
+    assert jnp.max(jnp.abs(along) / length) < 1e-3
+
+
+def test_unet_attends_where_asked_and_at_the_bottleneck():
+    def attending(attention):
+        network = UNet(channels=8, multipliers=(1, 1, 1), blocks=1, attention=attention)
+        x = jnp.zeros((1, 8, 8, 1), jnp.float32)
+        s = jnp.zeros(1, jnp.float32)
+        params = jax.eval_shape(network.init, jax.random.key(0), s, s, x)['params']
+        return sorted(name for name, block in params.items() if 'qkv' in str(block))
+
+    assert attending(()) == ['middle0']
+    assert attending((4,)) == ['decoder1_0', 'decoder1_1', 'encoder1_0', 'middle0']
+
+
+def test_dit_without_blocks_is_local_to_patches():
+    network = DiT(patch=2, width=8, depth=0, heads=1, dtype=jnp.float64)
+    s, t, x = jnp.array([0.2]), jnp.array([0.8]), jnp.zeros((1, 4, 6, 3), jnp.float64)
+    params = jax.tree.map(lambda p: p + 0.1, init(network, s, t, x))
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape, p.dtype), params
+    )
+    change = network.apply(params, s, t, x.at[0, 3, 2, 1].set(1.0)) - network.apply(params, s, t, x)
+    touched = np.abs(np.asarray(change[0])).max(axis=-1) > 1e-6
+    wanted = np.zeros((4, 6), bool)
+    wanted[2:4, 2:4] = True
+    np.testing.assert_array_equal(touched, wanted)
+
+
+def test_grid_embedding_tells_patches_apart():
+    table = grid_embedding(3, 5, 8)
+    assert table.shape == (15, 8)
+    np.testing.assert_allclose(np.sum(table**2, axis=1), 4.0, rtol=1e-6)
+    assert np.unique(table.round(6), axis=0).shape[0] == 15
+    # Rows and columns use their own halves.
+    np.testing.assert_array_equal(table[0, 4:], table[5, 4:])
+    np.testing.assert_array_equal(table[0, :4], table[1, :4])
+    with pytest.raises(ValueError, match='multiple of 4'):
+        grid_embedding(2, 2, 6)
+
+
+def test_time_weight_starts_at_zero_and_sees_both_raw_times():
+    module = TimeWeight(16)
+    s, t = jnp.array([0.1, 0.1, 0.2]), jnp.array([0.5, 0.6, 0.6])
+    params = module.init(jax.random.key(0), s, t)
+    np.testing.assert_array_equal(module.apply(params, s, t), 0.0)
+    params['params']['out']['kernel'] = jnp.ones((16, 1))
+    value = module.apply(params, s, t)
+    assert value.shape == (3,)
+    assert len(np.unique(np.asarray(value))) == 3
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    s, x = jnp.zeros(1), jnp.zeros((1, 6, 6, 1))
+    with pytest.raises(ValueError, match='3 levels needs image sides divisible by 4, got 6x6'):
+        UNet(channels=8).init(jax.random.key(0), s, s, x)
+    with pytest.raises(ValueError, match='DiT with patch 4 got images of 6x6'):
+        DiT(patch=4).init(jax.random.key(0), s, s, x)
+    with pytest.raises(ValueError, match='width 8 is not divisible by 3 heads'):
+        DiT(width=8, heads=3).init(jax.random.key(0), s, s, x)
