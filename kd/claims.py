@@ -140,9 +140,11 @@ def run(name: str, *, smoke: bool = False, output: Path = RESULTS) -> dict[str, 
     """Runs a claim, writes `NAME.json` and `NAME.png`, and returns what was written."""
     claim = load(name, smoke=smoke)
     began = time.monotonic()
-    measured = claim.run(
-        lambda text: print(f'[{time.monotonic() - began:6.1f} s] {text}', flush=True)
-    )
+
+    def say(line: str) -> None:
+        print(f'[{time.monotonic() - began:6.1f} s] {line}', flush=True)
+
+    measured = claim.run(say)
     checks = [judge(check, measured) for check in claim.checks]
     result = {
         'claim': name,
@@ -191,7 +193,7 @@ def readme_table() -> str:
     lines = ['| claim | verdict | measured |', '|---|---|---|']
     for result in results():
         measured = '; '.join(
-            f'{c["check"]}: {c["difference"]:+.3g} [{c["interval"][0]:+.3g}, {c["interval"][1]:+.3g}]'
+            '{}: {:+.3g} [{:+.3g}, {:+.3g}]'.format(c['check'], c['difference'], *c['interval'])
             for c in result['checks']
         )
         lines.append(
@@ -224,13 +226,14 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit status 0 whatever the verdict, 2 for an unknown claim."""
-    parser = argparse.ArgumentParser(prog='python -m kd.claims', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument('names', nargs='*', metavar='NAME')
-    parser.add_argument('--smoke', action='store_true', help='a tiny version, written to --output')
-    parser.add_argument(
-        '--output', type=Path, help='default: results/; a smoke run writes nothing there'
+    parser = argparse.ArgumentParser(
+        prog='python -m kd.claims',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument('names', nargs='*', metavar='NAME')
+    parser.add_argument('--smoke', action='store_true', help='a tiny version')
+    parser.add_argument('--output', type=Path, help='where results go; default: results/')
     parser.add_argument('--list', action='store_true')
     parser.add_argument('--readme', action='store_true')
     arguments = parser.parse_args(argv)

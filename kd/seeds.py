@@ -13,8 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from ml_collections import ConfigDict
 
+from kd.context import Context
 from kd.method import Method
+from kd.network import Network
 from kd.state import State
 
 # Steps per call of the compiled loop: long enough to hide the call, short enough to show progress.
@@ -75,6 +79,58 @@ def train(
         rows = np.stack([_rows(int(seed), size, batch_size, first, count) for seed in seeds], 1)
         state = chunk(state, jnp.asarray(rows))
     return jax.block_until_ready(state)
+
+
+def train_one(
+    method: Method,
+    data: Mapping[str, np.ndarray],
+    seed: int,
+    *,
+    steps: int,
+    batch_size: int,
+    frozen: Any = None,
+) -> State:
+    """Trains one run with the step called from Python; arguments as of `train`.
+
+    For networks with convolutions: inside a compiled loop these are many times slower on CPU.
+    """
+    arrays = {name: jnp.asarray(value) for name, value in data.items()}
+    state = jax.jit(method.init)(jax.random.key(seed), frozen or {})
+    step = jax.jit(lambda s, rows: method.step(s, {k: v[rows] for k, v in arrays.items()})[0])
+    size = len(next(iter(arrays.values())))
+    for rows in _rows(seed, size, batch_size, 0, steps):
+        state = step(state, rows)
+    return jax.block_until_ready(state.replace(frozen={}))
+
+
+def context(
+    *,
+    network: Network | None = None,
+    tx: optax.GradientTransformation | None = None,
+    teacher: Network | None = None,
+    num_classes: int | None = None,
+    steps: int = 0,
+    batch_size: int = 0,
+) -> Context:
+    """A context for a method's builder outside any recipe."""
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError('A context made by hand has no data and no further optimisers.')
+
+    return Context(
+        stage='stage',
+        optimizer=nothing,
+        spec={},
+        num_classes=num_classes,
+        steps=steps,
+        batch_size=batch_size,
+        source=nothing,
+        splits=(),
+        config=ConfigDict(),
+        optional_network=network,
+        optional_teacher=teacher,
+        optional_tx=tx,
+    )
 
 
 def _rows(seed: int, size: int, batch_size: int, first: int, count: int) -> np.ndarray:

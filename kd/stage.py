@@ -39,7 +39,6 @@ class Stage:
     frozen: dict[str, Any]  # {'teacher': variables}, abstract or not, or {}
     evaluators: dict[str, tuple[str, Evaluator]]
     sharding: tuple
-    frozen_sharding: tuple
     seed: int
 
     def batches(self, split: str = 'train') -> grain.DatasetIterator:
@@ -70,9 +69,8 @@ class Stage:
         """Shapes, dtypes and shardings of the state; nothing is computed."""
         abstract = jax.eval_shape(self.method.init, self.key(), self.frozen)
         shardings = tree_shardings(abstract.replace(frozen={}), self.sharding, self.mesh)
-        shardings = shardings.replace(
-            frozen=tree_shardings(self.frozen, self.frozen_sharding, self.mesh)
-        )
+        # Frozen trees lie where they were restored to.
+        shardings = shardings.replace(frozen=jax.tree.map(lambda x: x.sharding, self.frozen))
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
@@ -148,7 +146,6 @@ def prepare(
         frozen=frozen,
         evaluators=evaluators,
         sharding=config_lib.to_plain(config.sharding),
-        frozen_sharding=config_lib.to_plain(config.frozen_sharding),
         seed=config.seed,
     )
 

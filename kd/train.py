@@ -76,7 +76,7 @@ def train_stage(
     stage = prepare(config, name, mesh, workdir.path)
     saved = checkpoints.Checkpoints(directory, keep=stage.config.keep, best=stage.config.best)
     try:
-        loop = _Loop(stage, saved, directory, stop)
+        loop = Loop(stage, saved, directory, stop)
         loop.run()
         step = saved.best_step() if stage.config.final == 'best' else stage.config.steps
         record = {
@@ -148,11 +148,15 @@ def abstract_arguments(stage: Stage) -> tuple[State, Any, Any, dict[str, jax.Sha
 def initial_state(stage: Stage) -> State:
     """The state at step 0, computed on the mesh; its `frozen` is left empty."""
     shardings = jax.tree.map(lambda x: x.sharding, stage.abstract_state().replace(frozen={}))
-    init = jax.jit(lambda key: stage.method.init(key), out_shardings=shardings)
-    return init(stage.key())
+
+    def init(key, frozen):
+        return stage.method.init(key, frozen).replace(frozen={})
+
+    return jax.jit(init, out_shardings=shardings)(stage.key(), stage.frozen)
 
 
-def _zeros(abstract: Any) -> Any:
+def zeros(abstract: Any) -> Any:
+    """An empty metric window."""
     return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
 
 
@@ -190,7 +194,7 @@ class _Evaluation:
         return jax.jit(update, out_shardings=replicated(self.stage.mesh))
 
 
-class _Loop:
+class Loop:
     """The loop of one stage; its attributes are what changes from step to step."""
 
     def __init__(
@@ -212,7 +216,7 @@ class _Loop:
             with doing(self.name, 'initialising'):
                 self.state, self.window = (
                     jax.block_until_ready(initial_state(stage)),
-                    _zeros(window),
+                    zeros(window),
                 )
         else:
             self.state, self.window, position = restored

@@ -8,6 +8,7 @@ from kd.context import Context
 from kd.data import augment
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
+from kd.methods import teacher
 from kd.metrics import mean
 
 
@@ -37,14 +38,14 @@ def decoupled_kd(
       augmentation: for `kd.data.augment.augment`; not mixup, which leaves no single target.
       micro_batches: parts over which gradients are accumulated.
     """
-    network, teacher = context.network, context.teacher
+    network = context.network
 
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         variables = {'params': params, **state.mutables}
         output = network.apply(variables, batch['input'], train=True, key=dropout_key)
-        teacher_logits = teacher.apply(state.frozen['teacher'], batch['input']).logits
+        teacher_logits = teacher.teacher_logits(context, state, batch)
         hard = classification.cross_entropy(output.logits, batch['label'])
         soft = temperature**2 * classification.decoupled_kd(
             output.logits, teacher_logits, batch['label'],

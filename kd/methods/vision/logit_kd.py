@@ -10,6 +10,7 @@ from kd.data import augment
 from kd.errors import UserError
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
+from kd.methods import teacher
 from kd.metrics import mean
 
 
@@ -42,7 +43,7 @@ def logit_kd(
       micro_batches: parts over which gradients are accumulated.
       **divergence_arguments: further keywords of the divergence (`beta` of generalized_jsd, ...).
     """
-    network, teacher = context.network, context.teacher
+    network = context.network
     if not 0.0 <= soft_weight <= 1.0:
         raise UserError(f'soft_weight must lie in [0, 1], got {soft_weight}.')
     soft_loss = config_lib.resolve(divergence)
@@ -53,7 +54,7 @@ def logit_kd(
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         variables = {'params': params, **state.mutables}
         output = network.apply(variables, batch['input'], train=True, key=dropout_key)
-        teacher_logits = teacher.apply(state.frozen['teacher'], batch['input']).logits
+        teacher_logits = teacher.teacher_logits(context, state, batch)
         hard = classification.cross_entropy(
             output.logits, batch['label'], label_smoothing=label_smoothing
         )

@@ -1,0 +1,131 @@
+"""What the training loop costs beside the compiled step.
+
+    python -m kd.benchmarks.loop
+
+Steps per second of a whole run (data pipeline, transfer, metrics, logging every 100 steps) over
+those of the bare compiled step on batches that lie on the device already. Both take turns on the
+same stage in the same process, so a busy machine slows both.
+
+| step | target |
+|---|---|
+| 20 ms | at least 0.95 |
+| 2 ms | at least 0.85 |
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from kd import config as kd_config
+from kd import train
+from kd.io import checkpoints
+from kd.parallel import mesh as mesh_lib
+from kd.stage import Stage, prepare
+
+TARGETS = {'20 ms': (20.0, 0.95), '2 ms': (2.0, 0.85)}
+BATCH = 64
+
+
+def recipe(width: int, steps: int) -> kd_config.ConfigDict:
+    """Supervised training of a two-layer MLP of a width on the digits."""
+    config = kd_config.recipe(
+        stages=('student',), data=dict(name='digits', train='train', test='test')
+    )
+    config.student = kd_config.stage(
+        method=dict(name='kd.methods.vision.supervised.supervised'),
+        network=dict(name='kd.models.mlp.MLP', widths=(width, width)),
+        optimizer=dict(name='sgd', lr=1e-3),
+        steps=steps,
+        batch_size=BATCH,
+        log_every=100,
+        checkpoint_every=10**9,
+    )
+    return config
+
+
+def bare(stage: Stage, steps: int) -> float:
+    """Seconds per step of the compiled step on batches that are on the device."""
+    step = train.make_train_step(stage)
+    state, window = train.initial_state(stage), train.zeros(train.abstract_arguments(stage)[2])
+    host = itertools.islice(stage.batches(), 8)
+    batches = [mesh_lib.put_batch(batch, stage.batch_sharding()) for batch in host]
+    for batch in batches[:3]:
+        state, window = jax.block_until_ready(step(state, {}, window, batch))
+    began = time.perf_counter()
+    for index in range(steps):
+        state, window = step(state, {}, window, batches[index % len(batches)])
+    jax.block_until_ready(state)
+    return (time.perf_counter() - began) / steps
+
+
+def looped(stage: Stage, directory: Path) -> float:
+    """Seconds per step of the loop itself."""
+    saved = checkpoints.Checkpoints(directory)
+    loop = train.Loop(stage, saved, directory, lambda: False)
+    loop.run()
+    saved.close()
+    return 1.0 / loop.clock.speed()
+
+
+def calibrate(milliseconds: float) -> int:
+    """A width for which a step takes about that long here."""
+    width = 128
+    while True:
+        stage = prepare(recipe(width, 1), 'student', mesh_lib.make_mesh({'data': 1}))
+        took = 1000 * bare(stage, 20)
+        if took >= milliseconds or width > 8192:
+            return width
+        # Work grows with the square of the width.
+        width = int(width * min(max((milliseconds / took) ** 0.5, 1.1), 2.0))
+
+
+def measure(milliseconds: float, rounds: int, steps: int) -> dict[str, float]:
+    """Medians over rounds in which loop and bare step take turns."""
+    width = calibrate(milliseconds)
+    stage = prepare(recipe(width, steps), 'student', mesh_lib.make_mesh({'data': 1}))
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(rounds):
+            directory = Path(folder) / str(index)
+            directory.mkdir()
+            pairs.append((bare(stage, steps), looped(stage, directory), bare(stage, steps)))
+    ratios = [(before + after) / 2 / loop for before, loop, after in pairs]
+    return {
+        'width': width,
+        'bare_ms': 1000 * statistics.median(pair[0] for pair in pairs),
+        'loop_ms': 1000 * statistics.median(pair[1] for pair in pairs),
+        'ratio': statistics.median(ratios),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; exit status 1 if a target is missed."""
+    parser = argparse.ArgumentParser(prog='python -m kd.benchmarks.loop')
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--seconds', type=float, default=4.0, help='per measurement')
+    arguments = parser.parse_args(argv)
+    print('| step | width | bare, ms | loop, ms | loop speed over bare | target |')
+    print('|---|---:|---:|---:|---:|---:|')
+    missed = False
+    for name, (milliseconds, target) in TARGETS.items():
+        steps = max(int(1000 * arguments.seconds / milliseconds), 20)
+        row = measure(milliseconds, arguments.rounds, steps)
+        missed |= row['ratio'] < target
+        print(
+            f'| {name} | {row["width"]} | {row["bare_ms"]:.2f} | {row["loop_ms"]:.2f} '
+            f'| {row["ratio"]:.3f} | {target} |'
+        )
+    return int(missed)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
