@@ -26,11 +26,12 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
       tree: arrays or abstract arrays.
       rules: (regular expression, spec) pairs. A spec is a tuple as for PartitionSpec, e.g.
         (None, 'tensor'), or 'fsdp': the largest dimension that divides over the fsdp axis, none
-        if there is none. Leaves that no rule matches are replicated.
+        if there is none. Leaves that no rule matches are replicated, as are those with fewer
+        dimensions than the spec.
       mesh: the device mesh.
 
     Raises:
-      UserError: a bad expression, more axes than dimensions, or a dimension that does not divide.
+      UserError: a bad expression or spec, an unknown axis, or a dimension that does not divide.
     """
     try:
         compiled = [(re.compile(expression), spec) for expression, spec in rules]
@@ -55,6 +56,11 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
             return PartitionSpec()
         largest = max(candidates, key=lambda axis: shape[axis])
         return PartitionSpec(*(None if axis != largest else 'fsdp' for axis in range(largest + 1)))
+    if not isinstance(spec, tuple | list):
+        raise UserError(
+            f"sharding {spec!r} of '{name}' must be a tuple of mesh axes or 'fsdp', "
+            "such as (None, 'tensor')."
+        )
     if len(spec) > len(shape):
         # Optimiser states hold vectors beside matrices under one path; a spec made for the
         # matrix does not apply to them.
