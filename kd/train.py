@@ -179,13 +179,17 @@ class _Evaluation:
                     if name not in sums:
                         update = stage.evaluators[name][1].update
                         abstract = jax.eval_shape(update, state, batch)
-                        sums[name] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+                        sums[name] = jax.tree.map(self._zero, abstract)
                     sums[name] = self.updates[name](state, batch, sums[name])
         return {
             f'{name}/{metric}': float(value)
             for name, (_, evaluator) in stage.evaluators.items()
             for metric, value in evaluator.finish(jax.device_get(sums[name])).items()
         }
+
+    def _zero(self, x: jax.ShapeDtypeStruct) -> jax.Array:
+        # Where the sums will lie, or the update would be compiled once more for the second batch.
+        return jax.device_put(np.zeros(x.shape, x.dtype), replicated(self.stage.mesh))
 
     def _summed(self, evaluator: Evaluator) -> Callable[..., Any]:
         def update(state, batch, sums):
