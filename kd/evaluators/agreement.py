@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
-from kd.evaluators.classification import finish_means, negative_log_likelihood, predictor
+from kd.evaluators.classification import negative_log_likelihood, predictor
 from kd.losses import divergence, numerics
-from kd.metrics import mean
+from kd.metrics import divide, mean
 
 
 def top_1_agreement(student_logits: jax.Array, teacher_logits: ArrayLike) -> jax.Array:
@@ -45,4 +45,4 @@ def agreement(context: Context, *, weights: str = 'final') -> Evaluator:
         }
         return {name: mean(value, batch['mask']) for name, value in values.items()}
 
-    return Evaluator(update, finish_means)
+    return Evaluator(update, divide)

@@ -10,13 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
-from kd.evaluators.classification import (
-    finish_means,
-    negative_log_likelihood,
-    predictor,
-    top_k_correct,
-)
-from kd.metrics import mean
+from kd.evaluators.classification import negative_log_likelihood, predictor, top_k_correct
+from kd.metrics import divide, mean
 
 
 class Bins(NamedTuple):
@@ -40,11 +35,17 @@ def confidence_bins(
     """
     p = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
     confidence = p.max(-1)
-    weight = jnp.ones_like(confidence) if where is None else jnp.asarray(where, jnp.float32)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    member = jax.nn.one_hot(index, bins) * weight[:, None]
+    member = jax.nn.one_hot(index, bins, dtype=bool)
+    if where is not None:
+        member &= jnp.asarray(where)[:, None]
+
+    def per_bin(values: jax.Array) -> jax.Array:
+        # A matrix product would be rounded to bfloat16 or TF32 on accelerators.
+        return jnp.where(member, values[:, None], 0.0).sum(0)
+
     correct = (p.argmax(-1) == labels).astype(jnp.float32)
-    return Bins(member.sum(0), confidence @ member, correct @ member)
+    return Bins(per_bin(jnp.ones_like(confidence)), per_bin(confidence), per_bin(correct))
 
 
 def expected_calibration_error(bins: Bins) -> float:
@@ -74,6 +75,6 @@ def calibration(context: Context, *, weights: str = 'final', bins: int = 15) -> 
 
     def finish(sums) -> dict[str, float]:
         means, binned = sums
-        return {'ece': expected_calibration_error(binned), **finish_means(means)}
+        return {'ece': expected_calibration_error(binned), **divide(means)}
 
     return Evaluator(update, finish)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.errors import UserError
 from kd.losses import numerics
-from kd.metrics import Mean, mean
+from kd.metrics import Mean, divide, mean
 
 
 def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> jax.Array:
-    """Whether the label is among the k largest logits; ties count against the label.
+    """Whether the label is among the k largest logits; ties and NaN count against the label.
 
     Args:
       logits: [..., V].
@@ -27,7 +26,9 @@ def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> jax.Array
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     others = jnp.arange(logits.shape[-1]) != labels[..., None]
-    return (((logits >= of_label) & others).sum(-1) < k).astype(jnp.float32)
+    # Not `logits >= of_label`, which is false for NaN and would call a broken network right.
+    ahead = ~(logits < of_label) & others
+    return (ahead.sum(-1) < k).astype(jnp.float32)
 
 
 def negative_log_likelihood(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -56,7 +57,7 @@ def classification(context: Context, *, weights: str = 'final', top_k: int = 0) 
             sums[f'top_{top_k}'] = mean(top_k_correct(logits, batch['label'], top_k), mask)
         return sums
 
-    return Evaluator(update, finish_means)
+    return Evaluator(update, divide)
 
 
 def predictor(context: Context, weights: str = 'final'):
@@ -73,8 +74,3 @@ def predictor(context: Context, weights: str = 'final'):
         return network.apply(variables, batch['input']).logits
 
     return predict
-
-
-def finish_means(sums: dict[str, Mean]) -> dict[str, float]:
-    """Divides (sum, count) pairs on the host."""
-    return {name: float(np.asarray(m.total) / max(float(m.count), 1.0)) for name, m in sums.items()}
