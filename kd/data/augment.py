@@ -134,7 +134,7 @@ def mixup(
     Raises:
       ValueError: if alpha is not above 0, or labels are int and `num_classes` is missing.
 
-    Source: Zhang et al. 2017, arXiv 1710.09412, Eq. 2.
+    Source: Zhang et al. 2017, arXiv 1710.09412.
     """
     if not alpha > 0:
         raise ValueError(f'mixup: alpha must be above 0, got {alpha}; leave mixup out for none.')
