@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from kd.losses.flow_map import VelocityFunction
 
 __all__ = ['check_times', 'check_velocity_function']
 
 
-def check_times(s: jax.Array, t: jax.Array, *, ordered: bool = True) -> None:
+def check_times(s: ArrayLike, t: ArrayLike, *, ordered: bool = True) -> None:
     """Refuses times outside [0, 1] and, if `ordered`, jumps that run backwards.
 
     Looks at values, so it takes concrete arrays of any shape (not traced ones).

@@ -15,7 +15,7 @@ from kd.losses.flow_map_checks import check_velocity_function
 from kd.models import magnitude_preserving as mp
 from kd.models.conditioning import TimeWeight, class_features, positional_embedding
 from kd.models.dit import DiT, grid_embedding
-from kd.models.unet import UNet
+from kd.models.unet import Block, UNet
 from kd.models.velocity_mlp import VelocityMLP
 
 B, CLASSES = 2, 3
@@ -37,7 +37,7 @@ NETWORKS = {
     ),
     'unet': (
         UNet(
-            channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.5,
+            channels=8, multipliers=(1, 2), blocks=0, attention=(4,), dropout=0.5,
             num_classes=CLASSES, channels_per_head=8, dtype=jnp.float64,
         ),
         (4, 4, 1),
@@ -185,7 +185,7 @@ def test_low_precision_network_keeps_float32_outside(name):
     params = init(low, s, t, x)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
     params = jax.tree.map(lambda p: p + 0.05, params)
-    coarse, fine = low.apply(params, s, t, x), full.apply(params, s, t, x)
+    coarse, fine = (jax.jit(net.apply)(params, s, t, x) for net in (low, full))
     assert coarse.dtype == fine.dtype == jnp.float32
     scale = float(jnp.max(jnp.abs(fine)))
     gap = float(jnp.max(jnp.abs(coarse - fine)))
@@ -260,7 +260,8 @@ def test_weight_projection_changes_lengths_only():
     params['params']['out_gain'] = jnp.ones(())
     # Lengths drift apart in training; the network must not notice.
     grown = jax.tree.map(lambda p: 3.0 * p if p.ndim > 1 else p, params)
-    projected = mp.normalize_weights(grown)
+    project = jax.jit(mp.normalize_weights)
+    projected = project(grown)
     for path, leaf in jax.tree_util.tree_leaves_with_path(projected):
         if leaf.ndim > 1:
             rms = jnp.sqrt(jnp.mean(leaf**2, axis=tuple(range(leaf.ndim - 1))))
@@ -269,7 +270,7 @@ def test_weight_projection_changes_lengths_only():
     apply = jax.jit(lambda params: network.apply(params, s, t, x))
     out = apply(grown)
     np.testing.assert_allclose(apply(projected), out, atol=2e-3 * float(jnp.max(jnp.abs(out))))
-    again = mp.normalize_weights(projected)
+    again = project(projected)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(projected), strict=True):
         np.testing.assert_allclose(a, b, rtol=3e-4)
 
@@ -284,6 +285,39 @@ def test_gradient_is_orthogonal_to_a_normalised_weight():
     along = jnp.sum(gradient * weight, axis=0)
     length = jnp.linalg.norm(gradient, axis=0) * jnp.linalg.norm(weight, axis=0)
     assert jnp.max(jnp.abs(along) / length) < 1e-3
+
+
+def test_widening_encoder_block_has_both_derivatives():
+    # The one kind of block that the small UNet above does not contain.
+    block = Block(features=6, encoder=True, attention=True, dtype=jnp.float64)
+    rng = np.random.default_rng(1)
+    x, dx = rng.standard_normal((2, 1, 4, 4, 3))
+    embedding, step = rng.standard_normal((2, 1, 5))
+    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, embedding, False))
+    params = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), shapes)
+    names = [path[1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    assert {'skip', 'qkv'} <= set(names)
+
+    @jax.jit
+    def tangent(params, h):
+        at = (x + h * dx, embedding + h * step)
+        return jax.jvp(lambda *a: block.apply(params, *a, False), at, (dx, step))
+
+    h = 1e-6
+    ends = [tangent(params, sign * h)[0] for sign in (1, -1)]
+    derivative = tangent(params, 0.0)[1]
+    np.testing.assert_allclose(derivative, (ends[0] - ends[1]) / (2 * h), atol=1e-7)
+    loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.square(tangent(p, 0.0)[1]))))
+    _, gradient = loss(params)
+    moved = [
+        loss(jax.tree.map(lambda p, sign=sign: p + sign * h * jnp.cos(p), params))[0]
+        for sign in (1, -1)
+    ]
+    slope = sum(
+        jnp.sum(g * jnp.cos(p))
+        for g, p in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=True)
+    )
+    np.testing.assert_allclose(slope, (moved[0] - moved[1]) / (2 * h), rtol=1e-5)
 
 
 def test_unet_attends_where_asked_and_at_the_bottleneck():
@@ -305,7 +339,8 @@ def test_dit_without_blocks_is_local_to_patches():
     params = jax.tree.map(
         lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape, p.dtype), params
     )
-    change = network.apply(params, s, t, x.at[0, 3, 2, 1].set(1.0)) - network.apply(params, s, t, x)
+    apply = jax.jit(network.apply)
+    change = apply(params, s, t, x.at[0, 3, 2, 1].set(1.0)) - apply(params, s, t, x)
     touched = np.abs(np.asarray(change[0])).max(axis=-1) > 1e-6
     wanted = np.zeros((4, 6), bool)
     wanted[2:4, 2:4] = True
