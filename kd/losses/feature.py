@@ -136,12 +136,8 @@ def similarity_preserving(
     kept = _kept(where, student.shape[0])
 
     def similarity(features):
-        features = features.reshape(features.shape[0], -1)
-        gram = jnp.where(
-            kept[:, None] & kept[None, :],
-            jnp.matmul(features, features.T, precision='highest'),
-            0.0,
-        )
+        features = jnp.where(kept[:, None], features.reshape(features.shape[0], -1), 0.0)
+        gram = jnp.matmul(features, features.T, precision='highest')
         length = numerics.norm(gram, axis=-1, keepdims=True)
         return gram / jnp.where(length > 0, length, 1.0)
 

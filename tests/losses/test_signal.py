@@ -1,0 +1,213 @@
+"""Every form of a teacher signal against the dense value: equal, a bound of it, or unbiased."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from kd.losses import classification, divergence, signal
+
+GENERATOR = np.random.default_rng(2)
+POSITIONS, SIZE = 3, 6
+STUDENT, TEACHER = GENERATOR.normal(size=(2, POSITIONS, SIZE)) * 2
+P, Q = (scipy.special.softmax(x, axis=-1) for x in (TEACHER, STUDENT))
+
+DIVERGENCES = {
+    'forward_kl': divergence.forward_kl,
+    'reverse_kl': divergence.reverse_kl,
+    'generalized_jsd': divergence.generalized_jsd,
+    'skew_kl': divergence.skew_kl,
+    'skew_reverse_kl': divergence.skew_reverse_kl,
+    'total_variation': divergence.total_variation,
+    'amari alpha': partial(divergence.alpha_beta, alpha=0.25, beta=0.75),
+    'alpha_beta': partial(divergence.alpha_beta, alpha=0.5, beta=0.7),
+    'renyi': partial(divergence.renyi, alpha=2.0),
+}
+COARSE = [name for name in DIVERGENCES if name != 'alpha_beta']
+
+with jax.enable_x64(True):
+    TOP = {k: signal.top_k(TEACHER, k) for k in (1, 3, SIZE - 1, SIZE)}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def value_and_gradient(f, teacher, **options):
+    def total(student):
+        value = f(student, teacher, **options)
+        return jnp.sum(value), value
+
+    gradient, value = jax.grad(total, has_aux=True)(jnp.asarray(STUDENT))
+    return value, gradient
+
+
+def assert_same(got, expected, **tolerance):
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, **({'rtol': 1e-10, 'atol': 1e-12} | tolerance))
+
+
+@pytest.mark.parametrize('name', DIVERGENCES)
+def test_dense_and_hidden_head_are_the_array_itself(name):
+    f = DIVERGENCES[name]
+    hidden = GENERATOR.normal(size=(POSITIONS, 4))
+    head = np.linalg.lstsq(hidden, TEACHER, rcond=None)[0]  # 4 > POSITIONS: an exact fit
+    expected = value_and_gradient(f, TEACHER)
+    assert_same(value_and_gradient(f, signal.Dense(TEACHER)), expected)
+    assert_same(value_and_gradient(f, signal.HiddenHead(hidden, head)), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize('name', COARSE)
+def test_top_k_rises_with_k_to_the_dense_value(name):
+    f = DIVERGENCES[name]
+    dense = value_and_gradient(f, TEACHER)
+    values = [f(STUDENT, TOP[k]) for k in TOP]
+    # Coarser outcomes can only lose divergence (data processing inequality).
+    assert np.all(np.diff(values, axis=0) > -1e-12)
+    assert np.mean(values[0]) < np.mean(dense[0]) - 1e-2
+    assert_same((values[-1],), dense[:1])
+    assert_same(value_and_gradient(f, TOP[SIZE - 1]), dense)
+
+
+def test_top_k_forward_kl_obeys_the_chain_rule_and_its_gradient_formula():
+    teacher = signal.top_k(TEACHER, 2)
+    indices = np.asarray(teacher.indices)
+    np.testing.assert_array_equal(indices, np.argsort(-TEACHER, axis=-1)[:, :2])
+    listed = np.zeros(P.shape, bool)
+    np.put_along_axis(listed, indices, True, axis=-1)
+    tail_p, tail_q = (np.where(listed, 0, x).sum(-1, keepdims=True) for x in (P, Q))
+    np.testing.assert_allclose(teacher.tail, tail_p[:, 0], rtol=1e-12)
+    value, gradient = value_and_gradient(divergence.forward_kl, teacher)
+    within_tail = np.sum(np.where(listed, 0, P * np.log(P / tail_p * tail_q / Q)), axis=-1)
+    np.testing.assert_allclose(value + within_tail, np.sum(P * np.log(P / Q), axis=-1), rtol=1e-12)
+    expected = np.where(listed, Q - P, Q - tail_p * Q / tail_q)
+    np.testing.assert_allclose(gradient, expected, atol=1e-12)
+
+
+def test_renormalized_top_k_pulls_the_student_towards_the_listed_outcomes_alone():
+    teacher = signal.top_k(TEACHER, 2, temperature=2.0).renormalize()
+    target = np.zeros(P.shape)
+    exponents = np.exp(np.take_along_axis(TEACHER, np.asarray(teacher.indices), -1) / 2)
+    probabilities = exponents / exponents.sum(-1, keepdims=True)
+    np.put_along_axis(target, np.asarray(teacher.indices), probabilities, axis=-1)
+    q = scipy.special.softmax(STUDENT / 2, axis=-1)
+    value, gradient = value_and_gradient(divergence.forward_kl, teacher, temperature=2.0)
+    expected = np.sum(scipy.special.rel_entr(target, q), axis=-1)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient, (q - target) / 2, atol=1e-12)
+
+
+def test_empty_slots_of_top_k_say_nothing():
+    k2 = signal.top_k(TEACHER, 2)
+    log_probs = np.pad(k2.log_probs, ((0, 0), (0, 2)), constant_values=-np.inf)
+    padded = signal.TopK(log_probs, np.pad(k2.indices, ((0, 0), (0, 2))), k2.tail)
+    for f in (divergence.forward_kl, divergence.reverse_kl):
+        assert_same(value_and_gradient(f, padded), value_and_gradient(f, k2))
+
+
+def test_small_tails_keep_their_digits_in_float32():
+    logits = jnp.asarray([[20.0, 0.0, -1.0, -2.0]], jnp.float32)
+    teacher = signal.top_k(logits, 1)
+    exact = np.sum(np.exp([0.0, -1, -2])) / np.sum(np.exp([20.0, 0, -1, -2]))
+    np.testing.assert_allclose(teacher.tail, [exact], rtol=1e-6)
+    student = jnp.asarray([[20.0, 0.0, 0.0, 0.0]], jnp.float32)
+    uniform = signal.top_k(jnp.zeros((1, 4), jnp.float32), 1)
+    q_tail = 3 / (np.exp(20) + 3)
+    expected = np.log(0.25) / 4 + 3 * np.log(0.75 / q_tail) / 4
+    np.testing.assert_allclose(divergence.forward_kl(student, uniform), [expected], rtol=1e-6)
+
+
+def sampled_by_enumeration(draws, proposal):
+    """Value and gradient for every possible sample of `draws` tokens, and its probability."""
+    entropy = -np.sum(P * np.log(P), axis=-1)
+    for tokens in itertools.product(range(SIZE), repeat=draws):
+        tokens = np.array(tokens)
+        teacher = signal.Sampled(
+            np.broadcast_to(tokens, (POSITIONS, draws)),
+            P[:, tokens] / (draws * proposal[:, tokens]),
+            entropy,
+        )
+        yield value_and_gradient(divergence.forward_kl, teacher), proposal[:, tokens].prod(-1)
+
+
+@pytest.mark.parametrize('draws', [1, 2])
+def test_sampled_forward_kl_and_gradient_are_unbiased_by_enumeration(draws):
+    proposal = scipy.special.softmax(TEACHER / 2, axis=-1)
+    value, gradient, mass = 0.0, 0.0, 0.0
+    for (v, g), probability in sampled_by_enumeration(draws, proposal):
+        value += probability * v
+        gradient += probability[:, None] * g
+        mass += probability
+    np.testing.assert_allclose(mass, 1, rtol=1e-12)
+    np.testing.assert_allclose(value, divergence.forward_kl(STUDENT, TEACHER), rtol=1e-12)
+    np.testing.assert_allclose(gradient, Q - P, atol=1e-12)
+
+
+def test_sample_draws_from_the_proposal_with_weights_that_undo_it(key):
+    draws = 20_000
+    teacher = signal.sample(key, TEACHER, draws, proposal_temperature=2.0)
+    proposal = scipy.special.softmax(TEACHER / 2, axis=-1)
+    ratio = np.take_along_axis(P / proposal, np.asarray(teacher.tokens), axis=-1)
+    np.testing.assert_allclose(teacher.weights, ratio / draws, rtol=1e-10)
+    np.testing.assert_allclose(teacher.entropy, -np.sum(P * np.log(P), axis=-1), rtol=1e-12)
+    onehot = np.asarray(teacher.tokens)[..., None] == np.arange(SIZE)
+    estimate = np.sum(onehot * np.asarray(teacher.weights)[..., None], axis=1)
+    standard_error = np.sqrt(P**2 / proposal / draws)
+    assert np.all(np.abs(estimate - P) < 5 * standard_error)
+
+
+def test_one_draw_of_weight_one_is_the_cross_entropy_of_a_label():
+    labels = np.array([0, 3, 5])
+    teacher = signal.Sampled(labels[:, None], np.ones((POSITIONS, 1)))
+    assert_same(
+        value_and_gradient(divergence.forward_kl, teacher),
+        value_and_gradient(lambda s, _: classification.cross_entropy(s, labels), teacher),
+    )
+
+
+@pytest.mark.parametrize('form', ['top_k', 'sampled'])
+def test_where_over_positions_holds_for_sparse_signals(form, key):
+    teacher = signal.top_k(TEACHER, 2) if form == 'top_k' else signal.sample(key, TEACHER, 4)
+    rows = np.array([True, False, True])
+    value, gradient = value_and_gradient(divergence.forward_kl, teacher, where=rows[:, None])
+    full_value, full_gradient = value_and_gradient(divergence.forward_kl, teacher)
+    np.testing.assert_allclose(value, np.where(rows, full_value, 0.0), rtol=1e-12)
+    np.testing.assert_allclose(gradient, rows[:, None] * full_gradient, atol=1e-12)
+
+
+def test_signals_are_pytrees_that_vmap_maps_and_jit_takes():
+    teacher = signal.top_k(TEACHER, 3, temperature=2.0)
+    f = partial(divergence.forward_kl, temperature=2.0)
+    np.testing.assert_allclose(jax.jit(jax.vmap(f))(STUDENT, teacher), f(STUDENT, teacher))
+
+
+@pytest.mark.parametrize('name', [name for name in DIVERGENCES if name != 'forward_kl'])
+def test_sampled_is_refused_by_name_where_it_defines_nothing(name, key):
+    expected = rf'^{name.split()[0].replace("amari", "alpha_beta")}.*Sampled.*needs Dense'
+    with pytest.raises(TypeError, match=expected):
+        DIVERGENCES[name](STUDENT, signal.sample(key, TEACHER, 2))
+
+
+def test_top_k_is_refused_by_name_where_it_defines_nothing():
+    top2, labels = signal.top_k(TEACHER, 2), np.zeros(POSITIONS, np.int32)
+    with pytest.raises(TypeError, match=r'^alpha_beta\(alpha=0.5, beta=0.7\).*TopK.*HiddenHead\.$'):
+        DIVERGENCES['alpha_beta'](STUDENT, top2)
+    with pytest.raises(TypeError, match=r'^logit_mse .*TopK'):
+        classification.logit_mse(STUDENT, top2)
+    for f in (classification.target_kl, classification.non_target_kl):
+        with pytest.raises(TypeError, match=r'kl .*TopK'):
+            f(STUDENT, top2, labels)
+
+
+def test_a_sparse_signal_is_bound_to_its_temperature(key):
+    for teacher in (signal.top_k(TEACHER, 2), signal.sample(key, TEACHER, 2)):
+        with pytest.raises(ValueError, match=r'recorded at temperature 1\.0 .* temperature 2'):
+            divergence.forward_kl(STUDENT, teacher, temperature=2)
+    with pytest.raises(ValueError, match='between 1 and the number of outcomes 6, got k=7'):
+        signal.top_k(TEACHER, 7)
