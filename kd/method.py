@@ -223,10 +223,11 @@ def with_projection(method: Method, project: Callable[[PyTree], PyTree]) -> Meth
 
 
 def with_nonfinite_guard(method: Method, mode: str) -> Method:
-    """Keeps a step with a non-finite metric from touching the state.
+    """Keeps a step with a non-finite metric or parameter from touching the state.
 
-    Every method reports its losses and gradient norms, so a non-finite one shows in the metrics.
-    Such a step is counted in the metric `nonfinite` and its other metrics are left out.
+    Every method reports its losses and gradient norms, so a non-finite one shows in the metrics;
+    an update that overflows on its own shows in the parameters. Such a step is counted in the
+    metric `nonfinite` and its other metrics are left out.
 
     Args:
       method: the method to wrap.
@@ -243,7 +244,8 @@ def with_nonfinite_guard(method: Method, mode: str) -> Method:
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         halted = state.extra['halted']
         new, metrics = method.step(state, batch)
-        finite = jnp.all(jnp.stack([jnp.isfinite(m.total) for m in metrics.values()]))
+        checked = [*(m.total for m in metrics.values()), *jax.tree.leaves(new.params)]
+        finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in checked]))
         good = finite & ~halted
 
         def select(new: PyTree, old: PyTree) -> PyTree:

@@ -511,6 +511,16 @@ def test_a_finite_loss_with_an_infinite_gradient_is_caught():
     assert metrics['nonfinite'].total == 1
 
 
+@pytest.mark.parametrize('mode', ['skip', 'stop'])
+def test_an_update_that_is_not_finite_is_caught_though_loss_and_gradient_are(mode):
+    # Adam without its epsilon divides zero by zero where the gradient is zero.
+    method = minimize(squared_error, optax.adam(LR, eps=0.0), initial)
+    batch = {'x': np.eye(2, 3, dtype=np.float32), 'y': np.zeros(2, np.float32)}
+    state, [metrics] = run(with_nonfinite_guard(method, mode), [batch])
+    np.testing.assert_array_equal(state.params['w'], START)
+    assert metrics_lib.divide(metrics) == {'nonfinite': 1.0}
+
+
 def test_one_players_bad_move_undoes_the_step_of_both():
     method = with_nonfinite_guard(
         alternate(
