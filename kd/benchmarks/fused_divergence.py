@@ -1,0 +1,162 @@
+"""What `kd.losses.sequence.fused_divergence` saves and costs against whole logits.
+
+    python -m kd.benchmarks.fused_divergence
+    python -m kd.benchmarks.fused_divergence --divergence=generalized_jsd --chunk=128
+    --json=out.json
+
+Value and gradient (in the student's hidden states and head) of the mean divergence over tokens,
+from `HiddenHead` factors of both models. The dense form multiplies them out and calls the same
+divergence.
+
+Memory is the temporary memory of XLA's compiled program, at a size at which nothing is executed.
+Time is the median over rounds in which the forms take turns, at a size that runs on a laptop. The
+last row has a random weight per token, known only when it runs: the case in which the fused
+gradient needs a second sweep. It has no target.
+
+| | target, fused over dense |
+|---|---|
+| temporary memory | at most 1/8 |
+| time | at most 1.2 |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd.losses import divergence as divergences
+from kd.losses import sequence, signal
+
+TARGETS = {'memory': 1 / 8, 'time': 1.2}
+DENSE, FUSED, WEIGHTED = 'dense', 'fused', 'fused, weighted tokens'
+DIVERGENCES = (
+    'forward_kl',
+    'reverse_kl',
+    'generalized_jsd',
+    'skew_kl',
+    'skew_reverse_kl',
+    'total_variation',
+)
+
+Arrays = tuple[Any, ...]
+
+
+def forms(name: str, chunk: int) -> dict[str, jax.stages.Wrapped]:
+    """Jitted value and gradient of each form, of student factors, teacher factors and weights."""
+    divergence = getattr(divergences, name)
+
+    def dense(hidden, head, teacher, weights):
+        return jnp.mean(divergence(signal.HiddenHead(hidden, head).logits(), teacher))
+
+    def fused(hidden, head, teacher, weights):
+        return jnp.mean(
+            sequence.fused_divergence(hidden, head, teacher, divergence=divergence, chunk=chunk)
+        )
+
+    def weighted(hidden, head, teacher, weights):
+        return jnp.mean(
+            weights
+            * sequence.fused_divergence(hidden, head, teacher, divergence=divergence, chunk=chunk)
+        )
+
+    losses = {DENSE: dense, FUSED: fused, WEIGHTED: weighted}
+    return {form: jax.jit(jax.value_and_grad(loss, (0, 1))) for form, loss in losses.items()}
+
+
+def arguments_of(tokens: int, vocabulary: int, width: int, dtype: str) -> Arrays:
+    """Random student factors, teacher factors and token weights with logits of unit size."""
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def factors(hidden_key, head_key):
+        hidden = jax.random.normal(hidden_key, (tokens, width), dtype)
+        return hidden, jax.random.normal(head_key, (width, vocabulary), dtype) * width**-0.5
+
+    student, teacher = factors(*keys[:2]), signal.HiddenHead(*factors(*keys[2:4]))
+    return *student, teacher, jax.random.uniform(keys[4], (tokens,))
+
+
+def measure_memory(name: str, chunk: int, *size: Any) -> dict[str, float]:
+    """MiB of temporary memory of each form's compiled program; nothing is executed."""
+    shapes = jax.eval_shape(lambda: arguments_of(*size))
+    compiled = {form: f.lower(*shapes).compile() for form, f in forms(name, chunk).items()}
+    return {form: c.memory_analysis().temp_size_in_bytes / 2**20 for form, c in compiled.items()}
+
+
+def measure_time(name: str, chunk: int, rounds: int, *size: Any) -> dict[str, float]:
+    """Median seconds of each form."""
+    arrays = arguments_of(*size)
+    candidates = forms(name, chunk)
+    seconds: dict[str, list[float]] = {form: [] for form in candidates}
+    for index in range(rounds + 1):
+        for form, f in candidates.items():
+            began = time.perf_counter()
+            jax.block_until_ready(f(*arrays))
+            if index:  # round 0 compiles
+                seconds[form].append(time.perf_counter() - began)
+    return {form: statistics.median(times) for form, times in seconds.items()}
+
+
+def table(title: str, unit: str, digits: int, measured: dict[str, float], target: float) -> str:
+    """One row per form, with its ratio to the dense one."""
+    lines = [title, '', f'| form | {unit} | over dense | target |', '|---|---:|---:|---:|']
+    for form, value in measured.items():
+        goal = f'{target:.3f}' if form == FUSED else ''
+        lines.append(f'| {form} | {value:.{digits}f} | {value / measured[DENSE]:.3f} | {goal} |')
+    return '\n'.join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints both tables; exit status 1 if a target is missed."""
+    parser = argparse.ArgumentParser(prog='python -m kd.benchmarks.fused_divergence')
+    parser.add_argument('--divergence', choices=DIVERGENCES, default='forward_kl')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    parser.add_argument('--chunk', type=int, default=256, help='tokens per slab of logits')
+    parser.add_argument('--width', type=int, default=1024, help='of student and teacher')
+    parser.add_argument('--tokens', type=int, default=4096, help='for the memory')
+    parser.add_argument('--vocabulary', type=int, default=131072, help='for the memory')
+    parser.add_argument('--time_tokens', type=int, default=1024)
+    parser.add_argument('--time_vocabulary', type=int, default=16384)
+    parser.add_argument('--rounds', type=int, default=5, help='timed runs of each form')
+    parser.add_argument('--json', type=Path, help='also write the numbers to this file')
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error('--rounds must be at least 1')
+
+    name, chunk = options.divergence, options.chunk
+    size = (options.tokens, options.vocabulary, options.width, options.dtype)
+    memory = measure_memory(name, chunk, *size)
+    print(table(_title('Temporary memory', name, size), 'MiB', 0, memory, TARGETS['memory']))
+    size = (options.time_tokens, options.time_vocabulary, options.width, options.dtype)
+    seconds = measure_time(name, chunk, options.rounds, *size)
+    print('\n' + table(_title('Time', name, size), 'seconds', 3, seconds, TARGETS['time']))
+
+    ratios = {'memory': memory[FUSED] / memory[DENSE], 'time': seconds[FUSED] / seconds[DENSE]}
+    if options.json:
+        settings = vars(options) | {'json': str(options.json)}
+        record = {
+            'settings': settings,
+            'device': jax.devices()[0].device_kind,
+            'memory_mib': memory,
+            'seconds': seconds,
+            'fused_over_dense': ratios,
+        }
+        options.json.write_text(json.dumps(record, indent=2) + '\n')
+    return int(any(ratios[what] > target for what, target in TARGETS.items()))
+
+
+def _title(what: str, name: str, size: tuple[Any, ...]) -> str:
+    tokens, vocabulary, width, dtype = size
+    return f'{what}: {name}, {tokens} tokens x {vocabulary} vocabulary x width {width}, {dtype}'
+
+
+if __name__ == '__main__':
+    sys.exit(main())
