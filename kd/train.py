@@ -25,7 +25,7 @@ from kd import metrics as metrics_lib
 from kd.errors import NonFiniteError, Preempted, UserError
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
-from kd.io.workdir import MetricLog, Workdir
+from kd.io.workdir import MetricLog, Workdir, read_metrics
 from kd.parallel import mesh as mesh_lib
 from kd.stage import Evaluator, Stage, prepare, replicated
 from kd.state import State
@@ -79,10 +79,12 @@ def train_stage(
         loop = Loop(stage, saved, directory, stop)
         loop.run()
         step = saved.best_step() if stage.config.final == 'best' else stage.config.steps
+        # From the log and not from this process, which may have come after the last step.
+        logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
         record = {
             'step': step,
-            'metrics': loop.last_scalars,
-            'steps_per_s': loop.clock.speed(),
+            'steps_per_s': logged.pop('time/steps_per_s'),
+            'metrics': {name: value for name, value in logged.items() if name != 'step'},
             'parameters': sum(x.size for x in jax.tree.leaves(loop.state.params)),
         }
         checkpoints.mark_done(directory, record)
@@ -152,7 +154,13 @@ def initial_state(stage: Stage) -> State:
     def init(key, frozen):
         return stage.method.init(key, frozen).replace(frozen={})
 
-    return jax.jit(init, out_shardings=shardings)(stage.key(), stage.frozen)
+    # Initialisation runs once: on CPU, where compiling it well takes longer than running it badly,
+    # it is compiled badly.
+    on_cpu = stage.mesh.devices.flat[0].platform == 'cpu'
+    options = {'xla_backend_optimization_level': '0'} if on_cpu else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(
+        stage.key(), stage.frozen
+    )
 
 
 def zeros(abstract: Any) -> Any:
@@ -210,7 +218,6 @@ class Loop:
     ) -> None:
         self.stage, self.saved, self.directory, self.stop = stage, saved, directory, stop
         self.name = stage.name
-        self.last_scalars: dict[str, float] = {}
         self.evaluation = _Evaluation(stage)
         self.iterator = stage.batches()
         abstract, _, window, _ = abstract_arguments(stage)
@@ -241,7 +248,7 @@ class Loop:
         profile = _Profile(self.stage, self.directory, self.start)
         try:
             for step in range(self.start, steps):
-                with profile(step):
+                with profile(step, lambda: jax.block_until_ready(self.window)):
                     self._step(first=step == self.start)
                 now, scalars = step + 1, {}
                 last, stopping = now == steps, self.stop()
@@ -251,7 +258,6 @@ class Loop:
                 if last or (config.eval_every and now % config.eval_every == 0):
                     with self.clock.paused():
                         scalars |= self.evaluation(self.state.replace(frozen=self.frozen))
-                self.last_scalars |= scalars
                 if scalars:
                     log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
                 ranked = bool(config.best) and config.best.lstrip('-') in scalars
@@ -349,16 +355,16 @@ class _Profile:
         profile = stage.context.config.profile
         # Not the first step of a run, which is mostly compilation.
         self.begin = max(profile.start, first + 1)
-        self.end = self.begin + profile.steps
+        self.end = min(self.begin + profile.steps, stage.config.steps)
         self.directory = directory / 'profile'
 
     @contextlib.contextmanager
-    def __call__(self, step: int) -> Iterator[None]:
+    def __call__(self, step: int, wait: Callable[[], Any]) -> Iterator[None]:
         if step == self.begin < self.end:
             jax.profiler.start_trace(str(self.directory))
         yield
         if self.begin < self.end == step + 1:
-            jax.effects_barrier()
+            wait()
             jax.profiler.stop_trace()
 
 

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from kd.errors import UserError
+from kd.io.workdir import write_whole
 from kd.parallel.sharding import path_name
 from kd.state import State
 
@@ -188,9 +189,7 @@ def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> 
 
 def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
     """Writes the marker of a finished stage, atomically."""
-    partial = directory / 'done.json.partial'
-    partial.write_text(json.dumps(record, indent=1))
-    partial.rename(directory / 'done.json')
+    write_whole(directory / 'done.json', json.dumps(record, indent=1))
 
 
 def read_done(directory: Path) -> dict[str, Any] | None:

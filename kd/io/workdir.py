@@ -38,14 +38,17 @@ class Workdir:
             self._lock = open(path / '.lock', 'a+')  # noqa: SIM115  held until `close`
         except OSError as error:
             raise UserError(f'Cannot write to workdir {path}: {error.strerror}.') from error
-        self._take_lock()
-        plain = config_lib.to_plain(config)
-        self._config = plain
-        self._check_config(json.loads(json.dumps(plain)))
+        self._config = config_lib.to_plain(config)
+        try:
+            self._take_lock()
+            self._check_config(json.loads(json.dumps(self._config)))
+        except UserError:
+            self.close()
+            raise
 
     def record(self) -> None:
         """Writes config and manifest; from now on the directory belongs to this config."""
-        (self.path / 'config.json').write_text(json.dumps(self._config, indent=1))
+        write_whole(self.path / 'config.json', json.dumps(self._config, indent=1))
         self._write_manifest(self._config)
 
     def stage(self, name: str) -> Path:
@@ -103,7 +106,7 @@ class Workdir:
             'host': socket.gethostname(),
             'config': config,
         }
-        (self.path / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+        write_whole(self.path / 'manifest.json', json.dumps(manifest, indent=1))
 
 
 def commit() -> str:
@@ -131,7 +134,7 @@ class MetricLog:
         """Opens the log; lines after `resume_step` are of a run cut off and are dropped."""
         self._file = directory / 'metrics.jsonl'
         kept = [line for line in _lines(self._file) if json.loads(line)['step'] <= resume_step]
-        self._file.write_text(''.join(kept))
+        write_whole(self._file, ''.join(kept))
         # Imports TensorFlow, which takes seconds and has much to say: only where it is needed.
         os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
         os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
@@ -149,6 +152,13 @@ class MetricLog:
         self._stream.close()
         self._writer.flush()
         self._writer.close()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that a process that dies meanwhile leaves the old one."""
+    partial = file.with_name(file.name + '.partial')
+    partial.write_text(text)
+    partial.rename(file)
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
