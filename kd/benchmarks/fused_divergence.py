@@ -87,8 +87,7 @@ def arguments_of(tokens: int, vocabulary: int, width: int, dtype: str) -> Arrays
 def measure_memory(name: str, chunk: int, *size: Any) -> dict[str, float]:
     """MiB of temporary memory of each form's compiled program; nothing is executed."""
     shapes = jax.eval_shape(lambda: arguments_of(*size))
-    compiled = {form: f.lower(*shapes).compile() for form, f in forms(name, chunk).items()}
-    return {form: c.memory_analysis().temp_size_in_bytes / 2**20 for form, c in compiled.items()}
+    return {form: _temporary_mib(f.lower(*shapes)) for form, f in forms(name, chunk).items()}
 
 
 def measure_time(name: str, chunk: int, rounds: int, *size: Any) -> dict[str, float]:
@@ -151,6 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         options.json.write_text(json.dumps(record, indent=2) + '\n')
     return int(any(ratios[what] > target for what, target in TARGETS.items()))
+
+
+def _temporary_mib(lowered: jax.stages.Lowered) -> float:
+    analysis = lowered.compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f'the {jax.default_backend()} backend reports no memory; use another')
+    return analysis.temp_size_in_bytes / 2**20
 
 
 def _title(what: str, name: str, size: tuple[Any, ...]) -> str:

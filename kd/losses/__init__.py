@@ -1,0 +1,30 @@
+"""Losses: pure functions of arrays, student first, one value per example, no reduction.
+
+    from kd.losses import divergence
+
+    loss = 4.0**2 * divergence.forward_kl(student_logits, teacher_logits, temperature=4.0).mean()
+
+Import the module, not its functions: `divergence.forward_kl` says what `forward_kl` alone does not.
+They know no network, config or state, and take a mask as `where=`.
+
+What a teacher says, and how far the student is from it:
+
+| module | holds |
+|---|---|
+| `signal` | the forms of a teacher: dense, top-k with tail, sampled, hidden states and head |
+| `divergence` | forward, reverse, Jensen-Shannon, skewed, total variation, alpha-beta, Renyi |
+| `sequence` | the same straight from hidden states, without the logits of all tokens |
+| `classification` | cross-entropy, its mixture with a teacher, decoupled KD, logits as such |
+| `relation` | DIST: correlations across classes and across examples |
+| `feature` | FitNets, attention transfer, similarity-preserving, CKA; capture from Flax |
+| `preference` | anchored cross-entropy over candidates: DPO and its relatives |
+
+Flows and diffusion: `interpolant` (paths from noise to data), `flow_map` (the residuals),
+`flow_map_family` and `flow_map_algorithms` (the published losses made of them),
+`flow_map_checks`.
+
+Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `distribution_matching`,
+`batch_statistics`, `sharpness`.
+
+`numerics` has the softmax arithmetic that the others share.
+"""

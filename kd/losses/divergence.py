@@ -5,17 +5,19 @@ functions share one signature and these conventions:
 
 - `student_logits`: [..., V], V on `axis`, any float dtype. Computed in float32 (float64 for float64
   input).
-- `teacher`: logits of the same shape (leading axes may broadcast) or a `signal.TeacherSignal`.
-  Signals have their outcomes on the last axis. From `TopK` a divergence is that of the k + 1
-  outcomes 'one of the k, or any other': a lower bound of the full one. `Sampled` defines forward_kl
-  only.
+- `teacher`: logits of the same shape (leading axes may broadcast) or a `signal.TeacherSignal`. Of
+  the signals, `Dense` has its outcomes on `axis`, the others on their last axis. From `TopK` a
+  divergence is that of the k + 1 outcomes 'one of the k, or any other': a lower bound of the full
+  one. `Sampled` defines forward_kl only.
 - `temperature`: divides both logits; a number, or an array that broadcasts against the logits (with
   `TopK` and `Sampled`: the number they were recorded at). The value is the divergence of the
   tempered distributions and nothing else: gradients shrink like 1/T^2, and who wants Hinton's
   convention writes `temperature**2 * forward_kl(..., temperature=temperature)`.
 - `where`: bool, broadcasts against the logits as in `jnp.mean`. An outcome with False is taken out
   of both distributions, exactly as a logit of -inf in both; a position with none left
-  (`where=mask[..., None]`) is 0 with zero gradient.
+  (`where=mask[..., None]`) is 0 with zero gradient. `TopK` and `Sampled` cannot be renormalised
+  afterwards: record them from equally masked logits (an outcome they list outside `where` makes
+  the value +inf).
 - Returns [...] nats, one value per position, not reduced. An outcome impossible under both
   contributes exactly 0. Where the divergence is infinite (forward KL: the student excludes an
   outcome the teacher has) the value is +inf.
@@ -318,7 +320,10 @@ def _outcomes(name, student_logits, teacher, temperature, axis, where, *, top_k=
         _check_temperature(name, teacher, temperature)
         log_q = _student_log_probs(student_logits, temperature, axis, where)
         return _top_k_outcomes(log_q, teacher, _kept_positions(where, axis, student_logits))
-    teacher_logits = teacher.logits() if isinstance(teacher, signal.HiddenHead) else teacher.logits
+    if isinstance(teacher, signal.HiddenHead):
+        teacher_logits = jnp.moveaxis(teacher.logits(), -1, axis)
+    else:
+        teacher_logits = teacher.logits
     student_logits = jnp.asarray(student_logits)
     if student_logits.shape[axis] != teacher_logits.shape[axis]:
         raise ValueError(
@@ -378,7 +383,7 @@ def _kept_positions(where, axis, student_logits):
 
 
 def _check_temperature(name, teacher: signal.TopK | signal.Sampled, temperature):
-    if isinstance(temperature, jax.Array) or temperature != teacher.temperature:
+    if not isinstance(temperature, (int, float)) or temperature != teacher.temperature:
         raise ValueError(
             f'{name}: a {type(teacher).__name__} signal recorded at temperature '
             f'{teacher.temperature} cannot be used at temperature {temperature}; record it at '

@@ -211,3 +211,14 @@ def test_a_sparse_signal_is_bound_to_its_temperature(key):
             divergence.forward_kl(STUDENT, teacher, temperature=2)
     with pytest.raises(ValueError, match='between 1 and the number of outcomes 6, got k=7'):
         signal.top_k(TEACHER, 7)
+
+
+def test_only_dense_logits_follow_the_axis_the_other_forms_keep_their_outcomes_last():
+    hidden, head = GENERATOR.normal(size=(POSITIONS, 4)), GENERATOR.normal(size=(4, SIZE))
+    teacher = signal.HiddenHead(hidden, head)
+    for form in (teacher, signal.top_k(hidden @ head, 3)):
+        expected = divergence.forward_kl(STUDENT, form)
+        turned = divergence.forward_kl(STUDENT.T, form, axis=0)
+        np.testing.assert_allclose(turned, expected, rtol=1e-12)
+    turned = divergence.forward_kl(STUDENT.T, signal.Dense((hidden @ head).T), axis=0)
+    np.testing.assert_allclose(turned, divergence.forward_kl(STUDENT, teacher), rtol=1e-12)
