@@ -15,6 +15,8 @@ REQUIREMENTS = [
     'etils[epath,epy]>=1.15',
     'flax>=0.12.8',
     'grain>=0.2.18',
+    # tfds imports it without depending on it.
+    'importlib_resources>=6.5',
     'jax>=0.10.2',
     'matplotlib>=3.11',
     'ml_collections>=1.1.0',

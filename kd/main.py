@@ -28,6 +28,9 @@ _PREFIX = '--config.'
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors meant for people become one line."""
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
+    # TensorFlow writes TensorBoard events and tfds copies, and would have much to say of itself.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     try:
         config, workdir = parse(sys.argv[1:] if argv is None else argv)
         enable_compilation_cache()
@@ -78,8 +81,8 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where already."""
-    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    """Keeps compiled programs between runs, unless JAX was told where already."""
+    if getattr(jax.config, 'jax_compilation_cache_dir', None) is None:
         cache = Path.home() / '.cache' / 'kd' / 'jax'
         jax.config.update('jax_compilation_cache_dir', str(cache))
 

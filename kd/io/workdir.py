@@ -135,9 +135,7 @@ class MetricLog:
         self._file = directory / 'metrics.jsonl'
         kept = [line for line in _lines(self._file) if json.loads(line)['step'] <= resume_step]
         write_whole(self._file, ''.join(kept))
-        # Imports TensorFlow, which takes seconds and has much to say: only where it is needed.
-        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-        os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+        # Imports TensorFlow, which takes seconds: only where something is written.
         from clu import metric_writers
 
         self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))
