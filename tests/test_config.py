@@ -81,6 +81,7 @@ def test_a_recipe_and_its_stages_as_built_are_valid(config):
             r"teacher\.teacher='student' must come before 'teacher'",
         ),
         (lambda c: c.student.update(teacher='student'), 'must come before'),
+        (lambda c: c.student.data.update(trian='x'), r"'trian', which .* Did you mean 'train'\?"),
     ],
 )
 def test_what_is_wrong_with_a_config_is_said(config, change, message):

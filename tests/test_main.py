@@ -64,7 +64,7 @@ def test_the_quickstart_recipe_starts_and_writes_what_the_readme_lists(tmp_path)
 
 # (what is wrong, arguments, words of the one line that says so)
 WRONG = [
-    ('unknown field', ['--config.student.stepz=1'], "no field 'student.stepz'. Did you mean 'steps'"),
+    ('unknown field', ["--config.student.stepz=1"], "'student.stepz'. Did you mean 'steps'"),
     ('unknown block', ['--config.studnt.steps=1'], "Did you mean 'student'"),
     ('wrong type', ['--config.student.steps=many'], 'takes a value of type int, such as 240'),
     ('unknown flag', ['--wrkdir=x'], "Did you mean '--workdir'"),

@@ -56,7 +56,7 @@ def assert_same(got, expected, **tolerance):
 @pytest.mark.parametrize('name', DIVERGENCES)
 def test_dense_and_hidden_head_are_the_array_itself(name):
     f = DIVERGENCES[name]
-    hidden = GENERATOR.normal(size=(POSITIONS, 4))
+    hidden = np.random.default_rng(3).normal(size=(POSITIONS, 4))
     head = np.linalg.lstsq(hidden, TEACHER, rcond=None)[0]  # 4 > POSITIONS: an exact fit
     expected = value_and_gradient(f, TEACHER)
     assert_same(value_and_gradient(f, signal.Dense(TEACHER)), expected)
@@ -214,7 +214,8 @@ def test_a_sparse_signal_is_bound_to_its_temperature(key):
 
 
 def test_only_dense_logits_follow_the_axis_the_other_forms_keep_their_outcomes_last():
-    hidden, head = GENERATOR.normal(size=(POSITIONS, 4)), GENERATOR.normal(size=(4, SIZE))
+    generator = np.random.default_rng(4)
+    hidden, head = generator.normal(size=(POSITIONS, 4)), generator.normal(size=(4, SIZE))
     teacher = signal.HiddenHead(hidden, head)
     for form in (teacher, signal.top_k(hidden @ head, 3)):
         expected = divergence.forward_kl(STUDENT, form)

@@ -154,6 +154,7 @@ def test_a_dimension_may_go_over_several_axes(tree):
         ([('head/kernel', (None, 'tensor'))], r"'head/kernel' \(24, 10\): 10 does not divide ov"),
         ([('head/kernel', (None, ('fsdp', 'tensor')))], '10 does not divide over 8'),
         ([('kernel', ('model', None))], r"names mesh axis 'model'; axes: \('data', 'fsdp', "),
+        ([('kernel', ('tensor', 'tensor'))], "'dense/kernel' names 'tensor' twice"),
         ([('kernel', 'tensor')], "'tensor' .*must be a tuple of mesh axes or 'fsdp'"),
         ([('kernel', None)], "must be a tuple of mesh axes or 'fsdp'"),
         ([('kernel(', 'fsdp')], r'must be \(regular expression, spec\) pairs'),
@@ -230,7 +231,10 @@ def distil(context, *, micro_batches=1):
     return minimize(loss, context.tx, network.init, micro_batches=micro_batches)
 
 
-def a_stage(
+ACCURACY = 'kd.evaluators.classification.classification'
+
+
+def a_recipe(
     mesh,
     *,
     method='distil',
@@ -241,7 +245,7 @@ def a_stage(
     plain=False,
     steps=5,
 ):
-    """A stage on a mesh; without the name of a teacher, it gets one that is drawn at random."""
+    """A teacher and a student, alike."""
     config = kd_config.recipe(
         stages=('teacher', 'student'),
         data={'name': 'two_moons', 'train': 'train'},
@@ -262,6 +266,12 @@ def a_stage(
             batch_size=32,
             teacher=teacher if name == 'student' else '',
         )
+    return config
+
+
+def a_stage(mesh, *, frozen_sharding=(), teacher='', **options):
+    """A stage on a mesh; without the name of a teacher, it gets one that is drawn at random."""
+    config = a_recipe(mesh, frozen_sharding=frozen_sharding, teacher=teacher, **options)
     stage = prepare(config, 'student', mesh_lib.make_mesh(kd_config.to_plain(config.mesh)))
     if teacher:
         return stage
@@ -365,6 +375,31 @@ def test_a_student_may_start_from_its_teacher():
     teacher = stage.frozen['teacher']['params']
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), state.params, teacher)
     assert state.frozen == {}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            {'evaluators': {'test': {'name': ACCURACY, 'split': 'test'}}},
+            r"config\.data has no split 'test', only \['train'\]",
+        ),
+        (
+            {'evaluators': {'train': {'name': ACCURACY, 'split': 'train', 'top_k': 'x'}}},
+            '^student: the evaluator train fails: ',
+        ),
+        ({'batch_size': 1 << 20}, 'batch_size=1048576 exceeds the'),
+        ({'network': {'widths': (4,)}}, "'' is not an import path"),
+        ({'method': {'name': f'{__name__}.distil', 'micro_batches': 3}}, 'distil fails: .* of 32 '),
+    ],
+)
+def test_what_is_wrong_with_a_stage_is_found_before_anything_runs(change, message):
+    config = a_recipe({'data': 1}, teacher='teacher')
+    with config.ignore_type(), config.unlocked():
+        for name, value in change.items():
+            config.student[name] = value
+    with pytest.raises(UserError, match=message):
+        train.check(config, 'student', make(data=1))
 
 
 def test_a_teacher_lies_where_its_rules_say_and_the_step_takes_it_there():

@@ -1,0 +1,57 @@
+"""Every recipe, at its full scale, is traced through every stage: nothing is computed."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kd import config as kd_config
+from kd import train
+from kd.data import sources
+from kd.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).parent.parent
+# Data that a machine without a network lacks: (input shape, classes, examples by split).
+ABSENT = {
+    'mnist': ((28, 28, 1), 10, {'train': 60_000, 'test': 10_000}),
+    'cifar10': ((32, 32, 3), 10, {'train': 50_000, 'test': 10_000}),
+}
+
+
+def _variants():
+    for file in sorted((ROOT / 'configs').rglob('*.py')):
+        if 'claims' not in file.parts:
+            module = kd_config.load_module(file)
+            for variant in module.VARIANTS:
+                yield f'{file.relative_to(ROOT)}:{variant}'
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Sources of the right shapes, with nothing to read."""
+    load = sources.load
+
+    def loaded(name, split, *, data_dir=None):
+        if name not in ABSENT:
+            return load(name, split, data_dir=data_dir)
+        shape, classes, sizes = ABSENT[name]
+        spec = {
+            'input': jax.ShapeDtypeStruct(shape, np.float32),
+            'label': jax.ShapeDtypeStruct((), np.int32),
+        }
+        data = sources.DataSet(name, sizes, lambda split: lambda rows: {}, spec, classes)
+        return sources.Source(data, split)
+
+    monkeypatch.setattr(sources, 'load', loaded)
+
+
+@pytest.mark.parametrize('path', list(_variants()))
+def test_every_recipe_traces(path, stand_ins, tmp_path):
+    config = kd_config.load(path)
+    config.data_dir = str(tmp_path)
+    kd_config.validate(config)
+    mesh = make_mesh({'data': 1})
+    for stage in config.stages:
+        train.check(config, stage, mesh)
+        assert config[stage].evaluators or stage != config.stages[-1]
