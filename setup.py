@@ -41,7 +41,15 @@ EXTRAS = {
         'pytest-xdist>=3.8',
         'ruff>=0.17',
     ],
-    'launch': ['xmanager>=0.7'],
+    # xmanager wants protobuf below 7; the bounds on what it pulls in spare pip an endless search.
+    'launch': [
+        'google-cloud-aiplatform>=2.7',
+        'google-cloud-storage>=3.17',
+        'kubernetes>=37',
+        'protobuf>=6.33,<7',
+        'sqlalchemy>=2.1',
+        'xmanager>=0.8.5',
+    ],
     'colab': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
     'gpu': ['jax[cuda12]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
