@@ -304,6 +304,12 @@ def _validate_stage(config: ConfigDict, name: str) -> None:
             f"{name}.best='{stage.best}' names no evaluator of the stage."
             f'{did_you_mean(evaluator, stage.evaluators)} It has: {_list(stage.evaluators)}.'
         )
+    for key in stage.data:
+        if key not in config.data:
+            raise UserError(
+                f"{name}.data changes '{key}', which config.data does not have."
+                f'{did_you_mean(key, config.data)}'
+            )
     earlier = config.stages[: config.stages.index(name)]
     if stage.teacher in config.stages and stage.teacher not in earlier:
         raise UserError(

@@ -152,6 +152,8 @@ def prepare(
 
 def source_loader(data: dict[str, Any], data_dir: str) -> Callable[[str], sources.Source]:
     """`load(split)` for the splits named in a recipe's `data`, each opened once."""
+    if 'name' not in data:
+        raise UserError("config.data has no 'name' of a data set.")
     opened: dict[str, sources.Source] = {}
 
     def load(split: str) -> sources.Source:
@@ -170,7 +172,7 @@ def build_network(block: Any, source: sources.Source, *, where: str) -> Network 
     block = config_lib.to_plain(block)
     if not block:
         return None
-    factory = config_lib.resolve(block['name'])
+    factory = config_lib.resolve(block.get('name', ''))
     if 'num_classes' in inspect.signature(factory).parameters:
         block.setdefault('num_classes', source.num_classes)
     module = config_lib.build(block, where=where)

@@ -93,19 +93,23 @@ def train_stage(
 
 
 def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> None:
-    """Traces a stage's step without computing anything, so that what is wrong shows at once."""
+    """Traces a stage's step and evaluators, computing nothing: what is wrong shows at once."""
     stage = prepare(config, name, mesh)
+    for split in (*stage.context.splits, *(split for split, _ in stage.evaluators.values())):
+        stage.context.source(split)
+    stage.batches()  # Raises where a batch does not fit the data.
+    where = f'the step of {stage.config.method.name}'
     try:
-        abstract_arguments(stage)
+        state, frozen, _, batch = abstract_arguments(stage)
+        batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
+        for label, (_, evaluator) in stage.evaluators.items():
+            where = f'the evaluator {label}'
+            jax.eval_shape(evaluator.update, state.replace(frozen=frozen), batch)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f'{name}: the step of {stage.config.method.name} fails: {reason}'
-        ) from error
-    for split in stage.context.splits:
-        stage.context.source(split)
+        raise UserError(f'{name}: {where} fails: {reason}') from error
 
 
 def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
@@ -189,11 +193,15 @@ class _Evaluation:
                         abstract = jax.eval_shape(update, state, batch)
                         sums[name] = jax.tree.map(self._zero, abstract)
                     sums[name] = self.updates[name](state, batch, sums[name])
-        return {
+        scalars = {
             f'{name}/{metric}': float(value)
             for name, (_, evaluator) in stage.evaluators.items()
             for metric, value in evaluator.finish(jax.device_get(sums[name])).items()
         }
+        best = stage.config.best.lstrip('-')
+        if best and best not in scalars and not best.startswith('train/'):
+            raise UserError(f"{stage.name}.best='{best}' is none of: {', '.join(scalars)}.")
+        return scalars
 
     def _zero(self, x: jax.ShapeDtypeStruct) -> jax.Array:
         # Where the sums will lie, or the update would be compiled once more for the second batch.

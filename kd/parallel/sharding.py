@@ -65,9 +65,13 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
         # Optimiser states hold vectors beside matrices under one path; a spec made for the
         # matrix does not apply to them.
         return PartitionSpec()
+    used: list[str] = []
     for length, axes in zip(shape, spec, strict=False):
         ways = 1
         for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis in used:
+                raise UserError(f"sharding {tuple(spec)} of '{name}' names '{axis}' twice.")
+            used.append(axis)
             if axis not in mesh.shape:
                 raise UserError(
                     f"sharding of '{name}' names mesh axis '{axis}'; axes: {mesh.axis_names}."

@@ -402,6 +402,29 @@ def test_what_is_wrong_with_a_stage_is_found_before_anything_runs(change, messag
         train.check(config, 'student', make(data=1))
 
 
+@pytest.mark.parametrize(
+    ('best', 'message'),
+    [
+        ('-train/loss', None),
+        ('-test/nll', None),
+        ('test/acuracy', r"student\.best='test/acuracy' is none of: test/accuracy, test/nll\."),
+    ],
+)
+def test_a_best_metric_must_be_one_there_is(best, message):
+    config = a_recipe({'data': 1}, plain=True)
+    config.data.test = 'test[:64]'
+    evaluators = {'test': {'name': ACCURACY, 'split': 'test'}}
+    with config.ignore_type():
+        config.student.update(best=best, evaluators=evaluators)
+    stage = prepare(config, 'student', make(data=1))
+    evaluation, state = train._Evaluation(stage), train.initial_state(stage)
+    if message is None:
+        assert set(evaluation(state)) == {'test/accuracy', 'test/nll'}
+    else:
+        with pytest.raises(UserError, match=message):
+            evaluation(state)
+
+
 def test_a_teacher_lies_where_its_rules_say_and_the_step_takes_it_there():
     rules = (('^params/hidden1', 'fsdp'), ('head', (None, 'data')))
     stage = a_stage({'data': 2, 'fsdp': 4}, frozen_sharding=rules, teacher='teacher')
