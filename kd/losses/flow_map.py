@@ -234,7 +234,7 @@ def uncertainty_weight(error: jax.Array, log_variance: jax.Array) -> jax.Array:
 
     Minimal at w = log E[error], where its value is 1 + w: every pair of times then contributes
     equally to the gradient whatever the size of its error. The gradient flows to both arguments.
-    Source: arXiv 2505.18825, after Karras et al., arXiv 2312.02696, eq. 14.
+    Source: arXiv 2505.18825, after Kendall et al., arXiv 1705.07115.
     """
     return jnp.exp(-log_variance) * error + log_variance
 

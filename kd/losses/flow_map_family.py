@@ -111,7 +111,7 @@ def meanflow_residual(
 
     D is the derivative along (ds, dx) = (1, dx_s), dx_s the velocity of the sampled path: the
     Eulerian residual with the field replaced by the sample and all but the prediction stopped.
-    Geng et al., arXiv 2505.13447, eqs. 9-11 (there t = 1 is noise).
+    Geng et al., arXiv 2505.13447, algorithm 1 (there t = 1 is noise).
     """
     return esd_residual(vfn, s, t, x_s, teacher=sampled_velocity(dx_s), stop_gradient='target')
 
@@ -123,7 +123,7 @@ def consistency_training_residual(
 
     With f(x, s) = x + (1 - s) v(s, 1, x) the residual equals df/ds along the sampled path, and the
     gradient of half its square is -(1 - s)^{-1} grad_theta (f . sg[df/ds]): the objective of Song
-    et al., arXiv 2303.01469, theorem 5, and Lu & Song, arXiv 2410.11081, eq. 5, up to the weight.
+    et al., arXiv 2303.01469, and Lu & Song, arXiv 2410.11081, up to the weight.
     """
     return meanflow_residual(vfn, s, jnp.ones_like(s), x_s, dx_s)
 
@@ -133,7 +133,7 @@ def consistency_distillation_residual(
 ) -> jax.Array:
     """Continuous-time consistency distillation, shape [B, ...]: the same along the teacher's field.
 
-    df/ds is taken along dx = teacher(s, s, x_s). arXiv 2303.01469, theorem 3; arXiv 2410.11081.
+    df/ds is taken along dx = teacher(s, s, x_s). arXiv 2303.01469; arXiv 2410.11081.
     """
     t = jnp.ones_like(s)
     return esd_residual(vfn, s, t, x_s, teacher=teacher, stop_gradient='target')
@@ -154,7 +154,7 @@ def consistency_trajectory_residual(
     x_u is a teacher's solution at u from x_s at s; X' is the map of `target` (a moving average of
     the student; None is the student). u = t is plain regression of the teacher's step, t = 1 is
     discrete consistency distillation, u -> s divided by (u - s) the Eulerian residual.
-    Kim et al., arXiv 2310.02279, eq. 9 (before the map to data), with both ends free.
+    Kim et al., arXiv 2310.02279, the soft consistency loss before its map to data.
     """
     end = flow_map(target or vfn, u, t, x_u)
     return flow_map(vfn, s, t, x_s) - jax.lax.stop_gradient(end)
@@ -167,7 +167,7 @@ def shortcut_residual(
 
     The midpoint residual on dyadic times (`sample_dyadic`), except that a half jump no longer than
     `smallest` is read from the diagonal, where flow matching has trained the network.
-    Frans et al., arXiv 2410.12557, eq. 5, with step size d = (t - s) / 2.
+    Frans et al., arXiv 2410.12557, self-consistency targets, step size d = (t - s) / 2.
     """
 
     def half_jump(start, stop, x):

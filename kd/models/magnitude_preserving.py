@@ -18,7 +18,7 @@ _WEIGHT = 'mp_weight'
 
 
 def unit_norm(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    """x / (1e-4 + rms(x)) over `axis`, in float32 inside, the type of x outside. Eq. 63.
+    """x / (1e-4 + rms(x)) over `axis`, in float32 inside, the type of x outside.
 
     The gradient is finite at x = 0.
     """
@@ -29,18 +29,18 @@ def unit_norm(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
 
 
 def mp_silu(x: jax.Array) -> jax.Array:
-    """silu(x) / 0.596: unit variance for unit Gaussian input. Eq. 81."""
+    """silu(x) / 0.596: unit variance for unit Gaussian input."""
     return nn.silu(x) / 0.596
 
 
 def mp_sum(a: jax.Array, b: jax.Array, balance: float = 0.5) -> jax.Array:
-    """((1 - balance) a + balance b) / sqrt((1 - balance)^2 + balance^2). Eq. 88."""
+    """((1 - balance) a + balance b) / sqrt((1 - balance)^2 + balance^2)."""
     scale = ((1 - balance) ** 2 + balance**2) ** 0.5
     return a * ((1 - balance) / scale) + b * (balance / scale)
 
 
 def mp_concat(a: jax.Array, b: jax.Array, balance: float = 0.5) -> jax.Array:
-    """Concatenation over the last axis in which each part contributes by `balance`. Eq. 103."""
+    """Concatenation over the last axis in which each part contributes by `balance`."""
     size_a, size_b = a.shape[-1], b.shape[-1]
     scale = ((size_a + size_b) / ((1 - balance) ** 2 + balance**2)) ** 0.5
     return jnp.concatenate(
@@ -96,7 +96,7 @@ def normalize_weights(params):
 
     Every magnitude-preserving weight is rescaled to rms 1 for each output (its last axis); all
     other parameters are returned as they are. Idempotent up to the 1e-4 of `unit_norm`.
-    Source: arXiv 2312.02696, section 2.3 and algorithm 1.
+    Source: arXiv 2312.02696, algorithm 1.
     """
 
     def project(path, leaf):

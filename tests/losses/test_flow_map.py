@@ -242,6 +242,34 @@ def test_unknown_stop_gradient_is_refused_by_name(points, params, residual, extr
         residual(bind(params), s, t, x, *extra, stop_gradient=stop)
 
 
+def test_residuals_and_gradients_are_the_same_on_a_mesh(points, params):
+    arrays = points  # 12 examples on 4 devices
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ('data',), axis_types=auto, devices=jax.devices()[:4])
+    spec = jax.sharding.PartitionSpec('data')
+
+    def loss(params, s, t, x, g):
+        v = bind(params)
+        residuals = [
+            *(fm.lsd_residual(v, s, t, x, stop_gradient=stop) for stop in ('convex', 'none')),
+            *(fm.esd_residual(v, s, t, x, stop_gradient=stop) for stop in ('full', 'target')),
+            fm.psd_residual(v, s, t, x, g),
+        ]
+        return sum(jnp.mean(fm.squared_error(r)) for r in residuals)
+
+    sharded = jax.shard_map(
+        lambda *a: jax.lax.pmean(loss(*a), 'data'),
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), spec, spec, spec, spec),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
+    value, gradient = jax.jit(jax.value_and_grad(sharded))(params, *arrays)
+    wanted_value, wanted = jax.value_and_grad(loss)(params, *arrays)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-12)
+    for name in params:
+        np.testing.assert_allclose(gradient[name], wanted[name], rtol=1e-9, atol=1e-12)
+
+
 # Weights, times, masks.
 
 

@@ -119,7 +119,7 @@ def test_continuous_consistency_follows_the_tangent_of_f(batch, params, teacher,
         return 0.5 * jnp.sum((1 - s) * fm.squared_error(r))
 
     def theirs(params):
-        # arXiv 2410.11081, eq. 5; the minus turns d/dt toward noise into d/ds toward data.
+        # arXiv 2410.11081: grad E[f . sg(df/dt)]; the minus turns time toward data.
         return -jnp.sum(f(params, s, x) * tangent)
 
     assert_same_gradient(ours, theirs, params, rtol=1e-7)
