@@ -72,7 +72,8 @@ def fused_divergence(
     # devices; XLA drops the addition.
     operands = (student_hidden, student_head, given)
     zero = sum(jnp.zeros_like(x, student_hidden.dtype, ()) for x in jax.tree.leaves(operands))
-    return _fused(divergence, chunk, student_hidden + zero, student_head + zero, given)
+    head = student_head + zero.astype(student_head.dtype)
+    return _fused(divergence, chunk, student_hidden + zero, head, given)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
