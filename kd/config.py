@@ -84,6 +84,8 @@ def stage(
     optimizer: Mapping[str, Any] | None = None,
     teacher: str = '',
     teacher_weights: str = 'final',
+    references: Mapping[str, str] | None = None,
+    writers: Mapping[str, Mapping[str, Any]] | None = None,
     evaluators: Mapping[str, Mapping[str, Any]] | None = None,
     ema: Mapping[str, float] | None = None,
     data: Mapping[str, Any] | None = None,
@@ -104,9 +106,11 @@ def stage(
       optimizer: arguments of `kd.optim.optimizer`.
       teacher: name of an earlier stage, or the directory of a finished stage; '' for none.
       teacher_weights: 'final' or the name of an average kept by the teacher's stage.
+      references: further frozen networks, {name: stage or directory}, as `teacher` is one.
+      writers: blocks by name of functions that write files from the state, each with its `every`.
       evaluators: blocks by name, each with its `split`.
       ema: {name: decay} of averages of the parameters to keep.
-      data: keys of the recipe's `data` that this stage changes.
+      data: keys of the recipe's `data` that this stage changes; with a `source`, all of its own.
       log_every, eval_every, checkpoint_every: in steps; eval_every 0 means at the end only.
       keep: how many of the latest checkpoints to keep.
       best: a metric 'evaluator/metric' whose best checkpoint is kept too, prefixed '-' if lower
@@ -120,6 +124,8 @@ def stage(
             'optimizer': dict(optimizer or {}),
             'teacher': teacher,
             'teacher_weights': teacher_weights,
+            'references': dict(references or {}),
+            'writers': {name: dict(block) for name, block in (writers or {}).items()},
             'evaluators': {name: dict(block) for name, block in (evaluators or {}).items()},
             'ema': dict(ema or {}),
             'data': dict(data or {}),
@@ -304,7 +310,7 @@ def _validate_stage(config: ConfigDict, name: str) -> None:
             f"{name}.best='{stage.best}' names no evaluator of the stage."
             f'{did_you_mean(evaluator, stage.evaluators)} It has: {_list(stage.evaluators)}.'
         )
-    for key in stage.data:
+    for key in stage.data if 'source' not in stage.data else ():
         if key not in config.data:
             raise UserError(
                 f"{name}.data changes '{key}', which config.data does not have."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from matplotlib.figure import Figure
 
 from kd.config import ConfigDict
 from kd.data import sources
@@ -28,6 +30,10 @@ class Context:
       steps, batch_size: of the stage.
       source: loads a split: `source('train')`.
       splits: names that `source` knows.
+      recipe_source: the same for the recipe's own data, where the stage brings other data.
+      locate: directory of a stage of this recipe, or of another run, by its name or path; None
+        while a recipe is only checked.
+      references: further frozen networks by name; variables in `state.frozen[name]`.
       config: the whole recipe, read-only.
       optional_network, optional_teacher, optional_tx: None where the stage has none; a builder
         that needs them asks for `network`, `teacher`, `tx`.
@@ -41,6 +47,9 @@ class Context:
     batch_size: int
     source: Callable[[str], sources.Source]
     splits: tuple[str, ...]
+    recipe_source: Callable[[str], sources.Source]
+    locate: Callable[[str], Path] | None
+    references: dict[str, Network]
     config: ConfigDict
     optional_network: Network | None
     optional_teacher: Network | None
@@ -75,3 +84,17 @@ class Evaluator(NamedTuple):
 
     update: Callable[[State, dict[str, jax.Array]], Any]
     finish: Callable[[Any], dict[str, float]]
+
+
+class Probe(NamedTuple):
+    """An evaluator for questions that are not sums over examples: samples, geometry, fresh runs.
+
+    `run(state, batches) -> {name: scalar or Figure}`; `batches` are those of `Evaluator`, on the
+    device, to be used or not. Figures are written to `figures/` in the stage's directory.
+    """
+
+    run: Callable[[State, Iterable[dict[str, jax.Array]]], Mapping[str, float | Figure]]
+
+
+# Writes files of a stage: `write(state, step, directory)`, at step 0 and then every so often.
+Writer = Callable[[State, int, Path], None]

@@ -27,12 +27,15 @@ Metrics = dict[str, Mean]
 def mean(values: ArrayLike, where: ArrayLike | None = None) -> Mean:
     """Sums `values[...]` (any shape) and counts them, over the entries where `where` is true.
 
-    Entries outside `where` may be NaN: they influence neither the sum nor its gradient.
+    Entries outside `where` may be NaN: they influence neither the sum nor its gradient. A mask with
+    fewer axes than `values` is aligned with the leading ones: one entry per example.
     """
     values = jnp.asarray(values, jnp.float32)
     if where is None:
         return Mean(values.sum(), jnp.float32(values.size))
-    counted = jnp.broadcast_to(where, values.shape)
+    mask = jnp.asarray(where)
+    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    counted = jnp.broadcast_to(mask, values.shape)
     return Mean(jnp.where(counted, values, 0.0).sum(), counted.sum(dtype=jnp.float32))
 
 

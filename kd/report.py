@@ -64,7 +64,7 @@ def classification(
     Returns:
       Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
     """
-    source = source_loader(config_lib.to_plain(config.data), config.data_dir)(split)
+    source = source_loader(config_lib.to_plain(config.data), config, workdir)(split)
     data = source.fetch(np.arange(len(source)))
     labels = data['label']
     table = []

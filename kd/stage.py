@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd import config as config_lib
 from kd import optim
-from kd.context import Context, Evaluator
+from kd.context import Context, Evaluator, Probe, Writer
 from kd.data import pipeline, sources
 from kd.errors import UserError, did_you_mean
 from kd.io import checkpoints
@@ -36,8 +36,9 @@ class Stage:
     context: Context
     method: Method
     mesh: Mesh
-    frozen: dict[str, Any]  # {'teacher': variables}, abstract or not, or {}
-    evaluators: dict[str, tuple[str, Evaluator]]
+    frozen: dict[str, Any]  # variables by name ('teacher', ...), abstract or not
+    evaluators: dict[str, tuple[str, Evaluator | Probe]]
+    writers: dict[str, tuple[int, Writer]]
     sharding: tuple
     seed: int
 
@@ -92,18 +93,25 @@ def prepare(
         abstract, for checks and ahead-of-time compilation.
     """
     stage = config[name]
-    data = config_lib.to_plain(config.data) | config_lib.to_plain(stage.data)
-    source = source_loader(data, config.data_dir)
+    recipe_data = config_lib.to_plain(config.data)
+    data = config_lib.to_plain(stage.data)
+    data = data if 'source' in data else recipe_data | data
+    source = source_loader(data, config, workdir)
     train = source('train')
     mesh_lib.check_batch_size(stage.batch_size, mesh, where=f'{name}.batch_size')
     network = build_network(stage.network, train, where=f'{name}.network')
-    teacher = None
+    trained = {}
     if stage.teacher:
         weights, where = stage.teacher_weights, f'{name}.teacher'
-        teacher = trained_network(
+        trained['teacher'] = trained_network(
             config, stage.teacher, workdir, mesh, train, weights=weights, where=where
         )
-        _check_classes(name, network, teacher.network)
+        _check_classes(name, network, trained['teacher'].network)
+    for label, reference in stage.references.items():
+        trained[label] = trained_network(
+            config, reference, workdir, mesh, train, where=f'{name}.references.{label}'
+        )
+    networks = {label: found.network for label, found in trained.items()}
 
     def optimizer(**arguments: Any) -> optax.GradientTransformation:
         try:
@@ -114,7 +122,7 @@ def prepare(
     context = Context(
         stage=name,
         optional_network=network,
-        optional_teacher=teacher.network if teacher else None,
+        optional_teacher=networks.get('teacher'),
         optional_tx=optimizer(**config_lib.to_plain(stage.optimizer)) if stage.optimizer else None,
         optimizer=optimizer,
         spec=train.spec,
@@ -122,21 +130,29 @@ def prepare(
         steps=stage.steps,
         batch_size=stage.batch_size,
         source=source,
-        splits=tuple(key for key in data if key != 'name'),
+        splits=tuple(key for key in data if key not in ('name', 'source')),
+        recipe_source=source_loader(recipe_data, config, workdir),
+        locate=(lambda ref: locate(config, ref, workdir)) if workdir else None,
+        references={label: net for label, net in networks.items() if label != 'teacher'},
         config=config,
     )
     method = config_lib.build(stage.method, context, where=f'{name}.method')
     if stage.ema:
         method = with_ema(method, config_lib.to_plain(stage.ema))
-    frozen = {}
-    if teacher:
-        frozen['teacher'] = teacher.restore() if workdir else teacher.abstract
+    frozen = {
+        label: found.restore() if workdir else found.abstract for label, found in trained.items()
+    }
     evaluators = {}
     for label, block in stage.evaluators.items():
         block = config_lib.to_plain(block)
         split = block.pop('split', 'validation')
         evaluator = config_lib.build(block, context, where=f'{name}.evaluators.{label}')
         evaluators[label] = (split, evaluator)
+    writers = {}
+    for label, block in stage.writers.items():
+        block = config_lib.to_plain(block)
+        every = block.pop('every', stage.steps)
+        writers[label] = (every, config_lib.build(block, context, where=f'{name}.writers.{label}'))
     return Stage(
         name=name,
         config=stage,
@@ -145,30 +161,48 @@ def prepare(
         mesh=mesh,
         frozen=frozen,
         evaluators=evaluators,
+        writers=writers,
         sharding=config_lib.to_plain(config.sharding),
         seed=config.seed,
     )
 
 
-def source_loader(data: dict[str, Any], data_dir: str) -> Callable[[str], sources.Source]:
-    """`load(split)` for the splits named in a recipe's `data`, each opened once."""
-    if 'name' not in data:
+def source_loader(
+    data: dict[str, Any], config: config_lib.ConfigDict, workdir: Path | None
+) -> Callable[[str], sources.Source]:
+    """`load(split)` for the splits named in `data`, each opened once.
+
+    Data is named by `name`, for `kd.data.sources.load`; or by `source`, a block of a function
+    `f(split, config, workdir, **arguments) -> Source` that makes it, from the files of an earlier
+    stage for example. `workdir` is None while a recipe is only checked: what counts then is the
+    source's spec and length.
+    """
+    if 'name' not in data and 'source' not in data:
         raise UserError("config.data has no 'name' of a data set.")
     opened: dict[str, sources.Source] = {}
 
     def load(split: str) -> sources.Source:
         if split not in data:
-            splits = [key for key in data if key != 'name']
+            splits = [key for key in data if key not in ('name', 'source')]
             raise UserError(f"config.data has no split '{split}', only {splits}.")
         if split not in opened:
-            opened[split] = sources.load(data['name'], data[split], data_dir=data_dir or None)
+            if 'source' in data:
+                block, where = data['source'], 'data.source'
+                opened[split] = config_lib.build(block, data[split], config, workdir, where=where)
+            else:
+                folder = config.data_dir or None
+                opened[split] = sources.load(data['name'], data[split], data_dir=folder)
         return opened[split]
 
     return load
 
 
 def build_network(block: Any, source: sources.Source, *, where: str) -> Network | None:
-    """A network for the inputs of a data source; `num_classes` is filled in from the data."""
+    """A network for the inputs of a data source; `num_classes` is filled in from the data.
+
+    A module that takes more than `input` says so by a method `example_inputs(spec)`, which returns
+    the shapes of a batch of one.
+    """
     block = config_lib.to_plain(block)
     if not block:
         return None
@@ -176,8 +210,12 @@ def build_network(block: Any, source: sources.Source, *, where: str) -> Network 
     if 'num_classes' in inspect.signature(factory).parameters:
         block.setdefault('num_classes', source.num_classes)
     module = config_lib.build(block, where=where)
-    spec = source.spec['input']
-    network = from_linen(module, jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype))
+    if hasattr(module, 'example_inputs'):
+        inputs = module.example_inputs(source.spec)
+    else:
+        spec = source.spec['input']
+        inputs = (jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),)
+    network = from_linen(module, *inputs)
     try:
         jax.eval_shape(network.init, jax.random.key(0))
     except (ValueError, TypeError) as error:
@@ -222,11 +260,10 @@ def trained_network(
       weights: 'final', or the name of an average that the stage keeps.
       where: place in the config, for messages.
     """
+    directory = locate(config, reference, workdir)
     if reference in config.stages:
-        directory = (workdir or Path()) / reference
         block = config_lib.to_plain(config[reference])
     else:
-        directory = Path(reference)
         block = _stored_stage(directory, where, config)
     network = build_network(block['network'], source, where=f'{where} ({reference})')
     if network is None:
@@ -255,6 +292,11 @@ def trained_network(
         return {'params': params, **restored.get('mutables', {})}
 
     return Trained(network, abstract, restore)
+
+
+def locate(config: config_lib.ConfigDict, reference: str, workdir: Path | None) -> Path:
+    """Directory of a stage, by its name in this recipe or its path in another run."""
+    return (workdir or Path()) / reference if reference in config.stages else Path(reference)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,12 +22,14 @@ import numpy as np
 
 from kd import config as config_lib
 from kd import metrics as metrics_lib
+from kd.context import Probe
 from kd.errors import NonFiniteError, Preempted, UserError
+from kd.evaluation import Evaluation
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir, read_metrics
 from kd.parallel import mesh as mesh_lib
-from kd.stage import Evaluator, Stage, prepare, replicated
+from kd.stage import Stage, prepare, replicated
 from kd.state import State
 
 # Batches that are on their way to the device while a step runs.
@@ -104,7 +106,8 @@ def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> 
         batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
         for label, (_, evaluator) in stage.evaluators.items():
             where = f'the evaluator {label}'
-            jax.eval_shape(evaluator.update, state.replace(frozen=frozen), batch)
+            if not isinstance(evaluator, Probe):
+                jax.eval_shape(evaluator.update, state.replace(frozen=frozen), batch)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
@@ -172,48 +175,6 @@ def zeros(abstract: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
 
 
-class _Evaluation:
-    """The evaluators of a stage, jitted once."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.updates = {name: self._summed(e) for name, (_, e) in stage.evaluators.items()}
-
-    def __call__(self, state: State) -> dict[str, float]:
-        """Runs all evaluators over their splits; returns {'evaluator/metric': value}."""
-        stage = self.stage
-        sums: dict[str, Any] = {}
-        for split in dict.fromkeys(split for split, _ in stage.evaluators.values()):
-            names = [name for name, (of, _) in stage.evaluators.items() if of == split]
-            for host_batch in stage.eval_batches(split):
-                batch = mesh_lib.put_batch(host_batch, stage.batch_sharding())
-                for name in names:
-                    if name not in sums:
-                        update = stage.evaluators[name][1].update
-                        abstract = jax.eval_shape(update, state, batch)
-                        sums[name] = jax.tree.map(self._zero, abstract)
-                    sums[name] = self.updates[name](state, batch, sums[name])
-        scalars = {
-            f'{name}/{metric}': float(value)
-            for name, (_, evaluator) in stage.evaluators.items()
-            for metric, value in evaluator.finish(jax.device_get(sums[name])).items()
-        }
-        best = stage.config.best.lstrip('-')
-        if best and best not in scalars and not best.startswith('train/'):
-            raise UserError(f"{stage.name}.best='{best}' is none of: {', '.join(scalars)}.")
-        return scalars
-
-    def _zero(self, x: jax.ShapeDtypeStruct) -> jax.Array:
-        # Where the sums will lie, or the update would be compiled once more for the second batch.
-        return jax.device_put(np.zeros(x.shape, x.dtype), replicated(self.stage.mesh))
-
-    def _summed(self, evaluator: Evaluator) -> Callable[..., Any]:
-        def update(state, batch, sums):
-            return jax.tree.map(jax.numpy.add, sums, evaluator.update(state, batch))
-
-        return jax.jit(update, out_shardings=replicated(self.stage.mesh))
-
-
 class Loop:
     """The loop of one stage; its attributes are what changes from step to step."""
 
@@ -226,7 +187,7 @@ class Loop:
     ) -> None:
         self.stage, self.saved, self.directory, self.stop = stage, saved, directory, stop
         self.name = stage.name
-        self.evaluation = _Evaluation(stage)
+        self.evaluation = Evaluation(stage)
         self.iterator = stage.batches()
         abstract, _, window, _ = abstract_arguments(stage)
         self.frozen = stage.frozen
@@ -255,6 +216,8 @@ class Loop:
         progress = Progress(self.name, start=self.start, total=steps)
         profile = _Profile(self.stage, self.directory, self.start)
         try:
+            if self.start == 0:
+                self._write_files(0)
             for step in range(self.start, steps):
                 with profile(step, lambda: jax.block_until_ready(self.window)):
                     self._step(first=step == self.start)
@@ -265,7 +228,10 @@ class Loop:
                     progress.update(now, **_shown(scalars))
                 if last or (config.eval_every and now % config.eval_every == 0):
                     with self.clock.paused():
-                        scalars |= self.evaluation(self.state.replace(frozen=self.frozen))
+                        scalars |= self.evaluation(
+                            self.state.replace(frozen=self.frozen), now, self.directory
+                        )
+                self._write_files(now)
                 if scalars:
                     log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
                 ranked = bool(config.best) and config.best.lstrip('-') in scalars
@@ -294,6 +260,13 @@ class Loop:
         else:
             self.state, self.window = self.train_step(*arguments)
             self.clock.steps += 1
+
+    def _write_files(self, step: int) -> None:
+        for every, write in self.stage.writers.values():
+            if step % every == 0:
+                with self.clock.paused():
+                    self._check_finite(step)
+                    write(self.state.replace(frozen=self.frozen), step, self.directory)
 
     def _close_window(self, step: int) -> dict[str, float]:
         self._check_finite(step)
@@ -344,8 +317,10 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        if self.began is not None:
-            self.seconds += time.monotonic() - self.began
+        if self.began is None:
+            yield
+            return
+        self.seconds += time.monotonic() - self.began
         yield
         self.began = time.monotonic()
 

@@ -28,23 +28,24 @@ def confidence_bins(
     """Sorts predictions into equal-width bins of their confidence max_k softmax(z)_k.
 
     Args:
-      logits: [B, V].
-      labels: int [B].
+      logits: [B, ..., V].
+      labels: int [B, ...].
       bins: bin i holds confidences in (i / bins, (i + 1) / bins].
       where: bool [B].
     """
-    p = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+    p = jax.nn.softmax(jnp.asarray(logits, jnp.float32)).reshape(-1, jnp.shape(logits)[-1])
     confidence = p.max(-1)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = jax.nn.one_hot(index, bins, dtype=bool)
     if where is not None:
-        member &= jnp.asarray(where)[:, None]
+        mask = jnp.asarray(where).reshape(-1, *(1,) * (jnp.ndim(labels) - 1))
+        member &= jnp.broadcast_to(mask, jnp.shape(labels)).reshape(-1, 1)
 
     def per_bin(values: jax.Array) -> jax.Array:
         # A matrix product would be rounded to bfloat16 or TF32 on accelerators.
         return jnp.where(member, values[:, None], 0.0).sum(0)
 
-    correct = (p.argmax(-1) == labels).astype(jnp.float32)
+    correct = (p.argmax(-1) == jnp.ravel(labels)).astype(jnp.float32)
     return Bins(per_bin(jnp.ones_like(confidence)), per_bin(confidence), per_bin(correct))
 
 
