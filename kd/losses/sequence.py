@@ -70,8 +70,9 @@ def fused_divergence(
     # Inside shard_map one operand may be replicated where another varies over the devices. Adding a
     # zero that varies like all of them makes JAX sum the gradient of a replicated head over the
     # devices; XLA drops the addition.
-    operands = (student_hidden, student_head, given)
-    zero = sum(jnp.zeros_like(x, student_hidden.dtype, ()) for x in jax.tree.leaves(operands))
+    zero = jnp.zeros_like(student_hidden, shape=())
+    for operand in jax.tree.leaves((student_head, given)):
+        zero += jnp.zeros_like(operand, zero.dtype, ())
     head = student_head + zero.astype(student_head.dtype)
     return _fused(divergence, chunk, student_hidden + zero, head, given)
 
