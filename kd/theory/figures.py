@@ -22,6 +22,7 @@ from kd.theory import competence
 from kd.theory import kernel_regression as kr
 from kd.theory import meta_distillation as md
 from kd.theory.statements import meta_refits
+from kd.theory.statements.recursive_meta_distillation import trajectory
 
 # Okabe and Ito's palette, told apart by colour-blind readers as well.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -125,7 +126,7 @@ def trajectories() -> Figure:
     operators = (('linear', 1.0), ('power 1/2', 0.5), ('geometric', 0.0))
     for (operator, power), colour in zip(operators, COLOURS, strict=False):
         step = functools.partial(md.anchor, power=power)
-        path = md.recurse(log_s, log_t, np.full(generations, lam), step, measures=tuple(names))
+        path = trajectory(log_s, log_t, np.full(generations, lam), tuple(names), step)
         for name, axes in distances.items():
             axes.semilogy(times, path.measures[name], color=colour, label=operator)
         for name, axes in factors.items():
@@ -167,16 +168,16 @@ def collapse() -> Figure:
     figure, (left, right) = panels(2)
     start = np.tile(log_t, (chains, 1))
     for lam, colour in zip((0.0, 0.05, 0.2, 0.5), COLOURS, strict=False):
-        path = md.recurse(start, log_t, np.full(generations, lam), md.anchor, realise=refit,
-                          measures=('collision',))  # fmt: skip
-        mean = np.asarray(path.measures['collision']).mean(axis=1)
+        lams = np.full(generations, lam)
+        path = trajectory(start, log_t, lams, ('collision',), realise=refit)
+        mean = path.measures['collision'].mean(axis=1)
         exact = meta_refits.expected_collision(concentration, lam, samples, generations)
         left.plot(times, exact, color=colour, label=f'λ = {lam:g}')
         left.plot(times[::10], mean[::10], 'o', color=colour, markersize=3)
         # Unanchored, the first outcome would run empty at t = 30.
         end = generations if lam else 29
-        error = md.recurse(log_t, log_t, np.full(end, lam), md.anchor, realise=biased,
-                           measures=('total_variation',)).measures['total_variation']  # fmt: skip
+        path = trajectory(log_t, log_t, lams[:end], ('total_variation',), realise=biased)
+        error = path.measures['total_variation']
         right.loglog(np.arange(1, end + 1), error[1:], color=colour)
         if lam:
             right.axhline(eps / lam, color=colour, linestyle=':', linewidth=1.2)

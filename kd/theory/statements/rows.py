@@ -114,9 +114,10 @@ class Paper:
     def statement(self, name: str) -> Callable[[Check], Check]:
         """Registers a function of a random generator that yields the rows of one statement."""
 
+        if name in self.checks:
+            raise ValueError(f'{self.slug}: statement {name!r} is registered twice.')
+
         def register(check: Check) -> Check:
-            if name in self.checks:
-                raise ValueError(f'{self.slug}: statement {name!r} is registered twice.')
             self.checks[name] = check
             return check
 
