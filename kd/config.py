@@ -317,11 +317,14 @@ def _validate_stage(config: ConfigDict, name: str) -> None:
                 f'{did_you_mean(key, config.data)}'
             )
     earlier = config.stages[: config.stages.index(name)]
-    if stage.teacher in config.stages and stage.teacher not in earlier:
-        raise UserError(
-            f"{name}.teacher='{stage.teacher}' must come before '{name}' in "
-            f'stages={tuple(config.stages)}.'
-        )
+    named = {'teacher': stage.teacher}
+    named |= {f'references.{label}': reference for label, reference in stage.references.items()}
+    for field, reference in named.items():
+        if reference in config.stages and reference not in earlier:
+            raise UserError(
+                f"{name}.{field}='{reference}' must come before '{name}' in "
+                f'stages={tuple(config.stages)}.'
+            )
 
 
 def resolve(path: str) -> Any:

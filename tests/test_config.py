@@ -81,6 +81,10 @@ def test_a_recipe_and_its_stages_as_built_are_valid(config):
             r"teacher\.teacher='student' must come before 'teacher'",
         ),
         (lambda c: c.student.update(teacher='student'), 'must come before'),
+        (
+            lambda c: c.teacher.references.update(base='student'),
+            r"teacher\.references\.base='student' must come before 'teacher'",
+        ),
         (lambda c: c.student.data.update(trian='x'), r"'trian', which .* Did you mean 'train'\?"),
     ],
 )

@@ -24,12 +24,18 @@ def test_mean_is_the_masked_sum_and_count_of_numpy(values):
     assert count == x.size
 
 
-def test_a_mask_of_rows_broadcasts_over_the_values(values):
+def test_a_mask_of_rows_counts_whole_rows(values):
     x, _ = values
     rows = np.arange(24) % 3 == 0
-    total, count = metrics.mean(x, rows[:, None])
-    np.testing.assert_allclose(total, x[rows].sum(dtype=np.float64), rtol=1e-5)
-    assert count == 3 * rows.sum()
+    for mask in (rows, rows[:, None]):
+        total, count = metrics.mean(x, mask)
+        np.testing.assert_allclose(total, x[rows].sum(dtype=np.float64), rtol=1e-5)
+        assert count == 3 * rows.sum()
+    # Also where NumPy would take the mask for one of columns.
+    square, first = x[:3], np.array([True, False, False])
+    total, count = metrics.mean(square, first)
+    np.testing.assert_allclose(total, square[0].sum(dtype=np.float64), rtol=1e-5)
+    assert count == 3
 
 
 def test_a_masked_nan_is_in_neither_the_sum_nor_the_gradient(values):

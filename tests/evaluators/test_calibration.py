@@ -73,6 +73,17 @@ def test_masked_examples_are_in_no_bin(predictions):
     np.testing.assert_array_equal(found.correct, correct)
 
 
+def test_several_positions_per_example_count_each_and_are_masked_together(predictions):
+    logits, labels = predictions
+    where = np.arange(100) % 4 != 0
+    found = confidence_bins(logits.reshape(100, 3, 10), labels.reshape(100, 3), 15, where)
+    kept = np.repeat(where, 3)
+    count, confidence, correct = bins_by_hand(logits[kept], labels[kept], 15)
+    np.testing.assert_array_equal(found.examples, count)
+    np.testing.assert_allclose(found.confidence, confidence, rtol=1e-5)
+    np.testing.assert_array_equal(found.correct, correct)
+
+
 def test_bins_of_parts_add_up_to_those_of_the_whole(predictions):
     logits, labels = predictions
     parts = [confidence_bins(logits[i::3], labels[i::3]) for i in range(3)]

@@ -14,6 +14,7 @@ from kd import config as kd_config
 from kd import metrics as metrics_lib
 from kd import train
 from kd.errors import UserError
+from kd.evaluation import Evaluation
 from kd.losses import classification, divergence
 from kd.method import Objective, minimize
 from kd.metrics import mean
@@ -410,19 +411,19 @@ def test_what_is_wrong_with_a_stage_is_found_before_anything_runs(change, messag
         ('test/acuracy', r"student\.best='test/acuracy' is none of: test/accuracy, test/nll\."),
     ],
 )
-def test_a_best_metric_must_be_one_there_is(best, message):
+def test_a_best_metric_must_be_one_there_is(best, message, tmp_path):
     config = a_recipe({'data': 1}, plain=True)
     config.data.test = 'test[:64]'
     evaluators = {'test': {'name': ACCURACY, 'split': 'test'}}
     with config.ignore_type():
         config.student.update(best=best, evaluators=evaluators)
     stage = prepare(config, 'student', make(data=1))
-    evaluation, state = train._Evaluation(stage), train.initial_state(stage)
+    evaluate, state = Evaluation(stage), train.initial_state(stage)
     if message is None:
-        assert set(evaluation(state)) == {'test/accuracy', 'test/nll'}
+        assert set(evaluate(state, 0, tmp_path)) == {'test/accuracy', 'test/nll'}
     else:
         with pytest.raises(UserError, match=message):
-            evaluation(state)
+            evaluate(state, 0, tmp_path)
 
 
 def test_a_teacher_lies_where_its_rules_say_and_the_step_takes_it_there():
