@@ -8,7 +8,7 @@ A teacher is trained on labels, then the same small student twice: alone and fro
 
 | variant | data | teacher, student | hardware | expected test accuracy |
 |---|---|---|---|---|
-| cpu | 8x8 digits, 1,500 images | ConvNet-2, MLP-16 | 2 cores, about 40 s | see README |
+| cpu | 8x8 digits, 1,500 images | ConvNet-2, MLP-16 | 2 cores, under a minute | 98, 95 alone, 95-96 distilled |
 | mnist | MNIST | ConvNet-3, MLP-32-32 | 2 cores, about 15 min; one GPU, 1 min | |
 | cifar10 (default) | CIFAR-10 | ResNet-56, ResNet-20 | one GPU, hours | 94, student alone 92.5 |
 """
@@ -29,8 +29,8 @@ def cpu():
     run = dict(
         batch_size=64,
         log_every=50,
-        eval_every=100,
-        checkpoint_every=200,
+        eval_every=250,
+        checkpoint_every=500,
         evaluators={'validation': dict(name='kd.evaluators.calibration.calibration')},
     )
     student = dict(name='kd.models.mlp.MLP', widths=(16,))
@@ -49,7 +49,7 @@ def cpu():
             network=student,
             method=dict(name='kd.methods.vision.supervised.supervised'),
             optimizer=adam,
-            steps=600,
+            steps=1500,
             **run,
         ),
         student=kd_config.stage(
@@ -59,7 +59,7 @@ def cpu():
                 name='kd.methods.vision.logit_kd.logit_kd', temperature=4.0, soft_weight=0.9
             ),
             optimizer=adam,
-            steps=600,
+            steps=1500,
             **run,
         ),
     )
