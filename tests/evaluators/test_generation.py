@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import scipy.stats
 import sklearn.metrics.pairwise
 import sklearn.neighbors
