@@ -194,9 +194,11 @@ def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:
                 raise UserError(f'config.{path} is a block; set one of: {", ".join(block[field])}.')
             value = _parse(path, text, block[field])
         else:
-            known = {*block, *_arguments(block, parents)}
-            if field not in known or not parents:
-                near = did_you_mean(field, known)
+            named, more = _arguments(block, parents)
+            known = {*block, *named}
+            near = did_you_mean(field, known)
+            # What goes on to another function is checked there, unless it looks like a slip.
+            if field not in known and (near or not more):
                 raise UserError(
                     f"The config has no field '{path}'.{near} "
                     f'{".".join(parents) or "It"} has: {", ".join(sorted(known))}.'
@@ -206,17 +208,20 @@ def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:
             block[field] = value
 
 
-def _arguments(block: ConfigDict, parents: list[str]) -> list[str]:
+def _arguments(block: ConfigDict, parents: list[str]) -> tuple[list[str], bool]:
+    """Arguments of the callable that a block names, and whether it passes others on."""
     if parents[-1:] == ['optimizer']:
         path = 'kd.optim.optimizer'
     elif 'name' in block and '.' in block.name:
         path = block.name
     else:
-        return []
-    hidden = ('context', 'steps', 'arguments', 'parent', 'name')
+        return [], False
+    hidden = ('context', 'steps', 'parent', 'name')
+    parameters = inspect.signature(resolve(path)).parameters.values()
     # An evaluator's split is read by its stage.
-    extra = ['split'] if parents[-2:-1] == ['evaluators'] else []
-    return extra + [n for n in inspect.signature(resolve(path)).parameters if n not in hidden]
+    names = ['split'] if parents[-2:-1] == ['evaluators'] else []
+    names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in hidden]
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _parse(path: str, text: str, old: Any) -> Any:
