@@ -1,5 +1,8 @@
 """What conditions a velocity network: two times and, optionally, a class."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,13 @@ from flax.typing import Dtype
 
 from kd.models.magnitude_preserving import MPDense, mp_silu, mp_sum
 
-__all__ = ['TimeWeight', 'class_features', 'positional_embedding']
+__all__ = [
+    'TimeWeight',
+    'class_features',
+    'log_variance',
+    'positional_embedding',
+    'velocity_inputs',
+]
 
 
 def positional_embedding(t: jax.Array, size: int, *, max_period: float = 1e4) -> jax.Array:
@@ -23,6 +32,15 @@ def positional_embedding(t: jax.Array, size: int, *, max_period: float = 1e4) ->
     return jnp.sqrt(2.0).astype(t.dtype) * jnp.concatenate(
         [jnp.cos(angle), jnp.sin(angle)], axis=-1
     )
+
+
+def velocity_inputs(
+    spec: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of (s [1], t [1], x [1, ...]): a batch of one for the velocity networks here."""
+    x = spec['input']
+    time = jax.ShapeDtypeStruct((1,), x.dtype)
+    return time, time, jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
 
 
 def class_features(
@@ -68,3 +86,10 @@ class TimeWeight(nn.Module):
         return nn.Dense(1, dtype=s.dtype, kernel_init=nn.initializers.zeros, name='out')(hidden)[
             ..., 0
         ]
+
+
+def log_variance(params: Mapping[str, Any], s: jax.Array, t: jax.Array) -> jax.Array:
+    """w(s, t) [B] of a velocity network whose `time_weight` gives it a learned weight."""
+    weight = params['time_weight']
+    channels = weight['start']['mp_weight'].shape[-1]
+    return jnp.asarray(TimeWeight(channels).apply({'params': weight}, s, t))

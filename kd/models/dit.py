@@ -7,7 +7,7 @@ import numpy as np
 from flax.typing import Dtype
 
 from kd.models.attention import attend
-from kd.models.conditioning import class_features, positional_embedding
+from kd.models.conditioning import TimeWeight, class_features, positional_embedding, velocity_inputs
 
 __all__ = ['DiT', 'grid_embedding']
 
@@ -80,6 +80,8 @@ class DiT(nn.Module):
       dropout: rate in the MLPs.
       data_scale: standard deviation of the data; input is divided, output multiplied by it.
       num_classes: None for unconditional networks.
+      time_weight: channels of the learned log-variance w(s, t) that is initialised beside the
+        network (see `kd.models.conditioning.log_variance`); 0 for none.
       dtype: compute type; parameters are float32, the velocity has the type of x.
     """
 
@@ -91,7 +93,12 @@ class DiT(nn.Module):
     dropout: float = 0.0
     data_scale: float = 0.5
     num_classes: int | None = None
+    time_weight: int = 0
     dtype: Dtype = jnp.float32
+
+    def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of a batch of one, from those of one example by name."""
+        return velocity_inputs(spec)
 
     @nn.compact
     def __call__(
@@ -104,6 +111,8 @@ class DiT(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """Velocity [B, H, W, C] like x from times [B], images [B, H, W, C] and labels int [B]."""
+        if self.time_weight and self.is_initializing():
+            TimeWeight(self.time_weight, name='time_weight')(s, t)
         batch, height, width, channels = x.shape
         if height % self.patch or width % self.patch:
             raise ValueError(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from kd.models.attention import attend
-from kd.models.conditioning import class_features, positional_embedding
+from kd.models.conditioning import TimeWeight, class_features, positional_embedding, velocity_inputs
 from kd.models.magnitude_preserving import MPConv, MPDense, mp_concat, mp_silu, mp_sum, unit_norm
 
 __all__ = ['UNet']
@@ -81,6 +81,8 @@ class UNet(nn.Module):
       dropout: rate inside the residual blocks.
       data_scale: standard deviation of the data; input is divided, output multiplied by it.
       num_classes: None for unconditional networks.
+      time_weight: channels of the learned log-variance w(s, t) that is initialised beside the
+        network (see `kd.models.conditioning.log_variance`); 0 for none.
       channels_per_head: of the attention.
       dtype: compute type; parameters are float32, the velocity has the type of x.
     """
@@ -92,8 +94,13 @@ class UNet(nn.Module):
     dropout: float = 0.0
     data_scale: float = 0.5
     num_classes: int | None = None
+    time_weight: int = 0
     channels_per_head: int = 64
     dtype: Dtype = jnp.float32
+
+    def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of a batch of one, from those of one example by name."""
+        return velocity_inputs(spec)
 
     @nn.compact
     def __call__(
@@ -106,6 +113,8 @@ class UNet(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """Velocity [B, H, W, C] like x from times [B], images [B, H, W, C] and labels int [B]."""
+        if self.time_weight and self.is_initializing():
+            TimeWeight(self.time_weight, name='time_weight')(s, t)
         factor = 2 ** (len(self.multipliers) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(

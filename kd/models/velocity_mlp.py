@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from kd.models.conditioning import class_features
+from kd.models.conditioning import TimeWeight, class_features, velocity_inputs
 
 __all__ = ['VelocityMLP']
 
@@ -24,6 +24,8 @@ class VelocityMLP(nn.Module):
       data_scale: standard deviation of the data, which is also that of the noise.
       frequencies: k of the Fourier features of x, for data in about [-1, 1]; empty for none.
       num_classes: None for unconditional networks.
+      time_weight: channels of the learned log-variance w(s, t) that is initialised beside the
+        network (see `kd.models.conditioning.log_variance`); 0 for none.
       dtype: compute type; parameters are float32.
     """
 
@@ -32,7 +34,12 @@ class VelocityMLP(nn.Module):
     data_scale: float = 1.0
     frequencies: tuple[int, ...] = ()
     num_classes: int | None = None
+    time_weight: int = 0
     dtype: Dtype = jnp.float32
+
+    def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of a batch of one, from those of one example by name."""
+        return velocity_inputs(spec)
 
     @nn.compact
     def __call__(
@@ -45,6 +52,8 @@ class VelocityMLP(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """Velocity [B, ...] like x from times [B], points [B, ...] and labels int [B]."""
+        if self.time_weight and self.is_initializing():
+            TimeWeight(self.time_weight, name='time_weight')(s, t)
         flat = x.reshape(x.shape[0], -1)
         hidden = self._features(s[:, None], t[:, None], flat).astype(self.dtype)
         classes = class_features(label, self.num_classes, len(x), self.dtype)

@@ -1,0 +1,224 @@
+"""What flow methods share: velocity functions, the batch loss, checks when a method is built."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from kd.context import Context
+from kd.data import augment
+from kd.errors import UserError
+from kd.losses.flow_map import VelocityFunction, uncertainty_weight
+from kd.losses.flow_map_algorithms import Algorithm, flow_map_errors
+from kd.losses.interpolant import Interpolant, check_same_interpolant, get_interpolant
+from kd.method import Batch, Method, Objective, minimize, with_projection
+from kd.metrics import mean
+from kd.models.conditioning import log_variance
+from kd.models.magnitude_preserving import normalize_weights
+from kd.network import Network
+from kd.sampling.flow import guided
+from kd.state import PyTree, State
+
+# Splits the randomness of a step: augmentation, noise, dropped labels, dropout, times.
+_KEYS = 5
+# frozen, label [B] or None -> velocity function of the teacher
+Teacher = Callable[[PyTree, jax.Array | None], VelocityFunction]
+
+
+def velocity_function(
+    network: Network,
+    variables: PyTree,
+    label: jax.Array | None = None,
+    *,
+    guidance: float = 1.0,
+    train: bool = False,
+    key: jax.Array | None = None,
+) -> VelocityFunction:
+    """v(s, t, x) of a network with its variables and labels bound.
+
+    Args:
+      network: takes (s [B], t [B], x [B, ...]) and, if it has classes, the keyword `label`.
+      variables: of the network.
+      label: int [B], ignored by a network without classes; None is the null class.
+      guidance: scale of classifier-free guidance, see `kd.sampling.flow.guided`; 1 for none.
+      train: whether dropout acts; it then needs the key.
+      key: of the dropout.
+    """
+    classes = num_classes(network)
+
+    def conditional(s, t, x, label):
+        known = {} if classes is None else {'label': label}
+        return network.apply(variables, s, t, x, train=train, key=key, **known).logits
+
+    if classes is None or label is None or guidance == 1.0:
+        bound = None if classes is None else label
+        return lambda s, t, x: conditional(s, t, x, bound)
+    return guided(conditional, label, guidance, null_label=classes)
+
+
+def num_classes(network: Network) -> int | None:
+    """Classes that a velocity network is conditioned on; None for an unconditional one."""
+    return getattr(network.module, 'num_classes', None)
+
+
+def noise_scale(network: Network, given: float | None) -> float:
+    """Standard deviation of the noise: `given`, or that of the data as the network knows it."""
+    scale = getattr(network.module, 'data_scale', 1.0) if given is None else given
+    if not scale > 0.0:
+        raise UserError(f'noise_scale must be above 0, got {scale}.')
+    return scale
+
+
+def flow_method(
+    context: Context,
+    *,
+    algorithm: Algorithm,
+    diagonal_fraction: float,
+    interpolant: Interpolant,
+    noise: float | None,
+    label_dropout: float,
+    augmentation: tuple,
+    micro_batches: int,
+    teacher: Teacher | None = None,
+) -> Method:
+    """Minimises the batch loss of `kd.losses.flow_map_algorithms.flow_map_errors`.
+
+        loss = mean_i [exp(-w(s_i, t_i)) e_i + w(s_i, t_i)]    or mean_i e_i without learned weight
+
+    The first int(eta M) of M examples give flow-matching errors e_i at s = t, with dropout; the
+    others those of the algorithm at s <= t, without. The weight w is part of the network's
+    parameters where the network has a `time_weight`. Magnitude-preserving weights are projected
+    back to their length after each step.
+
+    A batch may bring its own `noise` [B, ...], which then belongs to its `input` as a pair.
+    Arguments are those of the builders in this directory.
+    """
+    network = context.network
+    if not 0.0 <= diagonal_fraction <= 1.0:
+        raise UserError(f'diagonal_fraction must lie in [0, 1], got {diagonal_fraction}.')
+    if not 0.0 <= label_dropout <= 1.0:
+        raise UserError(f'label_dropout must lie in [0, 1], got {label_dropout}.')
+    check_network(network, two_times=diagonal_fraction < 1.0, where=f'{context.stage}.network')
+    scale, classes = noise_scale(network, noise), num_classes(network)
+    weighted = bool(getattr(network.module, 'time_weight', 0))
+
+    def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
+        keys = jax.random.split(key, _KEYS)
+        batch = augment.augment(keys[0], batch, augmentation, context.num_classes)
+        data = batch['input']
+        start = batch.get('noise')
+        if start is None:
+            start = scale * jax.random.normal(keys[1], data.shape, data.dtype)
+        label = None if classes is None else _drop(keys[2], batch['label'], label_dropout, classes)
+        diagonal = int(diagonal_fraction * len(data))
+        bind = functools.partial(velocity_function, network, {'params': params, **state.mutables})
+        on, off = (None, None) if label is None else (label[:diagonal], label[diagonal:])
+        error, s, t = flow_map_errors(
+            keys[4],
+            bind(on, train=True, key=keys[3]),
+            start,
+            data,
+            interpolant=interpolant,
+            algorithm=algorithm,
+            diagonal=diagonal,
+            off_diagonal_vfn=bind(off),
+            teacher=teacher(state.frozen, off) if teacher and diagonal < len(data) else None,
+        )
+        values = uncertainty_weight(error, log_variance(params, s, t)) if weighted else error
+        metrics = {}
+        if diagonal:
+            metrics['diagonal_error'] = mean(error[:diagonal])
+        if diagonal < len(data):
+            metrics['map_error'] = mean(error[diagonal:])
+        return Objective(mean(values), metrics)
+
+    method = minimize(loss, context.tx, network.init, micro_batches=micro_batches)
+    return with_projection(method, normalize_weights)
+
+
+def _drop(key: jax.Array, label: jax.Array, probability: float, null: int) -> jax.Array:
+    """Labels [B], each replaced by the null class with the given probability."""
+    dropped = jax.random.bernoulli(key, probability, label.shape)
+    return jnp.where(dropped, null, label)
+
+
+# Checks when a method is built.
+
+
+def check_network(network: Network, *, two_times: bool, where: str) -> None:
+    """Refuses a network that is not v(s, t, x), from its traced program: nothing is computed.
+
+    Raises:
+      UserError: other inputs, a velocity of another shape or type than x, or a time that the
+        output does not depend on (with `two_times` False one of the two is enough).
+    """
+    if len(network.inputs) != 3:
+        raise UserError(
+            f'{where}: {type(network.module).__name__} is no velocity network v(s, t, x); one says '
+            'so by a method example_inputs(spec) that returns the shapes of s, t and x.'
+        )
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+    x = network.inputs[2]
+    program = jax.make_jaxpr(lambda s, t, x, v: network.apply(v, s, t, x).logits)(
+        *network.inputs, variables
+    )
+    out = program.out_avals[0]
+    if (out.shape, out.dtype) != (x.shape, x.dtype):
+        raise UserError(
+            f'{where}: the velocity is {out.dtype}{list(out.shape)} for an input '
+            f'{x.dtype}{list(x.shape)}; it must have the shape and type of its input.'
+        )
+    seen = [
+        _depends(program.jaxpr, [i == k for i in range(len(program.in_avals))])[0] for k in (0, 1)
+    ]
+    if two_times and not all(seen):
+        blind = 's, the start' if not seen[0] else 't, the end'
+        raise UserError(
+            f'{where}: the network ignores its time {blind} of the jump; a flow map needs both '
+            '(a one-time flow can be a teacher, or be trained by flow matching).'
+        )
+    if not any(seen):
+        raise UserError(f'{where}: the network ignores time; a flow needs v(t, t, x).')
+
+
+def _depends(jaxpr: core.Jaxpr, inputs: list[bool]) -> list[bool]:
+    """Which outputs depend on the marked inputs; inside loops every output on every input."""
+    marked = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    for equation in jaxpr.eqns:
+        marks = [not isinstance(v, core.Literal) and v in marked for v in equation.invars]
+        inner = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
+        inner = getattr(inner, 'jaxpr', inner)
+        calls = equation.primitive.name in ('jit', 'pjit', 'remat', 'checkpoint', 'custom_jvp_call')
+        if any(marks) and calls and inner is not None and len(inner.invars) == len(marks):
+            outputs = _depends(inner, marks)
+        else:
+            outputs = [any(marks)] * len(equation.outvars)
+        marked |= {v for v, mark in zip(equation.outvars, outputs, strict=True) if mark}
+    return [not isinstance(v, core.Literal) and v in marked for v in jaxpr.outvars]
+
+
+def check_teacher(context: Context, interpolant: Interpolant, *, two_times: bool) -> None:
+    """Refuses a teacher that is no flow, or one of another interpolant or noise."""
+    check_network(context.teacher, two_times=two_times, where=f'{context.stage}.teacher')
+    stage = context.config.get(context.stage)
+    block: Any = context.config.get(stage.teacher) if stage else None
+    # Of a teacher from another run nothing is known but its network.
+    if block is None:
+        return
+    try:
+        name = block.method.get('interpolant', 'linear')
+        check_same_interpolant(interpolant, get_interpolant(name))
+    except ValueError as error:
+        raise UserError(f'{context.stage}: {error}') from error
+    own = noise_scale(context.network, stage.method.get('noise_scale'))
+    other = noise_scale(context.teacher, block.method.get('noise_scale'))
+    if own != other:
+        raise UserError(
+            f'{context.stage}: the noise has standard deviation {own:g}, that of the teacher '
+            f'{other:g}; give both the same data_scale or noise_scale.'
+        )
