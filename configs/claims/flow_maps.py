@@ -203,7 +203,7 @@ def draw(measured, shown):
     axes = right.subplots(2, 1)
     digits = {name: metrics for name, metrics in measured.items() if name in DIGITS}
     boards = {name: metrics for name, metrics in measured.items() if name in TITLES}
-    draw_curves(axes[0], boards, 'kl', 'KL(data || samples), nats')
+    draw_curves(axes[0], boards, 'kl', 'KL (nats); dotted: paper')
     draw_curves(axes[1], digits, 'frechet', 'digits: Frechet distance')
     axes[1].set(xlabel='network evaluations')
     right.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
@@ -222,15 +222,15 @@ def draw_densities(figure, panels):
     axes = figure.subplots(len(panels), len(columns), squeeze=False)
     edges = np.linspace(-1.2, 1.2, 97)
     for row, (title, by_steps) in zip(axes, panels.items(), strict=True):
-        for axis, (column, points) in zip(row, by_steps.items(), strict=True):
+        for axis, points in zip(row, by_steps.values(), strict=True):
             density = np.histogram2d(points[:, 0], points[:, 1], bins=[edges, edges])[0]
             density /= len(points) * (edges[1] - edges[0]) ** 2
             # The board's density is 1/2.
             axis.imshow(density.T, origin='lower', vmin=0, vmax=0.75)
             axis.set(xticks=[], yticks=[])
-            if row is axes[0]:
-                axis.set_title(column, fontsize=8)
         row[0].set_ylabel(title, fontsize=8)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=8)
 
 
 def draw_curves(axis, arms, metric, label):
@@ -244,6 +244,7 @@ def draw_curves(axis, arms, metric, label):
         axis.plot(STEPS, curves.mean(1), color=colour, marker='o', ms=4, label=TITLES[arm])
         if metric == 'kl' and arm in PAPER:
             axis.plot(STEPS, PAPER[arm], color=colour, linestyle=':', linewidth=1)
-    axis.set(xscale='log', yscale='log', ylabel=label, xticks=STEPS, xticklabels=STEPS)
+    axis.set(xscale='log', yscale='log', xticks=STEPS, xticklabels=STEPS)
+    axis.set_ylabel(label, fontsize=9)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
