@@ -95,7 +95,8 @@ def fresh_networks(
     end. `evaluate` raises ValueError for sets that do not fit together.
 
     Args:
-      network: the architecture.
+      network: the architecture. On CPU, where convolutions vmapped over weights are slow, choose
+        `ConvNet(conv='matmul')`.
       phases: of training; see `sgd_phases`.
       batch_size: at most the whole set is used; the last batch of an epoch may be smaller.
       transform: augmentation of the training batches, `transform(key, batch) -> batch`.

@@ -74,8 +74,9 @@ def unroll_student(
         which drops the Hessian of the inner loss from the derivative (see `tesla_grads`).
       checkpoint: recompute activations instead of keeping them.
       unroll: steps per iteration of the loop, or True for no loop at all. XLA for CPU runs
-        convolutions inside a loop many times slower than outside; True avoids that, at the price of
-        compile time and, on CPU, of the saving of memory by `checkpoint`.
+        convolutions inside a loop many times slower than outside. True avoids that, at the price of
+        compile time and, on CPU, of what `checkpoint` saves; a network whose convolutions are
+        matrix products (`ConvNet(conv='matmul')`) keeps both and is faster still.
 
     Raises:
       ValueError: if the leaves of `steps` differ in length, or `record` is not ascending in 1..N.

@@ -150,6 +150,34 @@ def test_checkpointing_and_unrolling_change_no_gradient(problem, options):
         assert_close(differentiated(problem, 0.3, **options), expected, 1e-12)
 
 
+def test_learned_labels_and_keyed_augmentation_pass_through_the_loop(problem):
+    start, target, images, order = problem
+    with jax.enable_x64(True):
+        synthetic = {'images': images, 'labels': 0.5 * jnp.eye(3)[jnp.asarray(LABELS)]}
+        steps = {'rows': order[:2], 'key': jax.random.split(jax.random.key(0), 2)}
+
+        def loss(params, synthetic, step):
+            noise = jax.random.uniform(step['key'], (3, 1), jnp.float64, 0.5, 1.5)
+            log_probs = jax.nn.log_softmax(
+                network(params, noise * synthetic['images'][step['rows']])
+            )
+            soft = jax.nn.softmax(synthetic['labels'])[step['rows']]
+            return -jnp.mean(jnp.sum(soft * log_probs, -1))
+
+        def by_hand(synthetic, step_size):
+            params = start
+            for i in range(2):
+                step = {'rows': order[i], 'key': steps['key'][i]}
+                grads = jax.grad(loss)(params, synthetic, step)
+                params = jax.tree.map(lambda p, g: p - step_size * g, params, grads)
+            return trajectory.param_distance(params, start, target)
+
+        whole = (start, target, synthetic, steps)
+        expected = jax.jit(jax.value_and_grad(by_hand, (0, 1)))(synthetic, 0.3)
+        assert float(jnp.abs(expected[1][0]['labels']).max()) > 1e-4
+        assert_close(differentiated(whole, 0.3, loss), expected, 1e-10)
+
+
 def test_without_steps_the_loss_is_one_and_does_not_depend_on_the_images(problem):
     start, target, images, order = problem
     with jax.enable_x64(True):
