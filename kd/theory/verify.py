@@ -123,15 +123,16 @@ def markdown(
         lines += [f'## {paper.title}', '', f'arXiv {paper.arxiv}', '']
         lines += [f'![{caption}]({name})\n\n*{caption}*\n' for name, caption in drawn.get(slug, ())]
         lines += [
-            '| statement | quantity | measured | held to | tolerance | verdict |',
-            '|---|---|---:|---:|---:|---|',
+            '| statement | quantity | measured | held to | off by | tolerance | verdict |',
+            '|---|---|---:|---:|---:|---:|---|',
         ]
         for row in rows:
             if row.paper == slug:
                 # A bar would end the cell.
                 cells = [row.statement, row.quantity + (f'<br>*{row.note}*' if row.note else '')]
                 cells += [_number(row.measured), f'{row.relation} {_number(row.bound)}']
-                cells += [f'{row.tolerance:.0e}' if row.tolerance else '0']
+                off = f'{abs(row.measured - row.bound):.0e}' if row.relation == '=' else ''
+                cells += [off, f'{row.tolerance:.0e}' if row.tolerance else '0']
                 cells += ['holds' if row.holds else '**fails**']
                 lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
         lines.append('')

@@ -92,7 +92,7 @@ def capacity(rng):
 
 @PAPER.statement('T9: refits from N samples collapse without an anchor and settle with one')
 def sampling_noise(rng):
-    samples, chains, generations = 50, 20_000, 40
+    samples, chains, generations = 50, 10_000, 40
     # Not peaked: a rare outcome would be drawn so seldom that its mean is far from normal.
     log_t = np.log((np.exp(distributions(rng)) + 1 / OUTCOMES) / 2)
     collision = float(np.sum(np.exp(2 * log_t)))
