@@ -24,7 +24,6 @@ from kd.evaluators import distribution
 from kd.evaluators.generation import image_grid
 from kd.losses.flow_map import flow_map as jump
 from kd.method import with_ema
-from kd.methods.flow.common import velocity_function
 from kd.methods.flow.flow_map import flow_map
 from kd.methods.flow.flow_matching import flow_matching
 from kd.methods.vision.supervised import supervised
@@ -33,6 +32,7 @@ from kd.models.mlp import MLP
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling.flow import draw_noise, time_grid
+from kd.sampling.velocity import velocity_function
 
 STEPS = (1, 2, 4, 8, 16)
 TITLES = {
@@ -196,8 +196,8 @@ def classifier_features(data, steps):
 
 def draw(measured, shown):
     """Samples by method and steps, the metrics over steps, and digits."""
-    figure = figures.new_figure(13, 1.55 * len(shown['points']) + 2.6)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.55 * len(shown['points']), 2.6))
+    figure = figures.new_figure(13, 1.55 * len(shown['points']) + 1.6)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.55 * len(shown['points']), 1.6))
     left, right = upper.subfigures(1, 2, width_ratios=(8, 5))
     draw_densities(left, shown['points'])
     axes = right.subplots(2, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -39,7 +40,7 @@ class WhitenedSource(sources.Source):
 
     def to_pixels(self, images: ArrayLike) -> np.ndarray:
         """Whitened images [N, H, W, C] as pixels in about [-1, 1]."""
-        return np.asarray(self.whitening.invert(np.asarray(images)))
+        return np.asarray(self.whitening.invert(jnp.asarray(images)))
 
 
 def whitened(

@@ -9,6 +9,7 @@ from kd.losses.flow_map_algorithms import get_algorithm
 from kd.losses.interpolant import get_interpolant
 from kd.method import Method
 from kd.methods.flow import common
+from kd.sampling.velocity import num_classes, velocity_function
 
 # Algorithms whose teacher makes jumps; the others read its diagonal.
 _JUMPING = ('pfmm', 'psd_uniform', 'psd_midpoint')
@@ -56,19 +57,17 @@ def flow_map_distillation(
     chosen = get_algorithm(algorithm, teacher=True, stop_gradient=stop_gradient)  # type: ignore[arg-type]
     by_map = algorithm in _JUMPING and teacher_jumps == 'map'
     common.check_teacher(context, path, two_times=by_map)
-    classes = common.num_classes(context.teacher)
-    if classes != common.num_classes(context.network):
+    classes = num_classes(context.teacher)
+    if classes != num_classes(context.network):
         raise UserError(
-            f'{context.stage}: the student is conditioned on {common.num_classes(context.network)} '
+            f'{context.stage}: the student is conditioned on {num_classes(context.network)} '
             f'classes and its teacher on {classes}; give both networks the same num_classes.'
         )
     if guidance != 1.0 and classes is None:
         raise UserError(f'{context.stage}: guidance needs a teacher with num_classes.')
 
     def teacher(frozen, label) -> VelocityFunction:
-        field = common.velocity_function(
-            context.teacher, frozen['teacher'], label, guidance=guidance
-        )
+        field = velocity_function(context.teacher, frozen['teacher'], label, guidance=guidance)
         return field if by_map else lambda s, t, x: field(s, s, x)
 
     return common.flow_method(

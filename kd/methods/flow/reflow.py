@@ -11,6 +11,8 @@ from kd.losses.interpolant import get_interpolant
 from kd.method import Batch, Method, with_collect
 from kd.methods.flow import common
 from kd.sampling.flow import SAMPLERS, time_grid
+from kd.sampling.velocity import noise_scale as scale_of
+from kd.sampling.velocity import velocity_function
 from kd.state import State
 
 
@@ -47,12 +49,12 @@ def reflow(
     network = context.teacher
     # The teacher may come from any interpolant: only its ends are used.
     common.check_network(network, two_times=sampler == 'flow_map', where=f'{context.stage}.teacher')
-    scale = common.noise_scale(network, noise_scale)
+    scale = scale_of(network, noise_scale)
     times = time_grid(sampler_steps)
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
         noise = scale * jax.random.normal(key, batch['input'].shape, batch['input'].dtype)
-        vfn = common.velocity_function(
+        vfn = velocity_function(
             network, state.frozen['teacher'], batch.get('label'), guidance=guidance
         )
         samples = SAMPLERS[sampler](vfn, noise, times, unroll=unroll)

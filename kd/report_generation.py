@@ -1,0 +1,127 @@
+"""The report of a run that trains generators: metrics by number of sampling steps, and samples."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from kd import config as config_lib
+from kd import figures
+from kd.io import checkpoints
+
+# {metric: {steps: value}}
+ByStep = dict[str, dict[int, float]]
+_NUMBERED = re.compile(r'(?P<metric>\w+)_(?P<steps>\d+)')
+_UNITS = {'kl': 'KL(data || samples), nats', 'off_support': 'share of samples off the support'}
+
+
+def generation(
+    config: config_lib.ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    rows: Sequence[tuple[str, str]],
+    samples: str = 'samples',
+) -> Path:
+    """Compares generators by what their stages' evaluators found at the end.
+
+    Args:
+      config: the recipe.
+      workdir: of the run, all stages done.
+      mesh: unused; nothing is evaluated again.
+      rows: (title, stage) in the order of the tables.
+      samples: name of the evaluator whose metrics end in a number of sampling steps, see
+        `kd.evaluators.flow_samples.flow_samples`.
+
+    Returns:
+      Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
+    """
+    tables, others, results, pages = {}, {}, {}, []
+    for title, stage in rows:
+        done = checkpoints.read_done(workdir / stage) or {'metrics': {}, 'step': 0}
+        results[title] = done['metrics']
+        tables[title], others[title] = _split(done['metrics'], samples)
+        # Evaluators draw at the end of a stage, whichever step counts as its result.
+        for file in sorted((workdir / stage / 'figures').glob(f'*_{config[stage].steps}.png')):
+            pages.append((f'{title}: {file.stem.rpartition("_")[0]}', file.relative_to(workdir)))
+    folder = workdir / 'figures'
+    folder.mkdir(exist_ok=True)
+    page = metrics_by_steps(tables)
+    if page is not None:
+        page.savefig(folder / 'metrics_by_steps.png')
+        pages.insert(0, ('Metrics by sampling steps', Path('figures/metrics_by_steps.png')))
+    (workdir / 'report.json').write_text(json.dumps(results, indent=1))
+    report = workdir / 'report.md'
+    report.write_text(_markdown(config, tables, others, pages))
+    return report
+
+
+def metrics_by_steps(tables: Mapping[str, ByStep]) -> Figure | None:
+    """One panel per metric, one curve per row; None where no row has such metrics."""
+    metrics = list(dict.fromkeys(name for table in tables.values() for name in table))
+    if not metrics:
+        return None
+    figure = figures.new_figure(4.2 * len(metrics), 3.6)
+    axes = np.atleast_1d(figure.subplots(1, len(metrics)))
+    for axis, metric in zip(axes, metrics, strict=True):
+        for colour, (title, table) in zip(figures.COLOURS, tables.items(), strict=False):
+            if metric in table:
+                steps, values = zip(*sorted(table[metric].items()), strict=True)
+                axis.plot(steps, values, color=colour, marker='o', label=title)
+                axis.set_xticks(steps, [str(n) for n in steps])
+        axis.set(xscale='log', xlabel='sampling steps', title=_UNITS.get(metric, metric))
+        axis.set_ylim(bottom=0.0)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=len(tables), frameon=False)
+    return figure
+
+
+def _split(metrics: Mapping[str, float], samples: str) -> tuple[ByStep, dict[str, float]]:
+    """Metrics of the samples by steps, and those of all other evaluators."""
+    table: ByStep = {}
+    others = {}
+    for name, value in metrics.items():
+        evaluator, _, metric = name.partition('/')
+        match = _NUMBERED.fullmatch(metric)
+        if evaluator == samples and match:
+            table.setdefault(match['metric'], {})[int(match['steps'])] = value
+        elif evaluator not in ('train', 'time'):
+            others[name] = value
+    return table, others
+
+
+def _markdown(
+    config: config_lib.ConfigDict,
+    tables: Mapping[str, ByStep],
+    others: Mapping[str, Mapping[str, float]],
+    pages: list[tuple[str, Path]],
+) -> str:
+    data = config.data.get('name', None) or config.data.source.get('of', 'data')
+    lines = [f'# {data}: {", ".join(tables)}', '', f'Seed {config.seed}. ']
+    lines[-1] += 'The command and versions are in `manifest.json`.'
+    for metric in dict.fromkeys(name for table in tables.values() for name in table):
+        steps = sorted({n for table in tables.values() for n in table.get(metric, {})})
+        lines += ['', f'## {_UNITS.get(metric, metric)}', '']
+        lines += ['| sampling steps | ' + ' | '.join(map(str, steps)) + ' |']
+        lines += ['|---|' + '---:|' * len(steps)]
+        for title, table in tables.items():
+            cells = [f'{table[metric][n]:.4f}' if n in table.get(metric, {}) else '' for n in steps]
+            lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
+    columns = list(dict.fromkeys(name for row in others.values() for name in row))
+    if columns:
+        lines += ['', '## Other metrics', '', '| network | ' + ' | '.join(columns) + ' |']
+        lines += ['|---|' + '---:|' * len(columns)]
+        for title, row in others.items():
+            cells = [f'{row[c]:.4f}' if c in row else '' for c in columns]
+            lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
+    for title, file in pages:
+        lines += ['', f'## {title}', '', f'![{title}]({file})']
+    return '\n'.join(lines) + '\n'
