@@ -1,8 +1,8 @@
 """Data sources: `load(name, split)` gives random access to the examples of a split, by batch.
 
-Names are `digits`, `mnist1d`, the two-dimensional toys of `kd.data.builders.toys`, and every tfds
-data set with an array_record copy. Splits are written as in tfds: `train`, `train[:90%]`,
-`train[100:-50]`, `train+test`.
+Names are `digits`, `mnist1d`, `stdlib_characters`, the two-dimensional toys of
+`kd.data.builders.toys`, and every tfds data set with an array_record copy. Splits are written as
+in tfds: `train`, `train[:90%]`, `train[100:-50]`, `train+test`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from kd.data.builders import mnist1d, toys
+from kd.data.builders import characters, mnist1d, toys
 from kd.errors import UserError
 
 # A decoded split up to this size is kept in memory, row by row as it is first read.
@@ -114,9 +114,9 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     """Opens a split of a data set.
 
     Args:
-      name: `digits`, `mnist1d`, a toy (`checkerboard`, `two_moons`, `gaussian_mixture`, `rings`),
-        or a tfds name (`mnist`, `cifar10`, `imagenet_resized/32x32`, `mnist:3.0.1`) whose
-        array_record copy lies under `data_dir`.
+      name: `digits`, `mnist1d`, `stdlib_characters`, a toy (`checkerboard`, `two_moons`,
+        `gaussian_mixture`, `rings`), or a tfds name (`mnist`, `cifar10`,
+        `imagenet_resized/32x32`, `mnist:3.0.1`) whose array_record copy lies under `data_dir`.
       split: a tfds split: `train`, `train[:90%]`, `test[100:]`, `train+test`.
       data_dir: where tfds data lies; defaults to TFDS_DATA_DIR, then ~/tensorflow_datasets.
         `digits` is written there on its first use.
@@ -138,6 +138,8 @@ def _open(name: str, data_dir: str | os.PathLike | None) -> DataSet:
         return _toy(name)
     if name == 'mnist1d':
         return _mnist1d()
+    if name == 'stdlib_characters':
+        return _characters()
     root = default_data_dir(data_dir)
     # tfds takes most of a second to import: only where its data is asked for.
     from kd.data.builders import prepared
@@ -171,6 +173,22 @@ def _mnist1d() -> DataSet:
         reader=reader,
         spec=example_spec((40, 1)),
         num_classes=mnist1d.NUM_CLASSES,
+    )
+
+
+def _characters() -> DataSet:
+    try:
+        splits = characters.make()
+    except FileNotFoundError as error:
+        raise DataError(f"data set 'stdlib_characters': {error}") from error
+    window = jax.ShapeDtypeStruct((characters.LENGTH,), np.int32)
+    return DataSet(
+        name='stdlib_characters',
+        sizes={split: len(arrays['input']) for split, arrays in splits.items()},
+        reader=lambda split: in_memory(splits[split]),
+        spec={'input': window, 'label': window},
+        num_classes=len(characters.SYMBOLS),
+        class_names=tuple(characters.SYMBOLS),
     )
 
 
