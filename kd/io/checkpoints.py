@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from kd.errors import UserError
 from kd.io.workdir import write_whole
+from kd.parallel import distributed
 from kd.parallel.sharding import path_name
 from kd.state import State
 
@@ -29,6 +31,12 @@ log = logging.getLogger('kd')
 
 # Orbax narrates every save at INFO and warns about things that are as we want them.
 logging.getLogger('absl').setLevel(logging.ERROR)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # The loop alone asks JAX's preemption service, with a count of its own.
+        return False
 
 
 class Checkpoints:
@@ -55,7 +63,7 @@ class Checkpoints:
                 )
             )
             options = {'best_fn': score, 'best_mode': 'max'}
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             directory / 'checkpoints',
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
@@ -111,16 +119,10 @@ class Checkpoints:
         for step in reversed(tried):
             self._check_tree(step, _variables(state))
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        variables=ocp.args.StandardRestore(_variables(state)),
-                        training=ocp.args.StandardRestore(_training(state, window)),
-                        data=ocp.args.JsonRestore(),
-                    ),
-                )
-            except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
-                self._set_aside(step, error)
+                restored = distributed.agree(partial(self._restore, step, state, window))
+            except UserError as error:
+                distributed.from_first(partial(self._set_aside, step, error))
+                self._manager.reload()
                 continue
             training = restored['training']
             state = state.replace(
@@ -136,6 +138,19 @@ class Checkpoints:
             )
         return None
 
+    def _restore(self, step: int, state: State, window: Any) -> Any:
+        try:
+            return self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardRestore(_variables(state)),
+                    training=ocp.args.StandardRestore(_training(state, window)),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
+            raise UserError(str(error).strip().splitlines()[0][:200]) from error
+
     def restore_variables(self, step: int, abstract: Mapping[str, Any], where: str) -> Any:
         """`{'params', 'mutables', 'ema'}` of one checkpoint, as far as `abstract` asks for it.
 
@@ -148,15 +163,13 @@ class Checkpoints:
         path = self.directory / 'checkpoints' / str(step) / 'variables'
         _check_tree(path, abstract, str(self.directory))
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _set_aside(self, step: int, error: UserError) -> None:
         target = self.directory / 'broken_checkpoints' / str(step)
         target.parent.mkdir(exist_ok=True)
         while target.exists():
             target = target.with_name(target.name + '_')
         (self.directory / 'checkpoints' / str(step)).rename(target)
-        self._manager.reload()
-        reason = str(error).strip().splitlines()[0][:200]
-        log.warning('Checkpoint %s cannot be read (%s); moved to %s.', step, reason, target)
+        log.warning('Checkpoint %s cannot be read (%s); moved to %s.', step, error, target)
 
     def wait(self) -> None:
         """Waits for the save in progress."""
@@ -172,7 +185,15 @@ def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> 
     if not path.is_dir():
         raise UserError(f'{where}: {directory} is marked as done but checkpoint {step} is missing.')
     _check_tree(path, abstract, where)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    # A report is made by one process: the others take no part in reading.
+    readers = {d.process_index for x in jax.tree.leaves(abstract) for d in x.sharding.device_set}
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=min(readers), active_processes=readers, barrier_sync_key_prefix='report'
+    )
+    everyone = len(readers) == jax.process_count()
+    options = ocp.options.MultiprocessingOptions() if everyone else alone
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         try:
             return checkpointer.restore(
                 path,
@@ -220,7 +241,9 @@ def _check_tree(path: Path, abstract: Any, where: str) -> None:
         for name, shape in wanted.items()
         if stored.get(name) != shape
     ]
-    params = {name for name in stored if name.startswith('params/')}
+    # Where an average is asked for, the parameters beside it are not.
+    whole = any(name.startswith('params/') for name in wanted)
+    params = {name for name in stored if whole and name.startswith('params/')}
     differences += [
         f'{name}: {stored[name]} in the checkpoint, nothing in the config'
         for name in sorted(params - set(wanted))
