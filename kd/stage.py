@@ -48,8 +48,8 @@ class Stage:
             self.context.source(split),
             self.config.batch_size,
             seed=self.seed,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=self.part[0],
+            host_count=self.part[1],
         )
 
     def eval_batches(self, split: str) -> Iterable[dict[str, np.ndarray]]:
@@ -57,9 +57,14 @@ class Stage:
         return pipeline.eval_batches(
             self.context.source(split),
             self.config.batch_size,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=self.part[0],
+            host_count=self.part[1],
         )
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(index, count): this host's part of every batch."""
+        return mesh_lib.batch_part(self.mesh)
 
     def key(self) -> jax.Array:
         """The stage's random key; stages of one run do not share randomness."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kd.evaluation import Evaluation
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir, read_metrics
+from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.stage import Stage, prepare, replicated
 from kd.state import State
@@ -43,21 +45,26 @@ def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
       UserError: the config, the data or the work directory needs a correction.
       NonFiniteError: a loss became infinite or NaN.
       Preempted: SIGTERM came; a checkpoint has been written.
+
+    In a run of several processes all call this; see `kd.parallel.distributed`. The report is made
+    by the first alone, on its own devices, and the path is its.
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh))
-    directory = Workdir(Path(workdir).absolute(), config)
+    directory = distributed.agree(lambda: Workdir(Path(workdir).absolute(), config))
     try:
         for name in config.stages:
-            check(config, name, mesh)
-        directory.record()
+            distributed.agree(partial(check, config, name, mesh))
+        if distributed.is_first():
+            directory.record()
         with _Sigterm() as stop:
             for name in config.stages:
                 train_stage(config, name, directory, mesh, stop)
-        if not config.report:
+        if not config.report or not distributed.is_first():
             return None
         with doing('report', 'evaluating and drawing'):
-            return config_lib.build(config.report, config, directory.path, mesh, where='report')
+            local = mesh_lib.local_mesh(mesh)
+            return config_lib.build(config.report, config, directory.path, local, where='report')
     finally:
         directory.close()
 
@@ -71,7 +78,7 @@ def train_stage(
 ) -> None:
     """Runs one stage to its end, from its last checkpoint if there is one."""
     directory = workdir.stage(name)
-    done = checkpoints.read_done(directory)
+    done = distributed.from_first(lambda: checkpoints.read_done(directory))
     if done is not None:
         say(name, f'done at step {done["step"]}')
         return
@@ -81,17 +88,22 @@ def train_stage(
         loop = Loop(stage, saved, directory, stop)
         loop.run()
         step = saved.best_step() if stage.config.final == 'best' else stage.config.steps
-        # From the log and not from this process, which may have come after the last step.
-        logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
-        record = {
-            'step': step,
-            'steps_per_s': logged.pop('time/steps_per_s'),
-            'metrics': {name: value for name, value in logged.items() if name != 'step'},
-            'parameters': sum(x.size for x in jax.tree.leaves(loop.state.params)),
-        }
-        checkpoints.mark_done(directory, record)
+        parameters = sum(x.size for x in jax.tree.leaves(loop.state.params))
+        distributed.from_first(lambda: _finish(directory, step, parameters))
     finally:
         saved.close()
+
+
+def _finish(directory: Path, step: int, parameters: int) -> None:
+    # From the log and not from this process, which may have come after the last step.
+    logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
+    record = {
+        'step': step,
+        'steps_per_s': logged.pop('time/steps_per_s'),
+        'metrics': {name: value for name, value in logged.items() if name != 'step'},
+        'parameters': parameters,
+    }
+    checkpoints.mark_done(directory, record)
 
 
 def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> None:
@@ -240,6 +252,10 @@ class Loop:
                         self._save(now, scalars)
                 if stopping and not last:
                     raise Preempted(f'{self.name}: stopped at step {now}; a checkpoint is written.')
+        except jax.errors.JaxRuntimeError as error:
+            # Here, because closing the checkpoints would wait for the other processes.
+            distributed.leave_if_lost(error)
+            raise
         finally:
             progress.close()
             log.close()
@@ -290,7 +306,8 @@ class Loop:
         batch = next(self.iterator)
         dump = self.directory / f'nonfinite_{bad}'
         dump.mkdir(exist_ok=True)
-        np.savez(dump / 'batch.npz', **batch)
+        process = jax.process_index()
+        np.savez(dump / (f'batch_{process}.npz' if process else 'batch.npz'), **batch)
         (dump / 'step.json').write_text(json.dumps({'step': bad, 'stage': self.name}))
         if bad not in self.saved.steps():
             zero = jax.tree.map(lambda x: x * 0, self.window)
@@ -358,6 +375,9 @@ class _Sigterm:
         self.came = False
 
     def __enter__(self) -> Callable[[], bool]:
+        if jax.process_count() > 1:
+            self.handles = False
+            return distributed.preemption()
         # Python takes signal handlers in the main thread only.
         self.handles = threading.current_thread() is threading.main_thread()
         if self.handles:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import jax
 from tqdm import tqdm
 
 
@@ -19,7 +20,7 @@ class Progress:
         self._began = self._said = time.monotonic()
         self._bar = (
             tqdm(initial=start, total=total, desc=stage, unit='step', dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not jax.process_index()
             else None
         )
 
@@ -43,7 +44,9 @@ class Progress:
 
 
 def say(stage: str, text: str) -> None:
-    """One line about a stage."""
+    """One line about a stage, from the first process."""
+    if jax.process_index():
+        return
     tqdm.write(f'[{stage}] {text}', file=sys.stderr)
 
 

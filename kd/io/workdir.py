@@ -24,7 +24,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ten
 
 
 class Workdir:
-    """A run's directory, held by one process (per host) at a time."""
+    """A run's directory, held by one run at a time; of several processes the first holds it."""
 
     def __init__(self, path: Path, config: config_lib.ConfigDict) -> None:
         """Creates or opens the directory and takes its lock.
@@ -40,7 +40,8 @@ class Workdir:
             raise UserError(f'Cannot write to workdir {path}: {error.strerror}.') from error
         self._config = config_lib.to_plain(config)
         try:
-            self._take_lock()
+            if jax.process_index() == 0:
+                self._take_lock()
             self._check_config(json.loads(json.dumps(self._config)))
         except UserError:
             self.close()
@@ -131,7 +132,13 @@ class MetricLog:
     """
 
     def __init__(self, directory: Path, *, resume_step: int) -> None:
-        """Opens the log; lines after `resume_step` are of a run cut off and are dropped."""
+        """Opens the log; lines after `resume_step` are of a run cut off and are dropped.
+
+        Of several processes only the first writes.
+        """
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._file = directory / 'metrics.jsonl'
         kept = [line for line in _lines(self._file) if json.loads(line)['step'] <= resume_step]
         write_whole(self._file, ''.join(kept))
@@ -142,11 +149,15 @@ class MetricLog:
         self._stream = self._file.open('a')
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
         self._stream.write(json.dumps({'step': step, **scalars}) + '\n')
         self._stream.flush()
         self._writer.write_scalars(step, dict(scalars))
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._stream.close()
         self._writer.flush()
         self._writer.close()

@@ -42,7 +42,44 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             raise UserError(f'{len(devices)} devices do not divide over mesh {dict(sizes)}.')
         shape[shape.index(-1)] = len(devices) // fixed
     used = devices[: math.prod(shape)]
+    idle = {device.process_index for device in devices} - {d.process_index for d in used}
+    if idle:
+        raise UserError(
+            f'mesh {dict(sizes)} leaves processes {sorted(idle)} without a device; change '
+            'config.mesh to use all of them, or start fewer processes.'
+        )
     return Mesh(np.asarray(used).reshape(shape), AXES)
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """`mesh` itself in a run of one process, else a mesh of this process's own devices.
+
+    They lie along fsdp, so that what is sharded in the whole run need not fit on one device.
+    """
+    return mesh if jax.process_count() == 1 else make_mesh({'fsdp': -1}, jax.local_devices())
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of a batch this process's devices take.
+
+    Processes that lie along the tensor axis share a part.
+
+    Raises:
+      UserError: devices of one process that take more of a batch than those of another, or parts
+        that overlap.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape['tensor'])
+    parts: dict[int, tuple[int, ...]] = {}
+    for row, devices in enumerate(rows):
+        for process in {device.process_index for device in devices}:
+            parts[process] = (*parts.get(process, ()), row)
+    distinct = sorted(set(parts.values()))
+    if len(distinct) * len(distinct[0]) != len(rows) or len({len(p) for p in distinct}) > 1:
+        raise UserError(
+            f'mesh {dict(mesh.shape)} gives processes unequal or overlapping parts of a batch: '
+            f'{parts}; let config.mesh.tensor divide the devices of a process, or be a multiple.'
+        )
+    return distinct.index(parts[jax.process_index()]), len(distinct)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
