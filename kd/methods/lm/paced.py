@@ -1,0 +1,130 @@
+"""PACED: distillation at the frontier of the student's competence (2026, arXiv:2603.11178).
+
+Problems that the student always fails or always solves give little signal; each problem's loss is
+weighted by p^a (1 - p)^b of the student's pass rate p. The paper's best schedule is two stages:
+forward KL, then, from its weights (`references.start`), reverse KL.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kd import config as kd_config
+from kd.context import Context
+from kd.errors import UserError
+from kd.method import Method, Objective, minimize, with_collect
+from kd.methods import start, teacher
+from kd.metrics import mean, scalar
+from kd.theory import competence
+
+WEIGHTINGS = ('beta', 'hard', 'uniform')
+
+
+def paced(
+    context: Context,
+    *,
+    divergence: str = 'kd.losses.divergence.forward_kl',
+    weighting: str = 'beta',
+    a: float = 1.0,
+    b: float = 1.0,
+    rollouts: int = 8,
+    normalise: bool = True,
+    micro_batches: int = 1,
+    **divergence_arguments,
+) -> Method:
+    """Distils every problem by a weight of the student's pass rate on it.
+
+        loss_i = w(p_i) / mean_j w(p_j) * mean_l D(student_il, teacher_il)
+
+    p_i is the fraction of `rollouts` answers drawn from the present student in which every symbol
+    equals `label`; all symbols of an answer are drawn from one forward pass, which is exact for
+    symbols that are independent given the problem. For other models, or pass rates that are
+    refreshed rarely, a batch brings `pass_rate` [B], and none are drawn. A batch may bring
+    `response_mask` bool [B, L], the positions that count, in the loss and in the answer. Weights
+    are constants to the gradient, and problems of weight 0 contribute exactly 0.
+
+    Args:
+      context: the stage; needs a network with logits [B, L, V], labels int [B, L], and a teacher or
+        `teacher_logits` in the batch. Starts from `references.start`, if there is one.
+      divergence: import path of `d(student_logits, teacher_logits) -> [B, L]`.
+      weighting: 'beta' for p^a (1 - p)^b; 'hard' for 1 where 0.2 < p < 0.8; 'uniform' for 1.
+      a, b: exponents of 'beta'.
+      rollouts: answers drawn per problem and step.
+      normalise: divide the weights by their mean over the batch; False as in the paper.
+      micro_batches: parts over which gradients are accumulated; weights are those of the batch.
+      **divergence_arguments: further keywords of the divergence.
+    """
+    if weighting not in WEIGHTINGS:
+        raise UserError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
+    if rollouts < 1:
+        raise UserError(f'rollouts must be at least 1, got {rollouts}.')
+    network = context.network
+    of_position = kd_config.resolve(divergence)
+    kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
+
+    def collect(state, batch, key):
+        if 'pass_rate' not in batch:
+            logits = network.apply(state.variables(), batch['input']).logits
+            where = batch.get('response_mask')
+            rate = sampled_pass_rate(key, logits, batch['label'], rollouts, where=where)
+            batch = {**batch, 'pass_rate': rate}
+        rate = batch['pass_rate']
+        if weighting == 'beta':
+            weights = competence.beta_kernel(rate, a, b)
+        else:
+            weights = competence.hard_filter(rate) if weighting == 'hard' else jnp.ones_like(rate)
+        if normalise:
+            average = jnp.mean(weights)
+            weights = weights / jnp.where(average > 0, average, 1.0)
+        # Per problem, so that it splits into micro-batches with the rest.
+        count = jnp.broadcast_to(competence.effective_count(weights), rate.shape)
+        return {**batch, 'weight': weights, 'effective_count': count}
+
+    def loss(params, state, batch, key) -> Objective:
+        variables = {'params': params, **state.mutables}
+        output = network.apply(variables, batch['input'], train=True, key=key)
+        teacher_logits = teacher.teacher_logits(context, state, batch)
+        positions = of_position(output.logits, teacher_logits, **divergence_arguments)
+        # Positions are averaged within a problem first, or long answers would dominate.
+        kept = jnp.broadcast_to(batch.get('response_mask', True), positions.shape)
+        lengths = jnp.maximum(kept.sum(-1), 1)
+        problems = jnp.where(kept, positions, 0.0).sum(-1) / lengths
+        counted = batch['weight'] > 0
+        losses = batch['weight'] * jnp.where(counted, problems, 0.0)
+        metrics = {
+            'divergence': mean(problems),
+            'pass_rate': mean(batch['pass_rate']),
+            'effective_count': scalar(batch['effective_count'][0]),
+        }
+        return Objective(mean(losses), metrics, output.mutables)
+
+    method = minimize(loss, context.tx, network.init, micro_batches=micro_batches)
+    return with_collect(start.from_reference(method, context), collect)
+
+
+def sampled_pass_rate(
+    key: jax.Array,
+    logits: jax.Array,
+    labels: jax.Array,
+    rollouts: int,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Fraction of sampled answers that are right in every position.
+
+    Args:
+      key: typed random key.
+      logits: [B, L, V] of symbols that are independent given the problem.
+      labels: int [B, L].
+      rollouts: K.
+      where: bool [B, L], positions that must be right; a problem without any always passes.
+
+    Returns:
+      float32 [B], a multiple of 1 / K.
+    """
+    answers = jax.random.categorical(key, logits, shape=(rollouts, *labels.shape))
+    right = answers == labels
+    if where is not None:
+        right |= ~where
+    return competence.pass_rate(right.all(-1).T)
