@@ -1,0 +1,218 @@
+"""The report of a distilled data set: accuracies, architectures, scores, images, and the set itself
+in files that others can load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd import config as config_lib
+from kd.data import export, sources, standardised, synthetic
+from kd.evaluators import synthetic_set
+from kd.evaluators.fresh_training import Protocol, page, pixels
+from kd.io import checkpoints
+from kd.stage import build_network, prepare
+from kd.state import State
+
+
+def dataset_distillation(
+    config: config_lib.ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    rows: Sequence[tuple[str, str, str]],
+    network: Mapping[str, Any],
+    networks: Mapping[str, Mapping[str, Any]] | None = None,
+    step_sizes: Sequence[float] = (),
+    protocol: Mapping[str, Any] | None = None,
+    full_epochs: int = 0,
+    baseline: str = 'random',
+    split: str = 'test',
+) -> Path:
+    """Trains fresh networks on every set, tests them once, and writes the sets.
+
+    A set without a learning rate of its own takes the one of `step_sizes` that is best on the
+    validation split, per architecture; architectures other than the first do so for every set.
+
+    Args:
+      config: the recipe.
+      workdir: of the run, all stages done.
+      mesh: devices.
+      rows: (title, stage, average of its images or '') in the order of the table.
+      network: block of the architecture of the first table.
+      networks: further ones by title.
+      step_sizes: learning rates to choose from.
+      protocol: of `kd.evaluators.fresh_training.Protocol`, and `repeats`.
+      full_epochs: passes over the real training split for its accuracy; 0 leaves out the row, and
+        with it the label-robust score.
+      baseline: the row that scores are relative to.
+      split: of the recipe's data that nothing was chosen on.
+
+    Returns:
+      Path of `report.md`. Beside it, in `synthetic/`: TITLE.npz (`image` in pixels around [-1, 1],
+      `input` as networks see it, `label`, `step_size`) and `tfds/NAME/1.0.0`.
+    """
+    settings = dict(protocol or {})
+    repeats = settings.pop('repeats', 5)
+    made = {title: restore(config, stage, workdir, mesh, average) for title, stage, average in rows}
+    load = prepare(config, rows[0][1], mesh, workdir).context.recipe_source
+    train, judged = load('train'), standardised.everything(load(split))
+    validation = standardised.everything(load('validation'))
+    keys = jax.random.split(jax.random.key(1), repeats)
+    results: dict[str, dict[str, Any]] = {title: {} for title in made}
+    scores: dict[str, dict[str, float]] = {}
+    for number, (label, block) in enumerate({'': network, **(networks or {})}.items()):
+        built = build_network(block, train, where='report.network')
+        assert built is not None
+        judge = Protocol(built, **settings)
+        for title, one in made.items():
+            own = np.isfinite(one.step_size) and number == 0
+            rates = () if own else step_sizes
+            chosen = judge.best(keys, one, validation, rates)[1] if rates else float(one.step_size)
+            accuracies = judge(keys, one.examples, judged, chosen)
+            name = label or _name(block)
+            results[title][name] = {
+                'accuracy': float(accuracies.mean()),
+                'std': float(accuracies.std()),
+                'step_size': chosen,
+            }
+        if number == 0:
+            plain = Protocol(built, **{**settings, 'augmentation': ''})
+            full = None
+            if full_epochs:
+                real = {k: v for k, v in standardised.everything(train).items() if k != 'index'}
+                whole = Protocol(built, **{**settings, 'epochs': full_epochs})
+                rate = results[baseline][_name(block)]['step_size']
+                full = whole(keys, real, judged, rate)
+            scores = _scores(results, made, keys, plain, judge, judged, baseline, full)
+            if full is not None:
+                results['all real images'] = {
+                    _name(block): {'accuracy': float(full.mean()), 'std': float(full.std())}
+                }
+    for title, one in made.items():
+        _write(workdir / 'synthetic', workdir / 'figures', title, one, train)
+    record = {'accuracy': results, 'scores': scores}
+    (workdir / 'report.json').write_text(json.dumps(record, indent=1))
+    report = workdir / 'report.md'
+    report.write_text(_markdown(results, scores, made, load(split), repeats, config.seed, baseline))
+    return report
+
+
+def restore(
+    config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh, average: str = ''
+) -> synthetic.SyntheticSet:
+    """The set that a finished stage has made, on the host.
+
+    Raises:
+      UserError: the stage is not finished, or its checkpoint cannot be read.
+    """
+    return jax.device_get(synthetic.of_state(restore_state(config, name, workdir, mesh), average))
+
+
+def restore_state(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh) -> State:
+    """Variables of a finished stage's result; its optimiser's state stays abstract."""
+    stage = prepare(config, name, mesh, workdir)
+    abstract = stage.abstract_state()
+    done = checkpoints.read_done(workdir / name)
+    if done is None:
+        raise config_lib.UserError(f'report: stage {name} of {workdir} is not finished.')
+    parts = {part: getattr(abstract, part) for part in ('params', 'mutables', 'ema')}
+    wanted = {part: tree for part, tree in parts.items() if jax.tree.leaves(tree)}
+    found = checkpoints.restore_variables(workdir / name, done['step'], wanted, f'report ({name})')
+    return abstract.replace(**found, frozen=stage.frozen)
+
+
+def _scores(results, made, keys, plain, judge, judged, baseline, full):
+    """Label- and augmentation-robust scores of every row but the baseline."""
+    if baseline not in made:
+        return {}
+    first = next(iter(results[baseline]))
+    scores = {}
+
+    def measure(protocol, title, labels=None):
+        one, rate = made[title], results[title][first]['step_size']
+        examples = one.examples if labels is None else {**one.examples, 'label': labels}
+        return float(protocol(keys, examples, judged, rate).mean())
+
+    random, random_plain = results[baseline][first]['accuracy'], measure(plain, baseline)
+    for title in made:
+        if title == baseline:
+            continue
+        accuracy = results[title][first]['accuracy']
+        scores[title] = {
+            'augmentation_robust': synthetic_set.augmentation_robust_score(
+                accuracy, random, measure(plain, title), random_plain
+            )
+        }
+        if full is not None:
+            label = np.asarray(made[title].label)
+            hard = accuracy if label.ndim == 1 else measure(judge, title, label.argmax(-1))
+            scores[title]['label_robust'] = synthetic_set.label_robust_score(
+                accuracy, random, hard, float(full.mean())
+            )
+    return scores
+
+
+def _write(
+    folder: Path, figures: Path, title: str, made: synthetic.SyntheticSet, source: sources.Source
+) -> None:
+    folder.mkdir(exist_ok=True)
+    figures.mkdir(exist_ok=True)
+    name = slug(title)
+    images = pixels(made, source)
+    export.write_npz(folder / f'{name}.npz', made, images)
+    export.write_tfds(folder / 'tfds', name, made, images, source.num_classes, source.class_names)
+    page(made, source).savefig(figures / f'{name}.png')
+
+
+def slug(title: str) -> str:
+    """A title as a name of a file and of a tfds data set: small letters, digits and '_'."""
+    return '_'.join(''.join(c if c.isalnum() else ' ' for c in title.lower()).split())
+
+
+def _name(block: Mapping[str, Any]) -> str:
+    return str(block['name']).rpartition('.')[2]
+
+
+def _markdown(results, scores, made, source, repeats, seed, baseline) -> str:
+    architectures = list(dict.fromkeys(name for row in results.values() for name in row))
+    some = next(iter(made.values()))
+    lines = [
+        f'# {source.name}: {len(some.label)} synthetic images',
+        '',
+        f'Accuracy on the {len(source)} examples of `{source.split}`: mean and deviation over '
+        f'{repeats} networks trained from scratch, seed {seed}. Learning rate of the first column '
+        'in brackets, chosen on the validation split where the set has none of its own.',
+        '',
+        '| training set | ' + ' | '.join(architectures) + ' |',
+        '|---|' + '---:|' * len(architectures),
+    ]
+    for title, row in results.items():
+        cells = []
+        for place, name in enumerate(architectures):
+            if name not in row:
+                cells.append('')
+                continue
+            rate = row[name].get('step_size')
+            cells.append(
+                f'{row[name]["accuracy"]:.4f} ± {row[name]["std"]:.4f}'
+                + (f' ({rate:.3g})' if place == 0 and rate is not None else '')
+            )
+        lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
+    kinds = list(dict.fromkeys(kind for row in scores.values() for kind in row))
+    if kinds:
+        lines += ['', f'Scores relative to `{baseline}`, in the manner of DD-Ranking:', '']
+        lines += ['| training set | ' + ' | '.join(kinds) + ' |', '|---|' + '---:|' * len(kinds)]
+        for title, row in scores.items():
+            cells = [f'{row[kind]:.4f}' if kind in row else '' for kind in kinds]
+            lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
+    for title in made:
+        lines += ['', f'## {title}', '', f'![{title}](figures/{slug(title)}.png)']
+    return '\n'.join(lines) + '\n'

@@ -1,0 +1,260 @@
+"""Training of experts whose parameters are kept after every epoch, k of them at once.
+
+A stage trains `experts` networks in rounds of `together`, each for `epochs` epochs from its own
+initialisation. The experts of a round see the same batches in the same order and differ in their
+initialisation and augmentation. The writer `snapshots` puts their parameters on disk.
+
+Sources: Cazenavette et al. 2022, arXiv 2203.11932 (plain descent); Du et al. 2022, arXiv 2211.11004
+(flat experts); Shen et al. 2023, arXiv 2310.10541 (smooth experts).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
+
+from kd import config as config_lib
+from kd.context import Context, Evaluator, Writer
+from kd.data import trajectories as data_lib
+from kd.data.siamese import siamese
+from kd.errors import UserError
+from kd.io import trajectories
+from kd.losses import classification, segments, sharpness
+from kd.method import Batch, Method
+from kd.metrics import Metrics, mean
+from kd.network import Network
+from kd.state import PyTree, State
+
+
+def expert_trajectories(
+    context: Context,
+    *,
+    experts: int = 100,
+    together: int = 10,
+    epochs: int = 50,
+    augmentation: str = '',
+    weight_decay: float = 0.0,
+    rho: float = 0.0,
+    alpha: float = 0.0,
+    adaptive: bool = True,
+    ramp_epochs: int = 0,
+    penalty: float = 0.0,
+    penalty_axis: int | tuple[int, ...] = -1,
+    drop_epoch: int = 0,
+    drop_factor: float = 1.0,
+) -> Method:
+    """Trains rounds of experts; each is the same whatever the others of its round are.
+
+        loss(theta) = r_e CE(f(A(x); theta), y) + penalty mean(|| d/dx sum_k f_k(x) || - 1)^2
+
+    with r_e = `segments.loss_ramp(e, epochs=ramp_epochs)`; its gradient is
+    `sharpness.gsam_gradient(rho, alpha, adaptive)` where one of the two is not 0.
+
+    Args:
+      context: the stage; needs a network without running statistics, an optimiser of constant rate
+        and labelled images. Its steps must be `experts / together * epochs * ceil(N / batch_size)`.
+      experts: how many in all.
+      together: k, how many at once; divides `experts`.
+      epochs: T.
+      augmentation: families of `kd.data.siamese.siamese`, joined by '_'; '' for none.
+      weight_decay: added to the gradient, of every parameter.
+      rho, alpha, adaptive: of sharpness-aware minimisation.
+      ramp_epochs: over which the cross-entropy is faded in; 0 for none.
+      penalty, penalty_axis: weight and norm of the penalty on input gradients.
+      drop_epoch, drop_factor: from the start of this epoch on (0: never) updates are scaled by the
+        factor; the optimiser starts afresh there.
+
+    Raises:
+      UserError: a number of steps or of experts that does not come out even, or a network that has
+        running statistics.
+    """
+    network, per_epoch = context.network, epoch_steps(context)
+    _check(context, experts, together, epochs, per_epoch)
+    names = tuple(augmentation.split('_')) if augmentation else ()
+
+    def loss(params, batch, key, family, epoch):
+        images = batch['input']
+        augmented = siamese(key, images, names, family=family) if names else images
+        logits = network.apply({'params': params}, augmented, train=True).logits
+        cross_entropy = classification.cross_entropy(logits, batch['label']).mean()
+        total = segments.loss_ramp(epoch, epochs=ramp_epochs) * cross_entropy
+        if penalty:
+            apply = lambda x: network.apply({'params': params}, x, train=True).logits  # noqa: E731
+            total += penalty * sharpness.gradient_penalty(apply, images, axis=penalty_axis).mean()
+        return total, (cross_entropy, (logits.argmax(-1) == batch['label']).mean())
+
+    def update(params, opt_state, batch, key, family, epoch):
+        grads, aux = jax.grad(loss, has_aux=True)(params, batch, key, family, epoch)
+        if rho or alpha:
+            flat = lambda p: loss(p, batch, key, family, epoch)[0]  # noqa: E731
+            grads = sharpness.gsam_gradient(flat, params, rho=rho, alpha=alpha, adaptive=adaptive)[
+                1
+            ]
+        grads = jax.tree.map(lambda g, p: g + weight_decay * p, grads, params)
+        updates, opt_state = context.tx.update(grads, opt_state, params)
+        if drop_epoch:
+            factor = jnp.where(epoch >= drop_epoch, drop_factor, 1.0)
+            updates = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
+        return optax.apply_updates(params, updates), opt_state, aux
+
+    def begin(key, number):
+        params = initial_experts(network, key, number, together)
+        return params, jax.vmap(context.tx.init)(params)
+
+    def init(key, frozen=None):
+        del frozen
+        params, opt_state = begin(key, jnp.int32(0))
+        start = jax.tree.map(jnp.copy, params)
+        return State.create(key, params, opt_state, extra={'start': start})
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        number, within = jnp.divmod(state.step, epochs * per_epoch)
+        epoch = within // per_epoch
+        kept = state.params, state.opt_state, state.extra['start']
+
+        def restarted():
+            params, opt_state = begin(state.key, number)
+            return params, opt_state, params
+
+        params, opt_state, start = jax.lax.cond(within == 0, restarted, lambda: kept)
+        if drop_epoch:
+            dropping = within == drop_epoch * per_epoch
+            opt_state = jax.tree.map(
+                lambda new, old: jnp.where(dropping, new, old),
+                jax.vmap(context.tx.init)(params),
+                opt_state,
+            )
+        key = state.step_key()
+        keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(jnp.arange(together))
+        family = jax.random.randint(key, (), 0, len(names)) if names else jnp.int32(0)
+        params, opt_state, (losses, correct) = jax.vmap(
+            update, in_axes=(0, 0, None, 0, None, None)
+        )(params, opt_state, batch, keys, family, epoch)
+        metrics = {'loss': mean(losses), 'accuracy': mean(correct)}
+        extra = {**state.extra, 'start': start}
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
+        return state, metrics
+
+    return Method(init, step)
+
+
+def initial_experts(network: Network, key: jax.Array, number: jax.Array, together: int) -> PyTree:
+    """Parameters of the experts of round `number` before training, stacked along a leading axis.
+
+    Expert e is initialised from `fold_in(key, e)`, whatever the rounds.
+    """
+    indices = number * together + jnp.arange(together)
+    keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(indices)
+    return jax.vmap(lambda k: network.init(k)['params'])(keys)
+
+
+def epoch_steps(context: Context) -> int:
+    """Steps in which every example is seen at least once: ceil(N / batch_size)."""
+    return math.ceil(len(context.source('train')) / context.batch_size)
+
+
+@jax.jit
+def flatten(params: PyTree) -> jax.Array:
+    """Stacked parameters as float32 [k, P], in the order of `jax.flatten_util.ravel_pytree`."""
+    return jax.vmap(lambda p: ravel_pytree(p)[0].astype(jnp.float32))(params)
+
+
+def snapshots(context: Context) -> Writer:
+    """Writes the buffer of the stage's experts, to be called at the end of every epoch.
+
+    In the stage: `writers={'snapshots': dict(name=..., every=steps_of_an_epoch)}`. After the last
+    epoch of the last round the buffer is complete; `kd.data.trajectories.segments` reads it.
+    """
+    per_epoch = epoch_steps(context)
+    stage = context.config[context.stage]
+    block = config_lib.to_plain(stage.method)
+    del block['name']
+    bound = inspect.signature(expert_trajectories).bind(context, **block)
+    bound.apply_defaults()
+    experts, together, epochs = (
+        bound.arguments[name] for name in ('experts', 'together', 'epochs')
+    )
+    every = config_lib.to_plain(stage.writers)
+    for label, writer in every.items():
+        if writer['name'].endswith('.snapshots') and writer.get('every') != per_epoch:
+            raise UserError(
+                f'{context.stage}.writers.{label}.every is {writer.get("every")}, but an epoch of '
+                f'{len(context.source("train"))} examples has {per_epoch} steps.'
+            )
+
+    def write(state: State, step: int, directory: Path) -> None:
+        if step == 0:
+            return
+        number, epoch = divmod(step // per_epoch - 1, epochs)
+        if epoch == 0:
+            _save(directory, number, 0, state.extra['start'])
+        _save(directory, number, epoch + 1, state.params)
+        if step == context.steps and jax.process_index() == 0:
+            size = sum(x.size for x in jax.tree.leaves(state.params)) // together
+            made = trajectories.fingerprint(
+                network=stage.network,
+                data=data_lib.training_data(context.config),
+                method=stage.method,
+                optimizer=stage.optimizer,
+                batch_size=stage.batch_size,
+                seed=context.config.seed,
+            )
+            trajectories.write_manifest(
+                directory, trajectories.Manifest(experts, together, epochs, size, made)
+            )
+
+    return write
+
+
+def expert_accuracy(context: Context) -> Evaluator:
+    """Mean accuracy over the experts of the running round, and that of the worst of them."""
+
+    def update(state, batch):
+        def correct(params):
+            logits = context.network.apply({'params': params}, batch['input']).logits
+            return jnp.where(batch['mask'], logits.argmax(-1) == batch['label'], False).sum()
+
+        return jax.vmap(correct)(state.params), batch['mask'].sum()
+
+    def finish(sums):
+        accuracies = np.asarray(sums[0]) / sums[1]
+        return {'accuracy': accuracies.mean(), 'worst': accuracies.min()}
+
+    return Evaluator(update, finish)
+
+
+def _save(directory: Path, number: int, epoch: int, params: PyTree) -> None:
+    values = flatten(params)
+    if jax.process_count() > 1:
+        values = multihost_utils.process_allgather(values, tiled=True)
+    if jax.process_index() == 0:
+        trajectories.write_snapshot(directory, number, epoch, np.asarray(values))
+
+
+def _check(context: Context, experts: int, together: int, epochs: int, per_epoch: int) -> None:
+    if experts < 1 or together < 1 or epochs < 1 or experts % together:
+        raise UserError(
+            f'{experts} experts of {epochs} epochs, {together} together: all must be positive and '
+            'the experts a multiple of those together.'
+        )
+    steps = experts // together * epochs * per_epoch
+    if context.steps != steps:
+        raise UserError(
+            f'{context.stage}.steps is {context.steps}; {experts} experts, {together} together, '
+            f'of {epochs} epochs with {per_epoch} steps take {steps}.'
+        )
+    variables = jax.eval_shape(context.network.init, jax.random.key(0))
+    if set(variables) != {'params'}:
+        others = sorted(set(variables) - {'params'})
+        raise UserError(
+            f'The network keeps {others} beside its parameters, which trajectories do not hold; '
+            "choose a norm without running statistics, such as norm='instance'."
+        )

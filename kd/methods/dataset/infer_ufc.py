@@ -1,0 +1,147 @@
+"""Inter-class feature compensators (Zhang et al. 2024, arXiv 2408.06927)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kd.context import Context
+from kd.data import compensator, synthetic
+from kd.errors import UserError
+from kd.losses import batch_statistics, classification
+from kd.losses.batch_statistics import LayerStatistics
+from kd.method import Batch, Method
+from kd.metrics import Metrics, mean, scalar
+from kd.network import Network
+from kd.state import PyTree, State
+
+
+def infer_ufc(
+    context: Context,
+    *,
+    images_per_class: int,
+    statistics_weight: float = 1.0,
+    first_weight: float = 10.0,
+    shift: int = 4,
+    groups: int = 0,
+) -> Method:
+    """Trains one additive image per group of real images and per network, shared by all classes.
+
+        min over u  CE( f_m( J(P_k + u) ), classes )
+                    + statistics_weight sum_l w_l ( || var_l - var^_l ||_2 + || mu_l - mu^_l ||_2 )
+
+    for every group P_k of one real image per class and every frozen network f_m, apart from all
+    others; J is a random cyclic shift, the same for a group. The state's parameters are {network:
+    compensators [k, 1, ...]}, its mutables the `groups` [k, C, ...];
+    `kd.evaluators.compensated_set` makes the training set of them.
+
+    Args:
+      context: the stage; its references are the networks, trained, with batch normalisation. Its
+        batches are not used.
+      images_per_class: the storage that groups and compensators share.
+      statistics_weight: weight of the feature statistics.
+      first_weight: w of the first normalisation layer; all others weigh 1.
+      shift: largest shift in pixels.
+      groups: k, instead of as many as fit.
+
+    Raises:
+      UserError: no references, a class too small, or too little storage for a group.
+
+    Source: arXiv 2408.06927, as released; the compensator stored is the last one.
+    """
+    networks = context.references
+    if not networks:
+        raise UserError(f'{context.stage}.references must name the trained networks.')
+    real = real_groups(context, images_per_class, len(networks), groups)
+    count, classes = real.shape[:2]
+    labels = jnp.arange(classes)
+
+    def loss(u, variables, net, group, key):
+        images = compensator.cyclic_shift(key, group + u, shift)
+        logits, layers = normalisation_inputs(net, variables, images)
+        distance = batch_statistics.statistics_distance(layers, first_weight=first_weight)
+        cross_entropy = classification.cross_entropy(logits, labels).mean()
+        return cross_entropy + statistics_weight * distance, (cross_entropy, distance)
+
+    def init(key, frozen=None):
+        u = {name: jnp.zeros((count, 1, *real.shape[2:])) for name in networks}
+        mutables = {'groups': jnp.asarray(real)}
+        return State.create(
+            key, u, context.tx.init(u), mutables=mutables, frozen=dict(frozen or {})
+        )
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        del batch
+        keys = jax.random.split(state.step_key(), count)
+        grads: dict[str, PyTree] = {}
+        metrics: Metrics = {}
+        for name, net in networks.items():
+
+            def one(u, group, key, net=net, variables=state.frozen[name]):
+                return jax.grad(loss, has_aux=True)(u, variables, net, group, key)
+
+            grads[name], (cross_entropy, distance) = jax.vmap(one)(
+                state.params[name], state.mutables['groups'], keys
+            )
+            metrics[f'{name}/cross_entropy'] = mean(cross_entropy)
+            metrics[f'{name}/statistics'] = mean(distance)
+        updates, opt_state = context.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, {**metrics, 'grad_norm': scalar(optax.tree.norm(grads))}
+
+    return Method(init, step)
+
+
+def real_groups(
+    context: Context, images_per_class: int, networks: int, groups: int = 0
+) -> np.ndarray:
+    """The groups [k, C, ...] of the recipe's training data; see `infer_ufc`."""
+    source, classes = context.recipe_source('train'), context.num_classes
+    if classes is None:
+        raise UserError(f'{context.stage}: compensators need data with class labels.')
+    try:
+        count = groups or compensator.group_count(images_per_class, networks, classes)
+        if context.locate is None:  # A recipe that is only checked.
+            return np.zeros((count, classes, *source.spec['input'].shape), np.float32)
+        rng = np.random.default_rng(context.config.get('seed', 0))
+        chosen = compensator.group_indices(rng, synthetic.labels_of(source), count)
+    except ValueError as error:
+        raise UserError(f'{context.stage}: {error}') from error
+    images = source.fetch(chosen.reshape(-1))['input']
+    return images.reshape(*chosen.shape, *images.shape[1:])
+
+
+def normalisation_inputs(
+    network: Network, variables: PyTree, images: jax.Array
+) -> tuple[jax.Array, list[LayerStatistics]]:
+    """Logits in evaluation mode, and what enters every layer of batch normalisation, in order.
+
+    Raises:
+      ValueError: a network without batch normalisation.
+    """
+    seen: list[tuple[tuple[str, ...], jax.Array]] = []
+
+    def record(next_function, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == '__call__':
+            seen.append((context.module.path, args[0]))
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        logits = network.apply(variables, images).logits
+    if not seen:
+        raise ValueError("The network has no batch normalisation; build it with norm='batch'.")
+    layers = []
+    for path, features in seen:
+        running = variables['batch_stats']
+        for name in path:
+            running = running[name]
+        layers.append(
+            LayerStatistics(
+                *batch_statistics.statistics_of(features), running['mean'], running['var']
+            )
+        )
+    return logits, layers

@@ -1,0 +1,225 @@
+"""Blocks that the recipes of dataset distillation have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kd import config as kd_config
+from kd.config import ConfigDict
+from kd.errors import UserError, did_you_mean
+
+SEGMENTS = 'kd.data.trajectories.segments'
+SIAMESE = 'color_crop_cutout_flip_scale_rotate'
+
+
+class Data(NamedTuple):
+    """A data set: splits, size of the training split, and the network that is used with it."""
+
+    of: str
+    train: str
+    validation: str
+    examples: int
+    network: Mapping[str, Any]
+    batch_size: int = 256
+    experts: int = 100
+    epochs: int = 50
+    test: str = 'test'
+
+
+def convnet(depth: int, width: int = 128) -> dict[str, Any]:
+    """Block of a ConvNet with instance normalisation."""
+    return dict(name='kd.models.convnet.ConvNet', depth=depth, width=width)
+
+
+MLP = dict(name='kd.models.mlp.MLP', widths=(64, 64))
+DATA = {
+    'cpu': Data('digits', 'train[:1200]', 'train[1200:]', 1200, MLP, 60, 20, 20),
+    'mnist': Data('mnist', 'train[:55000]', 'train[55000:]', 55_000, convnet(3, 64)),
+    'cifar10': Data('cifar10', 'train[:45000]', 'train[45000:]', 45_000, convnet(3)),
+    'cifar100': Data('cifar100', 'train[:45000]', 'train[45000:]', 45_000, convnet(3)),
+    'tiny': Data('tiny_imagenet', 'train[:90000]', 'train[90000:]', 90_000, convnet(4)),
+    'imagefruit': Data('imagefruit', 'train[:12000]', 'train[12000:]', 12_000, convnet(5)),
+    'imagenet': Data(
+        'imagenet_resized/64x64', 'train[:1250000]', 'train[1250000:]', 1_250_000, convnet(4),
+        experts=50, test='validation',
+    ),
+}  # fmt: skip
+
+
+def parse(argument: str) -> tuple[str, int, int]:
+    """`name`, `name,ipc=10` or `name,ipc=10,shards=8` as name, images per class and shards."""
+    name, *rest = argument.split(',')
+    options = {'ipc': 1, 'shards': 1}
+    for item in rest:
+        key, _, value = item.partition('=')
+        if key not in options or not value.isdigit() or int(value) < 1:
+            raise UserError(
+                f"'{argument}': '{item}' is not ipc=N or shards=N; write for example "
+                'cifar10,ipc=10 or cifar10,ipc=50,shards=8.'
+            )
+        options[key] = int(value)
+    return name, options['ipc'], options['shards']
+
+
+def row(rows: Mapping[tuple[str, int], Any], name: str, ipc: int) -> Any:
+    """The row of a paper's table; lists those that there are otherwise."""
+    if (name, ipc) not in rows:
+        known = [f'{data},ipc={count}' for data, count in rows]
+        wanted = f'{name},ipc={ipc}'
+        raise UserError(
+            f"There is no variant '{wanted}'.{did_you_mean(wanted, known)} Variants: "
+            f'{", ".join(["cpu", "mnist", *known])}.'
+        )
+    return rows[name, ipc]
+
+
+def data_block(data: Data, standardise: str) -> dict[str, Any]:
+    """The recipe's data, standardised by its training split."""
+    source = dict(
+        name='kd.data.standardised.standardised', of=data.of, kind=standardise, fit_on=data.train
+    )
+    return dict(source=source, train=data.train, validation=data.validation, test=data.test)
+
+
+def experts(
+    data: Data, *, together: int, optimizer: Mapping[str, Any], **method: Any
+) -> ConfigDict:
+    """The stage that trains the experts and writes their trajectories."""
+    count, epochs = data.experts, data.epochs
+    per_epoch = math.ceil(data.examples / data.batch_size)
+    return kd_config.stage(
+        method=dict(
+            name='kd.methods.dataset.expert_trajectories.expert_trajectories',
+            experts=count,
+            together=together,
+            epochs=epochs,
+            **method,
+        ),
+        network=data.network,
+        optimizer=optimizer,
+        steps=count // together * epochs * per_epoch,
+        batch_size=data.batch_size,
+        writers={
+            'snapshots': dict(
+                name='kd.methods.dataset.expert_trajectories.snapshots', every=per_epoch
+            )
+        },
+        evaluators={
+            'validation': dict(name='kd.methods.dataset.expert_trajectories.expert_accuracy')
+        },
+        eval_every=epochs * per_epoch,
+        checkpoint_every=5 * per_epoch,
+        log_every=per_epoch,
+        keep=1,
+    )
+
+
+def segments(data: Data, max_start_epoch: int, expert_epochs: int) -> dict[str, Any]:
+    """The data of a matching stage."""
+    source = dict(
+        name=SEGMENTS,
+        network=dict(data.network),
+        max_start_epoch=max_start_epoch,
+        expert_epochs=expert_epochs,
+    )
+    return dict(source=source, train='train')
+
+
+def assembled(
+    data: Data,
+    *,
+    standardise: str,
+    ipc: int,
+    shards: int,
+    experts: ConfigDict,
+    distilled: ConfigDict,
+    protocol: Mapping[str, Any],
+    step_sizes: Sequence[float],
+    average: str = '',
+    networks: Mapping[str, Any] | None = None,
+    subset_seed_rows: Sequence[str] = ('random', 'kmeans'),
+) -> ConfigDict:
+    """Experts, the distilled set, subsets of real images for comparison, and the report."""
+    sharded = (
+        # The images and what the optimiser keeps of them; then the stacked experts.
+        (r'images$', ('tensor',)),
+        (r'^(params|opt_state|extra/start)/', (('data', 'tensor'),)),
+    )
+    config = kd_config.recipe(
+        stages=('experts', *subset_seed_rows, 'distilled'),
+        data=data_block(data, standardise),
+        mesh=dict(data=1, fsdp=1, tensor=shards),
+        sharding=sharded if shards > 1 else (),
+        report=dict(
+            name='kd.dataset_report.dataset_distillation',
+            rows=(
+                *((kind, kind, '') for kind in subset_seed_rows),
+                ('distilled', 'distilled', ''),
+                *((('distilled, averaged', 'distilled', average),) if average else ()),
+            ),
+            network=dict(data.network),
+            networks=dict(networks or {}),
+            step_sizes=tuple(step_sizes),
+            protocol=dict(protocol),
+        ),
+    )
+    config.experts, config.distilled = experts, distilled
+    for kind in subset_seed_rows:
+        config[kind] = kd_config.stage(
+            method=dict(name='kd.methods.dataset.coreset.coreset', images_per_class=ipc, kind=kind),
+            steps=1,
+            batch_size=1,
+            evaluators={},
+        )
+    return config
+
+
+def matching(
+    data: Data,
+    *,
+    method: Mapping[str, Any],
+    ipc: int,
+    segment: tuple[int, int],
+    steps: int,
+    optimizer: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    eval_every: int,
+    average: str = '',
+) -> ConfigDict:
+    """The stage that trains the synthetic set; `segment` is (bound of start epochs, M)."""
+    judged = dict(name='kd.evaluators.fresh_training.fresh_training', split='train', **protocol)
+    evaluators = {'validation': judged}
+    if average:
+        evaluators['averaged'] = judged | dict(average=average, images=False)
+    return kd_config.stage(
+        method=dict(images_per_class=ipc, **method),
+        data=segments(data, *segment),
+        optimizer=optimizer,
+        steps=steps,
+        batch_size=1,
+        evaluators=evaluators,
+        eval_every=eval_every,
+        checkpoint_every=eval_every,
+        best='validation/accuracy',
+        final='best',
+    )
+
+
+def cross_architecture(pixels: int) -> dict[str, Any]:
+    """Further architectures that a synthetic set is tested on."""
+    del pixels
+    return {
+        'ResNet-20': dict(name='kd.models.resnet.ResNet', depth=20, norm='instance'),
+        'MLP': dict(name='kd.models.mlp.MLP', widths=(256, 256)),
+        'ViT': dict(name='kd.models.vit.ViT', patch=4, width=192, depth=6, heads=3),
+    }
+
+
+def divisible(together: int, experts: int, shards: int) -> int:
+    """Experts at once: about `together`, a divisor of `experts` and a multiple of `shards`."""
+    fitting = [k for k in range(shards, experts + 1, shards) if experts % k == 0]
+    if not fitting:
+        raise UserError(f'{experts} experts do not divide over {shards} devices; change shards.')
+    return min(fitting, key=lambda k: abs(k - together))
