@@ -11,7 +11,6 @@ code is named the same way: anything importable from where you start the run wil
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -25,7 +24,10 @@ from ml_collections import ConfigDict
 from kd.errors import UserError, did_you_mean
 
 # Fields that may differ between a run and its resumption.
-RUNTIME_FIELDS = ('mesh', 'sharding', 'frozen_sharding', 'data_dir', 'on_nonfinite', 'profile')
+RUNTIME_FIELDS = (
+    *('mesh', 'sharding', 'frozen_sharding', 'data_dir', 'on_nonfinite', 'profile'),
+    'report',
+)
 
 
 def recipe(
@@ -167,94 +169,6 @@ def load_module(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:
-    """Sets fields from text, in place: `override(config, {'student.optimizer.lr': '1e-3'})`.
-
-    A field takes the type of the value it has. A block that names a callable also takes arguments
-    of it that the config leaves at their defaults.
-
-    Raises:
-      UserError: no such field, or text that is not of the field's type.
-    """
-    for path, text in assignments.items():
-        *parents, field = path.split('.')
-        block = config
-        for depth, name in enumerate(parents):
-            if name not in block or not isinstance(block[name], ConfigDict):
-                blocks = [key for key, value in block.items() if isinstance(value, ConfigDict)]
-                raise UserError(
-                    f'config.{".".join(parents[: depth + 1])} is no block of the config.'
-                    f'{did_you_mean(name, blocks)}'
-                )
-            block = block[name]
-        if field in block:
-            if isinstance(block[field], ConfigDict):
-                raise UserError(f'config.{path} is a block; set one of: {", ".join(block[field])}.')
-            value = _parse(path, text, block[field])
-        else:
-            named, more = _arguments(block, parents)
-            known = {*block, *named}
-            near = did_you_mean(field, known)
-            # What goes on to another function is checked there, unless it looks like a slip.
-            if field not in known and (near or not more):
-                raise UserError(
-                    f"The config has no field '{path}'.{near} "
-                    f'{".".join(parents) or "It"} has: {", ".join(sorted(known))}.'
-                )
-            value = _literal(text)
-        with block.unlocked(), block.ignore_type():
-            block[field] = value
-
-
-def _arguments(block: ConfigDict, parents: list[str]) -> tuple[list[str], bool]:
-    """Arguments of the callable that a block names, and whether it passes others on."""
-    if parents[-1:] == ['optimizer']:
-        path = 'kd.optim.optimizer'
-    elif 'name' in block and '.' in block.name:
-        path = block.name
-    else:
-        return [], False
-    hidden = ('context', 'steps', 'parent', 'name')
-    parameters = inspect.signature(resolve(path)).parameters.values()
-    # An evaluator's split is read by its stage.
-    names = ['split'] if parents[-2:-1] == ['evaluators'] else []
-    names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in hidden]
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _parse(path: str, text: str, old: Any) -> Any:
-    if isinstance(old, str):
-        return text
-    value = _literal(text)
-    if isinstance(old, bool):
-        value = {'true': True, 'false': False}.get(text.lower(), value)
-        fits = isinstance(value, bool)
-    elif isinstance(old, int):
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    elif isinstance(old, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    elif isinstance(old, tuple):
-        value = tuple(value) if isinstance(value, list) else value
-        fits = isinstance(value, tuple)
-    else:
-        fits = True
-    if not fits:
-        kind = type(old).__name__
-        raise UserError(
-            f'config.{path} takes a value of type {kind}, such as {old!r}; got {text!r}.'
-        )
-    return value
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def variant(argument: str, known: Mapping[str, Any]) -> Any:

@@ -72,7 +72,7 @@ class Context:
 
     def _needed(self, what: str, value: Any) -> Any:
         if value is None:
-            raise UserError(f'this needs a {what}; set {self.stage}.{what}.')
+            raise UserError(f'this needs {self.stage}.{what}, which is not set.')
         return value
 
 

@@ -16,6 +16,7 @@ below wrap a method into a richer one; none of them knows about devices, data or
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -28,8 +29,6 @@ from kd.metrics import Mean, Metrics
 from kd.state import PyTree, State
 
 Batch = dict[str, jax.Array]
-# Separates the randomness of `with_collect` from that of the loss in the same step.
-_COLLECT = 0x636F6C
 
 
 class Method(NamedTuple):
@@ -180,6 +179,9 @@ def with_ema(method: Method, decays: Mapping[str, float]) -> Method:
       method: the method to wrap.
       decays: {name: decay}; several averages may be kept at once.
     """
+    for name, decay in decays.items():
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f'ema.{name} must lie in [0, 1], got {decay}.')
 
     def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
         state = method.init(key, frozen)
@@ -197,16 +199,20 @@ def with_ema(method: Method, decays: Mapping[str, float]) -> Method:
     return Method(init, step)
 
 
-def with_collect(method: Method, collect: Callable[[State, Batch, jax.Array], Batch]) -> Method:
+def with_collect(
+    method: Method, collect: Callable[[State, Batch, jax.Array], Batch], name: str = 'collect'
+) -> Method:
     """Enriches every batch with the current state before the step.
 
     `collect(state, batch, key) -> batch` is pure: rollouts of the current policy, outputs of a
     teacher, samples of a generator. It lies outside the differentiated loss, so what it returns
-    is a constant to the gradient.
+    is a constant to the gradient. Wrapped twice, each needs a `name` of its own, which decides its
+    randomness.
     """
+    fold = zlib.crc32(name.encode())
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(state.step_key(), _COLLECT)
+        key = jax.random.fold_in(state.step_key(), fold)
         return method.step(state, collect(state, batch, key))
 
     return Method(method.init, step)

@@ -9,6 +9,7 @@ import pytest
 
 from kd import config as kd_config
 from kd.errors import UserError, did_you_mean
+from kd.overrides import override
 
 
 def scale(x, *, factor=2.0, offset=0.0):
@@ -149,7 +150,7 @@ def test_a_missing_config_file_names_a_close_one(tmp_path, monkeypatch):
 
 
 def test_fields_are_set_from_text_in_the_type_they_have(config):
-    kd_config.override(
+    override(
         config,
         {
             'student.optimizer.lr': '1',
@@ -170,7 +171,7 @@ def test_fields_are_set_from_text_in_the_type_they_have(config):
 
 
 def test_an_argument_left_at_its_default_can_be_set(config):
-    kd_config.override(
+    override(
         config,
         {
             'student.method.offset': '0.5',
@@ -202,7 +203,7 @@ def test_an_argument_left_at_its_default_can_be_set(config):
 def test_an_override_that_does_not_fit_is_refused(config, path, text, message):
     before = config.to_json()
     with pytest.raises(UserError, match=message):
-        kd_config.override(config, {path: text})
+        override(config, {path: text})
     assert config.to_json() == before
 
 
