@@ -67,7 +67,7 @@ class Stage:
         return mesh_lib.batch_part(self.mesh)
 
     def key(self) -> jax.Array:
-        """The stage's random key; stages of one run do not share randomness."""
+        """The stage's random key. Stages of one run share the order of the data, nothing else."""
         index = list(self.context.config.stages).index(self.name)
         return jax.random.fold_in(jax.random.key(self.seed), index)
 
@@ -112,6 +112,8 @@ def prepare(
             config, stage.teacher, workdir, mesh, train, weights=weights, where=where
         )
         _check_classes(name, network, trained['teacher'].network)
+    if 'teacher' in stage.references:
+        raise UserError(f"{name}.references cannot name one 'teacher'; set {name}.teacher.")
     for label, reference in stage.references.items():
         trained[label] = trained_network(
             config, reference, workdir, mesh, train, where=f'{name}.references.{label}'
@@ -157,6 +159,8 @@ def prepare(
     for label, block in stage.writers.items():
         block = config_lib.to_plain(block)
         every = block.pop('every', stage.steps)
+        if every <= 0:
+            raise UserError(f'{name}.writers.{label}.every must be positive, got {every}.')
         writers[label] = (every, config_lib.build(block, context, where=f'{name}.writers.{label}'))
     return Stage(
         name=name,
