@@ -19,7 +19,7 @@ from kd import figures, optim, seeds
 from kd.claims import Check, Claim
 from kd.config import ConfigDict
 from kd.data.builders import toys
-from kd.data.whitened import whitened
+from kd.data.mapped import whitened
 from kd.evaluators import distribution
 from kd.evaluators.generation import image_grid
 from kd.losses.flow_map import flow_map as jump

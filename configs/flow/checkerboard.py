@@ -12,22 +12,14 @@ meanflow, shortcut, consistency; or lmd, emd, pfmm, which distil the flow of the
 | paper | MLP 5x512, 250,000 steps of batch 100,000 | one GPU, hours | lsd: .086 .077 .071 .070 .071 |
 """  # noqa: E501
 
-from kd import config as kd_config
+from kd.recipes import flow
 
 VARIANTS = ('cpu,lsd', 'cpu,esd', 'cpu,lmd', 'cpu,pfmm', 'cpu,shortcut', 'paper,lsd')
-SELF_DISTILLED = (
-    'lsd', 'esd', 'psd_uniform', 'psd_midpoint', 'meanflow', 'shortcut', 'consistency',
-)  # fmt: skip
-DISTILLED = ('lmd', 'emd', 'pfmm')
-STEPS = (1, 2, 4, 8, 16)
 
 
 def get_config(variant: str = 'paper,lsd'):
     """The recipe of 'scale,algorithm'."""
-    scale, _, algorithm = variant.partition(',')
-    algorithm = algorithm or 'lsd'
-    kd_config.variant(algorithm, dict.fromkeys((*SELF_DISTILLED, *DISTILLED)))
-    return kd_config.variant(scale, {'cpu': cpu, 'paper': paper})(algorithm)
+    return flow.parse(variant, {'cpu': cpu, 'paper': paper})
 
 
 def cpu(algorithm):
@@ -57,7 +49,7 @@ def cpu(algorithm):
         log_every=500,
         checkpoint_every=3000,
     )
-    return recipe(algorithm, run, weights='slow', samples=20_000, baseline=True)
+    return recipe(algorithm, run, samples=20_000, baseline=True)
 
 
 def paper(algorithm):
@@ -84,50 +76,22 @@ def paper(algorithm):
         eval_every=10_000,
         checkpoint_every=10_000,
     )
-    return recipe(algorithm, run, weights='slow', samples=60_000, baseline=algorithm in DISTILLED)
+    return recipe(algorithm, run, samples=60_000, baseline=False)
 
 
-def recipe(algorithm, run, *, weights, samples, baseline):
-    """A plain flow, where it is the teacher or the baseline, and the flow map."""
-    stages = (('flow',) if baseline else ()) + ('map',)
-    rows = {'flow': ('flow, Euler', 'flow'), 'map': (f'flow map, {algorithm}', 'map')}
-    config = kd_config.recipe(
-        stages=stages,
+def recipe(algorithm, run, *, samples, baseline):
+    """Measured against the toy's own density and support."""
+    return flow.flow_map(
+        algorithm,
         data=dict(name='checkerboard', train='train', validation='test'),
-        report=dict(
-            name='kd.report_generation.generation', rows=tuple(rows[stage] for stage in stages)
+        run=run,
+        evaluators=lambda sampler: flow.samples(
+            sampler,
+            weights='slow',
+            samples=samples,
+            batch=5000,
+            support='kd.evaluators.distribution.in_checkerboard',
         ),
+        weights='slow',
+        baseline=baseline,
     )
-
-    def evaluators(sampler):
-        return {
-            'samples': dict(
-                name='kd.evaluators.flow_samples.flow_samples',
-                steps=STEPS,
-                sampler=sampler,
-                weights=weights,
-                samples=samples,
-                batch=5000,
-                support='kd.evaluators.distribution.in_checkerboard',
-            ),
-            'geometry': dict(name='kd.evaluators.flow_samples.flow_geometry', weights=weights),
-        }
-
-    if baseline:
-        config.flow = kd_config.stage(
-            method=dict(name='kd.methods.flow.flow_matching.flow_matching'),
-            evaluators=evaluators('euler'),
-            **run,
-        )
-    if algorithm in DISTILLED:
-        method = dict(
-            name='kd.methods.flow.flow_map_distillation.flow_map_distillation',
-            algorithm=algorithm,
-            teacher_jumps='euler',
-        )
-        teacher = dict(teacher='flow', teacher_weights=weights)
-    else:
-        method = dict(name='kd.methods.flow.flow_map.flow_map', algorithm=algorithm)
-        teacher = {}
-    config.map = kd_config.stage(method=method, evaluators=evaluators('flow_map'), **teacher, **run)
-    return config

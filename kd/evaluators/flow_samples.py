@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from kd import config as config_lib
 from kd import figures
 from kd.context import Context, Probe
-from kd.data.whitened import WhitenedSource
+from kd.data.mapped import WhitenedSource
 from kd.errors import UserError
 from kd.evaluators import distribution, generation
 from kd.losses.flow_map import flow_map, sample_triangle

@@ -1,0 +1,133 @@
+"""Sources whose inputs are transformed on the host: whitened, or cropped and resized.
+
+A recipe names them as `data=dict(source=dict(name='kd.data.mapped.resized', of='celeb_a', ...),
+train='train', ...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from kd.config import ConfigDict
+from kd.data import sources, whitening
+
+
+class MappedSource(sources.Source):
+    """Another source with `transform` applied to its inputs.
+
+    Args:
+      source: the other one.
+      transform: float32 [B, ...] -> float32 [B, *shape], on the host.
+      shape: of one transformed input.
+    """
+
+    def __init__(
+        self,
+        source: sources.Source,
+        transform: Callable[[np.ndarray], np.ndarray],
+        shape: tuple[int, ...],
+    ):
+        # Everything but the inputs is the source's; its own initialisation would open it again.
+        self._source, self._transform = source, transform
+        self.name, self.split = source.name, source.split
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
+        """As `Source.fetch`, with 'input' transformed."""
+        batch = self._source.fetch(indices)
+        return {**batch, 'input': self._transform(batch['input'])}
+
+
+class WhitenedSource(MappedSource):
+    """A source whose images are whitened.
+
+    Attributes:
+      whitening: the transformation.
+    """
+
+    def __init__(self, source: sources.Source, fitted: whitening.Whitening):
+        self.whitening = fitted
+        mean, matrix = np.asarray(fitted.mean), np.asarray(fitted.matrix)
+
+        # In NumPy: batches are made on the host, by threads.
+        def whiten(images: np.ndarray) -> np.ndarray:
+            return ((images.reshape(len(images), -1) - mean) @ matrix).reshape(images.shape)
+
+        super().__init__(source, whiten, source.spec['input'].shape)
+
+    def to_pixels(self, images: ArrayLike) -> np.ndarray:
+        """Whitened images [N, H, W, C] as pixels in about [-1, 1]."""
+        return np.asarray(self.whitening.invert(jnp.asarray(images)))
+
+
+def whitened(
+    split: str,
+    config: ConfigDict,
+    workdir: Path | None,
+    *,
+    of: str,
+    fit_on: str = 'train',
+    eps: float = 0.1,
+) -> WhitenedSource:
+    """Whitened by the mean and covariance of a split.
+
+    Args:
+      split: of the data set.
+      config: the recipe, for its `data_dir`.
+      workdir: unused; sources made from the files of a stage need it.
+      of: name of an image data set, see `kd.data.sources.load`.
+      fit_on: the split whose mean and covariance are used.
+      eps: added to the variances; pixels that hardly vary are not blown up to unit variance.
+    """
+    data_dir = config.get('data_dir', None) or None
+    train = sources.load(of, fit_on, data_dir=data_dir)
+    fitted = whitening.fit(train.fetch(np.arange(len(train)))['input'], eps)
+    return WhitenedSource(sources.load(of, split, data_dir=data_dir), fitted)
+
+
+def resized(
+    split: str,
+    config: ConfigDict,
+    workdir: Path | None,
+    *,
+    of: str,
+    crop: int,
+    size: int,
+) -> MappedSource:
+    """The central crop x crop pixels of each image, resized to size x size by area.
+
+    Arguments as of `whitened`; `size` is at most `crop`.
+    """
+    source = sources.load(of, split, data_dir=config.get('data_dir', None) or None)
+    height, width, channels = source.spec['input'].shape
+    if not 0 < size <= crop <= min(height, width):
+        raise ValueError(
+            f'size={size} and crop={crop} must satisfy size <= crop <= {min(height, width)}, the '
+            f'smaller side of the images of {of!r}.'
+        )
+    top, left = (height - crop) // 2, (width - crop) // 2
+    weights = area_weights(crop, size)
+
+    def transform(images: np.ndarray) -> np.ndarray:
+        window = images[:, top : top + crop, left : left + crop]
+        return np.einsum('ij,bjkc,lk->bilc', weights, window, weights, optimize=True)
+
+    return MappedSource(source, transform, (size, size, channels))
+
+
+def area_weights(old: int, new: int) -> np.ndarray:
+    """float32 [new, old]: row i averages the old pixels under new pixel i, by their shares."""
+    edges = np.arange(new + 1) * (old / new)
+    low = np.maximum(edges[:-1, None], np.arange(old))
+    high = np.minimum(edges[1:, None], np.arange(1, old + 1))
+    return (np.maximum(high - low, 0.0) * (new / old)).astype(np.float32)
