@@ -5,16 +5,21 @@ from __future__ import annotations
 import jax
 
 from kd.context import Context
+from kd.io import cache
+from kd.losses.signal import Dense, TeacherSignal
 from kd.method import Batch
 from kd.state import State
 
 
-def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array:
+def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | TeacherSignal:
     """The frozen teacher's logits [B, V] for `batch['input']`.
 
-    A batch that brings `teacher_logits` (from a cache) is taken at its word, and no teacher is
-    run; such a cache holds for inputs that are not augmented.
+    A batch that brings fields of a cache (`kd.data.cached`) is taken at its word, and no teacher is
+    run; such a cache holds for inputs that are not augmented. One of top-k or sampled outputs gives
+    a TeacherSignal, which divergences take in place of logits.
     """
-    if 'teacher_logits' in batch:
-        return batch['teacher_logits']
-    return context.teacher.apply(state.frozen['teacher'], batch['input']).logits
+    temperature = getattr(context.source('train'), 'signal_temperature', 1.0)
+    signal = cache.signal_in(batch, temperature)
+    if signal is None:
+        return context.teacher.apply(state.frozen['teacher'], batch['input']).logits
+    return signal.logits if isinstance(signal, Dense) else signal
