@@ -1,0 +1,168 @@
+"""What a compiled program communicates and computes, read from its text and its jaxpr."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_BYTES = {
+    'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
+    's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16,
+}  # fmt: skip
+_COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$')
+_INSTRUCTION = re.compile(
+    r'^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>\(.*?\)|[^ ]+) (?P<op>[\w\-]+)\((?P<rest>.*)$'
+)
+_SHAPE = re.compile(r'(?P<type>[a-z]\w*)\[(?P<sides>[\d,]*)\]')
+_CALLED = re.compile(
+    r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
+)
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+    """One collective operation of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      bytes: of its result on one device; of what goes in for a reduce-scatter.
+      times: how often it runs in one execution of the program, as far as trip counts are known.
+      shape: of its result.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    shape: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a compiled program (`compiled.as_text()`), loops taken into account."""
+    found: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    current = entry = ''
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = match['name']
+            entry = current if match['entry'] else entry
+        elif match := _INSTRUCTION.match(line):
+            trips = _TRIPS.search(line) if match['op'] == 'while' else None
+            times = int(trips[1]) if trips else 1
+            called = _CALLED.findall(match['rest'])
+            for branches in _BRANCHES.findall(match['rest']):
+                called += re.findall(r'[\w.\-]+', branches)
+            calls[current] += [(name, times) for name in called]
+            kind = match['op'].removesuffix('-start')
+            if kind in KINDS:
+                starts = match['op'].endswith('-start')
+                size = _size(kind, match['shape'], starts, match['rest'])
+                found[current].append((kind, size, match['shape']))
+    runs: Counter[str] = Counter()
+    _count(entry, 1, calls, runs)
+    return [
+        Collective(kind, size, runs[name], shape)
+        for name, listed in found.items()
+        for kind, size, shape in listed
+        if runs[name]
+    ]
+
+
+def totals(found: list[Collective]) -> dict[str, tuple[int, int]]:
+    """{kind: (how many run, bytes)} of one execution on one device."""
+    result = {}
+    for kind in KINDS:
+        of_kind = [c for c in found if c.kind == kind]
+        if of_kind:
+            result[kind] = (sum(c.times for c in of_kind), sum(c.times * c.bytes for c in of_kind))
+    return result
+
+
+def wire_bytes(found: list[Collective]) -> int:
+    """Bytes that one device sends, for rings much longer than 2: twice for an all-reduce."""
+    return sum((2 if c.kind == 'all-reduce' else 1) * c.times * c.bytes for c in found)
+
+
+def flops(function: Any, *arguments: Any) -> int:
+    """Operations in the matrix products and convolutions of a function, over all devices.
+
+    Counted on the jaxpr, where the length of a loop is known: XLA's own analysis counts the body
+    of a loop once. A multiply-add is two. Of a conditional the dearest branch counts; a while loop
+    of unknown length counts once.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(name: str, times: int, calls: dict, runs: Counter[str]) -> None:
+    runs[name] += times
+    for called, trips in calls[name]:
+        _count(called, times * trips, calls, runs)
+
+
+def _size(kind: str, shape: str, starts: bool, rest: str) -> int:
+    sizes = [_bytes(m) for m in _SHAPE.finditer(shape)]
+    if kind == 'reduce-scatter':
+        operands = rest.partition(')')[0]
+        into = [_bytes(m) for m in _SHAPE.finditer(operands)]
+        # Newer texts do not repeat the operands' shapes: take the groups' size instead.
+        if into:
+            return sum(into)
+        return sum(sizes) * _group_size(rest)
+    if starts and kind in ('all-gather', 'collective-permute'):
+        # (operands, results, and for permutations two words of context).
+        sizes = [size for size in sizes if size > 4] or sizes
+        return sum(sizes[len(sizes) // 2 :])
+    return sum(sizes)
+
+
+def _group_size(rest: str) -> int:
+    if match := re.search(r'replica_groups=\[\d+,(\d+)\]', rest):
+        return int(match[1])
+    if match := re.search(r'replica_groups=\{\{([\d,]*)\}', rest):
+        return match[1].count(',') + 1
+    return 1
+
+
+def _bytes(match: re.Match[str]) -> int:
+    sides = [int(side) for side in match['sides'].split(',') if side]
+    return _BYTES.get(match['type'], 4) * math.prod(sides)
+
+
+def _jaxpr_flops(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        inner = [_jaxpr_flops(x) for x in _inner(parameters)]
+        if name == 'dot_general':
+            (contracted, _), _ = parameters['dimension_numbers']
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += 2 * equation.outvars[0].aval.size * depth
+        elif name == 'conv_general_dilated':
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[parameters['dimension_numbers'].rhs_spec[0]]
+            total += 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
+        elif name == 'scan':
+            total += parameters['length'] * sum(inner)
+        elif name == 'cond':
+            total += max(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:
+    found = []
+    for value in parameters.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found
