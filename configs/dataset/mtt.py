@@ -104,7 +104,7 @@ def mnist(ipc, shards):
         ),
         protocol=protocol,
         step_sizes=LEARNING_RATES,
-        networks=recipes.cross_architecture(28),
+        networks=recipes.cross_architecture(),
     )
 
 
@@ -146,5 +146,5 @@ def full(name, ipc, shards):
         ),
         protocol=protocol,
         step_sizes=LEARNING_RATES,
-        networks=recipes.cross_architecture(32),
+        networks=recipes.cross_architecture(),
     )

@@ -131,10 +131,11 @@ def trajectory_matching(
             value, grads = _tesla(inner, params, label, begin, targets[-1], steps, momentum, unroll)
             return value, grads, label
         weights = jnp.asarray(segments.target_weights(intermediate, len(targets)))
+        every = intermediate != 'end'
+        record = segments.target_steps(student_steps, len(targets)) if every else ()
 
         def matched(params):
             made = synthetic.decode(params, label)
-            record = segments.target_steps(student_steps, len(targets))
             went = trajectory.unroll_student(
                 inner,
                 begin,
@@ -142,10 +143,10 @@ def trajectory_matching(
                 made.step_size,
                 steps,
                 momentum=momentum,
-                record=record if intermediate != 'end' else (),
+                record=record,
                 unroll=unroll,
             )
-            if intermediate == 'end':
+            if not every:
                 return trajectory.param_distance(went.final, begin, targets[-1])
             ends = (*went.recorded, went.final)
             return weights @ trajectory.segment_distances(ends, begin, targets)

@@ -207,9 +207,8 @@ def matching(
     )
 
 
-def cross_architecture(pixels: int) -> dict[str, Any]:
+def cross_architecture() -> dict[str, Any]:
     """Further architectures that a synthetic set is tested on."""
-    del pixels
     return {
         'ResNet-20': dict(name='kd.models.resnet.ResNet', depth=20, norm='instance'),
         'MLP': dict(name='kd.models.mlp.MLP', widths=(256, 256)),
