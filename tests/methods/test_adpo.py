@@ -182,7 +182,9 @@ def test_utilities_are_bilinear_and_the_label_is_the_best():
     # The test split is clean.
     np.testing.assert_allclose(data['rewards'], utility, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(data['label'], data['rewards'].argmax(-1))
-    assert 0.8 < utility.std() < 1.2
+    assert 0.8 < utility.std() / np.sqrt(8) < 1.2
+    small = bandit.make('test', scale=0.25)
+    np.testing.assert_allclose(small['rewards'], utility / 4, rtol=1e-4, atol=1e-4)
 
 
 def test_noises_are_of_their_laws():

@@ -26,12 +26,13 @@ SIZES = {'train': 40_000, 'validation': 2_000, 'test': 5_000}
 
 @functools.cache
 def utility_matrix(seed: int) -> np.ndarray:
-    """W [8, 8], such that utilities have variance 1."""
-    return np.random.default_rng([seed, 0]).normal(size=(DIMENSION, DIMENSION)) / DIMENSION
+    """W [8, 8] of N(0, 1/8): utilities have a variance of about 8."""
+    entries = np.random.default_rng([seed, 0]).normal(size=(DIMENSION, DIMENSION))
+    return entries / np.sqrt(DIMENSION)
 
 
 def make(
-    split: str, *, noise: str = 'gaussian', level: float = 1.0, seed: int = 0
+    split: str, *, noise: str = 'gaussian', level: float = 1.0, scale: float = 1.0, seed: int = 0
 ) -> sources.Batch:
     """Draws a split.
 
@@ -40,6 +41,7 @@ def make(
         and candidates are the same whatever the noise.
       noise: one of `NOISES`; the validation and test splits have none, whatever it says.
       level: of the noise.
+      scale: factor of the utilities.
       seed: of W and of the draws.
 
     Returns:
@@ -57,7 +59,7 @@ def make(
     size = SIZES[split]
     x = rng.normal(size=(size, DIMENSION))
     phi = rng.normal(size=(size, CANDIDATES, DIMENSION))
-    utility = np.einsum('ni,ij,npj->np', x, utility_matrix(seed), phi)
+    utility = scale * np.einsum('ni,ij,npj->np', x, utility_matrix(seed), phi)
     inputs = np.concatenate([np.broadcast_to(x[:, None], phi.shape), phi], axis=-1)
     rewards = corrupt(rng, utility, noise if split == 'train' else 'none', level)
     return {
