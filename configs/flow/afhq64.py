@@ -16,19 +16,19 @@ is in the features of a ResNet trained on these classes, not comparable with the
 | psd_uniform | 14.50 | 10.73 | 10.99 | 12.02 | 11.47 |
 """
 
-from kd.recipes import flow
+from kd.methods.flow import recipes
 
 VARIANTS = ('paper,lsd',)
 
 
 def get_config(variant: str = 'paper,lsd'):
     """The recipe of 'paper,algorithm'."""
-    return flow.parse(variant, {'paper': paper})
+    return recipes.parse(variant, {'paper': paper})
 
 
 def paper(algorithm):
     """Unconditional, without augmentation; the network computes in bfloat16."""
-    return flow.flow_map(
+    return recipes.flow_map(
         algorithm,
         data=dict(name='afhq_64', train='train', validation='test'),
         classifier=dict(
@@ -73,7 +73,7 @@ def paper(algorithm):
             eval_every=10_000,
             checkpoint_every=10_000,
         ),
-        evaluators=lambda sampler: flow.samples(
+        evaluators=lambda sampler: recipes.samples(
             sampler, weights='slow', samples=10_000, classifier='classifier', split='train'
         ),
         weights='slow',

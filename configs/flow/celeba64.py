@@ -15,19 +15,19 @@ there is no classifier to take features from: samples are judged by sliced Wasse
 | psd_uniform | 18.81 | 11.02 | 7.47 | 6.00 | 5.63 |
 """
 
-from kd.recipes import flow
+from kd.methods.flow import recipes
 
 VARIANTS = ('paper,lsd',)
 
 
 def get_config(variant: str = 'paper,lsd'):
     """The recipe of 'paper,algorithm'."""
-    return flow.parse(variant, {'paper': paper})
+    return recipes.parse(variant, {'paper': paper})
 
 
 def paper(algorithm):
     """Unconditional, without augmentation; the network computes in bfloat16."""
-    return flow.flow_map(
+    return recipes.flow_map(
         algorithm,
         data=dict(
             source=dict(name='kd.data.mapped.resized', of='celeb_a', crop=140, size=64),
@@ -60,7 +60,7 @@ def paper(algorithm):
             eval_every=10_000,
             checkpoint_every=10_000,
         ),
-        evaluators=lambda sampler: flow.samples(
+        evaluators=lambda sampler: recipes.samples(
             sampler, weights='slow', samples=10_000, split='train'
         ),
         weights='slow',

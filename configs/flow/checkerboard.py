@@ -12,14 +12,14 @@ meanflow, shortcut, consistency; or lmd, emd, pfmm, which distil the flow of the
 | paper | MLP 5x512, 250,000 steps of batch 100,000 | one GPU, hours | lsd: .086 .077 .071 .070 .071 |
 """  # noqa: E501
 
-from kd.recipes import flow
+from kd.methods.flow import recipes
 
 VARIANTS = ('cpu,lsd', 'cpu,esd', 'cpu,lmd', 'cpu,pfmm', 'cpu,shortcut', 'paper,lsd')
 
 
 def get_config(variant: str = 'paper,lsd'):
     """The recipe of 'scale,algorithm'."""
-    return flow.parse(variant, {'cpu': cpu, 'paper': paper})
+    return recipes.parse(variant, {'cpu': cpu, 'paper': paper})
 
 
 def cpu(algorithm):
@@ -81,11 +81,11 @@ def paper(algorithm):
 
 def recipe(algorithm, run, *, samples, baseline):
     """Measured against the toy's own density and support."""
-    return flow.flow_map(
+    return recipes.flow_map(
         algorithm,
         data=dict(name='checkerboard', train='train', validation='test'),
         run=run,
-        evaluators=lambda sampler: flow.samples(
+        evaluators=lambda sampler: recipes.samples(
             sampler,
             weights='slow',
             samples=samples,

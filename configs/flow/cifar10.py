@@ -15,19 +15,19 @@ The Frechet distance reported here is in the features of a ResNet trained on the
 orders samplers, and is not comparable with these numbers.
 """
 
-from kd.recipes import flow
+from kd.methods.flow import recipes
 
 VARIANTS = ('paper,lsd',)
 
 
 def get_config(variant: str = 'paper,lsd'):
     """The recipe of 'paper,algorithm'."""
-    return flow.parse(variant, {'paper': paper})
+    return recipes.parse(variant, {'paper': paper})
 
 
 def paper(algorithm):
     """Unconditional, without augmentation, float32."""
-    return flow.flow_map(
+    return recipes.flow_map(
         algorithm,
         data=dict(name='cifar10', train='train', validation='test'),
         classifier=dict(
@@ -72,7 +72,7 @@ def paper(algorithm):
             eval_every=10_000,
             checkpoint_every=10_000,
         ),
-        evaluators=lambda sampler: flow.samples(
+        evaluators=lambda sampler: recipes.samples(
             sampler, weights='slow', samples=10_000, classifier='classifier', split='train'
         ),
         weights='slow',

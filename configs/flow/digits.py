@@ -8,20 +8,20 @@ of an earlier stage. Samples are compared with the data in the features of a cla
 first stage trains.
 """
 
-from kd.recipes import flow
+from kd.methods.flow import recipes
 
 VARIANTS = ('cpu,lsd', 'cpu,lmd')
 
 
 def get_config(variant: str = 'cpu,lsd'):
     """The recipe of 'cpu,algorithm'."""
-    return flow.parse(variant, {'cpu': cpu})
+    return recipes.parse(variant, {'cpu': cpu})
 
 
 def cpu(algorithm):
     """Raw digits have pixels without variance, on which small flows diverge: hence whitened."""
     source = dict(name='kd.data.mapped.whitened', of='digits')
-    return flow.flow_map(
+    return recipes.flow_map(
         algorithm,
         data=dict(source=source, train='train', validation='test'),
         classifier=dict(
@@ -55,7 +55,7 @@ def cpu(algorithm):
             log_every=500,
             checkpoint_every=2000,
         ),
-        evaluators=lambda sampler: flow.samples(
+        evaluators=lambda sampler: recipes.samples(
             sampler, weights='slow', samples=2000, classifier='classifier', split='train'
         ),
         weights='slow',

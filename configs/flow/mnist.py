@@ -11,14 +11,14 @@ The variant is a scale and, after a comma, an algorithm (see `configs/flow/check
 | gpu | UNet, 64 channels, 2 levels, 50,000 steps of batch 256 | one GPU, about an hour |
 """
 
-from kd.recipes import flow
+from kd.methods.flow import recipes
 
 VARIANTS = ('cpu,lsd', 'gpu,lmd')
 
 
 def get_config(variant: str = 'gpu,lsd'):
     """The recipe of 'scale,algorithm'."""
-    return flow.parse(variant, {'cpu': cpu, 'gpu': gpu})
+    return recipes.parse(variant, {'cpu': cpu, 'gpu': gpu})
 
 
 def cpu(algorithm):
@@ -40,7 +40,7 @@ def gpu(algorithm):
 
 def recipe(algorithm, network, *, steps, batch_size, decay, timescale, samples):
     """Class-conditional, on images in [-1, 1]."""
-    return flow.flow_map(
+    return recipes.flow_map(
         algorithm,
         data=dict(name='mnist', train='train[:55000]', validation='train[55000:]', test='test'),
         classifier=dict(
@@ -73,7 +73,7 @@ def recipe(algorithm, network, *, steps, batch_size, decay, timescale, samples):
             log_every=100,
             checkpoint_every=min(steps, 5000),
         ),
-        evaluators=lambda sampler: flow.samples(
+        evaluators=lambda sampler: recipes.samples(
             sampler, weights='slow', samples=samples, batch=250, classifier='classifier'
         ),
         weights='slow',

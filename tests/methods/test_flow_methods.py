@@ -1,0 +1,524 @@
+"""Flow methods: a step against the losses composed by hand, trained flows against closed forms."""
+
+import dataclasses
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from kd import config as kd_config
+from kd import seeds, train
+from kd.data import mapped, sources
+from kd.errors import UserError
+from kd.evaluators import flow_samples
+from kd.losses import flow_map as fm
+from kd.losses.flow_map_algorithms import flow_map_errors, get_algorithm
+from kd.losses.interpolant import linear
+from kd.methods.flow.flow_map import flow_map
+from kd.methods.flow.flow_map_distillation import flow_map_distillation
+from kd.methods.flow.flow_matching import flow_matching
+from kd.methods.flow.reflow import reflow
+from kd.models.conditioning import TimeWeight, log_variance, velocity_inputs
+from kd.models.magnitude_preserving import MPDense
+from kd.models.velocity_mlp import VelocityMLP
+from kd.network import from_linen
+from kd.sampling.flow import euler_sample, time_grid
+from kd.sampling.velocity import velocity_function
+
+SPEC = {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
+BATCH = 16
+
+
+def network(**options):
+    module = VelocityMLP(width=8, depth=1, data_scale=0.5, **options)
+    return from_linen(module, *velocity_inputs(SPEC))
+
+
+def context(net, teacher=None, lr=0.1):
+    made = seeds.context(network=net, tx=optax.sgd(lr), teacher=teacher, num_classes=3)
+    return dataclasses.replace(made, spec=SPEC)
+
+
+def random_variables(net, seed):
+    """Not the initial ones, whose output is zero."""
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    return jax.tree.unflatten(tree, [0.4 * jax.random.normal(k, x.shape) for k, x in pairs])
+
+
+@pytest.fixture(name='batch')
+def _batch():
+    key = jax.random.key(5)
+    return {'input': jax.random.normal(key, (BATCH, 2)), 'label': jnp.arange(BATCH) % 3}
+
+
+def keys_of_step(state):
+    """The keys of augmentation, noise, labels, dropout and times."""
+    return jax.random.split(state.step_key(), 5)
+
+
+# A step against the losses.
+
+
+@pytest.mark.parametrize('name', ['lsd', 'lmd'])
+def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
+    net, frozen = network(time_weight=4), network(time_weight=4)
+    taught = name == 'lmd'
+    teacher = random_variables(frozen, 3)
+    if taught:
+        options = dict(algorithm='lmd', diagonal_fraction=0.75)
+        method = flow_map_distillation(context(net, frozen), **options)
+    else:
+        method = flow_map(context(net), algorithm=name)
+    params = random_variables(net, 2)['params']
+    state = method.init(jax.random.key(1), {'teacher': teacher} if taught else {})
+    state = state.replace(params=params)
+    _, noise_key, _, _, times_key = keys_of_step(state)
+    x0 = 0.5 * jax.random.normal(noise_key, (BATCH, 2))
+
+    def by_hand(params):
+        def vfn(s, t, x):
+            return net.module.apply({'params': params}, s, t, x)
+
+        on_key, pair_key, _ = jax.random.split(times_key, 3)
+        t = jax.random.uniform(on_key, (12,))
+        x1 = batch['input']
+        x_t = (1 - t)[:, None] * x0[:12] + t[:, None] * x1[:12]
+        on = vfn(t, t, x_t) - (x1[:12] - x0[:12])
+        pair = jax.random.uniform(pair_key, (2, 4))
+        s, e = pair.min(0), pair.max(0)
+        x_s = (1 - s)[:, None] * x0[12:] + s[:, None] * x1[12:]
+        velocity, slope = jax.jvp(lambda e: vfn(s, e, x_s), (e,), (jnp.ones(4),))
+        end = x_s + (e - s)[:, None] * velocity
+        if taught:
+            field = frozen.module.apply(teacher, e, e, end)
+        else:
+            field = jax.lax.stop_gradient(vfn(e, e, end))
+        off = velocity + (e - s)[:, None] * slope - field
+        error = jnp.concatenate([jnp.sum(on**2, 1), jnp.sum(off**2, 1)])
+        weight = TimeWeight(4).apply(
+            {'params': params['time_weight']}, jnp.concatenate([t, s]), jnp.concatenate([t, e])
+        )
+        return jnp.mean(jnp.exp(-weight) * error + weight), error
+
+    (loss, error), grads = jax.value_and_grad(by_hand, has_aux=True)(params)
+    new, metrics = jax.jit(method.step)(state, batch)
+    np.testing.assert_allclose(metrics['loss'].total / BATCH, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics['map_error'].total / 4, error[12:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics['diagonal_error'].total / 12, error[:12].mean(), rtol=1e-5)
+    # Ordinary layers take the plain gradient step; magnitude-preserving ones are projected.
+    for layer in ('hidden0', 'out'):
+        np.testing.assert_allclose(
+            new.params[layer]['kernel'],
+            params[layer]['kernel'] - 0.1 * grads[layer]['kernel'],
+            rtol=1e-4, atol=1e-6,
+        )  # fmt: skip
+    start = new.params['time_weight']['start']['mp_weight']
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(start**2, 0)), 1.0, atol=1e-3)
+
+
+def test_all_on_the_diagonal_every_algorithm_is_flow_matching(batch):
+    net = network()
+    plain = flow_matching(context(net))
+    state = plain.init(jax.random.key(0))
+    expected = plain.step(state, batch)[0].params
+    for name in ('esd', 'meanflow'):
+        other = flow_map(context(net), algorithm=name, diagonal_fraction=1.0)
+        jax.tree.map(np.testing.assert_array_equal, other.step(state, batch)[0].params, expected)
+
+
+def test_meanflow_target_is_stopped_but_for_the_prediction(batch):
+    # The gradient of half the squared error is residual x gradient of the prediction.
+    net = network()
+    params = random_variables(net, 2)['params']
+    x0, x1 = jax.random.normal(jax.random.key(1), (BATCH, 2)), batch['input']
+    key = jax.random.key(4)
+    s, t = get_algorithm('meanflow').times(jax.random.split(key, 3)[1], BATCH, 1.0)
+    x_s, dx = linear().point(s, x0, x1), x1 - x0
+
+    def error(params):
+        vfn = velocity_function(net, {'params': params})
+        return flow_map_errors(
+            key, vfn, x0, x1, interpolant=linear(), algorithm=get_algorithm('meanflow'), diagonal=0
+        )[0].sum() / 2  # fmt: skip
+
+    def velocity(params, s, x):
+        return net.module.apply({'params': params}, s, t, x)
+
+    value, along = jax.jvp(lambda s, x: velocity(params, s, x), (s, x_s), (jnp.ones_like(s), dx))
+    residual = value - dx - (t - s)[:, None] * along
+    ours = jax.grad(error)(params)
+    theirs = jax.grad(lambda p: jnp.sum(residual * velocity(p, s, x_s)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+
+
+class Dropping(nn.Module):
+    """A velocity network that is all noise in training."""
+
+    num_classes: int | None = None
+
+    def example_inputs(self, spec):
+        return velocity_inputs(spec)
+
+    @nn.compact
+    def __call__(self, s, t, x, *, label=None, train=False):
+        scale = self.param('scale', nn.initializers.ones, ())
+        return scale * nn.Dropout(0.5)(x * (s + 2 * t)[:, None], deterministic=not train)
+
+
+def test_dropout_acts_on_the_diagonal_only(batch):
+    net = from_linen(Dropping(), *velocity_inputs(SPEC))
+    x0, data = jax.random.normal(jax.random.key(0), (BATCH, 2)), batch['input']
+    # The same times and noise with two dropout keys: only the diagonal errors may differ.
+    variables = net.init(jax.random.key(0))
+    errors = [
+        flow_map_errors(
+            jax.random.key(1),
+            velocity_function(net, variables, train=True, key=jax.random.key(k)),
+            x0, data, interpolant=linear(), algorithm=get_algorithm('lsd'), diagonal=12,
+            off_diagonal_vfn=velocity_function(net, variables),
+        )[0]
+        for k in (2, 3)
+    ]  # fmt: skip
+    assert (errors[0][:12] != errors[1][:12]).any()
+    np.testing.assert_array_equal(errors[0][12:], errors[1][12:])
+    # And so does the method: its map error is that of the network without dropout.
+    method = flow_map(context(net), noise_scale=1.0)
+    state = method.init(jax.random.key(7))
+    step_keys = keys_of_step(state)
+    noise = jax.random.normal(step_keys[1], (BATCH, 2))
+    silent = velocity_function(net, {'params': state.params})
+    expected = flow_map_errors(
+        step_keys[4], silent, noise, data, interpolant=linear(),
+        algorithm=get_algorithm('lsd'), diagonal=12,
+    )[0]  # fmt: skip
+    metrics = method.step(state, batch)[1]
+    np.testing.assert_allclose(metrics['map_error'].total, expected[12:].sum(), rtol=1e-5)
+    assert abs(metrics['diagonal_error'].total - expected[:12].sum()) > 1e-3
+
+
+# Classes, guidance, pairs.
+
+
+def test_guidance_of_one_is_the_conditional_velocity_and_of_zero_the_unconditional():
+    net = network(num_classes=3)
+    variables = random_variables(net, 2)
+    label, x = jnp.array([0, 1, 2, 1]), jax.random.normal(jax.random.key(0), (4, 2))
+    s, t = jnp.full(4, 0.2), jnp.full(4, 0.7)
+    plain = net.module.apply(variables, s, t, x, label=label)
+    null = net.module.apply(variables, s, t, x)
+    assert float(jnp.abs(plain - null).max()) > 1e-2
+    for scale, expected in ((1.0, plain), (0.0, null), (2.5, null + 2.5 * (plain - null))):
+        found = velocity_function(net, variables, label, guidance=scale)(s, t, x)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_labels_condition_the_loss_and_are_dropped_at_the_stated_rate(batch):
+    net = network(num_classes=3)
+    variables = random_variables(net, 2)
+    losses = {}
+    for rate in (0.0, 1.0):
+        method = flow_matching(context(net), label_dropout=rate)
+        state = method.init(jax.random.key(1)).replace(params=variables['params'])
+        losses[rate] = method.step(state, batch)[1]['loss'].total
+        step_keys = keys_of_step(state)
+        x0 = 0.5 * jax.random.normal(step_keys[1], (BATCH, 2))
+        label = batch['label'] if rate == 0.0 else jnp.full(BATCH, 3)
+        expected = flow_map_errors(
+            step_keys[4], velocity_function(net, variables, label), x0, batch['input'],
+            interpolant=linear(), algorithm=get_algorithm('lsd'), diagonal=BATCH,
+        )[0].sum()  # fmt: skip
+        np.testing.assert_allclose(losses[rate], expected, rtol=1e-5)
+    assert abs(losses[0.0] - losses[1.0]) > 1e-3
+
+
+def test_a_guided_teacher_is_distilled_as_the_guided_field(batch):
+    net, frozen = network(num_classes=3), network(num_classes=3)
+    teacher = random_variables(frozen, 3)
+    method = flow_map_distillation(
+        context(net, frozen), algorithm='lmd', guidance=2.0, label_dropout=0.0
+    )
+    state = method.init(jax.random.key(1), {'teacher': teacher})
+    state = state.replace(params=random_variables(net, 2)['params'])
+    step_keys = keys_of_step(state)
+    x0 = 0.5 * jax.random.normal(step_keys[1], (BATCH, 2))
+
+    def field(s, t, x):
+        plain = frozen.module.apply(teacher, t, t, x, label=batch['label'])
+        null = frozen.module.apply(teacher, t, t, x)
+        return 2.0 * plain - null
+
+    expected = flow_map_errors(
+        step_keys[4], velocity_function(net, {'params': state.params}, batch['label']),
+        x0, batch['input'], interpolant=linear(),
+        algorithm=get_algorithm('lmd', teacher=True), diagonal=0, teacher=field,
+    )[0]  # fmt: skip
+    metrics = method.step(state, batch)[1]
+    np.testing.assert_allclose(metrics['loss'].total, expected.sum(), rtol=1e-4)
+
+
+def test_reflow_regresses_the_straight_line_to_the_teachers_sample(batch):
+    net, frozen = network(), network()
+    teacher = random_variables(frozen, 3)
+    method = reflow(context(net, frozen), sampler='euler', sampler_steps=4)
+    state = method.init(jax.random.key(1), {'teacher': teacher})
+    # At initialisation the student is zero, so its error is the squared length of the lines.
+    metrics = method.step(state, batch)[1]
+    collect_key = jax.random.fold_in(state.step_key(), zlib.crc32(b'collect'))
+    x0 = 0.5 * jax.random.normal(collect_key, (BATCH, 2))
+    x1 = x0
+    for k in range(4):
+        t = jnp.full(BATCH, k / 4)
+        x1 = x1 + frozen.module.apply(teacher, t, t, x1) / 4
+    np.testing.assert_allclose(metrics['loss'].total, jnp.sum((x1 - x0) ** 2), rtol=1e-5)
+
+
+# Trained.
+
+
+class Affine(nn.Module):
+    """v(s, t, x) = A(t) x + b(t) on the diagonal, A and b linear interpolations on a grid."""
+
+    knots: int = 9
+    num_classes: int | None = None
+    data_scale: float = 0.5
+
+    def example_inputs(self, spec):
+        return velocity_inputs(spec)
+
+    @nn.compact
+    def __call__(self, s, t, x, *, label=None, train=False):
+        slope = self.param('slope', nn.initializers.zeros, (self.knots,))
+        shift = self.param('shift', nn.initializers.zeros, (self.knots,))
+        grid = jnp.linspace(0.0, 1.0, self.knots)
+        time = 0.5 * (s + t)
+        return jnp.interp(time, grid, slope)[:, None] * x + jnp.interp(time, grid, shift)[:, None]
+
+
+def test_linear_flow_trained_on_a_gaussian_matches_the_closed_form():
+    # b_t(x) = m + (S_t' / S_t)(x - t m) for x0 ~ N(0, 1/4) and x1 ~ N(m, 1/16).
+    net = from_linen(Affine(), *velocity_inputs(SPEC))
+    mean, deviation = 0.8, 0.25
+    data = mean + deviation * np.random.default_rng(0).standard_normal((40_000, 2))
+    tx = optax.adam(optax.cosine_decay_schedule(0.1, 600))
+    method = flow_matching(seeds.context(network=net, tx=tx))
+    state = seeds.train(
+        method, {'input': data.astype(np.float32)}, np.array([0]), steps=600, batch_size=2000
+    )
+    t = np.linspace(0.05, 0.95, 19)
+    variance = (1 - t) ** 2 / 4 + t**2 * deviation**2
+    slope = (t * deviation**2 - (1 - t) / 4) / variance
+    grid = np.linspace(0, 1, 9)
+    found_slope = np.interp(t, grid, state.params['slope'][0])
+    found_shift = np.interp(t, grid, state.params['shift'][0])
+    # The rest is the error of interpolating on 9 knots.
+    np.testing.assert_allclose(found_slope, slope, atol=0.12)
+    np.testing.assert_allclose(found_shift, mean - slope * t * mean, atol=0.08)
+    # And Euler-100 of it carries the noise to the data.
+    noise = 0.5 * jax.random.normal(jax.random.key(1), (500, 2))
+    params = jax.tree.map(lambda x: x[0], state.params)
+    end = euler_sample(velocity_function(net, {'params': params}), noise, time_grid(100))
+    exact = mean + deviation / 0.5 * noise
+    assert float(jnp.sqrt(jnp.mean((end - exact) ** 2))) < 2e-2
+
+
+# Refusals.
+
+
+class OneTime(nn.Module):
+    """A flow that looks at one time."""
+
+    def example_inputs(self, spec):
+        return velocity_inputs(spec)
+
+    @nn.compact
+    def __call__(self, s, t, x, *, train=False):
+        # The other time goes through a call that drops it.
+        unused = jax.jit(lambda s, t: t)(s, t)
+        return nn.Dense(2)(jnp.concatenate([x, unused[:, None]], 1))
+
+
+def test_mistakes_are_refused_when_the_method_is_built():
+    one = from_linen(OneTime(), *velocity_inputs(SPEC))
+    with pytest.raises(UserError, match='ignores its time s, the start'):
+        flow_map(context(one))
+    flow_matching(context(one))
+    wide = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 2), jnp.float32))
+    with pytest.raises(UserError, match='no velocity network'):
+        flow_map(context(wide))
+    with pytest.raises(UserError, match="'lmd' distils a frozen flow: use the method"):
+        flow_map(context(network()), algorithm='lmd')
+    with pytest.raises(ValueError, match='unknown algorithm'):
+        flow_map(context(network()), algorithm='lsdd')
+    with pytest.raises(UserError, match='teacher'):
+        flow_map_distillation(context(network()))
+    with pytest.raises(UserError, match='conditioned on 3 classes and its teacher on None'):
+        flow_map_distillation(context(network(num_classes=3), network()))
+    with pytest.raises(UserError, match='guidance needs a teacher with num_classes'):
+        flow_map_distillation(context(network(), network()), guidance=2.0)
+    with pytest.raises(UserError, match='diagonal_fraction must lie'):
+        flow_map(context(network()), diagonal_fraction=75)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(method=dict(interpolant='trigonometric')), 'teacher was trained on interpolant'),
+        (dict(network=dict(data_scale=0.5)), 'the noise has standard deviation 0.5'),
+    ],
+)
+def test_a_teacher_of_another_path_is_refused(change, message):
+    config = kd_config.load('configs/flow/checkerboard.py:cpu,lmd')
+    with config.unlocked():
+        for block, values in change.items():
+            config.map[block].update(values)
+    made = context(network(), network())
+    student = dataclasses.replace(
+        made,
+        stage='map',
+        config=config,
+        optional_network=from_linen(
+            VelocityMLP(width=8, depth=1, data_scale=config.map.network.data_scale),
+            *velocity_inputs(SPEC),
+        ),
+        optional_teacher=from_linen(
+            VelocityMLP(width=8, depth=1, data_scale=config.flow.network.data_scale),
+            *velocity_inputs(SPEC),
+        ),
+    )
+    interpolant = config.map.method.get('interpolant', 'linear')
+    with pytest.raises(UserError, match=message):
+        flow_map_distillation(student, interpolant=interpolant)
+
+
+# Probes, sources, and a recipe from beginning to end.
+
+
+@pytest.fixture(name='stage')
+def _stage():
+    """A context whose stage keeps an average, and a state in which the two differ."""
+    net = network()
+    config = kd_config.load('configs/flow/checkerboard.py:cpu,lsd')
+    made = dataclasses.replace(context(net), stage='map', config=config)
+    state = flow_map(made).init(jax.random.key(0))
+    average = random_variables(net, 9)['params']
+    return made, state.replace(ema={'slow': average}), net
+
+
+def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
+    made, state, net = stage
+    batches = [{**batch, 'mask': jnp.arange(BATCH) < 10}]
+    options = dict(steps=(1, 3), samples=40, batch=16)
+    drawn = {}
+    for weights, sampler in (('slow', 'flow_map'), ('final', 'flow_map'), ('slow', 'euler')):
+        probe = flow_samples.flow_samples(made, weights=weights, sampler=sampler, **options)
+        drawn[weights, sampler] = probe.run(state, batches)
+    noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
+    vfn = velocity_function(net, {'params': state.ema['slow']})
+    one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
+    real = np.asarray(batch['input'][:10])
+    expected = flow_samples.distribution.sliced_wasserstein(real, one)
+    found = drawn['slow', 'flow_map']
+    assert found['sliced_wasserstein_1'] == pytest.approx(expected, rel=1e-5)
+    assert found['samples'].axes
+    # The final parameters are the initial ones: zero velocity, the noise itself.
+    still = flow_samples.distribution.sliced_wasserstein(real, np.asarray(noise))
+    assert drawn['final', 'flow_map']['sliced_wasserstein_3'] == pytest.approx(still, rel=1e-5)
+    euler = euler_sample(vfn, noise, time_grid(3))
+    expected = flow_samples.distribution.sliced_wasserstein(real, np.asarray(euler))
+    assert drawn['slow', 'euler']['sliced_wasserstein_3'] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UserError, match=r"map\.ema has no 'fast'"):
+        flow_samples.flow_samples(made, weights='fast')
+
+
+def test_geometry_agrees_with_the_metrics_of_the_whole_path(stage):
+    made, state, net = stage
+    probe = flow_samples.flow_geometry(made, weights='slow', samples=32, steps=8)
+    found = probe.run(state, [])
+    noise_key = jax.random.split(jax.random.key(0), 3)[0]
+    noise = flow_samples.draw_noise(noise_key, 32, (2,), scale=0.5)
+    vfn = velocity_function(net, {'params': state.ema['slow']})
+    straight = flow_samples.generation.straightness(vfn, noise, steps=8).mean()
+    assert found['straightness'] == pytest.approx(float(straight), rel=1e-4)
+    gap = fm.flow_map(vfn, 0.0, 1.0, noise) - euler_sample(vfn, noise, time_grid(8))
+    assert found['map_to_flow'] == pytest.approx(float(jnp.sum(gap**2) / 32), rel=1e-4)
+    assert found['semigroup'] > 0
+    # A field that does not depend on time or place is straight and its own flow map.
+    constant = jax.tree.map(jnp.zeros_like, state.params)
+    constant['out']['bias'] = jnp.array([0.3, -0.2])
+    still = probe.run(state.replace(ema={'slow': constant}), [])
+    assert max(still.values()) < 1e-10
+
+
+def test_area_resizing_averages_whole_blocks_and_shares():
+    weights = mapped.area_weights(140, 64)
+    np.testing.assert_allclose(weights.sum(1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(0), 64 / 140, atol=1e-6)
+    np.testing.assert_array_equal(mapped.area_weights(6, 3), np.repeat(np.eye(3), 2, 1) / 2)
+    # 3 to 2: half of the middle pixel goes to each side.
+    expected = [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]]
+    np.testing.assert_allclose(mapped.area_weights(3, 2), expected, atol=1e-7)
+
+
+def test_mapped_sources_whiten_and_resize(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = (rng.standard_normal((300, 16)) @ rng.standard_normal((16, 64))).astype(np.float32)
+    images = images.reshape(300, 8, 8, 1)
+    spec = sources.example_spec((8, 8, 1), labelled=False)
+    reader = sources.in_memory({'input': images})
+    data = sources.DataSet('images', {'train': 300}, lambda split: reader, spec, None)
+    monkeypatch.setattr(sources, 'load', lambda name, split, data_dir: sources.Source(data, split))
+
+    config, rows = kd_config.ConfigDict(), np.arange(300)
+    white = mapped.whitened('train', config, None, of='images', eps=0.0)
+    found = white.fetch(rows)['input']
+    np.testing.assert_allclose(white.to_pixels(found), images, atol=1e-3)
+    # Sixteen directions have unit variance, the others none.
+    variances = np.linalg.eigvalsh(np.cov(found.reshape(300, 64).T))
+    np.testing.assert_allclose(variances, [0.0] * 48 + [1.0] * 16, atol=1e-3)
+    small = mapped.resized('train[:5]', config, None, of='images', crop=6, size=3)
+    blocks = images[:5, 1:7, 1:7].reshape(5, 3, 2, 3, 2, 1).mean((2, 4))
+    np.testing.assert_allclose(small.fetch(np.arange(5))['input'], blocks, atol=1e-5)
+    assert small.spec['input'].shape == (3, 3, 1)
+    with pytest.raises(ValueError, match='must satisfy size <= crop <= 8'):
+        mapped.resized('train', config, None, of='images', crop=9, size=3)
+
+
+def test_recipe_distils_the_average_of_its_first_stage_and_reports_by_steps(tmp_path):
+    config = kd_config.load('configs/flow/checkerboard.py:cpu,lmd')
+    for name in config.stages:
+        stage = config[name]
+        stage.steps, stage.batch_size, stage.checkpoint_every, stage.log_every = 4, 64, 4, 4
+        stage.network.width, stage.network.depth = 8, 1
+        stage.evaluators.samples.steps = (1, 2)
+        stage.evaluators.samples.samples = 500
+        stage.evaluators.samples.batch = 500
+        stage.evaluators.geometry.samples = 16
+        stage.evaluators.geometry.steps = 4
+    config.mesh.data = 1
+    report = train.run(config, tmp_path / 'run')
+    text = report.read_text()
+    results = json.loads(report.with_suffix('.json').read_text())
+    for title in ('flow, Euler', 'flow map, lmd'):
+        values = [results[title][f'samples/kl_{n}'] for n in (1, 2)]
+        assert f'| {title} | {values[0]:.4f} | {values[1]:.4f} |' in text
+        # 500 points of almost pure noise are nowhere near the board.
+        assert min(values) > 0.5
+    assert (tmp_path / 'run/map/figures/samples_samples_4.png').stat().st_size > 5_000
+    assert 'map/figures/samples_samples_4.png' in text
+
+
+def test_log_variance_reads_the_weight_beside_the_network():
+    net = network(time_weight=4)
+    params = random_variables(net, 1)['params']
+    s, t = jnp.array([0.1, 0.5]), jnp.array([0.4, 0.9])
+    expected = TimeWeight(4).apply({'params': params['time_weight']}, s, t)
+    np.testing.assert_array_equal(log_variance(params, s, t), expected)
+    assert MPDense(4).init(jax.random.key(0), jnp.ones((1, 4)))['params'].keys() == {'mp_weight'}
