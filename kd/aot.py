@@ -36,8 +36,10 @@ from kd.parallel import mesh as mesh_lib
 
 # Full-scale recipes (config, stage) of the table, and the slices they are compiled for.
 TABLE = (
-    ('configs/vision/logit_kd.py:cifar10', 'teacher'),
-    ('configs/vision/logit_kd.py:cifar10', 'student'),
+    ('configs/vision/logit_kd.py', 'student'),
+    ('configs/lm/recursive_meta_distillation.py', 'teacher'),
+    ('configs/lm/recursive_meta_distillation.py', 'generation_1'),
+    ('configs/flow/cifar10.py', 'map'),
 )
 SLICES = ('v5e:4x4', 'v5e:16x16', 'v5p:8x8x8', 'v6e:16x16')
 # Examples of every split where only shapes count.

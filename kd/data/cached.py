@@ -71,14 +71,14 @@ def cached(
         raise UserError(f"data.source.stage='{stage}' is no stage of {tuple(config.stages)}.")
     arguments = _arguments(config, stage)
     data = config_lib.to_plain(config.data)
-    source = sources.load(data['name'], split, data_dir=config.data_dir or None)
+    source = stage_lib.source_loader({**data, 'this': split}, config, workdir)('this')
     if data[arguments.pop('split')] != split:
         return source
     arguments.pop('per_file')
     form = cache.Form(**arguments)
     if workdir is None:
         if source.num_classes is None:
-            raise UserError(f"data set '{data['name']}' has no classes for a teacher to name.")
+            raise UserError(f"data set '{source.name}' has no classes for a teacher to name.")
         return CachedSource(source, form, (source.num_classes,), None)
     directory = stage_lib.locate(config, stage, workdir)
     teacher = stage_lib.locate(config, config[stage].teacher, workdir)
