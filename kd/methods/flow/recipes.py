@@ -73,12 +73,12 @@ def flow_map(
             **run,
         )
     if distilled:
-        method = dict(
+        method: dict[str, Any] = dict(
             name='kd.methods.flow.flow_map_distillation.flow_map_distillation',
             algorithm=algorithm,
             teacher_jumps='euler',
         )
-        teacher = dict(teacher='flow', teacher_weights=weights)
+        teacher: dict[str, Any] = dict(teacher='flow', teacher_weights=weights)
     else:
         method = dict(name='kd.methods.flow.flow_map.flow_map', algorithm=algorithm)
         teacher = {}
