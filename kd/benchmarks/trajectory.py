@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kd import network
@@ -62,8 +63,8 @@ def convnet_problem(width: int, depth: int, pixels: int, images_per_class: int) 
     net = network.from_linen(module, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     start, target = (jax.jit(net.init)(jax.random.key(seed))['params'] for seed in (0, 1))
     count = CLASSES * images_per_class
-    images = jax.random.normal(jax.random.key(2), (count, *shape))
-    return Problem(net, start, target, images, jnp.arange(count) % CLASSES)
+    images = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
+    return Problem(net, start, target, jnp.asarray(images), jnp.arange(count) % CLASSES)
 
 
 def cross_entropy(net: network.Network, params: Any, images: jax.Array, labels: jax.Array):
@@ -121,13 +122,15 @@ def experts(
         grads = jax.grad(lambda p: cross_entropy(net, p, images, labels))(params)
         return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
 
-    image_key, label_key, key = jax.random.split(jax.random.key(0), 3)
+    rng = np.random.default_rng(0)
     shape = (count, batch_size, *net.inputs[0].shape[1:])
-    images = jax.random.normal(image_key, shape)
-    labels = jax.random.randint(label_key, shape[:2], 0, CLASSES)
+    images = rng.normal(size=shape).astype(np.float32)
+    labels = rng.integers(0, CLASSES, shape[:2]).astype(np.int32)
     initialise = jax.jit(jax.vmap(lambda key: net.init(key)['params']))
-    together = initialise(jax.random.split(key, count)), images, labels
-    apart = [jax.tree.map(lambda x, i=i: x[i], together) for i in range(count)]
+    params = initialise(jax.random.split(jax.random.key(0), count))
+    host = jax.device_get((params, images, labels))
+    together = jax.device_put(host)
+    apart = [jax.device_put(jax.tree.map(lambda x, i=i: x[i], host)) for i in range(count)]
     one, vmapped = jax.jit(step), jax.jit(jax.vmap(step))
 
     def train(update, params, images, labels):

@@ -1,5 +1,7 @@
 """Crop, flip, cutout and mixup against NumPy, image by image."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,9 +88,10 @@ def test_cutout_stops_the_gradient_of_the_pixels_it_removes(key, images):
 def test_mixup_uses_one_weight_for_image_label_and_logits(key, images, shared):
     labels = np.arange(SHAPE[0], dtype=np.int32) % 3
     logits = np.random.default_rng(1).normal(size=(SHAPE[0], 3)).astype(np.float32)
-    batch = {'input': jnp.asarray(images), 'label': jnp.asarray(labels), 'logits': logits}
-    batch['index'] = jnp.arange(SHAPE[0])
-    mixed = augment.mixup(key, batch, 0.7, num_classes=3, shared=shared)
+    batch = {'input': images, 'label': labels, 'logits': logits}
+    batch['index'] = np.arange(SHAPE[0])
+    mix = functools.partial(augment.mixup, alpha=0.7, num_classes=3, shared=shared)
+    mixed = jax.device_get(jax.jit(mix)(key, batch))
     # Recovers weight and partner of each example from the logits and predicts the rest.
     weights = []
     for index in range(SHAPE[0]):
@@ -149,8 +152,6 @@ def test_composition_folds_the_key_with_the_place(key, images):
     by_hand = {'input': expected, 'label': batch['label']}
     by_hand = augment.mixup(keys[2], by_hand, 0.4, num_classes=3, shared=True)
     np.testing.assert_allclose(made['input'], by_hand['input'], atol=1e-6)
-    again = augment.augment(key, batch, spec, num_classes=3)
-    np.testing.assert_allclose(again['input'], made['input'], atol=1e-6)
     assert augment.augment(key, batch, ()) == batch
 
 
