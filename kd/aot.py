@@ -136,7 +136,7 @@ def compile_stage(config: config_lib.ConfigDict, name: str, target: str) -> Repo
         devices=mesh.size,
         batch_size=stage.config.batch_size,
         chip=chip,
-        arguments=_bytes_per_device(arguments),
+        arguments=bytes_per_device(arguments),
         temporaries=0,
         peak=0,
         flops=hlo.flops(step, *arguments),
@@ -207,7 +207,9 @@ def _shapes(name: str) -> tuple[dict[str, jax.ShapeDtypeStruct], int | None]:
     return sources.example_spec(image.shape, labelled=classes is not None), classes
 
 
-def _bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one of the devices of their shardings."""
+
     def size(x: jax.ShapeDtypeStruct) -> int:
         shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
         itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize

@@ -96,5 +96,7 @@ def _quiet(kind: str, layout: str) -> None:
         'TPU_MIN_LOG_LEVEL': '3',
         'TPU_STDERR_LOG_LEVEL': '3',
         'TPU_LOG_DIR': 'disabled',
+        # Several processes may compile at once: there is no chip for them to fight over.
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }.items():
         os.environ.setdefault(name, value)

@@ -1,0 +1,254 @@
+"""Programs compiled for meshes that are not there: what they communicate, compute and hold."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kd import aot
+from kd import config as kd_config
+from kd.errors import UserError
+from kd.parallel import hlo, topology
+
+ROOT = Path(__file__).parent.parent
+TEACHER_WIDTH, WIDTH, CLASSES = 256, 16, 10
+# Bytes of the student MLP 64-16-10 and of its teacher MLP 64-256-10.
+STUDENT_BYTES = 4 * (64 * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES)
+TEACHER_BYTES = 4 * (64 * TEACHER_WIDTH + TEACHER_WIDTH + TEACHER_WIDTH * CLASSES + CLASSES)
+# loss, grad_norm and two parts of the loss, as sums and counts, at most.
+METRIC_BYTES = 64
+
+
+def _recipe(**changes):
+    config = kd_config.load(f'{ROOT}/configs/vision/logit_kd.py:cpu')
+    config.teacher.network = dict(name='kd.models.mlp.MLP', widths=(TEACHER_WIDTH,))
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+def _compile(devices=8, batch_size=64, **changes):
+    config = _recipe(**changes)
+    config.student.batch_size = batch_size
+    return aot.compile_stage(config, 'student', f'cpu:{devices}')
+
+
+def test_loops_and_kinds_are_counted():
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ('x',))
+    spec = PartitionSpec('x')
+
+    def body(x):
+        def turn(carry, _):
+            return jax.lax.psum(carry, 'x') * 0.5, None
+
+        summed = jax.lax.scan(turn, x, None, length=5)[0]
+        return jax.lax.all_gather(x, 'x', tiled=True).sum() + summed
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    compiled = jax.jit(mapped).lower(jax.ShapeDtypeStruct((32,), jnp.float32)).compile()
+    found = hlo.totals(hlo.collectives(compiled.as_text()))
+    assert found == {'all-reduce': (5, 5 * 8 * 4), 'all-gather': (1, 32 * 4)}
+
+
+def test_operations_of_products_convolutions_loops_and_branches():
+    def product(x, y):
+        return jnp.einsum('bij,bjk->bik', x, y)
+
+    x, y = jnp.zeros((3, 4, 5)), jnp.zeros((3, 5, 6))
+    assert hlo.flops(product, x, y) == 2 * 3 * 4 * 5 * 6
+
+    def convolution(x, kernel):
+        dims = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dims)
+
+    image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 7))
+    assert hlo.flops(convolution, image, kernel) == 2 * (2 * 8 * 8 * 7) * (3 * 3 * 3)
+
+    def loop(x):
+        return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=11)[0]
+
+    assert hlo.flops(jax.jit(loop), jnp.zeros((4, 4))) == 11 * 2 * 4**3
+
+    def branch(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert hlo.flops(branch, jnp.zeros((4, 4))) == 2 * 2 * 4**3
+
+
+def test_the_operations_of_a_step_are_those_of_its_layers():
+    report = _compile(devices=1)
+    student, teacher = 64 * WIDTH + WIDTH * CLASSES, 64 * TEACHER_WIDTH + TEACHER_WIDTH * CLASSES
+    # Forward, gradients of all kernels, of the inputs of all layers but the first; teacher forward.
+    expected = 2 * 64 * (2 * student + WIDTH * CLASSES + teacher)
+    assert report.flops == expected
+
+
+def test_data_parallel_steps_reduce_the_gradient_once_and_scale_weakly():
+    reports = {n: _compile(devices=n, batch_size=8 * n) for n in (1, 2, 4, 8)}
+    assert not reports[1].collectives
+    totals = [hlo.totals(reports[n].collectives) for n in (2, 4, 8)]
+    # Bytes per device and step stay flat.
+    assert totals[0] == totals[1] == totals[2]
+    [(kind, (count, size))] = totals[0].items()
+    assert (kind, count) == ('all-reduce', 1)
+    assert STUDENT_BYTES <= size <= STUDENT_BYTES + METRIC_BYTES
+    # So do the operations of a device.
+    assert len({r.flops // r.devices for r in reports.values()}) == 1
+
+
+def test_fsdp_gathers_no_whole_teacher_and_reduces_the_gradient_once():
+    rules = (('params|opt_state', 'fsdp'),)
+    mesh = dict(data=1, fsdp=8, tensor=1)
+    report = _compile(mesh=mesh, sharding=rules, frozen_sharding=(('.*', 'fsdp'),))
+    whole = _compile()
+    # An eighth of everything, up to what does not divide.
+    assert report.arguments < 0.2 * whole.arguments
+    gathered = [c for c in report.collectives if c.kind == 'all-gather']
+    assert gathered
+    assert max(c.bytes for c in gathered) < TEACHER_BYTES
+    reduced = [c for c in report.collectives if c.kind in ('all-reduce', 'reduce-scatter')]
+    shapes = ' '.join(c.shape for c in reduced)
+    # Each kernel's gradient, whole or in its shard, in exactly one reduction.
+    assert sum(c.bytes for c in reduced) <= STUDENT_BYTES + METRIC_BYTES + 64 * CLASSES * 4
+    assert shapes.count(f'f32[64,{WIDTH}]') + shapes.count(f'f32[8,{WIDTH}]') <= 1
+
+
+def test_tensor_parallel_steps_gather_no_parameters():
+    rules = (
+        ('hidden0/kernel', (None, 'tensor')),
+        ('hidden0/bias', ('tensor',)),
+        ('head/kernel', ('tensor', None)),
+    )
+    mesh = dict(data=1, fsdp=1, tensor=8)
+    report = _compile(batch_size=8, mesh=mesh, sharding=rules, frozen_sharding=rules)
+    # What crosses devices are the logits [8, 10] of student and teacher, and what is not sharded.
+    assert not [c for c in report.collectives if c.kind == 'all-gather']
+    total = sum(c.bytes * c.times for c in report.collectives)
+    logits = 8 * CLASSES * 4
+    assert 2 * logits <= total <= 2 * logits + METRIC_BYTES
+    assert report.arguments < 0.3 * _compile(devices=1, batch_size=8).arguments
+
+
+REPORT = aot.Report(
+    stage='student',
+    target='v5e:4x4',
+    devices=16,
+    batch_size=64,
+    chip=topology.CHIPS['v5e'],
+    arguments=2**30,
+    temporaries=2**30,
+    peak=2 * 2**30,
+    flops=16 * 197 * 10**9,
+    traffic=819 * 10**7,
+    collectives=[
+        hlo.Collective('all-reduce', 10**8, 2, 'f32[25000000]'),
+        hlo.Collective('all-gather', 10**8, 1, 'f32[25000000]'),
+    ],
+)
+
+
+def test_the_roofline_divides_by_the_data_sheet():
+    times = REPORT.times()
+    assert times['arithmetic'] == pytest.approx(1e-3)
+    assert times['memory'] == pytest.approx(1e-2)
+    # Twice the bytes for an all-reduce, once for an all-gather, over 200 GB/s.
+    assert times['communication'] == pytest.approx(5e8 / 200e9)
+    assert REPORT.verdict() == 'fits, 12 % of memory; bound by memory'
+    assert '1 a step' in aot.text(REPORT)
+    assert '1.0 ms' in aot.text(REPORT) or '1 ms' in aot.text(REPORT)
+
+
+def test_what_does_not_fit_says_what_to_change():
+    parameters = dataclasses.replace(REPORT, arguments=20 * 2**30, peak=21 * 2**30)
+    assert 'does not fit TPU v5e' in parameters.verdict()
+    assert '--config.mesh.fsdp' in parameters.verdict()
+    activations = dataclasses.replace(REPORT, temporaries=20 * 2**30, peak=21 * 2**30)
+    assert 'smaller student.batch_size' in activations.verdict()
+    refused = dataclasses.replace(REPORT, refused='RESOURCE_EXHAUSTED: 40 GiB', peak=0)
+    assert not refused.fits
+    assert 'RESOURCE_EXHAUSTED' in aot.text(refused)
+
+
+@pytest.mark.parametrize(
+    ('target', 'message'),
+    [
+        ('v5e:16x17', r"no topology 'v5e:16x17'. Did you mean 'v5e:16x16'\?.*v5p: 2x2x1"),
+        ('v9:2x2', 'Known are cpu:N and v5e: 2x2'),
+        ('cpu:0', 'Known are cpu:N'),
+        ('cpu:512', 'start it with JAX_NUM_CPU_DEVICES=512'),
+    ],
+)
+def test_unknown_topologies_list_the_known_ones(target, message):
+    with pytest.raises(UserError, match=message):
+        topology.devices(target)
+
+
+def test_a_missing_libtpu_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
+        topology.devices('v5e:4x4')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(batch_size=60), 'student.batch_size=60 does not divide over 8 devices'),
+        (dict(mesh=dict(data=16, fsdp=1, tensor=1)), 'needs 16 devices, there are 8'),
+    ],
+)
+def test_batches_and_meshes_that_do_not_fit_are_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        _compile(**changes)
+
+
+def test_the_command_compiles_without_data_and_without_a_word_too_many():
+    command = [
+        *(sys.executable, '-m', 'kd.aot', '--config=configs/vision/logit_kd.py:cpu'),
+        *('--topology=cpu:4', '--stage=baseline', '--config.baseline.batch_size=32'),
+        '--config.data_dir=/nonexistent',
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'baseline on cpu:4: 4 devices, batch 32' in done.stdout
+    assert 'all-reduce      1 a step' in done.stdout
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason="compiling for TPUs takes libtpu: pip install -e '.[tpu]'",
+)
+
+
+@needs_libtpu
+def test_a_step_for_tpus_reduces_the_gradient_and_fits():
+    report = aot.compile_stage(_recipe(), 'student', 'v5e:2x2')
+    assert report.devices == 4
+    totals = hlo.totals(report.collectives)
+    assert set(totals) == {'all-reduce'}
+    assert STUDENT_BYTES <= totals['all-reduce'][1] <= 2 * STUDENT_BYTES
+    assert report.fits
+    assert report.peak < 2**30
+
+
+@needs_libtpu
+def test_a_step_too_large_for_a_chip_is_told_to_be():
+    config = _recipe()
+    config.teacher.network.widths = (60_000, 60_000, 60_000)
+    report = aot.compile_stage(config, 'student', 'v5e:2x2')
+    assert not report.fits
+    assert 'does not fit TPU v5e' in report.verdict()
+
+
+def test_shardings_of_stand_ins_need_no_device():
+    mesh = jax.make_mesh((8,), ('x',))
+    x = jax.ShapeDtypeStruct((16, 3), np.float32, sharding=NamedSharding(mesh, PartitionSpec('x')))
+    assert aot.bytes_per_device([x]) == 2 * 3 * 4
