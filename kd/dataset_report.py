@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd import config as config_lib
-from kd.data import export, sources, standardised, synthetic
+from kd.data import coreset, export, sources, standardised, synthetic
+from kd.errors import UserError
+from kd.evaluators import compensated_set as compensator
 from kd.evaluators import synthetic_set
 from kd.evaluators.fresh_training import Protocol, page, pixels
 from kd.io import checkpoints
@@ -105,6 +107,73 @@ def dataset_distillation(
     return report
 
 
+def compensated_set(
+    config: config_lib.ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    stage: str,
+    network: Mapping[str, Any],
+    protocol: Mapping[str, Any] | None = None,
+    repeats: int = 3,
+    split: str = 'test',
+    low: float = -1.0,
+    high: float = 1.0,
+) -> Path:
+    """The report of compensators: their set beside real images, all under the same soft labels.
+
+    Rows: the compensated set; the real images in it alone; as many random real images as the
+    budget of storage holds. Every network takes the same number of steps.
+
+    Args:
+      config, workdir, mesh: as of `dataset_distillation`.
+      stage: of `kd.methods.dataset.infer_ufc`.
+      network: block of the network that is trained.
+      protocol: `lr`, `epochs`, and further arguments of `compensated_set.SoftTraining`.
+      repeats: networks per row.
+      split: of the recipe's data that nothing was chosen on.
+      low, high: range of pixels.
+
+    Returns:
+      Path of `report.md`; the set lies in `synthetic/` as NPZ and in the format of tfds.
+    """
+    prepared = prepare(config, stage, mesh, workdir)
+    state = jax.device_get(restore_state(config, stage, workdir, mesh))
+    context = prepared.context
+    train, judged = (context.recipe_source(name) for name in ('train', split))
+    images = compensator.unfolded(state, low, high)
+    labelled = compensator.soft_examples(context.references, prepared.frozen, images)
+    real = int(np.prod(state.mutables['groups'].shape[:2]))
+    per_class = config[stage].method.images_per_class
+    rng = np.random.default_rng(config.seed)
+    rows = coreset.random_subset(rng, synthetic.labels_of(train), per_class)
+    random = train.fetch(rows)['input']
+    sets = {
+        'compensated': labelled,
+        'its real images alone': {name: value[:real] for name, value in labelled.items()},
+        'random real images': compensator.soft_examples(
+            context.references, prepared.frozen, random
+        ),
+    }
+    built = build_network(network, train, where='report.network')
+    assert built is not None
+    training = compensator.SoftTraining(built, **dict(protocol or {}))
+    test, results = standardised.everything(judged), {}
+    keys = jax.random.split(jax.random.key(1), repeats)
+    for title, examples in sets.items():
+        found = training(keys, examples, test, of=len(images))
+        results[title] = {'student': {'accuracy': float(found.mean()), 'std': float(found.std())}}
+    probabilities = np.asarray(jax.nn.softmax(labelled['label']))
+    made = synthetic.SyntheticSet(labelled['input'], probabilities, np.float32(np.nan))
+    _write(workdir / 'synthetic', workdir / 'figures', 'compensated', made, train)
+    (workdir / 'report.json').write_text(json.dumps({'accuracy': results}, indent=1))
+    report = workdir / 'report.md'
+    report.write_text(
+        _markdown(results, {}, {'compensated': made}, judged, repeats, config.seed, '')
+    )
+    return report
+
+
 def restore(
     config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh, average: str = ''
 ) -> synthetic.SyntheticSet:
@@ -122,7 +191,7 @@ def restore_state(config: config_lib.ConfigDict, name: str, workdir: Path, mesh:
     abstract = stage.abstract_state()
     done = checkpoints.read_done(workdir / name)
     if done is None:
-        raise config_lib.UserError(f'report: stage {name} of {workdir} is not finished.')
+        raise UserError(f'report: stage {name} of {workdir} is not finished.')
     parts = {part: getattr(abstract, part) for part in ('params', 'mutables', 'ema')}
     wanted = {part: tree for part, tree in parts.items() if jax.tree.leaves(tree)}
     found = checkpoints.restore_variables(workdir / name, done['step'], wanted, f'report ({name})')

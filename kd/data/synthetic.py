@@ -27,12 +27,12 @@ class SyntheticSet(NamedTuple):
       step_size: float32 scalar, the learning rate that goes with it; NaN where it has none.
     """
 
-    input: jax.Array
-    label: jax.Array
-    step_size: jax.Array
+    input: Any
+    label: Any
+    step_size: Any
 
     @property
-    def examples(self) -> dict[str, jax.Array]:
+    def examples(self) -> dict[str, Any]:
         """What a network is trained on."""
         return {'input': self.input, 'label': self.label}
 

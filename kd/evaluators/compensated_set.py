@@ -45,48 +45,86 @@ def soft_examples(
     return {'input': np.asarray(images), 'label': logits}
 
 
-def soft_training(
-    network: Network,
-    *,
-    epochs: int = 400,
-    batch_size: int = 64,
-    temperature: float = 30.0,
-    gradient_scale: float = 1.0,
-    mixup: float = 0.8,
-    weight_decay: float = 0.01,
-    augmentation: Sequence[Any] = (),
-    steps_per_epoch: int,
-):
-    """`evaluate(keys, examples, test, lr)` of networks trained on logits by AdamW, cosine to 0.
+class SoftTraining:
+    """Training on logits by AdamW, its rate falling to 0 by a cosine.
 
-        KL( softmax(z' / T) || softmax(g(x') / T) ),   x', z' mixed with one weight per example
-
-    Args:
-      network: the architecture g.
-      epochs, batch_size: of training.
-      temperature: T; there is no factor T^2.
-      gradient_scale: factor on the loss.
-      mixup: parameter of MixUp; 0 for none.
-      weight_decay: of AdamW.
-      augmentation: of `kd.data.augment`, before MixUp.
-      steps_per_epoch: ceil(n / batch_size), for the schedule.
+    KL( softmax(z' / T) || softmax(g(x') / T) ),   x' and z' mixed alike, logits as logits
     """
-    entries = (*augmentation, *((('mixup', mixup),) if mixup else ()))
-    schedule = optax.cosine_decay_schedule(1.0, epochs * steps_per_epoch)
 
-    def tx(rate):
-        return optax.adamw(lambda step: rate * schedule(step), weight_decay=weight_decay)
+    def __init__(
+        self,
+        network: Network,
+        *,
+        lr: float = 1e-3,
+        epochs: int = 400,
+        batch_size: int = 64,
+        temperature: float = 30.0,
+        gradient_scale: float = 1.0,
+        mixup: float = 0.8,
+        weight_decay: float = 0.01,
+        augmentation: Sequence[Any] = (),
+    ) -> None:
+        """Args:
+        network: the architecture g.
+        lr: largest rate.
+        epochs: passes through the set.
+        batch_size: of training.
+        temperature: T; there is no factor T^2.
+        gradient_scale: factor on the loss.
+        mixup: parameter of MixUp; 0 for none.
+        weight_decay: of AdamW.
+        augmentation: of `kd.data.augment`, before MixUp.
+        """
+        self.network, self.lr, self.epochs, self.batch_size = network, lr, epochs, batch_size
+        self.weight_decay, self.mixup, self.augmentation = weight_decay, mixup, tuple(augmentation)
+        self.loss = lambda logits, labels: (
+            gradient_scale * divergence.forward_kl(logits, labels, temperature=temperature)
+        )
+        # One compiled step per kind of set.
+        self._evaluate = functools.cache(self._build)
 
-    def loss(logits, labels):
-        return gradient_scale * divergence.forward_kl(logits, labels, temperature=temperature)
+    def __call__(
+        self,
+        keys: jax.Array,
+        examples: Mapping[str, Any],
+        test: Mapping[str, Any],
+        *,
+        of: int = 0,
+    ) -> np.ndarray:
+        """Accuracies [K] of networks trained on `examples`.
 
-    return synthetic_set.fresh_networks(
-        network,
-        (synthetic_set.Phase(epochs, tx),),
-        batch_size=batch_size,
-        transform=augment.compose(entries) if entries else None,
-        loss=loss,
-    )
+        Args:
+          keys: one per network.
+          examples: `input`, and `label` logits [n, C] or int [n]; the latter take cross-entropy
+            and no MixUp.
+          test: `input` and `label`.
+          of: examples that `epochs` counts, to compare sets at equal numbers of steps; 0 for those
+            of the set.
+        """
+        size, soft = len(examples['input']), np.ndim(examples['label']) > 1
+        passes = max(self.epochs * (of or size) // size, 1)
+        given, tested = (
+            {k: jnp.asarray(x[k]) for k in ('input', 'label')} for x in (examples, test)
+        )
+        evaluate = self._evaluate(passes, passes * -(-size // self.batch_size), soft)
+        return np.asarray(evaluate(keys, given, tested, self.lr))
+
+    def _build(self, passes: int, steps: int, soft: bool):
+        schedule = optax.cosine_decay_schedule(1.0, steps)
+        mixup = (('mixup', self.mixup),) if self.mixup and soft else ()
+        entries = (*self.augmentation, *mixup)
+
+        def tx(rate):
+            decay = self.weight_decay
+            return optax.adamw(lambda step: rate * schedule(step), weight_decay=decay)
+
+        return synthetic_set.fresh_networks(
+            self.network,
+            (synthetic_set.Phase(passes, tx),),
+            batch_size=self.batch_size,
+            transform=augment.compose(entries) if entries else None,
+            loss=self.loss if soft else synthetic_set.cross_entropy,
+        )
 
 
 def compensated_training(
@@ -95,7 +133,6 @@ def compensated_training(
     network: Mapping[str, Any],
     data: str = 'validation',
     repeats: int = 3,
-    lr: float = 1e-3,
     controls: bool = True,
     low: float = -np.inf,
     high: float = np.inf,
@@ -111,31 +148,21 @@ def compensated_training(
       network: block of the architecture that is trained.
       data: a split of the recipe's data, not the one of the report.
       repeats: networks.
-      lr: of AdamW.
       controls: see above.
       low, high: range of valid inputs.
-      **training: see `soft_training`.
+      **training: see `SoftTraining`.
     """
     student = build_network(network, context.recipe_source('train'), where='network')
     assert student is not None
-    epochs, batch_size = training.pop('epochs', 400), training.pop('batch_size', 64)
+    train = SoftTraining(student, **training)
 
     @functools.cache
     def test() -> dict[str, np.ndarray]:
         return standardised.everything(context.recipe_source(data))
 
     def accuracies(examples, of):
-        size = len(examples['input'])
-        evaluate = soft_training(
-            student,
-            epochs=epochs * of // size,
-            batch_size=batch_size,
-            steps_per_epoch=-(-size // batch_size),
-            **training,
-        )
         keys = jax.random.split(jax.random.key(1), repeats)
-        arrays = [{k: jnp.asarray(x[k]) for k in ('input', 'label')} for x in (examples, test())]
-        return np.asarray(evaluate(keys, *arrays, lr))
+        return train(keys, examples, test(), of=of)
 
     def run(state: State, batches):
         del batches
