@@ -42,6 +42,12 @@ TABLE = (
     ('configs/flow/cifar10.py', 'map'),
 )
 SLICES = ('v5e:4x4', 'v5e:16x16', 'v5p:8x8x8', 'v6e:16x16')
+_PAGE = """# Training steps, compiled ahead of time
+
+Written by `python -m kd.aot --table=docs/aot.md`. Bytes are of one chip. Times are those of one
+step for each resource alone at the data sheet's rates; the longest is a lower bound. Batches are
+those of the recipe, raised to an example a chip where chips are more.
+"""
 # Examples of every split where only shapes count.
 _MANY = 10_000_000
 
@@ -275,8 +281,9 @@ def _mib(size: float) -> str:
 
 
 def write_table(file: Path) -> None:
-    """Compiles `TABLE` for `SLICES` and writes the result as a page of Markdown."""
+    """Compiles `TABLE` for `SLICES`; the page of Markdown is written anew after each."""
     reports = []
+    file.parent.mkdir(parents=True, exist_ok=True)
     for path, name in TABLE:
         for target in SLICES:
             config = config_lib.load(path)
@@ -285,17 +292,7 @@ def write_table(file: Path) -> None:
             config[name].batch_size = -(-config[name].batch_size // chips) * chips
             reports.append((path.removeprefix('configs/'), compile_stage(config, name, target)))
             print(text(reports[-1][1]), flush=True)
-    page = [
-        '# Training steps, compiled ahead of time',
-        '',
-        'Written by `python -m kd.aot --table=docs/aot.md`. Bytes are of one chip. Times are those',
-        "of one step for each resource alone at the data sheet's rates; the longest is a lower",
-        'bound. Batches are those of the recipe, raised to an example a chip where chips are more.',
-        '',
-        table(reports),
-    ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text('\n'.join(page) + '\n')
+            file.write_text(f'{_PAGE}\n{table(reports)}\n')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
