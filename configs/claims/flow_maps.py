@@ -1,6 +1,6 @@
 """Learning flow maps by self-distillation (Boffi et al. 2025, arXiv:2505.18825).
 
-    python -m kd.claims flow_maps            about 15 minutes on two cores
+    python -m kd.claims flow_maps            about 15 minutes on two idle cores
 
 One network, trained without a teacher, that is sampled in 1 to 16 steps. Arms: Lagrangian, Eulerian
 and progressive self-distillation, and plain flow matching sampled by as many Euler steps. All have
