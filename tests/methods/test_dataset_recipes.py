@@ -1,0 +1,171 @@
+"""The recipe of dataset distillation, shrunk and run: buffer, resumption, probes, report."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from kd import config as kd_config
+from kd import train
+from kd.data import export
+from kd.errors import Preempted, UserError
+from kd.io import trajectories
+from kd.io.workdir import Workdir
+from kd.methods.dataset import recipes
+from kd.parallel.mesh import make_mesh
+
+ROUNDS, TOGETHER, EPOCHS, PER_EPOCH = 2, 2, 2, 3
+
+
+def shrunk():
+    config = kd_config.load('configs/dataset/ftd.py:cpu')
+    with config.unlocked():
+        config.seed = 3
+        config.stages = ('experts', 'random', 'distilled')
+        del config['kmeans']
+        config.data.train = config.data.source.fit_on = 'train[:120]'
+        config.data.validation, config.data.test = 'train[120:160]', 'test[:50]'
+        network = dict(name='kd.models.mlp.MLP', widths=(8,))
+        config.experts.network = network
+        config.experts.method.update(experts=4, together=TOGETHER, epochs=EPOCHS)
+        config.experts.update(
+            steps=ROUNDS * EPOCHS * PER_EPOCH, batch_size=40, eval_every=6, checkpoint_every=2,
+            log_every=3,
+        )  # fmt: skip
+        config.experts.writers.snapshots.every = PER_EPOCH
+        config.distilled.data.source.update(network=network, max_start_epoch=2, expert_epochs=1)
+        config.distilled.method.update(student_steps=2)
+        config.distilled.update(steps=4, eval_every=2, checkpoint_every=2, log_every=2)
+        for name in ('validation', 'averaged'):
+            config.distilled.evaluators[name].update(epochs=4, repeats=2)
+        config.report.update(
+            network=network, protocol=dict(epochs=4, repeats=2), step_sizes=(0.01, 0.1),
+            full_epochs=1, rows=(
+                ('random', 'random', ''), ('distilled', 'distilled', ''),
+                ('distilled, averaged', 'distilled', 'average'),
+            ),
+        )  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    config = shrunk()
+    config.mesh.update(data=1)
+    report = train.run(config, workdir)
+    return config, workdir, report
+
+
+def test_the_buffer_starts_every_expert_anew_and_moves_it(finished):
+    buffer = trajectories.Buffer(finished[1] / 'experts')
+    manifest = buffer.manifest
+    assert (manifest.experts, manifest.together, manifest.epochs) == (4, TOGETHER, EPOCHS)
+    assert manifest.parameters == 64 * 8 + 8 + 8 * 10 + 10
+    starts = np.stack([buffer.snapshot(e, 0) for e in range(4)])
+    assert len(np.unique(starts[:, -600:-90].round(6), axis=0)) == 4
+    for expert in range(4):
+        moved = [
+            np.linalg.norm(buffer.snapshot(expert, t + 1) - buffer.snapshot(expert, t))
+            for t in range(EPOCHS)
+        ]
+        assert 0 < max(moved) < np.linalg.norm(starts[0])
+
+
+def test_an_interrupted_buffer_is_resumed_at_its_expert_bit_for_bit(finished, tmp_path):
+    config, whole, _ = finished
+    mesh = make_mesh({'data': 1})
+    directory = Workdir(tmp_path / 'run', config)
+    # Within the second round: its experts are half done.
+    calls = iter(range(100))
+    with pytest.raises(Preempted):
+        train.train_stage(config, 'experts', directory, mesh, stop=lambda: next(calls) == 7)
+    with pytest.raises(UserError, match='holds no trajectories'):
+        trajectories.Buffer(tmp_path / 'run' / 'experts')
+    before = {f: f.stat().st_mtime_ns for f in directory.path.rglob('round_0000/*.npy')}
+    assert len(before) == EPOCHS + 1
+    train.train_stage(config, 'experts', directory, mesh)
+    directory.close()
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    ours, theirs = (trajectories.Buffer(p / 'experts') for p in (tmp_path / 'run', whole))
+    for expert in range(4):
+        for epoch in range(EPOCHS + 1):
+            np.testing.assert_array_equal(
+                ours.snapshot(expert, epoch), theirs.snapshot(expert, epoch)
+            )
+
+
+def test_the_report_has_every_row_and_the_set_of_its_files(finished):
+    _, workdir, report = finished
+    record = json.loads((workdir / 'report.json').read_text())
+    rows = {'random', 'distilled', 'distilled, averaged', 'all real images'}
+    assert set(record['accuracy']) == rows
+    for row in record['accuracy'].values():
+        accuracy = row['MLP']['accuracy'] * 50
+        assert accuracy == pytest.approx(round(2 * accuracy) / 2, abs=1e-4)
+    assert record['accuracy']['random']['MLP']['step_size'] in (0.01, 0.1)
+    scores = record['scores']['distilled']
+    assert set(scores) == {'augmentation_robust', 'label_robust'}
+    assert '| distilled, averaged |' in report.read_text()
+    one, average = (
+        export.read_npz(workdir / 'synthetic' / f'{name}.npz')
+        for name in ('distilled', 'distilled_averaged')
+    )
+    assert one.input.shape == (10, 8, 8, 1)
+    assert record['accuracy']['distilled']['MLP']['step_size'] == pytest.approx(one.step_size)
+    assert 0 < np.abs(one.input - average.input).max() < 0.1
+    for name in ('random', 'distilled', 'distilled_averaged'):
+        assert (workdir / 'figures' / f'{name}.png').stat().st_size > 2_000
+        assert (workdir / 'synthetic' / 'tfds' / name / '1.0.0' / 'dataset_info.json').exists()
+
+
+def test_the_probe_judged_the_set_and_drew_it(finished):
+    workdir = finished[1]
+    lines = (workdir / 'distilled' / 'metrics.jsonl').read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert 0 <= last['validation/accuracy'] <= 1
+    assert last['validation/step_size'] == pytest.approx(0.03, rel=0.2)
+    assert 'averaged/accuracy' in last
+    assert (workdir / 'distilled' / 'figures' / 'validation_images_4.png').exists()
+
+
+def test_a_buffer_serves_another_run_and_the_wrong_steps_are_said(finished):
+    config, workdir, _ = finished
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+        other.stages = ('distilled',)
+        del other['experts'], other['random']
+        other.distilled.data.source.experts = str(workdir / 'experts')
+    source = train.prepare(other, 'distilled', make_mesh({'data': 1}), workdir / 'new')
+    assert len(source.context.source('train')) == 8
+    wrong = config.copy_and_resolve_references()
+    wrong.experts.steps = 5
+    with pytest.raises(UserError, match='with 3 steps take 12'):
+        train.prepare(wrong, 'experts', make_mesh({'data': 1}))
+
+
+def test_variants_are_parsed_and_what_is_not_there_is_said():
+    assert recipes.parse('cifar10,ipc=50,shards=8') == ('cifar10', 50, 8)
+    assert recipes.parse('cpu') == ('cpu', 1, 1)
+    for text in ('cifar10,ipc=x', 'cifar10,pic=1', 'cifar10,ipc=0'):
+        with pytest.raises(UserError, match='write for example'):
+            recipes.parse(text)
+    with pytest.raises(UserError, match=r"no variant 'cifar10,ipc=5'.*Did you mean"):
+        kd_config.load('configs/dataset/mtt.py:cifar10,ipc=5')
+    assert recipes.divisible(10, 100, 1) == 10
+    assert recipes.divisible(10, 100, 4) == 4
+    with pytest.raises(UserError, match='do not divide over 3 devices'):
+        recipes.divisible(10, 100, 3)
+
+
+def test_a_sharded_recipe_places_images_and_experts_over_the_devices():
+    config = kd_config.load('configs/dataset/mtt.py:cifar10,ipc=50,shards=4')
+    assert config.mesh.tensor == 4
+    small = kd_config.load('configs/dataset/mtt.py:cpu,ipc=10,shards=4')
+    mesh = make_mesh({'data': 1, 'tensor': 4})
+    for name, leaf in (('experts', 'hidden0'), ('distilled', 'images')):
+        stage = train.prepare(small, name, mesh)
+        where = stage.abstract_state().params[leaf]
+        where = jax.tree.leaves(where)[0].sharding
+        assert where.spec[0] in ('tensor', ('data', 'tensor'))
