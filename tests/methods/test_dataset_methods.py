@@ -176,7 +176,7 @@ def test_inner_batches_use_every_image_once_per_pass(context, vectors):
     state = mtt(context, images_per_class=1, student_steps=1, step_size=0.3).init(
         jax.random.key(0), None
     )
-    for steps, touched in ((1, 4), (2, 8), (3, 10)):
+    for steps, touched in ((2, 8), (3, 10)):
         new = step(steps)(state, batch_of(vectors))[0]
         moved = np.abs(new.params['images'] - state.params['images']).max((1, 2, 3)) > 0
         assert moved.sum() == touched

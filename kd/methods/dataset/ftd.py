@@ -6,7 +6,7 @@ from typing import Any
 
 from kd.context import Context
 from kd.method import Method, with_ema
-from kd.methods.dataset.matching import trajectory_matching
+from kd.methods.dataset.matching import Matching, trajectory_matching
 
 AVERAGE = 'average'
 
@@ -25,4 +25,4 @@ def ftd(context: Context, *, ema: float, **matching: Any) -> Method:
       ema: decay of the average, which is kept in `state.ema['average']`.
       **matching: as in `kd.methods.dataset.mtt.mtt`.
     """
-    return with_ema(trajectory_matching(context, **matching), {AVERAGE: ema})
+    return with_ema(trajectory_matching(context, Matching(**matching)), {AVERAGE: ema})

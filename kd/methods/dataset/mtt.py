@@ -7,7 +7,7 @@ from typing import Any
 
 from kd.context import Context
 from kd.method import Method
-from kd.methods.dataset.matching import trajectory_matching
+from kd.methods.dataset.matching import Matching, trajectory_matching
 
 
 def mtt(
@@ -30,10 +30,9 @@ def mtt(
         loss = || theta_N - theta*_{t+M} ||^2 / || theta*_t - theta*_{t+M} ||^2
 
     with gradient='tesla' and labels='expert' the method of Cui et al. 2022, arXiv 2211.10586.
-    Arguments are explained in `kd.methods.dataset.matching.trajectory_matching`.
+    Arguments are explained in `kd.methods.dataset.matching.Matching`.
     """
-    return trajectory_matching(
-        context,
+    options = Matching(
         images_per_class=images_per_class,
         student_steps=student_steps,
         step_size=step_size,
@@ -46,3 +45,4 @@ def mtt(
         gradient=gradient,
         unroll=unroll,
     )
+    return trajectory_matching(context, options)

@@ -6,7 +6,7 @@ from typing import Any
 
 from kd.context import Context
 from kd.method import Method
-from kd.methods.dataset.matching import trajectory_matching
+from kd.methods.dataset.matching import Matching, trajectory_matching
 
 
 def smooth_experts(
@@ -36,8 +36,7 @@ def smooth_experts(
       start, start_experts: see `kd.methods.dataset.common.real_start`.
       **matching: as in `kd.methods.dataset.mtt.mtt`.
     """
-    return trajectory_matching(
-        context,
+    options = Matching(
         momentum=momentum,
         balance_epochs=balance_epochs,
         perturbation=perturbation,
@@ -46,3 +45,4 @@ def smooth_experts(
         start_experts=start_experts,
         **matching,
     )
+    return trajectory_matching(context, options)
