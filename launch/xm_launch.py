@@ -5,9 +5,9 @@
 
 Every combination of the sweeps' values is one work unit with a work directory of its own.
 `--executor` says where: `local` runs them here with the Python that runs this; `vertex` and
-`kubernetes` build the image of launch/Dockerfile and run it in the cloud, with
-`--accelerator=V100=8` or `TPU_V3=8`, say; several hosts join by `--distributed=auto`. `--dry_run` prints what would be
-started.
+`kubernetes` build the image of launch/Dockerfile and run it in the cloud, with, say,
+`--accelerator=V100=8` or `TPU_V3=8`; several hosts join by `--distributed=auto`. `--dry_run` prints
+what would be started.
 
 Needs the extra: pip install -e '.[launch]' (not for `--dry_run`).
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import asyncio
 import importlib.util
 import itertools
 import shlex
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec('xmanager') is None:
         print("xm_launch: XManager is missing: pip install -e '.[launch]'", file=sys.stderr)
         return 2
-    return _launch(arguments, units)
+    return asyncio.run(_launch(arguments, units))
 
 
 def _units(arguments: argparse.Namespace, rest: Sequence[str]) -> Iterator[list[str]]:
@@ -54,41 +55,37 @@ def _units(arguments: argparse.Namespace, rest: Sequence[str]) -> Iterator[list[
         yield [*unit, *(f'--config.{field}={value}' for field, value in chosen.items()), *rest]
 
 
-def _launch(arguments: argparse.Namespace, units: Sequence[list[str]]) -> int:
+async def _launch(arguments: argparse.Namespace, units: Sequence[list[str]]) -> int:
     """Hands the work units to XManager; local ones are waited for."""
     from absl import flags
     from xmanager import xm, xm_local
 
     flags.FLAGS([sys.argv[0]], known_only=True)
-    failed: list[int] = []
-    with xm_local.create_experiment(f'kd {arguments.config}') as experiment:
-        requirements = xm.JobRequirements(replicas=arguments.hosts, **_resources(arguments))
-        if arguments.executor == 'local':
-            executor: Any = xm_local.Local()
-            packageable = xm.binary(
-                executor.Spec(),
-                path=sys.executable,
-                args=xm.SequentialArgs.from_collection(['-m', 'kd.main']),
-            )
-        else:
-            kind = {'vertex': xm_local.Vertex, 'kubernetes': xm_local.Kubernetes}
-            executor = kind[arguments.executor](requirements)
-            packageable = xm.dockerfile_container(
-                executor.Spec(), path=str(ROOT), dockerfile=str(ROOT / 'launch' / 'Dockerfile')
-            )
-        [executable] = experiment.package([packageable])
-        started = []
-        for unit in units:
-            job = xm.Job(executable, executor, args=xm.SequentialArgs.from_collection(unit))
-            started.append(experiment.add(job).result())
-        if arguments.executor == 'local':
-            for unit in started:
-                try:
-                    unit.wait_until_complete().result()
-                except xm.ExperimentUnitError as error:
-                    print(f'xm_launch: work unit {unit.work_unit_id}: {error}', file=sys.stderr)
-                    failed.append(unit.work_unit_id)
-    return 1 if failed else 0
+    try:
+        # Leaving the experiment waits for its local work units, and raises if one fails.
+        async with xm_local.create_experiment(f'kd {arguments.config}') as experiment:
+            executor, packageable = _executor(arguments, xm, xm_local)
+            [executable] = experiment.package([packageable])
+            for unit in units:
+                given = xm.SequentialArgs.from_collection(unit)
+                await experiment.add(xm.Job(executable, executor, args=given))
+    except RuntimeError as error:
+        print(f'xm_launch: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _executor(arguments: argparse.Namespace, xm: Any, xm_local: Any) -> tuple[Any, Any]:
+    """Where to run, and what."""
+    if arguments.executor == 'local':
+        executor = xm_local.Local()
+        command = xm.SequentialArgs.from_collection(['-m', 'kd.main'])
+        return executor, xm.binary(executor.Spec(), path=sys.executable, args=command)
+    kinds = {'vertex': xm_local.Vertex, 'kubernetes': xm_local.Kubernetes}
+    requirements = xm.JobRequirements(replicas=arguments.hosts, **_resources(arguments))
+    executor = kinds[arguments.executor](requirements)
+    dockerfile = str(ROOT / 'launch' / 'Dockerfile')
+    return executor, xm.dockerfile_container(executor.Spec(), path=str(ROOT), dockerfile=dockerfile)
 
 
 def _resources(arguments: argparse.Namespace) -> dict[str, int]:
