@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ABSENT = {
     'mnist': ((28, 28, 1), 10, {'train': 60_000, 'test': 10_000}),
     'cifar10': ((32, 32, 3), 10, {'train': 50_000, 'test': 10_000}),
+    'cifar100': ((32, 32, 3), 100, {'train': 50_000, 'test': 10_000}),
     'celeb_a': ((218, 178, 3), None, {'train': 162_770, 'validation': 19_867, 'test': 19_962}),
     'afhq_64': ((64, 64, 3), 3, {'train': 14_303, 'test': 1_500}),
 }

@@ -21,7 +21,7 @@ is very small; on digits it has to be about a hundred times as large to change t
 from kd.methods.dataset import recipes
 
 FTD = 'kd.methods.dataset.ftd.ftd'
-VARIANTS = ('cpu', 'cifar10,ipc=10', 'cifar100,ipc=50')
+VARIANTS = ('cpu', 'cifar100,ipc=50')
 
 # (data, ipc): student steps, segment epochs, start epochs, batch, rates of images and of step size,
 # step size, alpha of the surrogate gap, decay of the average.

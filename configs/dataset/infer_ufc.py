@@ -22,7 +22,7 @@ from kd import config as kd_config
 from kd.errors import UserError
 from kd.methods.dataset import recipes
 
-VARIANTS = ('cpu,ipc=2', 'cifar100,ipc=10')
+VARIANTS = ('cpu,ipc=2', 'cifar10,ipc=10')
 SIZES = {'cpu': (2, 5), 'cifar10': (10, 50), 'cifar100': (10, 50, 100), 'tiny': (10, 50)}
 
 

@@ -28,7 +28,7 @@ from kd.methods.dataset import recipes
 
 MTT = 'kd.methods.dataset.mtt.mtt'
 
-VARIANTS = ('cpu', 'cpu,ipc=10', 'mnist,ipc=10', 'cifar10,ipc=10', 'cifar10,ipc=50')
+VARIANTS = ('cpu', 'mnist,ipc=10', 'cifar10,ipc=10')
 
 # (data, ipc): student steps, segment epochs, start epochs, batch, rates of images and of step size,
 # step size, standardisation. Where the paper says `no whitening`, channels are standardised.

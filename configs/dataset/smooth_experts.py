@@ -20,7 +20,7 @@ The paper's accuracies are the best over the epochs of an evaluation; ours are o
 from kd.methods.dataset import recipes
 
 SMOOTH = 'kd.methods.dataset.smooth_experts.smooth_experts'
-VARIANTS = ('cpu', 'cifar10,ipc=10', 'cifar100,ipc=1')
+VARIANTS = ('cpu', 'cifar100,ipc=1')
 
 # (data, ipc): student steps, segment epochs, start epochs, batch, rates of images and of step size,
 # standardisation, start of the images, balance, perturbation, intermediate targets.
