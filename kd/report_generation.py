@@ -74,9 +74,10 @@ def metrics_by_steps(tables: Mapping[str, ByStep]) -> Figure | None:
             if metric in table:
                 steps, values = zip(*sorted(table[metric].items()), strict=True)
                 axis.plot(steps, values, color=colour, marker='o', label=title)
-                axis.set_xticks(steps, [str(n) for n in steps])
         axis.set(xscale='log', xlabel='sampling steps', title=_UNITS.get(metric, metric))
         axis.set_ylim(bottom=0.0)
+        ticks = sorted({n for table in tables.values() for n in table.get(metric, {})})
+        axis.set_xticks(ticks, [str(n) for n in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -240,8 +240,9 @@ def _compare(real: np.ndarray, generated: np.ndarray, inside) -> dict[str, float
 
 def _page(context: Context, by_steps: Mapping[int, np.ndarray], real: np.ndarray) -> Figure | None:
     shape = real.shape[1:]
+    titles = {n: f'{n} step{"s" * (n > 1)}' for n in by_steps}
     if shape == (2,):
-        panels = {f'{n} steps': points for n, points in by_steps.items()} | {'data': real}
+        panels = {titles[n]: points for n, points in by_steps.items()} | {'data': real}
         return generation.density_page({context.stage: panels})
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return None
@@ -250,8 +251,8 @@ def _page(context: Context, by_steps: Mapping[int, np.ndarray], real: np.ndarray
     source = context.source('train')
     if isinstance(source, WhitenedSource):
         images = source.to_pixels(images)
-    titles = [f'{n} steps' for n in by_steps] + ['data']
-    captions = [title for title in titles for _ in range(_SHOWN)]
+    rows_titles = [*titles.values(), 'data']
+    captions = [title for title in rows_titles for _ in range(_SHOWN)]
     return figures.image_page(images, captions, columns=_SHOWN)
 
 
