@@ -316,9 +316,9 @@ class Loop:
             self.saved.wait()
         raise NonFiniteError(
             f'{self.name}: the loss or its gradient became non-finite at step {bad}. The state '
-            f'before that step is saved as checkpoint {bad}, the batch in {dump}/batch.npz. Run the '
-            'same command with --config.on_nonfinite=skip to leave such updates out, or begin in '
-            f'another workdir with a lower {self.name}.optimizer.lr or an optimizer.clip_norm.'
+            f'before that step is saved as checkpoint {bad}, the batch in {dump}/batch.npz. Run '
+            'the same command with --config.on_nonfinite=skip to leave such updates out, or begin '
+            f'in another workdir with a lower {self.name}.optimizer.lr or a clip_norm.'
         )
 
 

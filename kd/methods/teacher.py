@@ -6,7 +6,7 @@ import jax
 
 from kd.context import Context
 from kd.io import cache
-from kd.losses.signal import Dense, TeacherSignal
+from kd.losses.signal import TeacherSignal
 from kd.method import Batch
 from kd.state import State
 
@@ -18,8 +18,11 @@ def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | 
     run; such a cache holds for inputs that are not augmented. One of top-k or sampled outputs gives
     a TeacherSignal, which divergences take in place of logits.
     """
+    if cache.PREFIX + 'logits' in batch:
+        return batch[cache.PREFIX + 'logits']
+    if not any(name.startswith(cache.PREFIX) for name in batch):
+        return context.teacher.apply(state.frozen['teacher'], batch['input']).logits
     temperature = getattr(context.source('train'), 'signal_temperature', 1.0)
     signal = cache.signal_in(batch, temperature)
-    if signal is None:
-        return context.teacher.apply(state.frozen['teacher'], batch['input']).logits
-    return signal.logits if isinstance(signal, Dense) else signal
+    assert signal is not None
+    return signal

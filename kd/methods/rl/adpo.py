@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -81,6 +83,7 @@ def adpo(
         output = network.apply(variables, batch['input'], train=True, key=key)
         logits, rewards, reference = output.logits, batch['rewards'], batch['anchor_logits']
         if target in ('listwise', 'standardized'):
+            kind: Literal['raw', 'standardized']
             kind = 'raw' if target == 'listwise' else 'standardized'
             q = preference.target_from_rewards(rewards, reward_temperature, kind)
             losses = preference.anchored_cross_entropy(logits, reference, q, tau)

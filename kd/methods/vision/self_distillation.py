@@ -18,7 +18,6 @@ from kd.data import augment, pipeline
 from kd.errors import UserError
 from kd.losses import numerics
 from kd.method import Method, Objective, minimize
-from kd.methods import teacher
 from kd.metrics import mean, scalar
 from kd.state import PyTree
 from kd.theory import kernel_regression
@@ -74,17 +73,13 @@ def self_distillation(
         batch = augment.augment(augment_key, batch, augmentation, num_classes)
         variables = {'params': params, **state.mutables}
         output = network.apply(variables, batch['input'], train=True, key=dropout_key)
-        targets = jax.nn.one_hot(batch['label'], num_classes)
+        targets = jax.nn.one_hot(batch['label'], output.logits.shape[-1])
         if context.optional_teacher is None:
-            weight, teacher_logits = jnp.float32(1.0), jnp.zeros_like(output.logits)
+            weight, taught = jnp.float32(1.0), jnp.zeros_like(output.logits)
         else:
-            weight, teacher_logits = (
-                state.extra['alpha'],
-                teacher.teacher_logits(context, state, batch),
-            )
-        losses = kernel_regression.self_distillation_loss(
-            output.logits, targets, teacher_logits, weight
-        )
+            weight = state.extra['alpha']
+            taught = context.teacher.apply(state.frozen['teacher'], batch['input']).logits
+        losses = kernel_regression.self_distillation_loss(output.logits, targets, taught, weight)
         correct = output.logits.argmax(-1) == batch['label']
         metrics = {'mse': mean(losses), 'accuracy': mean(correct), 'alpha': scalar(weight)}
         return Objective(mean(losses + penalty * sum_of_norms(params)), metrics, output.mutables)
@@ -107,7 +102,8 @@ def self_distillation(
 def sum_of_norms(params: PyTree) -> jax.Array:
     """sum_w sqrt(||w||_2^2 + 1e-12) over the arrays of a tree, a float32 scalar."""
     squares = jax.tree.map(lambda w: jnp.sum(jnp.square(w.astype(jnp.float32))), params)
-    return sum(jnp.sqrt(square + _EPSILON) for square in jax.tree.leaves(squares))
+    norms = [jnp.sqrt(square + _EPSILON) for square in jax.tree.leaves(squares)]
+    return jnp.sum(jnp.stack(norms))
 
 
 def estimate_alpha(context: Context, frozen: PyTree, split: str) -> jax.Array:
@@ -143,7 +139,7 @@ def estimate_alpha(context: Context, frozen: PyTree, split: str) -> jax.Array:
         batch = jax.pure_callback(read, shape, index)
         pure = probabilities('pure', batch['input'])
         direction = probabilities('first', batch['input']) - pure
-        residual = jax.nn.one_hot(batch['label'], context.num_classes) - pure
+        residual = jax.nn.one_hot(batch['label'], pure.shape[-1]) - pure
         direction = jnp.where(batch['mask'][:, None], direction, 0.0)
         along, square = sums
         return (along + jnp.sum(residual * direction), square + jnp.sum(direction**2)), None
