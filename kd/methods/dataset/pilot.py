@@ -21,6 +21,7 @@ from kd.config import ConfigDict
 from kd.context import Context
 from kd.data import sources, standardised, synthetic
 from kd.evaluators.fresh_training import Protocol
+from kd.losses import segments as segments_lib
 from kd.method import Method
 from kd.methods.dataset.common import unraveller
 from kd.methods.dataset.expert_trajectories import expert_trajectories, flatten
@@ -127,6 +128,7 @@ def accuracy_of(trajectories: np.ndarray, splits: Splits) -> np.ndarray:
 
 def segments(trajectories: np.ndarray, bound: int, length: int) -> dict[str, np.ndarray]:
     """All segments as arrays, as `kd.data.trajectories.segments` gives them."""
+    segments_lib.check(trajectories.shape[1] - 1, bound, length)
     experts = range(len(trajectories))
     places = [(e, t) for e in experts for t in range(bound)]
     return {
