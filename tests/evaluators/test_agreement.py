@@ -59,5 +59,5 @@ def test_a_student_with_the_teachers_weights_agrees_in_everything(context, state
 
 
 def test_a_stage_without_a_teacher_is_refused(context):
-    with pytest.raises(UserError, match=r'needs a teacher; set student\.teacher'):
+    with pytest.raises(UserError, match=r'needs student\.teacher'):
         agreement(dataclasses.replace(context, optional_teacher=None))

@@ -81,5 +81,5 @@ def test_an_average_that_is_not_kept_is_refused(context):
 def test_data_without_labels_are_refused(context):
     with pytest.raises(UserError, match='needs data with class labels'):
         classification(dataclasses.replace(context, num_classes=None))
-    with pytest.raises(UserError, match=r'needs a network; set student\.network'):
+    with pytest.raises(UserError, match=r'needs student\.network'):
         classification(dataclasses.replace(context, optional_network=None))
