@@ -84,7 +84,7 @@ def full(name, ipc, shards):
     steps, length, starts, batch, lr, rate_lr, step_size, alpha, decay = recipes.row(
         ROWS, name, ipc
     )
-    data = recipes.DATA[name]
+    data, together = recipes.shared_out(recipes.DATA[name], 10, shards)
     protocol = dict(epochs=1000, augmentation=recipes.SIAMESE)
     return recipes.assembled(
         data,
@@ -93,7 +93,7 @@ def full(name, ipc, shards):
         shards=shards,
         experts=recipes.experts(
             data,
-            together=recipes.divisible(10, data.experts, shards),
+            together=together,
             optimizer=dict(name='sgd', lr=0.01),
             augmentation=recipes.SIAMESE,
             rho=0.01,

@@ -112,7 +112,7 @@ def full(name, ipc, shards):
     """A row of the papers' tables: SGD with momentum 0.5 on images and on the step size."""
     steps, length, starts, batch, lr, rate_lr, step_size, standardise = recipes.row(ROWS, name, ipc)
     tesla = name.startswith('tesla')
-    data = recipes.DATA[name.removeprefix('tesla_')]
+    data, together = recipes.shared_out(recipes.DATA[name.removeprefix('tesla_')], 10, shards)
     protocol = dict(epochs=1000, augmentation=recipes.SIAMESE, repeats=3 if tesla else 5)
     return recipes.assembled(
         data,
@@ -121,7 +121,7 @@ def full(name, ipc, shards):
         shards=shards,
         experts=recipes.experts(
             data,
-            together=recipes.divisible(10, data.experts, shards),
+            together=together,
             optimizer=dict(name='sgd', lr=0.01),
             augmentation=recipes.SIAMESE,
         ),

@@ -97,7 +97,7 @@ def full(name, ipc, shards):
         perturbation,
         middle,
     ) = recipes.row(ROWS, name, ipc)
-    data = recipes.DATA[name.removeprefix('readme_')]
+    data, together = recipes.shared_out(recipes.DATA[name.removeprefix('readme_')], 10, shards)
     protocol = dict(
         epochs=1000, augmentation=recipes.SIAMESE, weight_decay=1e-3, drop=0.5, late_momentum=0.8
     )
@@ -108,7 +108,7 @@ def full(name, ipc, shards):
         shards=shards,
         experts=recipes.experts(
             data,
-            together=recipes.divisible(10, data.experts, shards),
+            together=together,
             optimizer=dict(name='sgd', lr=0.003, momentum=0.9),
             augmentation=recipes.SIAMESE,
             weight_decay=1e-3,

@@ -153,10 +153,8 @@ def test_variants_are_parsed_and_what_is_not_there_is_said():
             recipes.parse(text)
     with pytest.raises(UserError, match=r"no variant 'cifar10,ipc=5'.*Did you mean"):
         kd_config.load('configs/dataset/mtt.py:cifar10,ipc=5')
-    assert recipes.divisible(10, 100, 1) == 10
-    assert recipes.divisible(10, 100, 4) == 4
-    with pytest.raises(UserError, match='do not divide over 3 devices'):
-        recipes.divisible(10, 100, 3)
+    counts = [recipes.shared_out(recipes.DATA['cifar10'], 10, n) for n in (1, 4, 8, 64)]
+    assert [(data.experts, k) for data, k in counts] == [(100, 10), (104, 8), (104, 8), (128, 64)]
 
 
 def test_a_sharded_recipe_places_images_and_experts_over_the_devices():

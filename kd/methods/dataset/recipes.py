@@ -216,9 +216,10 @@ def cross_architecture() -> dict[str, Any]:
     }
 
 
-def divisible(together: int, experts: int, shards: int) -> int:
-    """Experts at once: about `together`, a divisor of `experts` and a multiple of `shards`."""
-    fitting = [k for k in range(shards, experts + 1, shards) if experts % k == 0]
-    if not fitting:
-        raise UserError(f'{experts} experts do not divide over {shards} devices; change shards.')
-    return min(fitting, key=lambda k: abs(k - together))
+def shared_out(data: Data, together: int, shards: int) -> tuple[Data, int]:
+    """About `together` experts at once, a multiple of `shards`; and as many in all as fill rounds.
+
+    On 8 devices 100 experts, 10 together, become 104 experts, 8 together.
+    """
+    together = max(round(together / shards), 1) * shards
+    return data._replace(experts=math.ceil(data.experts / together) * together), together
