@@ -146,6 +146,8 @@ class MetricLog:
         from clu import metric_writers
 
         self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))
+        # TensorFlow's first write takes most of a second: here, and not between two steps.
+        self._writer.write_texts(resume_step, {'stage': directory.name})
         self._stream = self._file.open('a')
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
