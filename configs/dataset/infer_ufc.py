@@ -9,7 +9,7 @@ the networks, and a student is trained on them with MixUp.
 
 | variant | hardware | expected test accuracy, IPC 10 / 50 |
 |---|---|---|
-| cpu (pairs of digits, 100 classes), ipc = 2, 5 | 2 cores, some minutes | |
+| cpu (pairs of digits, 100 classes), ipc = 2, 5 | 2 cores, 3 min | 0.950 at IPC 2; random real images under the same labels 0.966 |
 | cifar10, ipc = 10, 50 | one GPU, hours | 34.0 / 57.0 |
 | cifar100, ipc = 10, 50, 100 | one GPU, hours | 41.0 / 53.8 / 57.0 |
 | tiny, ipc = 10, 50 (64 pixels) | one GPU, a day | |

@@ -136,11 +136,13 @@ def pixels(made: synthetic.SyntheticSet, source: sources.Source) -> np.ndarray:
     return source.to_pixels(images) if hasattr(source, 'to_pixels') else images
 
 
-def page(made: synthetic.SyntheticSet, source: sources.Source, most: int = 10) -> Figure:
-    """A page of images, a row for every class, at most `most` of each."""
+def page(
+    made: synthetic.SyntheticSet, source: sources.Source, *, most: int = 10, classes: int = 20
+) -> Figure:
+    """A page of images, a row for each of the first `classes` classes, at most `most` of each."""
     label = np.asarray(made.label)
     label = label.argmax(-1) if label.ndim > 1 else label
-    rows = [np.flatnonzero(label == k)[:most] for k in np.unique(label)]
+    rows = [np.flatnonzero(label == k)[:most] for k in np.unique(label)[:classes]]
     # A single image per class would make a tower.
     columns = max(len(row) for row in rows)
     names = source.class_names or [str(k) for k in range(label.max() + 1)]
