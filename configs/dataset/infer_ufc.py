@@ -15,8 +15,8 @@ the networks, and a student is trained on them with MixUp.
 | tiny, ipc = 10, 50 (64 pixels) | one GPU, a day | |
 
 The numbers are the paper's for a ConvNet of width 128. Its networks are ResNet-18, MobileNetV2,
-EfficientNet-B0 and ShuffleNet; ours are ResNets and ConvNets, so accuracies will differ. On pairs of
-digits random real images under the same soft labels reach 0.966.
+EfficientNet-B0 and ShuffleNet; ours are ResNets and ConvNets, so accuracies will differ. On pairs
+of digits, random real images under the same soft labels reach 0.966.
 """
 
 from kd import config as kd_config
