@@ -36,7 +36,7 @@ TITLES = {
     'listwise': 'anchored listwise',
     'unanchored': 'listwise, no anchor',
 }
-OPTIONS = dict(tau=1.0, reward_temperature=1.0)
+TAU = REWARD_TEMPERATURE = 1.0
 REFERENCE_STEPS = 30
 
 
@@ -95,7 +95,9 @@ def run(say, runs, steps, cells, arms, small):
 
     def build(anchor, target):
         context = seeds.context(network=network, tx=optax.adamw(5e-4))
-        return adpo(context, anchor=anchor, target=target, **OPTIONS)
+        return adpo(
+            context, anchor=anchor, target=target, tau=TAU, reward_temperature=REWARD_TEMPERATURE
+        )
 
     order = rows(runs, steps, bandit.SIZES['train'], stream=1)
     measured: dict = {}
@@ -108,7 +110,8 @@ def run(say, runs, steps, cells, arms, small):
         mass, first = outcome(reference)
         measured['reference' + suffix] = {'clean': mass, 'top_clean': first}
         for arm in chosen:
-            trainer, metrics = make_trainer(build(*ARMS[arm]), clean['input']), {}
+            trainer = make_trainer(build(*ARMS[arm]), clean['input'])
+            metrics: dict = {}
             for noise, level in cells:
                 noisy = bandit.make('train', noise=noise, level=level, scale=scale)
                 mass, first = outcome(trainer(reference, noisy['rewards'], order))
