@@ -107,8 +107,7 @@ def refit(key, log_m, samples):
 
 def run(say, runs, generations, samples):
     """KL and TV of all generations, for every lam and seed; and the noise-free operators."""
-    log_t, law = base_teacher()
-    log_t, law = jnp.asarray(log_t, jnp.float32), jnp.asarray(law, jnp.float32)
+    log_t, law = (jnp.asarray(x, jnp.float32) for x in base_teacher())
 
     def chain(key, lam):
         keys = jax.random.split(key, generations)
