@@ -52,6 +52,10 @@ def config():
 
 def test_a_recipe_and_its_stages_as_built_are_valid(config):
     kd_config.validate(config)
+    with config.unlocked():
+        del config.seed
+    with pytest.raises(UserError, match="lacks 'seed'"):
+        kd_config.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,9 @@ def test_a_best_metric_of_an_evaluator_or_of_training_is_accepted(config):
     config.teacher.update(best='validation/accuracy', final='best')
     config.student.update(best='-train/loss')
     kd_config.validate(config)
+    config.student.update(best='validaton/accuracy')
+    with pytest.raises(UserError, match='validaton'):
+        kd_config.validate(config)
 
 
 def test_defaults_are_filled_in_around_what_is_given():

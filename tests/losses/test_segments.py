@@ -56,6 +56,8 @@ def test_segments_beyond_the_buffer_are_refused(arguments, message):
 
 def test_last_segment_may_end_with_the_buffer():
     segments.check(20, 19, 2)
+    with pytest.raises(ValueError, match='20'):
+        segments.check(20, 20, 2)
 
 
 def test_intermediate_steps_and_weights():
