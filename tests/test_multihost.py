@@ -88,7 +88,9 @@ class Run:
 @pytest.fixture(scope='module')
 def context():
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['kd.main', 'kd.train', 'kd.report', 'clu.metric_writers'])
+    context.set_forkserver_preload(
+        ['kd.main', 'kd.train', 'kd.reports.classification', 'clu.metric_writers']
+    )
     return context
 
 

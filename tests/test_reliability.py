@@ -27,7 +27,9 @@ CONFIG = str(RECIPES / 'moons.py')
 def processes():
     """Starts `kd.main` in fresh processes whose imports were paid for once."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['kd.main', 'kd.train', 'kd.report', 'clu.metric_writers'])
+    context.set_forkserver_preload(
+        ['kd.main', 'kd.train', 'kd.reports.classification', 'clu.metric_writers']
+    )
     sys.path.insert(0, str(RECIPES))
     yield context
     sys.path.remove(str(RECIPES))

@@ -100,7 +100,7 @@ def assembled(
         stages=(*networks, 'distilled'),
         data=data,
         report=dict(
-            name='kd.dataset_report.compensated_set',
+            name='kd.reports.dataset.compensated_set',
             stage='distilled',
             network=student,
             protocol=protocol,

@@ -112,7 +112,7 @@ def recipe(*, teacher, student, run, generations, lam, **parallel):
             name='stdlib_characters', train='train[:90%]', validation='train[90%:]', test='test'
         ),
         report=dict(
-            name='kd.report.classification',
+            name='kd.reports.classification.classification',
             rows=(*rows, ('teacher', 'teacher')),
             student=f'generation_{generations}',
         ),

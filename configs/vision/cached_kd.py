@@ -42,7 +42,7 @@ def recipe(form):
         stages=('teacher', 'cache', 'student'),
         data=dict(name='digits', **data),
         report=dict(
-            name='kd.report.classification',
+            name='kd.reports.classification.classification',
             rows=(('student distilled', 'student'), ('teacher', 'teacher')),
         ),
     )

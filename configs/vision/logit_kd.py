@@ -162,7 +162,7 @@ def recipe(*, data, teacher, baseline, student):
         stages=('teacher', 'baseline', 'student'),
         data=data,
         report=dict(
-            name='kd.report.classification',
+            name='kd.reports.classification.classification',
             rows=(
                 ('student alone', 'baseline'),
                 ('student distilled', 'student'),

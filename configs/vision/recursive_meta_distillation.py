@@ -114,7 +114,7 @@ def recipe(*, data, teacher, student, run, generations, lam, temperature=1.0, au
         stages=tuple(blocks),
         data=data,
         report=dict(
-            name='kd.report.classification',
+            name='kd.reports.classification.classification',
             rows=(*rows, ('teacher', 'teacher')),
             student=f'generation_{generations}',
         ),

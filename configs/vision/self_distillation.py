@@ -97,7 +97,10 @@ def recipe(*, data, run, generations, alpha, augmentation=()):
         stages=tuple(blocks),
         data=data,
         report=dict(
-            name='kd.report.classification', rows=rows, student=last, teacher='generation_1'
+            name='kd.reports.classification.classification',
+            rows=rows,
+            student=last,
+            teacher='generation_1',
         ),
     )
     for name, block in blocks.items():

@@ -39,7 +39,8 @@ def get_config(argument: str = 'plain'):
         stages=('teacher', 'student'),
         data=dict(name='two_moons', train='train', validation='test[:256]', test='test[256:512]'),
         report=dict(
-            name='kd.report.classification', rows=(('teacher', 'teacher'), ('student', 'student'))
+            name='kd.reports.classification.classification',
+            rows=(('teacher', 'teacher'), ('student', 'student')),
         ),
     )
     run = dict(

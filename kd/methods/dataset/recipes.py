@@ -153,7 +153,7 @@ def assembled(
         mesh=dict(data=1, fsdp=1, tensor=shards),
         sharding=sharded if shards > 1 else (),
         report=dict(
-            name='kd.dataset_report.dataset_distillation',
+            name='kd.reports.dataset.dataset_distillation',
             rows=(
                 *((kind, kind, '') for kind in subset_seed_rows),
                 ('distilled', 'distilled', ''),

@@ -58,7 +58,7 @@ def flow_map(
         stages=stages,
         data=data,
         report=dict(
-            name='kd.report_generation.generation',
+            name='kd.reports.generation.generation',
             rows=tuple(row for row in rows if row[1] in stages),
         ),
     )
