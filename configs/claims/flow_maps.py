@@ -19,7 +19,7 @@ from kd import figures, optim, seeds
 from kd.claims import Check, Claim
 from kd.config import ConfigDict
 from kd.data.builders import toys
-from kd.data.mapped import whitened
+from kd.data.standardised import standardised
 from kd.evaluators import distribution
 from kd.evaluators.generation import image_grid
 from kd.losses.flow_map import flow_map as jump
@@ -119,7 +119,7 @@ def run(say, smoke, arms, digits, shown):
 
 def run_digits(say, smoke, runs, arms, shown):
     """The same on whitened digits."""
-    source = whitened('train', ConfigDict(), None, of='digits')
+    source = standardised('train', ConfigDict(), None, of='digits', kind='zca', eps=0.1)
     data = source.fetch(np.arange(len(source)))
     say('digits, classifier')
     features = classifier_features(data, 20 if smoke else 1000)

@@ -1,6 +1,6 @@
-"""Sources whose inputs are transformed on the host: whitened, or cropped and resized.
+"""Sources whose inputs are transformed on the host, and one of them: cropped and resized images.
 
-A recipe names them as `data=dict(source=dict(name='kd.data.mapped.resized', of='celeb_a', ...),
+A recipe names it as `data=dict(source=dict(name='kd.data.mapped.resized', of='celeb_a', ...),
 train='train', ...)`.
 """
 
@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from kd.config import ConfigDict
-from kd.data import sources, whitening
+from kd.data import sources
 
 
 class MappedSource(sources.Source):
@@ -48,53 +46,6 @@ class MappedSource(sources.Source):
         return {**batch, 'input': self._transform(batch['input'])}
 
 
-class WhitenedSource(MappedSource):
-    """A source whose images are whitened.
-
-    Attributes:
-      whitening: the transformation.
-    """
-
-    def __init__(self, source: sources.Source, fitted: whitening.Whitening):
-        self.whitening = fitted
-        mean, matrix = np.asarray(fitted.mean), np.asarray(fitted.matrix)
-
-        # In NumPy: batches are made on the host, by threads.
-        def whiten(images: np.ndarray) -> np.ndarray:
-            return ((images.reshape(len(images), -1) - mean) @ matrix).reshape(images.shape)
-
-        super().__init__(source, whiten, source.spec['input'].shape)
-
-    def to_pixels(self, images: ArrayLike) -> np.ndarray:
-        """Whitened images [N, H, W, C] as pixels in about [-1, 1]."""
-        return np.asarray(self.whitening.invert(jnp.asarray(images)))
-
-
-def whitened(
-    split: str,
-    config: ConfigDict,
-    workdir: Path | None,
-    *,
-    of: str,
-    fit_on: str = 'train',
-    eps: float = 0.1,
-) -> WhitenedSource:
-    """Whitened by the mean and covariance of a split.
-
-    Args:
-      split: of the data set.
-      config: the recipe, for its `data_dir`.
-      workdir: unused; sources made from the files of a stage need it.
-      of: name of an image data set, see `kd.data.sources.load`.
-      fit_on: the split whose mean and covariance are used.
-      eps: added to the variances; pixels that hardly vary are not blown up to unit variance.
-    """
-    data_dir = config.get('data_dir', None) or None
-    train = sources.load(of, fit_on, data_dir=data_dir)
-    fitted = whitening.fit(train.fetch(np.arange(len(train)))['input'], eps)
-    return WhitenedSource(sources.load(of, split, data_dir=data_dir), fitted)
-
-
 def resized(
     split: str,
     config: ConfigDict,
@@ -106,8 +57,17 @@ def resized(
 ) -> MappedSource:
     """The central crop x crop pixels of each image, resized to size x size by area.
 
-    Arguments as of `whitened`; `size` is at most `crop`.
+    Args:
+      split: of the data set.
+      config: the recipe, for its `data_dir`.
+      workdir: unused; sources made from the files of a stage need it.
+      of: name of an image data set, see `kd.data.sources.load`.
+      crop, size: in pixels, `size` at most `crop`.
+
+    Raises:
+      ValueError: sizes that do not fit in each other or in the images.
     """
+    del workdir
     source = sources.load(of, split, data_dir=config.get('data_dir', None) or None)
     height, width, channels = source.spec['input'].shape
     if not 0 < size <= crop <= min(height, width):

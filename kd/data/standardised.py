@@ -9,24 +9,21 @@ import numpy as np
 
 from kd.config import ConfigDict
 from kd.data import sources, whitening
+from kd.data.mapped import MappedSource
 
 KINDS = ('zca', 'channels', 'mean', 'none')
 # Images from which the mean and deviation of channels are taken at a time.
 _CHUNK = 4096
 
 
-class StandardisedSource(sources.Source):
+class StandardisedSource(MappedSource):
     """A source of standardised images; see `standardised`."""
 
-    def __init__(self, source: sources.Source, fit_on: sources.Source, kind: str) -> None:
-        # Every attribute but the pixels is that of the source.
-        self.__dict__.update(source.__dict__)
-        self.source, self.fit_on, self.kind = source, fit_on, kind
-
-    def fetch(self, indices) -> sources.Batch:
-        """As `Source.fetch`, with 'input' standardised."""
-        batch = self.source.fetch(indices)
-        return {**batch, 'input': self.from_pixels(batch['input'])}
+    def __init__(
+        self, source: sources.Source, fit_on: sources.Source, kind: str, eps: float
+    ) -> None:
+        super().__init__(source, self.from_pixels, source.spec['input'].shape)
+        self.fit_on, self.kind, self.eps = fit_on, kind, eps
 
     def from_pixels(self, images: np.ndarray) -> np.ndarray:
         """Images [N, H, W, C] in [-1, 1] as networks see them, float32."""
@@ -51,7 +48,7 @@ class StandardisedSource(sources.Source):
             return np.zeros(size, np.float32), *2 * (np.ones(size, np.float32),)
         images = everything(self.fit_on)['input']
         if self.kind == 'zca':
-            fitted = whitening.fit(images)
+            fitted = whitening.fit(images, self.eps)
             return np.asarray(fitted.mean), np.asarray(fitted.matrix), np.asarray(fitted.inverse)
         rows = images.reshape(len(images), -1)
         if self.kind == 'mean':
@@ -73,6 +70,7 @@ def standardised(
     of: str,
     kind: str,
     fit_on: str = 'train',
+    eps: float = 0.4,
 ) -> StandardisedSource:
     """For the key `source` of a recipe's data: a split seen through a linear map.
 
@@ -88,6 +86,7 @@ def standardised(
       of: name of an image data set, see `kd.data.sources.load`.
       kind: one of the above.
       fit_on: the split whose statistics are used.
+      eps: added to the variances of 'zca', see `kd.data.whitening.fit`.
 
     Raises:
       ValueError: on another kind.
@@ -95,8 +94,8 @@ def standardised(
     del workdir
     if kind not in KINDS:
         raise ValueError(f'Data is standardised by one of {", ".join(KINDS)}, got {kind!r}.')
-    load = functools.partial(sources.load, of, data_dir=config.data_dir or None)
-    return StandardisedSource(load(split), load(fit_on), kind)
+    load = functools.partial(sources.load, of, data_dir=config.get('data_dir', None) or None)
+    return StandardisedSource(load(split), load(fit_on), kind, eps)
 
 
 def everything(source: sources.Source) -> sources.Batch:

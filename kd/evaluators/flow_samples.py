@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from kd import config as config_lib
 from kd import figures
 from kd.context import Context, Probe
-from kd.data.mapped import WhitenedSource
+from kd.data.standardised import StandardisedSource
 from kd.errors import UserError
 from kd.evaluators import distribution, generation
 from kd.losses.flow_map import flow_map, sample_triangle
@@ -249,7 +249,7 @@ def _page(context: Context, by_steps: Mapping[int, np.ndarray], real: np.ndarray
     rows = [*by_steps.values(), real]
     images = np.concatenate([row[:_SHOWN] for row in rows])
     source = context.source('train')
-    if isinstance(source, WhitenedSource):
+    if isinstance(source, StandardisedSource):
         images = source.to_pixels(images)
     rows_titles = [*titles.values(), 'data']
     captions = [title for title in rows_titles for _ in range(_SHOWN)]

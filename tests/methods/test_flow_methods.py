@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from kd import config as kd_config
 from kd import seeds, train
-from kd.data import mapped, sources
+from kd.data import mapped, sources, standardised
 from kd.errors import UserError
 from kd.evaluators import flow_samples
 from kd.losses import flow_map as fm
@@ -467,7 +467,7 @@ def test_area_resizing_averages_whole_blocks_and_shares():
     np.testing.assert_allclose(mapped.area_weights(3, 2), expected, atol=1e-7)
 
 
-def test_mapped_sources_whiten_and_resize(monkeypatch):
+def test_whitened_and_resized_sources(monkeypatch):
     rng = np.random.default_rng(0)
     images = (rng.standard_normal((300, 16)) @ rng.standard_normal((16, 64))).astype(np.float32)
     images = images.reshape(300, 8, 8, 1)
@@ -477,7 +477,7 @@ def test_mapped_sources_whiten_and_resize(monkeypatch):
     monkeypatch.setattr(sources, 'load', lambda name, split, data_dir: sources.Source(data, split))
 
     config, rows = kd_config.ConfigDict(), np.arange(300)
-    white = mapped.whitened('train', config, None, of='images', eps=0.0)
+    white = standardised.standardised('train', config, None, of='images', kind='zca', eps=0.0)
     found = white.fetch(rows)['input']
     np.testing.assert_allclose(white.to_pixels(found), images, atol=1e-3)
     # Sixteen directions have unit variance, the others none.
