@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import math
 import os
-import re
+import resource
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +36,6 @@ from kd.errors import UserError
 from kd.overrides import override
 from kd.parallel import hlo, topology
 from kd.parallel import mesh as mesh_lib
-
-# Full-scale recipes (config, stage) of the table, and the slices they are compiled for.
-TABLE = (
-    ('configs/vision/logit_kd.py', 'student'),
-    ('configs/lm/recursive_meta_distillation.py', 'teacher'),
-    ('configs/lm/recursive_meta_distillation.py', 'generation_1'),
-    ('configs/flow/cifar10.py', 'map'),
-)
-SLICES = ('v5e:4x4', 'v5e:16x16', 'v5p:8x8x8', 'v6e:16x16')
-_PAGE = """# Training steps, compiled ahead of time
-
-Written by `python -m kd.aot --table=docs/aot.md`. Bytes are of one chip. Times are those of one
-step for each resource alone at the data sheet's rates; the longest is a lower bound. Batches are
-those of the recipe, raised to an example a chip where chips are more.
-"""
-# Examples of every split where only shapes count.
-_MANY = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +66,11 @@ class Report:
     traffic: int
     collectives: list[hlo.Collective]
     refused: str = ''
+
+    @property
+    def chips(self) -> int:
+        """Devices of the target; the mesh may use fewer."""
+        return math.prod(int(side) for side in self.target.partition(':')[2].split('x'))
 
     @property
     def fits(self) -> bool:
@@ -129,13 +120,15 @@ def compile_stage(config: config_lib.ConfigDict, name: str, target: str) -> Repo
     from kd.stage import prepare
 
     config_lib.validate(config)
-    if name not in config.stages:
-        raise UserError(f"There is no stage '{name}'; stages: {', '.join(config.stages)}.")
+    _check_stage(config, name)
     devices, chip = topology.devices(target)
     mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh), devices)
-    stage = prepare(without_data(config), name, mesh)
+    config = config.copy_and_resolve_references()
+    config.data_dir = sources.DESCRIBED
+    stage = prepare(config, name, mesh)
     arguments = train.abstract_arguments(stage)
     step: Any = train.make_train_step(stage)
+    traced = step.trace(*arguments)
     report = Report(
         stage=name,
         target=target,
@@ -145,12 +138,12 @@ def compile_stage(config: config_lib.ConfigDict, name: str, target: str) -> Repo
         arguments=bytes_per_device(arguments),
         temporaries=0,
         peak=0,
-        flops=hlo.flops(step, *arguments),
+        flops=hlo.jaxpr_flops(traced.jaxpr.jaxpr),
         traffic=0,
         collectives=[],
     )
     try:
-        compiled = step.lower(*arguments).compile()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -167,50 +160,9 @@ def compile_stage(config: config_lib.ConfigDict, name: str, target: str) -> Repo
     )
 
 
-def without_data(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
-    """The recipe with data of the same shapes and nothing to read, where its data is tfds's."""
-    config = config.copy_and_resolve_references()
-    name = config.data.get('name', '')
-    if name and name not in ('mnist1d', 'stdlib_characters') and not _is_toy(name):
-        splits = {key: value for key, value in config.data.items() if key != 'name'}
-        with config.unlocked():
-            config.data = {'source': {'name': 'kd.aot.stand_in', 'of': name}, **splits}
-    return config
-
-
-def stand_in(
-    split: str, config: config_lib.ConfigDict, workdir: Path | None, *, of: str
-) -> sources.Source:
-    """A source of the shapes of a data set, of any length, that cannot be read."""
-    del config, workdir
-    spec, classes = _shapes(of)
-    names = re.findall(r'[A-Za-z_]\w*', split)
-    return sources.Source(
-        sources.DataSet(of, dict.fromkeys(names, _MANY), lambda _: dict, spec, classes), split
-    )
-
-
-def _is_toy(name: str) -> bool:
-    from kd.data.builders import toys
-
-    return name in toys.TOYS
-
-
-def _shapes(name: str) -> tuple[dict[str, jax.ShapeDtypeStruct], int | None]:
-    """Shapes of one example and the number of classes, from the data set's description alone."""
-    if name == 'digits':
-        return sources.example_spec((8, 8, 1)), 10
-    import tensorflow_datasets as tfds
-
-    try:
-        features = dict(tfds.builder(name, data_dir='/nonexistent').info.features)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f"tfds knows no data set '{name}'.") from error
-    image, label = features.get('image'), features.get('label')
-    if image is None or None in image.shape:
-        raise UserError(f"data set '{name}' has no images of one shape.")
-    classes = getattr(label, 'num_classes', None)
-    return sources.example_spec(image.shape, labelled=classes is not None), classes
+def _check_stage(config: config_lib.ConfigDict, name: str) -> None:
+    if name not in config.stages:
+        raise UserError(f"There is no stage '{name}'; stages: {', '.join(config.stages)}.")
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -228,15 +180,15 @@ def text(report: Report) -> str:
     """A report as lines for people."""
     lines = [
         f'{report.stage} on {report.target}: {report.devices} devices, batch {report.batch_size:,}',
-        f'  memory a chip   arguments {_mib(report.arguments)}, temporaries '
-        f'{_mib(report.temporaries)}, peak {_mib(report.peak)}'
-        + (f' of {_mib(report.chip.memory)}' if report.chip else ''),
+        f'  memory a chip   arguments {mib(report.arguments)}, temporaries '
+        f'{mib(report.temporaries)}, peak {mib(report.peak)}'
+        + (f' of {mib(report.chip.memory)}' if report.chip else ''),
         f'  operations      {report.flops:.3g} a step, {report.flops / report.devices:.3g} a chip',
     ]
     if report.traffic:
         intensity = report.flops / report.devices / report.traffic
         lines.append(
-            f'  memory traffic  {_mib(report.traffic)} a chip: {intensity:.1f} operations a byte'
+            f'  memory traffic  {mib(report.traffic)} a chip: {intensity:.1f} operations a byte'
             + (
                 f', balanced at {report.chip.flops / report.chip.bandwidth:.0f}'
                 if report.chip
@@ -244,7 +196,7 @@ def text(report: Report) -> str:
             )
         )
     for kind, (count, size) in hlo.totals(report.collectives).items():
-        lines.append(f'  {kind:<15} {count} a step, {_mib(size)}')
+        lines.append(f'  {kind:<15} {count} a step, {mib(size)}')
     if report.times():
         each = ', '.join(f'{name} {1e3 * t:.3g} ms' for name, t in report.times().items())
         lines.append(f'  roofline        {each}')
@@ -253,46 +205,36 @@ def text(report: Report) -> str:
     return '\n'.join([*lines, f'  verdict         {report.verdict()}'])
 
 
-def table(reports: Sequence[tuple[str, Report]]) -> str:
-    """Reports of (config, report) as a Markdown table."""
-    head = (
-        '| recipe, stage | slice | batch | arguments | temporaries | peak | operations a chip | '
-        'collectives | arithmetic, memory, communication | verdict |\n'
-        '|---|---|---:|---:|---:|---:|---:|---|---|---|'
-    )
-    rows = []
-    for config, report in reports:
-        moved = ', '.join(
-            f'{count} {kind} {_mib(size)}'
-            for kind, (count, size) in hlo.totals(report.collectives).items()
-        )
-        times = ', '.join(f'{1e3 * t:.3g} ms' for t in report.times().values())
-        cells = [
-            f'{config} {report.stage}', report.target, f'{report.batch_size:,}',
-            _mib(report.arguments), _mib(report.temporaries), _mib(report.peak),
-            f'{report.flops / report.devices:.3g}', moved or 'none', times, report.verdict(),
-        ]  # fmt: skip
-        rows.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join([head, *rows])
+def as_json(report: Report) -> dict[str, Any]:
+    """A report as plain values, collectives of one kind and shape together."""
+    plain = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+    del plain['chip']  # Follows from the target.
+    times: Counter[tuple[str, int, str]] = Counter()
+    for found in report.collectives:
+        times[found.kind, found.bytes, found.shape] += found.times
+    plain['collectives'] = [[kind, size, n, shape] for (kind, size, shape), n in times.items()]
+    return plain
 
 
-def _mib(size: float) -> str:
+def from_json(plain: Mapping[str, Any]) -> Report:
+    """The inverse of `as_json`."""
+    collectives = [hlo.Collective(*found) for found in plain['collectives']]
+    chip = topology.CHIPS.get(plain['target'].partition(':')[0])
+    return Report(**{**plain, 'collectives': collectives, 'chip': chip})
+
+
+def raise_batch(config: config_lib.ConfigDict, name: str, target: str) -> None:
+    """Raises a stage's batch to the next multiple of the devices that share it."""
+    _check_stage(config, name)
+    devices = topology.devices(target)[0]
+    mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh), devices)
+    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    config[name].batch_size = -(-config[name].batch_size // ways) * ways
+
+
+def mib(size: float) -> str:
+    """Bytes as mebibytes or gibibytes."""
     return f'{size / 2**30:.2f} GiB' if size >= 2**30 else f'{size / 2**20:.3g} MiB'
-
-
-def write_table(file: Path) -> None:
-    """Compiles `TABLE` for `SLICES`; the page of Markdown is written anew after each."""
-    reports = []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for path, name in TABLE:
-        for target in SLICES:
-            config = config_lib.load(path)
-            chips = len(topology.devices(target)[0])
-            # At least an example a chip; otherwise the recipe's own batch.
-            config[name].batch_size = -(-config[name].batch_size // chips) * chips
-            reports.append((path.removeprefix('configs/'), compile_stage(config, name, target)))
-            print(text(reports[-1][1]), flush=True)
-            file.write_text(f'{_PAGE}\n{table(reports)}\n')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -306,13 +248,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--config', metavar='FILE[:ARGUMENT]')
     parser.add_argument('--topology', default='cpu:8', help='v5e:16x16, v5p:8x8x8, cpu:8, ...')
     parser.add_argument('--stage', default='', help='the last one by default')
+    parser.add_argument('--json', type=Path, help='write the report there too')
+    parser.add_argument(
+        '--raise_batch', action='store_true', help='to a multiple of the devices that share it'
+    )
     parser.add_argument('--table', type=Path, help='compile the table of full-scale recipes')
+    parser.add_argument('--jobs', type=int, default=2, help='rows of the table at a time')
+    parser.add_argument(
+        '--cpu_minutes', type=float, default=0.0, help='end a compilation that takes longer'
+    )
     known, rest = parser.parse_known_args(argv)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     try:
         _virtual_devices(known.topology)
         if known.table:
-            write_table(known.table)
+            from kd import aot_table
+
+            aot_table.write(known.table, jobs=known.jobs, cpu_minutes=known.cpu_minutes)
             return 0
         if not known.config:
             raise UserError(
@@ -321,7 +273,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_lib.load(known.config)
         override(config, overrides(rest))
         name = known.stage or config.stages[-1]
-        print(text(compile_stage(config, name, known.topology)))
+        if known.cpu_minutes:
+            # Past the soft limit comes SIGXCPU, which ends the process wherever it is.
+            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(60 * known.cpu_minutes), hard))
+        if known.raise_batch:
+            raise_batch(config, name, known.topology)
+        report = compile_stage(config, name, known.topology)
+        print(text(report))
+        if known.json:
+            known.json.write_text(json.dumps(as_json(report)))
     except UserError as error:
         print(f'kd: {error}', file=sys.stderr)
         return EXIT_USER

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kd import aot
+from kd import aot, aot_table, stage
 from kd import config as kd_config
+from kd.data import sources
 from kd.errors import UserError
 from kd.parallel import hlo, topology
 
@@ -222,6 +224,50 @@ def test_the_command_compiles_without_data_and_without_a_word_too_many():
     assert 'all-reduce      1 a step' in done.stdout
 
 
+@pytest.mark.parametrize(
+    ('recipe', 'shape', 'classes'),
+    [
+        ('flow/celeba64.py:paper,lsd', (64, 64, 3), None),
+        ('flow/afhq64.py:paper,lsd', (64, 64, 3), 3),
+        ('dataset/mtt.py:imagefruit,ipc=1', (128, 128, 3), 10),
+        ('dataset/infer_ufc.py:cifar100,ipc=10', (32, 32, 3), 100),
+        ('dataset/mtt.py:cpu', (8, 8, 1), 10),
+    ],
+)
+def test_data_that_is_not_there_has_the_shapes_of_its_description(recipe, shape, classes):
+    config = kd_config.load(f'{ROOT}/configs/{recipe}')
+    config.data_dir = sources.DESCRIBED
+    source = stage.source_loader(kd_config.to_plain(config.data), config, None)('train')
+    assert (source.spec['input'].shape, source.num_classes) == (shape, classes)
+    assert ('label' in source.spec) == (classes is not None)
+    with pytest.raises(sources.DataError, match='by its shapes alone'):
+        source.fetch([0])
+
+
+def test_unknown_data_is_told_also_where_only_its_shape_is_asked():
+    with pytest.raises(sources.DataError, match="unknown data set 'cifar11'"):
+        sources.load('cifar11', 'train', data_dir=sources.DESCRIBED)
+
+
+def test_trajectories_to_match_have_the_size_of_the_network():
+    config = kd_config.load(f'{ROOT}/configs/dataset/mtt.py:cpu')
+    report = aot.compile_stage(config, 'distilled', 'cpu:2')
+    # The mesh of the recipe has one device.
+    assert (report.devices, report.chips) == (1, 2)
+    network = (64 + 1) * 64 + (64 + 1) * 64 + (64 + 1) * 10
+    # Start and the targets of two epochs; images, and Adam's two averages of them.
+    assert report.arguments == pytest.approx(4 * (3 * network + 3 * 10 * 64), rel=0.01)
+
+
+def test_batches_are_raised_to_the_devices_that_share_them():
+    config = _recipe(mesh=dict(data=2, fsdp=3, tensor=1))
+    config.student.batch_size = 32
+    aot.raise_batch(config, 'student', 'cpu:8')
+    assert config.student.batch_size == 36
+    aot.raise_batch(config, 'student', 'cpu:8')
+    assert config.student.batch_size == 36
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason="compiling for TPUs takes libtpu: pip install -e '.[tpu]'",
@@ -255,7 +301,52 @@ def test_shardings_of_stand_ins_need_no_device():
 
 
 def test_the_table_has_a_row_for_each_report():
-    head, rule, row = aot.table([('vision/logit_kd.py', REPORT)]).splitlines()
+    head, rule, row = aot_table.table([('vision/logit_kd.py student', REPORT)]).splitlines()
     assert head.count('|') == rule.count('|') == row.count('|')
     assert '| vision/logit_kd.py student | v5e:4x4 | 64 | 1.00 GiB |' in row
     assert '2 all-reduce 191 MiB, 1 all-gather 95.4 MiB' in row
+
+
+def test_a_report_outlives_its_process():
+    assert aot.from_json(json.loads(json.dumps(aot.as_json(REPORT)))) == REPORT
+    # Equal collectives are kept once.
+    [first, _] = REPORT.collectives
+    twice = dataclasses.replace(REPORT, collectives=[first, first])
+    again = aot.from_json(aot.as_json(twice))
+    assert again.collectives == [first._replace(times=4)]
+    assert again.times() == twice.times()
+
+
+def test_an_interrupted_table_goes_on_and_tells_what_it_leaves_out(tmp_path, monkeypatch):
+    row = aot_table.Row('configs/x.py', 'student', ('mesh.fsdp=4',), ('v5e:4x4', 'v5e:2x2'))
+    asked = []
+
+    def compiled(key, cpu_minutes):
+        asked.append(key)
+        if key.endswith('v5e:4x4 --config.mesh.fsdp=4'):
+            return aot.as_json(REPORT)
+        return {'left_out': f'not compiled within {cpu_minutes:g} CPU minutes'}
+
+    monkeypatch.setattr(aot_table, 'compiled', compiled)
+    file = tmp_path / 'docs' / 'page.md'
+    file.parent.mkdir()
+    # One of the two was compiled before.
+    file.with_suffix('.json').write_text(json.dumps({row.key('v5e:4x4'): aot.as_json(REPORT)}))
+    for _ in range(2):
+        aot_table.write(file, jobs=1, cpu_minutes=3, rows=[row])
+    assert asked == [row.key('v5e:2x2')]
+    page = file.read_text()
+    assert '| x.py student, `mesh.fsdp=4` | v5e:4x4 | 64 |' in page
+    assert '- x.py student, `mesh.fsdp=4`: not compiled within 3 CPU minutes (v5e:2x2)' in page
+
+
+def test_a_row_that_takes_too_long_or_fails_says_so():
+    key = '--config=configs/vision/logit_kd.py:cpu --stage=student --topology=cpu:2'
+    assert aot_table.compiled(key, 0.001) == {'left_out': 'not compiled within 0.001 CPU minutes'}
+    told = aot_table.compiled(key.replace('student', 'pupil'), 1.0)
+    assert "There is no stage 'pupil'" in told['left_out']
+
+
+def test_the_page_of_the_table_is_what_its_record_says():
+    page, record = ROOT / 'docs' / 'aot.md', ROOT / 'docs' / 'aot.json'
+    assert aot_table.page(json.loads(record.read_text())) == page.read_text()

@@ -19,6 +19,11 @@ from kd.errors import UserError
 # A decoded split up to this size is kept in memory, row by row as it is first read.
 CACHE_BYTES = 1 << 30
 
+# The data directory of data sets that are known by their shapes and cannot be read.
+DESCRIBED = ':described:'
+# Data sets that need no directory, besides the toys.
+GENERATED = ('mnist1d', 'stdlib_characters')
+
 Batch = dict[str, np.ndarray]
 Reader = Callable[[np.ndarray], Batch]  # rows of a named split -> {'input': ..., 'label': ...}
 
@@ -119,11 +124,17 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         `imagenet_resized/32x32`, `mnist:3.0.1`) whose array_record copy lies under `data_dir`.
       split: a tfds split: `train`, `train[:90%]`, `test[100:]`, `train+test`.
       data_dir: where tfds data lies; defaults to TFDS_DATA_DIR, then ~/tensorflow_datasets.
-        `digits` is written there on its first use.
+        `digits` is written there on its first use. `DESCRIBED` reads nothing: the source has the
+        shapes of the data set and any number of examples, for ahead-of-time compilation.
 
     Raises:
       DataError: unknown name, missing or unreadable data, or a wrong split.
     """
+    if data_dir == DESCRIBED and name not in GENERATED and name not in toys.TOYS:
+        # Imports tfds, which takes most of a second: only where it is asked for.
+        from kd.data import described
+
+        return described.source(name, split)
     return Source(_open(name, data_dir), split)
 
 

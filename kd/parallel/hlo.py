@@ -96,7 +96,7 @@ def flops(function: Any, *arguments: Any) -> int:
     of a loop once. A multiply-add is two. Of a conditional the dearest branch counts; a while loop
     of unknown length counts once.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _count(name: str, times: int, calls: dict, runs: Counter[str]) -> None:
@@ -134,11 +134,12 @@ def _bytes(match: re.Match[str]) -> int:
     return _BYTES.get(match['type'], 4) * math.prod(sides)
 
 
-def _jaxpr_flops(jaxpr: Any) -> int:
+def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
+    """As `flops`, of a function that is traced already."""
     total = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
-        inner = [_jaxpr_flops(x) for x in _inner(parameters)]
+        inner = [jaxpr_flops(x) for x in _inner(parameters)]
         if name == 'dot_general':
             (contracted, _), _ = parameters['dimension_numbers']
             left = equation.invars[0].aval.shape

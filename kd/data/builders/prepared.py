@@ -36,10 +36,15 @@ def open_dataset(name: str, data_dir: str) -> sources.DataSet:
         folder = _find(name, data_dir)
     builder = tfds.builder_from_directory(folder)
     _check_format(name, builder, folder)
-    return _describe(name, builder)
+    return describe(name, builder)
 
 
-def _describe(name: str, builder: tfds.core.DatasetBuilder) -> sources.DataSet:
+def describe(name: str, builder: tfds.core.DatasetBuilder) -> sources.DataSet:
+    """The data set of a builder, prepared or not; nothing is read.
+
+    Raises:
+      kd.data.sources.DataError: features other than a fixed-shape `image` (and `label`).
+    """
     features = dict(builder.info.features)
     image = features.get('image')
     if not isinstance(image, tfds.features.Image):
