@@ -1,4 +1,4 @@
-"""What the vision networks share: norms by name, PyTorch's initialisers, input checks."""
+"""What the vision networks share: convolutions, norms by name, initialisers, input checks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +12,10 @@ from jax import lax
 
 NORMS = ('instance', 'group', 'batch', 'none')
 GROUPS = 8
+# First layers for images of 224 pixels, and for those of 32 or 64.
+STEMS = ('imagenet', 'cifar')
+# He et al. (arXiv:1502.01852), in its backward form.
+he_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 def norm(kind: str, *, train: bool, dtype: Any, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -31,6 +35,57 @@ def norm(kind: str, *, train: bool, dtype: Any, name: str) -> Callable[[jax.Arra
     if kind == 'group':
         return nn.GroupNorm(num_groups=GROUPS, epsilon=1e-5, dtype=dtype, name=name)
     return nn.InstanceNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+def conv(
+    width: int, size: int, stride: int = 1, *, groups: int = 1, dtype: Any, name: str
+) -> nn.Conv:
+    """A convolution without bias, padded by size // 2 on every side, as in PyTorch.
+
+    (With stride 2 on an even side, 'SAME' would pad only at the end.) As many groups as channels
+    make it depthwise.
+    """
+    return nn.Conv(
+        width,
+        (size, size),
+        strides=(stride, stride),
+        padding=size // 2,
+        feature_group_count=groups,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=he_init,
+        name=name,
+    )
+
+
+def conv_norm(
+    x: jax.Array,
+    width: int,
+    size: int,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    train: bool,
+    dtype: Any,
+    name: str,
+) -> jax.Array:
+    """`conv` as submodule `name`, then batch norm as `name`_norm; from a compact method."""
+    x = conv(width, size, stride, groups=groups, dtype=dtype, name=name)(x)
+    return norm('batch', train=train, dtype=dtype, name=f'{name}_norm')(x)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 maximum pooling of stride 2, padded by 1 on every side, as in PyTorch."""
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+def divisible(width: float, by: int = 8) -> int:
+    """The nearest multiple of `by`, at least `by` and at least 90 % of `width`.
+
+    Source: Sandler et al. 2018, arXiv 1801.04381, as released: widths that suit the hardware.
+    """
+    rounded = max(by, int(width + by / 2) // by * by)
+    return rounded + by if rounded < 0.9 * width else rounded
 
 
 def matmul_conv(

@@ -1,5 +1,6 @@
-"""Residual networks for CIFAR: the original of He et al., and the wide ones of Zagoruyko et al."""
+"""Residual networks: those of He et al. for CIFAR and for ImageNet, and the wide ones for CIFAR."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,26 +9,8 @@ import jax.numpy as jnp
 
 from kd.models import layers
 
-STAGE_WIDTHS = (16, 32, 64)
-# He et al. (arXiv:1502.01852), in its backward form.
-kernel_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-
-
-def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
-    """A convolution without bias, padded by size // 2 on every side, as in PyTorch.
-
-    (With stride 2 on an even side, 'SAME' would pad only at the end.)
-    """
-    return nn.Conv(
-        width,
-        (size, size),
-        strides=(stride, stride),
-        padding=size // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=kernel_init,
-        name=name,
-    )
+CIFAR_WIDTHS = (16, 32, 64)
+IMAGENET_WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlock(nn.Module):
@@ -46,11 +29,36 @@ class BasicBlock(nn.Module):
         def norm(name):
             return layers.norm(self.norm, train=train, dtype=self.dtype, name=name)
 
-        y = _conv(self.width, 3, self.stride, self.dtype, 'conv1')(x)
+        y = layers.conv(self.width, 3, self.stride, dtype=self.dtype, name='conv1')(x)
         y = nn.relu(norm('norm1')(y))
-        y = norm('norm2')(_conv(self.width, 3, 1, self.dtype, 'conv2')(y))
+        y = norm('norm2')(layers.conv(self.width, 3, dtype=self.dtype, name='conv2')(y))
         if x.shape != y.shape:
-            x = _conv(self.width, 1, self.stride, self.dtype, 'shortcut')(x)
+            x = layers.conv(self.width, 1, self.stride, dtype=self.dtype, name='shortcut')(x)
+            x = norm('shortcut_norm')(x)
+        return nn.relu(x + y)
+
+
+class BottleneckBlock(nn.Module):
+    """As `BasicBlock`, with 1x1, 3x3 (strided) and 1x1 convolutions; 4 `width` channels leave."""
+
+    width: int
+    stride: int
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def norm(name):
+            return layers.norm(self.norm, train=train, dtype=self.dtype, name=name)
+
+        out = 4 * self.width
+        y = layers.conv(self.width, 1, dtype=self.dtype, name='conv1')(x)
+        y = nn.relu(norm('norm1')(y))
+        y = layers.conv(self.width, 3, self.stride, dtype=self.dtype, name='conv2')(y)
+        y = nn.relu(norm('norm2')(y))
+        y = norm('norm3')(layers.conv(out, 1, dtype=self.dtype, name='conv3')(y))
+        if x.shape != y.shape:
+            x = layers.conv(out, 1, self.stride, dtype=self.dtype, name='shortcut')(x)
             x = norm('shortcut_norm')(x)
         return nn.relu(x + y)
 
@@ -72,11 +80,11 @@ class PreactBlock(nn.Module):
             return layers.norm(self.norm, train=train, dtype=self.dtype, name=name)
 
         a = nn.relu(norm('norm1')(x))
-        y = _conv(self.width, 3, self.stride, self.dtype, 'conv1')(a)
+        y = layers.conv(self.width, 3, self.stride, dtype=self.dtype, name='conv1')(a)
         y = nn.relu(norm('norm2')(y))
-        y = _conv(self.width, 3, 1, self.dtype, 'conv2')(y)
+        y = layers.conv(self.width, 3, dtype=self.dtype, name='conv2')(y)
         if x.shape != y.shape:
-            x = _conv(self.width, 1, self.stride, self.dtype, 'shortcut')(a)
+            x = layers.conv(self.width, 1, self.stride, dtype=self.dtype, name='shortcut')(a)
         return x + y
 
 
@@ -96,6 +104,22 @@ class Stage(nn.Module):
             stride = self.stride if i == 0 else 1
             x = self.block(self.width, stride, self.norm, self.dtype, name=f'block{i}')(x, train)
         return x
+
+
+def _stages(
+    x: jax.Array,
+    block: type[nn.Module],
+    blocks: Sequence[int],
+    widths: Sequence[int],
+    norm: str,
+    dtype: Any,
+    train: bool,
+) -> jax.Array:
+    """`stage1`, `stage2`, ...; all but the first halve the resolution."""
+    for i, (number, width) in enumerate(zip(blocks, widths, strict=True)):
+        stride = 1 if i == 0 else 2
+        x = Stage(block, number, width, stride, norm, dtype, name=f'stage{i + 1}')(x, train)
+    return x
 
 
 class ResNet(nn.Module):
@@ -131,20 +155,69 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Images [B, H, W, C] to float32 logits [B, num_classes]; ValueError for other ranks."""
         layers.check_rank('ResNet', x, {4: 'images [B, H, W, C]'})
-        x = _conv(STAGE_WIDTHS[0], 3, 1, self.dtype, 'stem')(x.astype(self.dtype))
+        x = layers.conv(CIFAR_WIDTHS[0], 3, dtype=self.dtype, name='stem')(x.astype(self.dtype))
         x = layers.norm(self.norm, train=train, dtype=self.dtype, name='stem_norm')(x)
         x = nn.relu(x)
         blocks = (self.depth - 2) // 6
-        for i, width in enumerate(STAGE_WIDTHS):
-            x = Stage(
-                BasicBlock,
-                blocks,
-                width * self.widen,
-                1 if i == 0 else 2,
-                self.norm,
-                self.dtype,
-                name=f'stage{i + 1}',
-            )(x, train)
+        widths = [width * self.widen for width in CIFAR_WIDTHS]
+        x = _stages(x, BasicBlock, [blocks] * 3, widths, self.norm, self.dtype, train)
+        return layers.classifier(x.mean(axis=(1, 2)), self.num_classes)
+
+
+IMAGENET_BLOCKS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (BottleneckBlock, (3, 4, 6, 3)),
+    101: (BottleneckBlock, (3, 4, 23, 3)),
+    152: (BottleneckBlock, (3, 8, 36, 3)),
+}
+
+
+class ImageNetResNet(nn.Module):
+    """ResNet-18, -34, -50, -101 or -152 (arXiv:1512.03385, 4.1), also for small images.
+
+    A stem, four stages of 64, 128, 256 and 512 channels (four times as many leave the bottlenecks
+    of depth 50 and above) at 1, 1/2, 1/4 and 1/8 of the resolution after the stem, global average
+    pooling, a linear head. The stride of a bottleneck is that of its 3x3 convolution, as in
+    PyTorch. With 1000 classes 11,689,512 parameters at depth 18 and 25,557,032 at depth 50.
+
+    Attributes:
+      depth: one of the above.
+      num_classes: number of logits.
+      stem: `imagenet`, a 7x7 convolution and a maximum pooling, of stride 2 each; or `cifar`, a
+        3x3 convolution at full resolution.
+      norm: `batch` (with collection 'batch_stats'), `group`, `instance` or `none`.
+      dtype: compute type, head excepted.
+
+    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage4`, and `features`, the pooled output.
+    """
+
+    depth: int = 18
+    num_classes: int = 1000
+    stem: str = 'imagenet'
+    norm: str = 'batch'
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        layers.check_choice('norm', self.norm, layers.NORMS)
+        layers.check_choice('stem', self.stem, layers.STEMS)
+        if self.depth not in IMAGENET_BLOCKS:
+            known = ', '.join(map(str, IMAGENET_BLOCKS))
+            raise ValueError(f'ImageNetResNet depth={self.depth} must be one of {known}')
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Images [B, H, W, C] to float32 logits [B, num_classes]; ValueError for other ranks."""
+        layers.check_rank('ImageNetResNet', x, {4: 'images [B, H, W, C]'})
+        large = self.stem == 'imagenet'
+        size, stride = (7, 2) if large else (3, 1)
+        x = x.astype(self.dtype)
+        x = layers.conv(IMAGENET_WIDTHS[0], size, stride, dtype=self.dtype, name='stem')(x)
+        x = nn.relu(layers.norm(self.norm, train=train, dtype=self.dtype, name='stem_norm')(x))
+        x = layers.max_pool(x) if large else x
+        block, blocks = IMAGENET_BLOCKS[self.depth]
+        x = _stages(x, block, blocks, IMAGENET_WIDTHS, self.norm, self.dtype, train)
         return layers.classifier(x.mean(axis=(1, 2)), self.num_classes)
 
 
@@ -179,18 +252,10 @@ class WideResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Images [B, H, W, C] to float32 logits [B, num_classes]; ValueError for other ranks."""
         layers.check_rank('WideResNet', x, {4: 'images [B, H, W, C]'})
-        x = _conv(STAGE_WIDTHS[0], 3, 1, self.dtype, 'stem')(x.astype(self.dtype))
+        x = layers.conv(CIFAR_WIDTHS[0], 3, dtype=self.dtype, name='stem')(x.astype(self.dtype))
         blocks = (self.depth - 4) // 6
-        for i, width in enumerate(STAGE_WIDTHS):
-            x = Stage(
-                PreactBlock,
-                blocks,
-                width * self.widen,
-                1 if i == 0 else 2,
-                self.norm,
-                self.dtype,
-                name=f'stage{i + 1}',
-            )(x, train)
+        widths = [width * self.widen for width in CIFAR_WIDTHS]
+        x = _stages(x, PreactBlock, [blocks] * 3, widths, self.norm, self.dtype, train)
         x = layers.norm(self.norm, train=train, dtype=self.dtype, name='final_norm')(x)
         return layers.classifier(nn.relu(x).mean(axis=(1, 2)), self.num_classes)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import signal, special
 
-from kd.models import layers, resnet
+from kd.models import layers
 from kd.models.convnet import ConvNet
 from kd.models.mlp import MLP
 from kd.models.resnet import ResNet, WideResNet
@@ -433,9 +433,7 @@ def test_initialisation_has_the_stated_scale(signals):
         np.testing.assert_allclose(drawn.std(), bound / 3**0.5, rtol=0.2)
         assert np.unique(layer['bias']).size > 1
     shapes = jax.eval_shape(ResNet(8).init, jax.random.key(0), X)['params']
-    drawn = resnet.kernel_init(
-        jax.random.key(0), shapes['stage3']['block0']['conv1']['kernel'].shape
-    )
+    drawn = layers.he_init(jax.random.key(0), shapes['stage3']['block0']['conv1']['kernel'].shape)
     np.testing.assert_allclose(drawn.var(), 2 / (9 * 64), rtol=0.05)
 
 
