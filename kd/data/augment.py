@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,13 +28,16 @@ Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], Batch]
 
 
-def random_flip(key: jax.Array, images: jax.Array, probability: float = 0.5) -> jax.Array:
+def random_flip(
+    key: jax.Array, images: jax.Array, probability: float = 0.5, *, shared: bool = False
+) -> jax.Array:
     """Mirrors each image left to right with the given probability.
 
     Args:
       key: typed random key.
       images: [B, H, W, C], any dtype.
       probability: of a flip, in [0, 1].
+      shared: flip all images or none.
 
     Returns:
       [B, H, W, C], dtype of `images`.
@@ -44,7 +48,7 @@ def random_flip(key: jax.Array, images: jax.Array, probability: float = 0.5) -> 
     warp.check_images(images)
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f'The probability of a flip lies in [0, 1], got {probability}.')
-    flipped = jax.random.bernoulli(key, probability, images.shape[:1])
+    flipped = jax.random.bernoulli(key, probability, (1,) if shared else images.shape[:1])
     return warp.mirror(images, flipped)
 
 
@@ -76,6 +80,47 @@ def random_crop(
         )
     corners = jax.random.randint(key, (count, 2), 0, 2 * padding + 1)
     return warp.crop(images, (padding, padding), corners, fill)
+
+
+def random_resized_crop(
+    key: jax.Array,
+    images: jax.Array,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    shared: bool = False,
+) -> jax.Array:
+    """Cuts a rectangle of random area and aspect from each image and resizes it to the image.
+
+    Of ten draws, area uniform and aspect log-uniform, the first whose rectangle lies inside is
+    taken, at a uniform place; where none does, the largest rectangle at the centre whose aspect
+    is within the bounds.
+
+    Args:
+      key: typed random key.
+      images: float [B, H, W, C].
+      area: bounds of the share of the image's area, in (0, 1].
+      aspect: bounds of width over height, above 0.
+      shared: the same rectangle for all images.
+
+    Returns:
+      [B, H, W, C]; linear in `images`, see `kd.data.warp.resize`.
+
+    Raises:
+      ValueError: if `images` is not [B, H, W, C], or on bounds that are none.
+
+    Source: Szegedy et al. 2014, arXiv 1409.4842, in the form of torchvision.
+    """
+    warp.check_images(images)
+    for name, (low, high), top in (('area', area, 1.0), ('aspect', aspect, math.inf)):
+        if not 0 < low <= high <= top:
+            raise ValueError(
+                f'resized_crop: the bounds of {name} are 0 < low <= high'
+                f'{" <= 1" if name == "area" else ""}, got {(low, high)}.'
+            )
+    count, height, width, _ = images.shape
+    corners, sizes = _rectangles(key, 1 if shared else count, (height, width), area, aspect)
+    return warp.resize(images, corners, sizes)
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int, *, fill: float = 0.0) -> jax.Array:
@@ -223,6 +268,36 @@ def _on_batch(function, arguments, options, num_classes, key: jax.Array, batch: 
     return function(key, batch, *arguments, num_classes=num_classes, **options)
 
 
+def _rectangles(
+    key: jax.Array,
+    count: int,
+    space: tuple[int, int],
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[jax.Array, jax.Array]:
+    """Corners and sizes, int [count, 2] each, for `random_resized_crop`."""
+    area_key, aspect_key, corner_key = jax.random.split(key, 3)
+    height, width = space
+    areas = (
+        height * width * jax.random.uniform(area_key, (count, 10), minval=area[0], maxval=area[1])
+    )
+    logs = jax.random.uniform(
+        aspect_key, (count, 10), minval=math.log(aspect[0]), maxval=math.log(aspect[1])
+    )
+    drawn = jnp.stack([jnp.sqrt(areas / jnp.exp(logs)), jnp.sqrt(areas * jnp.exp(logs))], -1)
+    drawn = jnp.round(drawn).astype(jnp.int32)
+    fits = ((drawn > 0) & (drawn <= jnp.asarray(space))).all(-1)
+    first = jnp.take_along_axis(drawn, fits.argmax(1)[:, None, None], 1)[:, 0]
+    central = jnp.asarray(
+        [min(height, round(width / aspect[0])), min(width, round(height * aspect[1]))]
+    )
+    found = fits.any(1)[:, None]
+    sizes = jnp.where(found, first, central)
+    room = jnp.asarray(space) - sizes
+    corners = jax.random.randint(corner_key, (count, 2), 0, room + 1)
+    return jnp.where(found, corners, room // 2), sizes
+
+
 def _mix(values: jax.Array, weights: jax.Array, partners: jax.Array) -> jax.Array:
     if not jnp.issubdtype(values.dtype, jnp.floating):
         return values
@@ -233,6 +308,7 @@ def _mix(values: jax.Array, weights: jax.Array, partners: jax.Array) -> jax.Arra
 _OF_IMAGES: dict[str, Callable[..., Any]] = {
     'flip': random_flip,
     'crop': random_crop,
+    'resized_crop': random_resized_crop,
     'cutout': cutout,
     'siamese': siamese,
 }

@@ -101,3 +101,39 @@ def affine(images: jax.Array, matrices: jax.Array) -> jax.Array:
 
     matrices = jnp.broadcast_to(matrices.astype(images.dtype), (count, 2, 2))
     return jax.vmap(one)(images, matrices)
+
+
+def resize(images: jax.Array, corners: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Resizes a rectangle of each image to the whole of it, bilinearly and without aliasing.
+
+        out(i) = sum_j w(i, j) in(j) / sum_j w(i, j),   w(i, j) = max(0, 1 - |j - c_i| / max(1, s))
+
+    along rows and along columns, over the pixels j of the rectangle, with s its length over that
+    of the image and c_i = first + (i + 1/2) s - 1/2, the place where the centre of pixel i lies.
+
+    Args:
+      images: float [B, H, W, C].
+      corners: int [B or 1, 2], first row and column of the rectangle, which lies in the image.
+      sizes: int [B or 1, 2], its rows and columns, at least 1.
+
+    Returns:
+      [B, H, W, C]; linear in `images`. The same numbers as Pillow's BILINEAR, which crops first.
+    """
+    rows, columns = (
+        _triangle(images.shape[1 + axis], corners[:, axis], sizes[:, axis], images.dtype)
+        for axis in range(2)
+    )
+    rows, columns = (jnp.broadcast_to(w, (len(images), *w.shape[1:])) for w in (rows, columns))
+    # HIGHEST: accelerators would otherwise round the pixels to a few bits.
+    return jnp.einsum('bij,bjkc,blk->bilc', rows, images, columns, precision='highest')
+
+
+def _triangle(length: int, first: jax.Array, size: jax.Array, dtype) -> jax.Array:
+    """Weights [B or 1, length, length] of old pixels (last axis) in new ones; see `resize`."""
+    first, size = first[:, None, None], size[:, None, None]
+    scale = (size / length).astype(dtype)
+    old = jnp.arange(length)[None, None, :]
+    centre = first + (jnp.arange(length, dtype=dtype)[None, :, None] + 0.5) * scale - 0.5
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(old - centre) / jnp.maximum(scale, 1.0))
+    weights = jnp.where((old >= first) & (old < first + size), weights, 0.0)
+    return weights / weights.sum(-1, keepdims=True)

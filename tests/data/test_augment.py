@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from kd import errors
-from kd.data import augment
+from kd.data import augment, warp
 
 SHAPE = (64, 6, 5, 2)
 
@@ -58,6 +59,95 @@ def test_crop_is_a_window_of_the_padded_image_and_reaches_every_place(key, image
 
 def test_crop_without_padding_is_the_identity(key, images):
     np.testing.assert_array_equal(augment.random_crop(key, images, 0), images)
+
+
+def pillow_resized(image, top, left, height, width):
+    """A rectangle of one image [H, W, C] resized to the whole by Pillow, channel by channel."""
+    size = image.shape[1::-1]
+    window = image[top : top + height, left : left + width]
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(window[..., c]).resize(size, Image.Resampling.BILINEAR))
+            for c in range(image.shape[-1])
+        ],
+        -1,
+    )
+
+
+def test_resizing_a_rectangle_equals_pillow(images):
+    boxes = [(0, 0, 6, 5), (1, 2, 3, 2), (2, 0, 4, 5), (5, 4, 1, 1), (0, 1, 6, 3)]
+    few, boxes = images[: len(boxes)], np.asarray(boxes)
+    resized = jax.jit(warp.resize)(few, boxes[:, :2], boxes[:, 2:])
+    for image, box, found in zip(few, boxes, np.asarray(resized), strict=True):
+        np.testing.assert_allclose(found, pillow_resized(image, *box), atol=2e-6)
+    np.testing.assert_allclose(resized[0], few[0], atol=1e-6)
+    shared = warp.resize(few, boxes[1:2, :2], boxes[1:2, 2:])
+    np.testing.assert_allclose(shared[3], pillow_resized(few[3], *boxes[1]), atol=2e-6)
+
+
+def test_resized_crops_are_rectangles_within_the_bounds_of_area_and_aspect():
+    # A ramp along rows and one along columns: two pixels of each tell the rectangle. Upsampling
+    # keeps the middle of a ramp exact.
+    size, count = 64, 400
+    rows, columns = np.meshgrid(np.arange(size), np.arange(size), indexing='ij')
+    ramps = np.stack([rows, columns], -1)[None].repeat(count, 0).astype(np.float32)
+    cropped = np.asarray(
+        jax.jit(functools.partial(augment.random_resized_crop, area=(0.1, 0.5)))(
+            jax.random.key(1), ramps
+        )
+    )
+    middle, step = size // 2, 8
+    height = (cropped[:, middle + step, 0, 0] - cropped[:, middle - step, 0, 0]) * size / 2 / step
+    width = (cropped[:, 0, middle + step, 1] - cropped[:, 0, middle - step, 1]) * size / 2 / step
+    np.testing.assert_allclose(height, height.round(), atol=1e-3)
+    area, aspect = height * width / size**2, width / height
+    # Sides are rounded to pixels.
+    assert 0.095 < area.min() < 0.12
+    assert 0.48 < area.max() < 0.51
+    assert abs(area.mean() - 0.3) < 4 * 0.4 / 12**0.5 / count**0.5
+    assert 0.72 < aspect.min() < 0.78
+    assert 1.29 < aspect.max() < 1.37
+    assert abs(np.log(aspect).mean()) < 4 * 2 * np.log(4 / 3) / 12**0.5 / count**0.5
+    top = cropped[:, middle, 0, 0] + 0.5 - (middle + 0.5) * height / size
+    np.testing.assert_allclose(top, top.round(), atol=1e-3)
+    where = top / (size - height)
+    assert where.min() < 0.03
+    assert where.max() > 0.97
+    assert abs(where.mean() - 0.5) < 4 / 12**0.5 / count**0.5
+
+
+def test_a_rectangle_that_never_fits_is_replaced_by_the_central_one():
+    wide = np.random.default_rng(2).uniform(-1, 1, (2, 4, 32, 1)).astype(np.float32)
+    # An aspect of at most 4/3 and nearly all of the area do not go together on 4 x 32 pixels.
+    crop = jax.jit(functools.partial(augment.random_resized_crop, area=(0.9, 1.0)))
+    cropped = crop(jax.random.key(0), wide)
+    for image, found in zip(wide, np.asarray(cropped), strict=True):
+        np.testing.assert_allclose(found, pillow_resized(image, 0, 13, 4, 5), atol=2e-6)
+
+
+def test_shared_crops_and_flips_are_the_same_for_all_images_and_others_are_not(key, images):
+    same = jnp.tile(images[:1], (16, 1, 1, 1))
+    for function in (augment.random_resized_crop, augment.random_flip):
+        together, apart = (
+            np.asarray(jax.jit(functools.partial(function, shared=shared))(key, same))
+            for shared in (True, False)
+        )
+        np.testing.assert_allclose(together, together[:1].repeat(16, 0), atol=1e-6)
+        assert np.abs(apart - apart[:1]).max() > 0.1
+
+
+def test_the_gradient_through_a_resized_crop_is_its_transpose(key, images):
+    few, weights = jnp.asarray(images[:4]), jnp.asarray(images[4:8])
+
+    crop = jax.jit(functools.partial(augment.random_resized_crop, key))
+
+    gradient = jax.jit(jax.grad(lambda x: (crop(x) * weights).sum()))(few)
+    # A linear map: <w, A v> = <A^T w, v> for every v.
+    for other in (few, jnp.asarray(images[8:12])):
+        np.testing.assert_allclose(
+            (gradient * other).sum(), (weights * crop(other)).sum(), rtol=1e-4
+        )
+    assert float(jnp.abs(gradient).max()) > 0.1
 
 
 def test_cutout_fills_one_square_clipped_at_the_border(key, images):
@@ -163,6 +253,8 @@ def test_composition_folds_the_key_with_the_place(key, images):
         (lambda k, x: augment.random_crop(k, x, -1), 'got -1'),
         (lambda k, x: augment.random_crop(k, x, 5, fill=None), '0..4 pixels, got 5'),
         (lambda k, x: augment.cutout(k, x, 0), 'got 0'),
+        (lambda k, x: augment.random_resized_crop(k, x, (0.0, 1.0)), r'area are 0 < low .* <= 1'),
+        (lambda k, x: augment.random_resized_crop(k, x, aspect=(2, 1)), r'aspect .*got \(2, 1\)'),
         (lambda k, x: augment.mixup(k, {'input': x}, 0.0), 'alpha must be above 0'),
         (lambda k, x: augment.augment(k, {'input': x}, ('flpi',)), "Did you mean 'flip'"),
         (

@@ -332,14 +332,14 @@ def test_a_whole_mobilenet_under_jit_equals_numpy():
         for c in range(8)
     )
     x = relu6(batch_norm(p, s, 'stem', stem))
-    blocks = {6: 2, 3: 2, 13: 2}  # Where a stride is left for small images.
+    strides = {3: 2, 6: 2, 13: 2}  # Those left for small images.
     for i in range(17):
         q, t = p[f'block{i}'], s[f'block{i}']
         y = x
         if i > 0:
             y = relu6(batch_norm(q, t, 'expand', pointwise(y, q['expand']['kernel'])))
         y = relu6(
-            batch_norm(q, t, 'depthwise', depthwise(y, q['depthwise']['kernel'], blocks.get(i, 1)))
+            batch_norm(q, t, 'depthwise', depthwise(y, q['depthwise']['kernel'], strides.get(i, 1)))
         )
         y = batch_norm(q, t, 'project', pointwise(y, q['project']['kernel']))
         x = x + y if x.shape == y.shape else y
