@@ -34,7 +34,7 @@ from kd import config as config_lib
 from kd.data import sources
 from kd.errors import UserError
 from kd.overrides import override
-from kd.parallel import hlo, topology
+from kd.parallel import hlo, hlo_traffic, topology
 from kd.parallel import mesh as mesh_lib
 
 
@@ -49,7 +49,7 @@ class Report:
       chip: what each device can do, None for CPU.
       arguments, temporaries, peak: bytes on each device.
       flops: in matrix products and convolutions, on all devices together.
-      traffic: bytes between each chip and its memory, by XLA's count.
+      traffic: bytes between each chip and its memory, see `kd.parallel.hlo_traffic`.
       collectives: of one step on one device.
       refused: what the compiler said where the program does not fit, else ''.
     """
@@ -148,15 +148,15 @@ def compile_stage(config: config_lib.ConfigDict, name: str, target: str) -> Repo
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         return dataclasses.replace(report, refused=str(error).strip().splitlines()[0])
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return dataclasses.replace(
         report,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        traffic=int(cost.get('bytes accessed', 0)),
-        collectives=hlo.collectives(compiled.as_text()),
+        traffic=hlo_traffic.traffic(program),
+        collectives=hlo.collectives(program),
     )
 
 

@@ -83,8 +83,10 @@ def write(file: Path, *, jobs: int, cpu_minutes: float, rows: Sequence[Row] = RO
     file.parent.mkdir(parents=True, exist_ok=True)
     record = file.with_suffix('.json')
     kept = json.loads(record.read_text()) if record.exists() else {}
-    todo = [row.key(target) for row in rows for target in row.slices]
-    todo = [key for key in todo if key not in kept]
+    # Slice by slice, so that a table that is cut short has something of every recipe.
+    slices = dict.fromkeys(target for row in rows for target in row.slices)
+    keys = [row.key(target) for target in slices for row in rows if target in row.slices]
+    todo = [key for key in keys if key not in kept]
     with futures.ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(compiled, key, cpu_minutes): key for key in todo}
         for done in futures.as_completed(running):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,12 @@ _BYTES = {
     'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
     's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16,
 }  # fmt: skip
-_COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$')
-_INSTRUCTION = re.compile(
-    r'^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>\(.*?\)|[^ ]+) (?P<op>[\w\-]+)\((?P<rest>.*)$'
+COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$')
+INSTRUCTION = re.compile(
+    r'^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|[^ ]+) '
+    r'(?P<op>[\w\-]+)\((?P<rest>.*)$'
 )
-_SHAPE = re.compile(r'(?P<type>[a-z]\w*)\[(?P<sides>[\d,]*)\]')
+SHAPE = re.compile(r'(?P<type>[a-z]\w*)\[(?P<sides>[\d,]*)\](?P<layout>\{[^}]*\})?')
 _CALLED = re.compile(
     r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
 )
@@ -49,23 +51,17 @@ def collectives(text: str) -> list[Collective]:
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     current = entry = ''
     for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
+        if match := COMPUTATION.match(line):
             current = match['name']
             entry = current if match['entry'] else entry
-        elif match := _INSTRUCTION.match(line):
-            trips = _TRIPS.search(line) if match['op'] == 'while' else None
-            times = int(trips[1]) if trips else 1
-            called = _CALLED.findall(match['rest'])
-            for branches in _BRANCHES.findall(match['rest']):
-                called += re.findall(r'[\w.\-]+', branches)
-            calls[current] += [(name, times) for name in called]
+        elif match := INSTRUCTION.match(line):
+            calls[current] += calls_of(match['op'], match['rest'])
             kind = match['op'].removesuffix('-start')
             if kind in KINDS:
                 starts = match['op'].endswith('-start')
                 size = _size(kind, match['shape'], starts, match['rest'])
                 found[current].append((kind, size, match['shape']))
-    runs: Counter[str] = Counter()
-    _count(entry, 1, calls, runs)
+    runs = count_runs(entry, calls)
     return [
         Collective(kind, size, runs[name], shape)
         for name, listed in found.items()
@@ -99,17 +95,33 @@ def flops(function: Any, *arguments: Any) -> int:
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _count(name: str, times: int, calls: dict, runs: Counter[str]) -> None:
-    runs[name] += times
-    for called, trips in calls[name]:
-        _count(called, times * trips, calls, runs)
+def count_runs(entry: str, calls: Mapping[str, list[tuple[str, int]]]) -> Counter[str]:
+    """How often each computation runs in one execution of the program."""
+    runs: Counter[str] = Counter()
+
+    def count(name: str, times: int) -> None:
+        runs[name] += times
+        for called, trips in calls.get(name, ()):
+            count(called, times * trips)
+
+    count(entry, 1)
+    return runs
+
+
+def calls_of(op: str, rest: str) -> list[tuple[str, int]]:
+    """(computation, times) that an instruction calls."""
+    trips = _TRIPS.search(rest) if op == 'while' else None
+    called = _CALLED.findall(rest)
+    for branches in _BRANCHES.findall(rest):
+        called += re.findall(r'[\w.\-]+', branches)
+    return [(name, int(trips[1]) if trips else 1) for name in called]
 
 
 def _size(kind: str, shape: str, starts: bool, rest: str) -> int:
-    sizes = [_bytes(m) for m in _SHAPE.finditer(shape)]
+    sizes = [_bytes(m) for m in SHAPE.finditer(shape)]
     if kind == 'reduce-scatter':
         operands = rest.partition(')')[0]
-        into = [_bytes(m) for m in _SHAPE.finditer(operands)]
+        into = [_bytes(m) for m in SHAPE.finditer(operands)]
         # Newer texts do not repeat the operands' shapes: take the groups' size instead.
         if into:
             return sum(into)
@@ -134,7 +146,26 @@ def _bytes(match: re.Match[str]) -> int:
     return _BYTES.get(match['type'], 4) * math.prod(sides)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
+def bytes_in_memory(match: re.Match[str]) -> int:
+    """Bytes that an array (a match of `SHAPE`) takes of a chip's large memory.
+
+    None where its layout puts it in memory on the chip; elsewhere the smaller sides are rounded up
+    to the layout's tiles.
+    """
+    layout = match['layout'] or ''
+    if 'S(1)' in layout:
+        return 0
+    order, _, rest = layout.strip('{}').partition(':')
+    tile = re.match(r'T\(([\d,]+)\)', rest)
+    if not tile or not order:
+        return _bytes(match)
+    sides = [int(side) for side in match['sides'].split(',')]
+    for axis, size in zip(order.split(','), reversed(tile[1].split(',')), strict=False):
+        sides[int(axis)] = -(-sides[int(axis)] // int(size)) * int(size)
+    return _BYTES.get(match['type'], 4) * math.prod(sides)
+
+
+def jaxpr_flops(jaxpr: Any) -> int:
     """As `flops`, of a function that is traced already."""
     total = 0
     for equation in jaxpr.eqns:

@@ -1,0 +1,151 @@
+"""Bytes that a compiled program moves between the chip and its memory, read from its text.
+
+As in XLA's own analysis an instruction reads its operands and writes its result once, and a fusion
+is one instruction; of what is sliced, gathered or updated in place only the part counts. Other than
+there, the body of a loop counts as often as it runs, and what lies in the memory on the chip (space
+1 of a TPU) does not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from kd.parallel import hlo
+
+# They move nothing themselves.
+_FREE = {
+    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional',
+    'call', 'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier',
+}  # fmt: skip
+_SLICES = {'dynamic-slice', 'slice', 'gather'}
+_OPERAND = re.compile(r'%([\w.\-]+)')
+
+
+class _Instruction(NamedTuple):
+    name: str
+    op: str
+    sizes: list[int]  # in HBM, of each array of the result
+    operands: list[str]
+    rest: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes)
+
+
+_Computation = dict[str, _Instruction]  # the last one is the root
+
+
+def traffic(text: str) -> int:
+    """Bytes read and written by one execution of a compiled program on one device."""
+    computations, entry = _parse(text)
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for name, instructions in computations.items():
+        for each in instructions.values():
+            # What a fusion, a reduction or a sort calls is part of it.
+            if each.op in ('while', 'conditional', 'call', 'async-start'):
+                calls[name] += hlo.calls_of(each.op, each.rest)
+    runs = hlo.count_runs(entry, calls)
+    return sum(
+        times * _moved(each, computations[name], computations)
+        for name, times in runs.items()
+        for each in computations.get(name, {}).values()
+    )
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    current: _Computation = {}
+    root: dict[str, str] = {}
+    entry = name = ''
+    for line in text.splitlines():
+        if match := hlo.COMPUTATION.match(line):
+            name = match['name']
+            entry = name if match['entry'] else entry
+            current = computations.setdefault(name, {})
+        elif match := hlo.INSTRUCTION.match(line):
+            sizes = [hlo.bytes_in_memory(found) for found in hlo.SHAPE.finditer(match['shape'])]
+            operands = _OPERAND.findall(match['rest'].partition(')')[0])
+            each = _Instruction(match['name'], match['op'], sizes, operands, match['rest'])
+            current[each.name] = each
+            if match['root']:
+                root[name] = each.name
+    for name, last in root.items():
+        computations[name][last] = computations[name].pop(last)
+    return computations, entry
+
+
+def _moved(each: _Instruction, within: _Computation, computations: dict[str, _Computation]) -> int:
+    if each.op in _FREE or each.op.endswith('-done'):
+        return 0
+    if each.op in _SLICES:
+        return 2 * each.bytes
+    if each.op == 'dynamic-update-slice':
+        return 2 * _size(within, each.operands[1:2])
+    if each.op.endswith('-start'):
+        # (operands, results, context): each array once.
+        return sum(size for size in each.sizes if size > 4)
+    if each.op == 'fusion':
+        called = re.search(r'calls=%?([\w.\-]+)', each.rest)
+        if called and called[1] in computations:
+            return _fused(each, within, computations[called[1]])
+    return each.bytes + _size(within, each.operands)
+
+
+def _size(within: _Computation, names: list[str]) -> int:
+    return sum(within[name].bytes for name in names if name in within)
+
+
+def _fused(each: _Instruction, within: _Computation, inside: _Computation) -> int:
+    """Bytes of a fusion, less what its slices and updates leave alone."""
+    users: dict[str, list[_Instruction]] = defaultdict(list)
+    for inner in inside.values():
+        for name in inner.operands:
+            users[name].append(inner)
+    numbers = {
+        int(inner.rest.partition(')')[0]): inner.name
+        for inner in inside.values()
+        if inner.op == 'parameter'
+    }
+    total = 0
+    for number, operand in enumerate(each.operands):
+        whole = _size(within, [operand])
+        part = _read(numbers.get(number, ''), users, inside) if whole else 0
+        total += whole if part is None else min(whole, part)
+    root = next(reversed(inside.values()))
+    written = root.operands if root.op == 'tuple' else [root.name]
+    for size, name in zip(each.sizes, written, strict=False):
+        made = _behind(name, inside)
+        updates = made is not None and made.op == 'dynamic-update-slice'
+        total += min(size, _whole(inside, made.operands[1])) if updates and made else size
+    return total
+
+
+def _read(name: str, users: dict[str, list[_Instruction]], inside: _Computation) -> int | None:
+    """Bytes read of a parameter that is only sliced or updated; None for all of it."""
+    total = 0
+    for user in users[name]:
+        if user.op == 'bitcast':
+            part = _read(user.name, users, inside)
+            if part is None:
+                return None
+            total += part
+        elif user.op in _SLICES and user.operands[0] == name:
+            total += _whole(inside, user.name)
+        elif user.op != 'dynamic-update-slice' or user.operands[0] != name:
+            return None
+    return total
+
+
+def _behind(name: str, inside: _Computation) -> _Instruction | None:
+    """The instruction that made a value, through bitcasts."""
+    made = inside.get(name)
+    while made is not None and made.op == 'bitcast':
+        made = inside.get(made.operands[0])
+    return made
+
+
+def _whole(inside: _Computation, name: str) -> int:
+    return inside[name].bytes if name in inside else 0

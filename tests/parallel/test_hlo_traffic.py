@@ -1,0 +1,78 @@
+"""Bytes between chip and memory, counted in the text of programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kd.parallel import hlo, hlo_traffic
+
+
+def _compiled(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def test_without_loops_it_is_the_count_of_xla():
+    def function(x, y, z):
+        mixed = jax.nn.softmax(x @ y) @ z
+        return mixed.at[3].set(0.0), jnp.sort(mixed, 0)[:5], mixed[:, 2].sum()
+
+    compiled = _compiled(function, (64, 128), (128, 32), (32, 16))
+    expected = compiled.cost_analysis()['bytes accessed']
+    assert hlo_traffic.traffic(compiled.as_text()) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_reads_one_slice_a_turn():
+    def function(n):
+        def run(x, stacked):
+            return jax.lax.scan(lambda x, y: (jnp.tanh(x) @ y, None), x, stacked)[0]
+
+        return hlo_traffic.traffic(_compiled(run, (64, 64), (n, 64, 64)).as_text())
+
+    a_turn = (function(30) - function(10)) / 20
+    matrix = 4 * 64 * 64
+    # tanh: in and out; slice: in and out; product: two in and one out; if need be, copies.
+    assert 5 * matrix <= a_turn <= 10 * matrix
+
+
+TPU = """HloModule step
+
+%fused (a: f32[100,8,128], b: s32[]) -> f32[8,128] {
+  %a = f32[100,8,128]{2,1,0:T(8,128)} parameter(0)
+  %b = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%a, %b, %zero, %zero)
+  ROOT %bitcast = f32[8,128]{1,0:T(8,128)} bitcast(%slice)
+}
+
+ENTRY %main (p: f32[100,8,128], i: s32[], n: f32[16,3]) -> f32[8,128] {
+  %p = f32[100,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %n = f32[16,3]{1,0:T(8,128)} parameter(2)
+  %near = f32[16,3]{1,0:T(8,128)S(1)} copy(%n)
+  %twice = f32[16,3]{1,0:T(8,128)S(1)} add(%near, %near)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} fusion(%p, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_memory_on_the_chip_is_free_and_tiles_are_whole():
+    tile = 4 * 8 * 128
+    # 16 x 3 takes two tiles of 8 x 128 and is read once; a slice of one tile is read and written.
+    # Four bytes are those of the index.
+    assert hlo_traffic.traffic(TPU) == 2 * tile + 2 * tile + 4
+
+
+@pytest.mark.parametrize(
+    ('shape', 'size'),
+    [
+        ('f32[16,3]{1,0:T(8,128)}', 4 * 16 * 128),
+        ('f32[16,3]{0,1:T(8,128)}', 4 * 128 * 8),
+        ('bf16[5,9,200]{2,1,0:T(8,128)(2,1)}', 2 * 5 * 16 * 256),
+        ('f32[16]{0:T(128)S(1)}', 0),
+        ('f32[16,3]{1,0}', 4 * 16 * 3),
+        ('pred[]', 1),
+    ],
+)
+def test_bytes_of_a_layout(shape, size):
+    assert hlo.bytes_in_memory(hlo.SHAPE.match(shape)) == size
