@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kd.losses.segments import inner_batches
@@ -85,14 +86,18 @@ def fresh_networks(
     batch_size: int = 256,
     transform: Transform | None = None,
     loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    relabel: Callable[[Any, jax.Array], jax.Array] | None = None,
     test_batch_size: int = 1000,
-) -> Callable[[jax.Array, Examples, Examples, Any], jax.Array]:
-    """Builds `evaluate(keys [K], examples, test, learning_rate) -> accuracies [K]`, float32.
+) -> Callable[..., jax.Array]:
+    """Builds `evaluate(keys [K], examples, test, learning_rate, teacher=None) -> [K]` accuracies.
 
     Each key initialises and trains one network; the K of them are vmapped. A step is one compiled
     call, kept for the next evaluation of a set of the same size. There is no loop inside it, in
     which XLA for CPU would run convolutions many times slower. The networks are tested once, at the
     end. `evaluate` raises ValueError for sets that do not fit together.
+
+    NumPy arrays stay on the host, which gathers every batch of them; arrays of JAX are gathered on
+    the device. Convert sets that fit there.
 
     Args:
       network: the architecture. On CPU, where convolutions vmapped over weights are slow, choose
@@ -101,51 +106,43 @@ def fresh_networks(
       batch_size: at most the whole set is used; the last batch of an epoch may be smaller.
       transform: augmentation of the training batches, `transform(key, batch) -> batch`.
       loss: `loss(logits, labels) -> [B]`.
+      relabel: `relabel(teacher, inputs) -> labels`, which replace those of every batch after the
+        transform.
       test_batch_size: images tested at a time.
 
     Source: the protocol of Cazenavette et al. 2022, arXiv 2203.11932.
     """
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-    def step(phase, variables, opt_state, keys, number, examples, learning_rate):
-        tx = phases[phase].tx(learning_rate)
-
-        def one(variables, opt_state, key):
-            batch, mask, key = _batch(key, number, examples, batch_size, transform)
-            return _update(network, tx, loss, variables, opt_state, batch, mask, key)
-
-        return jax.vmap(one)(variables, opt_state, keys)
+    step = _step(network, phases, batch_size, transform, loss, relabel)
+    rows = jax.jit(
+        jax.vmap(
+            lambda key, number, size: _draw(key, number, size, batch_size)[0], (0, None, None)
+        ),
+        static_argnums=2,
+    )
+    initialise, tested = jax.jit(jax.vmap(network.init)), _test(network, test_batch_size)
 
     @functools.partial(jax.jit, static_argnums=0)
     def start(phase, variables, learning_rate):
         tx = phases[phase].tx(learning_rate)
         return jax.vmap(lambda v: tx.init(v['params']))(variables)
 
-    @jax.jit
-    def correct(variables, inputs, labels):
-        logits = jax.vmap(lambda v: network.apply(v, inputs).logits)(variables)
-        return (logits.argmax(-1) == labels).sum(-1)
-
-    initialise = jax.jit(jax.vmap(network.init))
-
-    def evaluate(keys, examples, test, learning_rate):
+    def evaluate(keys, examples, test, learning_rate, teacher=None):
         _check(examples, test)
-        size = examples['label'].shape[0]
+        size, hosted = len(examples['label']), isinstance(examples['input'], np.ndarray)
         learning_rate = jnp.asarray(learning_rate, jnp.float32)
-        variables, number = initialise(keys), 0
+        variables, number, given = initialise(keys), 0, examples
         for phase, (epochs, _) in enumerate(phases):
             opt_state = start(phase, variables, learning_rate)
             for _ in range(epochs * math.ceil(size / batch_size)):
+                if hosted:
+                    chosen = np.asarray(rows(keys, number, size))
+                    given = {name: np.asarray(x)[chosen] for name, x in examples.items()}
                 variables, opt_state = step(
-                    phase, variables, opt_state, keys, number, examples, learning_rate
-                )
+                    (phase, size, hosted), variables, opt_state, keys, number, given,
+                    learning_rate, teacher,
+                )  # fmt: skip
                 number += 1
-        total = test['label'].shape[0]
-        hits = jnp.zeros(len(keys))
-        for i in range(0, total, test_batch_size):
-            rows = slice(i, i + test_batch_size)
-            hits += correct(variables, test['input'][rows], test['label'][rows])
-        return hits / total
+        return tested(variables, test)
 
     return evaluate
 
@@ -196,16 +193,55 @@ def _score(gain: float) -> float:
     return (math.exp(gain) - math.exp(-1.0)) / (math.exp(1.0) - math.exp(-1.0))
 
 
-def _batch(key, number, examples, batch_size, transform):
-    """Batch of step `number`, the mask of its real rows, and a key for the network."""
-    size = examples['label'].shape[0]
+def _step(network, phases, batch_size, transform, loss, relabel):
+    """One step of all networks; the first argument is (phase, size of the set, given a batch)."""
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def step(static, variables, opt_state, keys, number, given, learning_rate, teacher):
+        phase, size, gathered = static
+        tx = phases[phase].tx(learning_rate)
+
+        def one(variables, opt_state, key, given):
+            indices, mask, transform_key, key = _draw(key, number, size, batch_size)
+            batch = given if gathered else jax.tree.map(lambda x: x[indices], given)
+            if transform is not None:
+                batch = transform(transform_key, batch)
+            if relabel is not None:
+                batch = {**batch, 'label': relabel(teacher, batch['input'])}
+            return _update(network, tx, loss, variables, opt_state, batch, mask, key)
+
+        in_axes = (0, 0, 0, 0 if gathered else None)
+        return jax.vmap(one, in_axes)(variables, opt_state, keys, given)
+
+    return step
+
+
+def _test(network, batch_size):
+    """`tested(variables of K networks, test) -> [K]` accuracies."""
+
+    @jax.jit
+    def correct(variables, inputs, labels):
+        logits = jax.vmap(lambda v: network.apply(v, inputs).logits)(variables)
+        return (logits.argmax(-1) == labels).sum(-1)
+
+    def tested(variables, test):
+        hits, total = jnp.float32(0), len(test['label'])
+        for i in range(0, total, batch_size):
+            part = slice(i, i + batch_size)
+            hits += correct(variables, test['input'][part], test['label'][part])
+        return hits / total
+
+    return tested
+
+
+def _draw(key, number, size, batch_size):
+    """Rows of step `number`, the mask of the real ones, keys for transform and network."""
     count = math.ceil(size / batch_size)
     order_key, key = jax.random.split(key)
     orders = inner_batches(jax.random.fold_in(order_key, number // count), size, batch_size, count)
     indices, mask = (rows[number % count] for rows in orders)
-    batch = jax.tree.map(lambda x: x[indices], examples)
     transform_key, key = jax.random.split(jax.random.fold_in(key, number))
-    return (batch if transform is None else transform(transform_key, batch)), mask, key
+    return indices, mask, transform_key, key
 
 
 def _update(network, tx, loss, variables, opt_state, batch, mask, key):

@@ -78,6 +78,41 @@ def test_one_hot_labels_are_hard_labels(evaluate, sets):
     np.testing.assert_array_equal(evaluate(keys, soft, test, 0.1), evaluate(keys, train, test, 0.1))
 
 
+def test_sets_on_the_host_give_the_numbers_of_those_on_the_device(linear, sets):
+    phases = synthetic_set.sgd_phases(7, weight_decay=0.05)
+    train, test = sets
+    evaluate = synthetic_set.fresh_networks(
+        linear, phases, batch_size=4, test_batch_size=128,
+        transform=lambda key, batch: {
+            **batch, 'input': batch['input'] + jax.random.normal(key, batch['input'].shape)
+        },
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(2), 3)
+    device = [{name: jnp.asarray(x) for name, x in one.items()} for one in (train, test)]
+    accuracies = evaluate(keys, train, test, 0.1)
+    np.testing.assert_allclose(accuracies, evaluate(keys, *device, 0.1), atol=1e-6)
+    assert len(np.unique(accuracies)) > 1
+
+
+def test_relabelled_batches_train_on_what_the_teacher_says_of_the_transformed_images(linear, sets):
+    train, test = sets
+    keys = jax.random.split(jax.random.key(3), 2)
+    phases = synthetic_set.sgd_phases(20)
+    turn = {'transform': lambda key, batch: {**batch, 'input': -batch['input']}}
+
+    def relabel(teacher, inputs):
+        return jnp.argmax(inputs.reshape(len(inputs), -1) @ teacher, -1)
+
+    teacher = np.random.default_rng(4).normal(size=(16, CLASSES)).astype(np.float32)
+    teach = synthetic_set.fresh_networks(linear, phases, relabel=relabel, **turn)
+    plain = synthetic_set.fresh_networks(linear, phases, **turn)
+    said = {**train, 'label': np.asarray(relabel(teacher, -train['input']))}
+    wrong = {**train, 'label': (said['label'] + 1) % CLASSES}
+    found = teach(keys, wrong, test, 0.1, teacher)
+    np.testing.assert_array_equal(found, plain(keys, said, test, 0.1))
+    assert np.abs(found - plain(keys, wrong, test, 0.1)).max() > 0.02
+
+
 def test_training_in_uneven_batches_with_batch_norm_learns_and_none_is_chance():
     module = convnet.ConvNet(depth=1, width=8, num_classes=CLASSES, norm='batch')
     net = network.from_linen(module, jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32))
