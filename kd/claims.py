@@ -2,6 +2,7 @@
 
     python -m kd.claims logit_kd             run one, write results/logit_kd.json and .png
     python -m kd.claims logit_kd --smoke     a tiny version that only shows that it runs
+    python -m kd.claims mtt --data_dir=DIR   with tfds data that lies in DIR
     python -m kd.claims --list               all claims with the verdicts measured so far
     python -m kd.claims --readme             rewrite the table of claims in README.md
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -225,7 +227,7 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; exit status 0 whatever the verdict, 2 for an unknown claim."""
+    """Entry point; exit status 0 whatever the verdict, 2 for an unknown claim or absent data."""
     parser = argparse.ArgumentParser(
         prog='python -m kd.claims',
         description=__doc__,
@@ -233,10 +235,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('names', nargs='*', metavar='NAME')
     parser.add_argument('--smoke', action='store_true', help='a tiny version')
+    parser.add_argument(
+        '--data_dir', metavar='DIRECTORY',
+        help='where tfds data lies; default: TFDS_DATA_DIR, then ~/tensorflow_datasets',
+    )  # fmt: skip
     parser.add_argument('--output', type=Path, help='where results go; default: results/')
     parser.add_argument('--list', action='store_true')
     parser.add_argument('--readme', action='store_true')
     arguments = parser.parse_args(argv)
+    if arguments.data_dir:
+        # What `kd.data.sources.load` goes by where no directory is named.
+        os.environ['TFDS_DATA_DIR'] = arguments.data_dir
     try:
         if arguments.list:
             known = {result['claim']: result['verdict'] for result in results()}

@@ -77,6 +77,15 @@ def test_every_claim_starts(name, tmp_path, capsys):
     assert (tmp_path / f'{name}.png').stat().st_size > 5_000
 
 
+def test_data_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('TFDS_DATA_DIR', 'elsewhere')
+    assert claims.main(['mtt', f'--data_dir={tmp_path / "empty"}', f'--output={tmp_path}']) == 2
+    told = capsys.readouterr()
+    assert f'kd.data.prepare mnist --data_dir={tmp_path / "empty"}' in told.err
+    assert told.out == ''
+    assert not list(tmp_path.glob('mtt*'))
+
+
 def test_an_unknown_claim_is_said_with_the_nearest(capsys):
     assert claims.main(['logit_kdd']) == 2
     assert "Did you mean 'logit_kd'" in capsys.readouterr().err

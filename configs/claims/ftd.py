@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import figures
+from kd import dataset_seeds, figures
 from kd.claims import Check, Claim
 from kd.data import synthetic
 from kd.losses import sharpness, trajectory
-from kd.methods.dataset import common, pilot
+from kd.methods.dataset import common
 from kd.methods.dataset.ftd import ftd
 
 ARMS = {
@@ -58,38 +58,37 @@ def get_claim(smoke: bool = False) -> Claim:
 
 def run(say, seeds, steps, epochs, judged, arms):
     """Trains experts and sets for every arm."""
-    splits = pilot.digits()
-    judge = pilot.Judge(splits, epochs=judged)
-    context = pilot.context(splits, network=pilot.network(), tx=optax.adam(0.02), batch_size=1)
+    task = dataset_seeds.digits()
+    judge = dataset_seeds.Judge(task, epochs=judged)
+    context = dataset_seeds.context(task, tx=optax.adam(0.02), batch_size=1)
     method = ftd(
         context, ema=0.99, images_per_class=1, student_steps=STEPS, step_size=0.03,
         log_step_size=True,
     )  # fmt: skip
-    start = lambda key: pilot.random_start(splits, 1, key)  # noqa: E731
+    start = lambda key: dataset_seeds.random_start(task, 1, key)  # noqa: E731
     measured = {}
     for arm in arms:
-        everyone = pilot.train_experts(
-            splits, optax.sgd(0.1), count=TRAINED + HELD, epochs=epochs, **ARMS[arm][1]
+        everyone = dataset_seeds.train_experts(
+            task, optax.sgd(0.1), count=TRAINED + HELD, epochs=epochs, **ARMS[arm][1]
         )
         experts, held = everyone[:TRAINED], everyone[TRAINED:]
-        data = pilot.segments(experts, 10, LENGTH)
-        state = pilot.distil(method, data, np.arange(seeds), steps, start)
-        errors = accumulated(state, held)
-        curvature = curvatures(splits, held[:seeds, min(8, epochs)])
+        data = dataset_seeds.segments(experts, 10, LENGTH)
+        state = dataset_seeds.distil(method, data, np.arange(seeds), steps, start)
+        errors = accumulated(task.network, state, held)
+        curvature = curvatures(task, held[:seeds, min(8, epochs)])
         measured[arm] = {
             'accuracy': judge.learned(state),
             'averaged': judge.learned(state, 'average'),
             'curvature': curvature,
-            'expert': pilot.accuracy_of(held[:seeds], splits),
+            'expert': dataset_seeds.accuracy_of(task, held[:seeds]),
             **{f'error_{k + 1}': errors[:, k] for k in range(SEGMENTS)},
         }
         say(f'{arm}: ' + ', '.join(f'{k} {np.mean(v):.4f}' for k, v in measured[arm].items()))
     return measured
 
 
-def accumulated(state, held):
+def accumulated(net, state, held):
     """|| eps_k || / || theta*_0 - theta*_k ||, mean over held-out experts: [seeds, SEGMENTS]."""
-    net = pilot.network()
     unravel = common.unraveller(net)
     ends = jnp.asarray(held[:, : SEGMENTS * LENGTH + 1 : LENGTH])
 
@@ -113,11 +112,11 @@ def accumulated(state, held):
     return np.asarray(jax.jit(jax.vmap(of_seed))(state.params, state.mutables['label']))
 
 
-def curvatures(splits, vectors):
+def curvatures(task, vectors):
     """Largest curvature of the training loss at each of the parameter vectors."""
-    net = pilot.network()
+    net = task.network
     unravel = common.unraveller(net)
-    inputs, labels = (jnp.asarray(splits.train[name]) for name in ('input', 'label'))
+    inputs, labels = (jnp.asarray(task.train[name]) for name in ('input', 'label'))
 
     def loss(vector):
         logits = net.apply({'params': unravel(vector)}, inputs).logits

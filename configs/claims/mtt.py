@@ -1,25 +1,26 @@
 """Matching of training trajectories against real images of the same number (Cazenavette et al.
 2022, arXiv:2203.11932).
 
-    python -m kd.claims mtt            about 2 minutes on two cores
+    python -m kd.claims mtt            about MINUTES minutes on two cores
 
-Digits, perceptron 64-64-64-10, 20 experts of 20 epochs. Every set is judged by training five fresh
-networks on it, by one protocol: 300 full-batch steps of momentum. Random images and K-means
-representatives get the best of four learning rates by validation accuracy; distilled sets use the
-learning rate that was learned with them. TESLA drops the Hessian of the inner loop.
+Needs a copy of MNIST: `python -m kd.data.prepare mnist`, or `--data_dir`. Digits and MNIST, with
+perceptrons of two hidden layers of 64. Every set is judged by training five fresh networks on it,
+by one protocol: 300 full-batch steps of momentum. Random images and K-means representatives get the
+best of four learning rates by validation accuracy; distilled sets use the learning rate that was
+learned with them. TESLA drops the Hessian of the inner loop.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from kd import figures
+from kd import dataset_seeds, figures
 from kd.claims import Check, Claim
 from kd.data import coreset
-from kd.methods.dataset import pilot
 from kd.methods.dataset.mtt import mtt
 
-SIZES = (1, 10)
 ARMS = {
     'random': 'random images',
     'kmeans': 'K-means images',
@@ -28,94 +29,172 @@ ARMS = {
 }
 
 
+class Setting(NamedTuple):
+    """What is done with a data set.
+
+    Attributes:
+      task: loads it.
+      expert_lr, experts, epochs: of the experts.
+      segment: bound of the start epochs, and epochs that are matched.
+      steps: outer steps.
+      margins: over random images, by images per class.
+      arms: compared.
+      judged: steps of the networks that judge.
+    """
+
+    task: Any
+    expert_lr: float
+    experts: int
+    epochs: int
+    segment: tuple[int, int]
+    steps: int
+    margins: dict[int, float]
+    arms: tuple[str, ...] = tuple(ARMS)
+    judged: int = 300
+
+
+SETTINGS = {
+    'digits': Setting(dataset_seeds.digits, 0.05, 20, 20, (10, 2), 800, {1: 0.15, 10: 0.02}),
+    'mnist': Setting(dataset_seeds.mnist, 0.01, 10, 12, (10, 2), 400, {1: 0.15, 10: 0.02}),
+}
+SMOKE = {
+    'digits': Setting(
+        dataset_seeds.digits, 0.05, 20, 3, (2, 1), 4, {1: 0.15}, ('random', 'mtt'), judged=4
+    )
+}
+
+
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` shortens it to a few steps."""
-    seeds, steps, epochs, judged = (3, 4, 3, 4) if smoke else (5, 800, 20, 300)
-    sizes, arms = (SIZES[:1], ('random', 'mtt')) if smoke else (SIZES, tuple(ARMS))
-    margins = {1: 0.15, 10: 0.02}
+    """The claim; `smoke` shortens it to a few steps on digits."""
+    seeds, settings = (3, SMOKE) if smoke else (5, SETTINGS)
     return Claim(
         paper='Cazenavette et al. 2022, arXiv:2203.11932',
         statement='Images trained to match the training trajectories of experts teach a fresh '
         'network more than as many real images.',
-        setting=f'Digits; MLP 64-64-64-10; 20 experts of {epochs} epochs, {steps} outer steps, '
-        f'{seeds} seeds of 5 networks; real images at the best of four learning rates by '
-        'validation accuracy.',
-        run=lambda say: run(say, seeds, steps, epochs, judged, sizes, arms),
+        setting='; '.join(
+            f'{name}: {s.experts} experts of {s.epochs} epochs, {s.steps} outer steps'
+            for name, s in settings.items()
+        )
+        + f'. Perceptrons of two hidden layers of 64; {seeds} seeds of 5 networks; real images at '
+        'the best of four learning rates by validation accuracy.',
+        run=lambda say: run(say, seeds, settings),
         checks=[
-            *(
-                Check(
-                    f'over random images by {margins[n]:g}, {n} per class', 'accuracy',
-                    f'mtt_{n}', f'random_{n}', margin=margins[n],
-                )
-                for n in sizes
-            ),
-            *(
-                Check(f'over K-means images, {n} per class', 'accuracy', f'mtt_{n}', f'kmeans_{n}')
-                for n in sizes
-                if 'kmeans' in arms
-            ),
+            check
+            for name, setting in settings.items()
+            for check in checks(name, setting.margins, setting.arms)
         ],
         draw=draw,
-        notes='All seeds share the experts. The margins over random images were set before the '
-        'run, from a smaller experiment.',
-    )  # fmt: skip
+        notes=NOTES,
+    )
 
 
-def run(say, seeds, steps, epochs, judged, sizes, arms):
-    """Trains experts, then every arm; returns test accuracies per seed."""
-    splits, runs = pilot.digits(), np.arange(seeds)
-    trajectories = pilot.train_experts(splits, optax.sgd(0.05), epochs=epochs)
-    say(f'experts: test accuracy {pilot.accuracy_of(trajectories, splits).mean():.3f}')
-    data = pilot.segments(trajectories, min(10, epochs - 1), min(2, epochs - 1))
-    judge = pilot.Judge(splits, epochs=judged)
-    tx = optax.adam(0.02)
-    context = pilot.context(splits, network=pilot.network(), tx=tx, batch_size=1)
-    features = splits.train['input'].reshape(len(splits.train['input']), -1)
-    label = splits.train['label']
+NOTES = 'All seeds share the experts.'
+
+
+def checks(name, margins, arms):
+    """Of one data set: over random images by a margin, and over K-means images."""
+    for n, margin in margins.items():
+        ours = f'{name}_mtt_{n}'
+        where = f'{name}, {n} per class'
+        yield Check(
+            f'over random images by {margin:g}, {where}', 'accuracy', ours, f'{name}_random_{n}',
+            margin=margin,
+        )  # fmt: skip
+        if 'kmeans' in arms:
+            yield Check(f'over K-means images, {where}', 'accuracy', ours, f'{name}_kmeans_{n}')
+
+
+def run(say, seeds, settings):
+    """Test accuracies per seed of every arm on every data set."""
+    # All data is loaded before any work: a set that is not there is told at once.
+    tasks = {name: setting.task() for name, setting in settings.items()}
     measured = {}
-    for size in sizes:
-        chosen = {
-            'random': lambda s, n=size: coreset.random_subset(np.random.default_rng(s), label, n),
-            'kmeans': lambda s, n=size: coreset.kmeans(features, label, n, seed=s),
-        }
-        for arm in [arm for arm in arms if arm in chosen]:
-            rows = [chosen[arm](int(seed)) for seed in runs]
-            sets = [{k: splits.train[k][row] for k in ('input', 'label')} for row in rows]
-            accuracy, rate = judge.tuned(sets)
-            say(f'{ARMS[arm]}, {size} per class: {accuracy.mean():.4f} at {rate:g}')
-            measured[f'{arm}_{size}'] = {'accuracy': accuracy, 'step_size': [rate] * seeds}
-        for arm in [arm for arm in arms if arm not in chosen]:
-            method = mtt(
-                context, images_per_class=size, student_steps=20, step_size=0.03,
-                log_step_size=True, gradient='exact' if arm == 'mtt' else 'tesla',
-            )  # fmt: skip
-            start = lambda key, n=size: pilot.random_start(splits, n, key)  # noqa: E731
-            state = pilot.distil(method, data, runs, steps, start)
-            accuracy = judge.learned(state)
-            loss = pilot.outer_loss(method, state, data)
-            say(f'{ARMS[arm]}, {size} per class: {accuracy.mean():.4f}, distance {loss.mean():.3f}')
-            rates = np.asarray(jax.numpy.exp(state.params['log_step_size']))
-            measured[f'{arm}_{size}'] = {'accuracy': accuracy, 'step_size': rates, 'distance': loss}
+    for name, task in tasks.items():
+        setting = settings[name]
+        judge = dataset_seeds.Judge(task, epochs=setting.judged)
+        found = real(say, task, judge, setting, np.arange(seeds)) | distilled(
+            say, task, judge, setting, np.arange(seeds)
+        )
+        measured |= {f'{name}_{arm}': values for arm, values in found.items()}
     return measured
 
 
+def real(say, task, judge, setting, seeds):
+    """Sets of real images, chosen anew for every seed."""
+    pixels, label = components(task.train['input']), task.train['label']
+    choose = {
+        'random': lambda s, n: coreset.random_subset(np.random.default_rng(s), label, n),
+        'kmeans': lambda s, n: coreset.kmeans(pixels, label, n, seed=s),
+    }
+    measured = {}
+    for size in setting.margins:
+        for arm in [arm for arm in setting.arms if arm in choose]:
+            rows = [choose[arm](int(seed), size) for seed in seeds]
+            sets = [{k: task.train[k][row] for k in ('input', 'label')} for row in rows]
+            accuracy, rate = judge.tuned(sets)
+            say(f'{ARMS[arm]}, {size} per class: {accuracy.mean():.4f} at {rate:g}')
+            measured[f'{arm}_{size}'] = {'accuracy': accuracy, 'step_size': [rate] * len(seeds)}
+    return measured
+
+
+def distilled(say, task, judge, setting, seeds):
+    """Sets trained on the trajectories of the same experts."""
+    tx = optax.sgd(setting.expert_lr)
+    trajectories = dataset_seeds.train_experts(
+        task, tx, count=setting.experts, epochs=setting.epochs
+    )
+    say(f'experts: test accuracy {dataset_seeds.accuracy_of(task, trajectories).mean():.3f}')
+    data = dataset_seeds.segments(trajectories, *setting.segment)
+    context = dataset_seeds.context(task, tx=optax.adam(0.02), batch_size=1)
+    gradients = {'tesla': 'tesla', 'mtt': 'exact'}
+    measured = {}
+    for size in setting.margins:
+        for arm in [arm for arm in setting.arms if arm in gradients]:
+            method = mtt(
+                context, images_per_class=size, student_steps=20, step_size=0.03,
+                log_step_size=True, gradient=gradients[arm],
+            )  # fmt: skip
+            start = lambda key, n=size: dataset_seeds.random_start(task, n, key)  # noqa: E731
+            state = dataset_seeds.distil(method, data, seeds, setting.steps, start)
+            accuracy = judge.learned(state)
+            loss = dataset_seeds.outer_loss(method, state, data)
+            say(f'{ARMS[arm]}, {size} per class: {accuracy.mean():.4f}, distance {loss.mean():.3f}')
+            measured[f'{arm}_{size}'] = {
+                'accuracy': accuracy,
+                'step_size': np.asarray(jax.numpy.exp(state.params['log_step_size'])),
+                'distance': loss,
+            }
+    return measured
+
+
+def components(images, most=64):
+    """Centred images as vectors, by their first principal components where these are too many."""
+    rows = images.reshape(len(images), -1)
+    if rows.shape[1] <= most:
+        return rows
+    return rows @ np.linalg.eigh(rows.T @ rows)[1][:, -most:]
+
+
 def draw(measured):
-    """Test accuracy per arm, every seed a dot, a panel per size."""
-    sizes = sorted({int(arm.rpartition('_')[2]) for arm in measured})
-    arms = [arm for arm in ARMS if f'{arm}_{sizes[0]}' in measured]
-    figure = figures.new_figure(4.5 * len(sizes), 2.6)
-    axes = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
-    for axis, size in zip(axes, sizes, strict=True):
-        for row, arm in enumerate(arms):
-            values = np.asarray(measured[f'{arm}_{size}']['accuracy'])
-            axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
-            axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
-        axis.set(
-            xlabel='test accuracy', title=f'{size} image{"s" * (size > 1)} per class',
-            yticks=range(len(arms)),
-        )  # fmt: skip
-        axis.grid(alpha=0.3)
-        axis.margins(y=0.15)
-    axes[0].set_yticklabels([ARMS[arm] for arm in arms])
-    axes[0].invert_yaxis()
+    """Test accuracy per arm, every seed a dot; a row per data set, a column per size."""
+    keys = [arm.split('_') for arm in measured]
+    names = list(dict.fromkeys(name for name, _, _ in keys))
+    sizes = sorted({int(size) for _, _, size in keys})
+    arms = [arm for arm in ARMS if any(arm == other for _, other, _ in keys)]
+    figure = figures.new_figure(4.5 * len(sizes), 2.6 * len(names))
+    axes = figure.subplots(len(names), len(sizes), sharey=True, squeeze=False)
+    for panels, name in zip(axes, names, strict=True):
+        for axis, size in zip(panels, sizes, strict=True):
+            for row, arm in enumerate(arms):
+                values = np.asarray(measured[f'{name}_{arm}_{size}']['accuracy'])
+                axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
+                axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
+            axis.set(
+                xlabel='test accuracy', title=f'{name}, {size} image{"s" * (size > 1)} per class',
+                yticks=range(len(arms)),
+            )  # fmt: skip
+            axis.grid(alpha=0.3)
+            axis.margins(y=0.15)
+        panels[0].set_yticklabels([ARMS[arm] for arm in arms])
+    axes[0, 0].invert_yaxis()
     return figure

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import figures
+from kd import dataset_seeds, figures
 from kd.claims import Check, Claim
 from kd.data import coreset
-from kd.methods.dataset import common, pilot
+from kd.methods.dataset import common
 from kd.methods.dataset.mtt import mtt
-from kd.network import Network
 
 EXPERTS = {
     'sgd': ('plain descent', {}),
@@ -68,9 +67,9 @@ def get_claim(smoke: bool = False) -> Claim:
 
 def run(say, seeds, steps, epochs, judged, sizes, kinds):
     """Trains every kind of expert, and sets for each; then the two starts."""
-    splits = pilot.digits()
-    judge = pilot.Judge(splits, epochs=judged)
-    context = pilot.context(splits, network=pilot.network(), tx=optax.adam(0.02), batch_size=1)
+    task = dataset_seeds.digits()
+    judge = dataset_seeds.Judge(task, epochs=judged)
+    context = dataset_seeds.context(task, tx=optax.adam(0.02), batch_size=1)
     methods = {
         size: mtt(context, images_per_class=size, student_steps=20, step_size=0.05,
                   log_step_size=True)
@@ -79,46 +78,43 @@ def run(say, seeds, steps, epochs, judged, sizes, kinds):
     runs, measured, faded = np.arange(seeds), {}, None
     for kind in kinds:
         tx = optax.sgd(0.05) if kind == 'sgd' else optax.sgd(0.01, momentum=0.9)
-        experts = pilot.train_experts(splits, tx, epochs=epochs, **EXPERTS[kind][1])
+        experts = dataset_seeds.train_experts(task, tx, epochs=epochs, **EXPERTS[kind][1])
         moved = np.linalg.norm(np.diff(experts, axis=1), axis=-1)
         measured[f'{kind}_experts'] = {
-            'accuracy': pilot.accuracy_of(experts, splits),
+            'accuracy': dataset_seeds.accuracy_of(task, experts),
             **{f'moved_{e}': moved[:, e] for e in range(min(3, epochs))},
         }
-        data = pilot.segments(experts, min(10, epochs - 2), 2 if epochs > 2 else 1)
+        data = dataset_seeds.segments(experts, min(10, epochs - 2), 2 if epochs > 2 else 1)
         if kind == 'ramp':
             faded = experts, data
         for size, method in methods.items():
-            start = lambda key, n=size: pilot.random_start(splits, n, key)  # noqa: E731
-            state = pilot.distil(method, data, runs, steps, start)
+            start = lambda key, n=size: dataset_seeds.random_start(task, n, key)  # noqa: E731
+            state = dataset_seeds.distil(method, data, runs, steps, start)
             measured[f'{kind}_{size}'] = {
                 'accuracy': judge.learned(state),
-                'distance': pilot.outer_loss(method, state, data),
+                'distance': dataset_seeds.outer_loss(method, state, data),
             }
             values = measured[f'{kind}_{size}']
             say(f'{kind}, {size}: ' + ', '.join(f'{k} {v.mean():.4f}' for k, v in values.items()))
     if len(kinds) > 2:
-        measured |= starts(say, splits, judge, methods, *faded, runs)
+        measured |= starts(say, task, judge, methods, *faded, runs)
     return measured
 
 
-def starts(say, splits, judge, methods, experts, data, runs):
+def starts(say, task, judge, methods, experts, data, runs):
     """Random and representative starts after a few steps, with the faded-in experts."""
     measured = {}
-    net: Network = pilot.network()
-    params = common.unraveller(net)(jnp.asarray(experts[0, -1]))
-    logits = np.asarray(net.apply({'params': params}, splits.train['input']).logits)
+    params = common.unraveller(task.network)(jnp.asarray(experts[0, -1]))
+    logits = np.asarray(task.network.apply({'params': params}, task.train['input']).logits)
     for size, steps in ((1, 50), (10, 0), (10, 50)):
-        rows = [
-            coreset.kmeans(logits, splits.train['label'], size, seed=int(seed)) for seed in runs
-        ]
-        images = jnp.asarray(np.stack([splits.train['input'][r] for r in rows]))
+        rows = [coreset.kmeans(logits, task.train['label'], size, seed=int(seed)) for seed in runs]
+        images = jnp.asarray(np.stack([task.train['input'][r] for r in rows]))
         kinds = {
-            'random': lambda key, n=size: pilot.random_start(splits, n, key),
-            'representative': lambda key, images=images: images[pilot.seed_of(key)],
+            'random': lambda key, n=size: dataset_seeds.random_start(task, n, key),
+            'representative': lambda key, images=images: images[dataset_seeds.seed_of(key)],
         }
         for kind, start in kinds.items():
-            state = pilot.distil(methods[size], data, runs, steps, start)
+            state = dataset_seeds.distil(methods[size], data, runs, steps, start)
             accuracy = judge.learned(state)
             measured[f'{kind}_{size}_{steps}'] = {'accuracy': accuracy}
             say(f'{kind} start, {size} per class, {steps} steps: {accuracy.mean():.4f}')

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,9 +78,19 @@ def expert_trajectories(
       UserError: a number of steps or of experts that does not come out even, or a network that has
         running statistics.
     """
-    network, per_epoch = context.network, epoch_steps(context)
+    per_epoch = epoch_steps(context)
     _check(context, experts, together, epochs, per_epoch)
     names = tuple(augmentation.split('_')) if augmentation else ()
+    loss = _loss(context.network, names, ramp_epochs, penalty, penalty_axis)
+    gradient = jax.grad(loss, has_aux=True)
+    if rho or alpha:
+        gradient = _flat_gradient(loss, rho, alpha, adaptive)
+    update = _update(context.tx, gradient, weight_decay, drop_epoch, drop_factor)
+    return _rounds(context, update, together, epochs, per_epoch, len(names), drop_epoch)
+
+
+def _loss(network: Network, names, ramp_epochs, penalty, penalty_axis) -> Callable[..., Any]:
+    """`loss(params, batch, key, family, epoch) -> (loss, (cross-entropy, accuracy))`."""
 
     def loss(params, batch, key, family, epoch):
         images = batch['input']
@@ -91,22 +103,43 @@ def expert_trajectories(
             total += penalty * sharpness.gradient_penalty(apply, images, axis=penalty_axis).mean()
         return total, (cross_entropy, (logits.argmax(-1) == batch['label']).mean())
 
+    return loss
+
+
+def _flat_gradient(loss: Callable[..., Any], rho, alpha, adaptive) -> Callable[..., Any]:
+    """As `jax.grad(loss, has_aux=True)`, with the gradient of sharpness-aware minimisation."""
+
+    def gradient(params, *rest):
+        grads = sharpness.gsam_gradient(
+            lambda p: loss(p, *rest)[0], params, rho=rho, alpha=alpha, adaptive=adaptive
+        )[1]
+        return grads, loss(params, *rest)[1]
+
+    return gradient
+
+
+def _update(
+    tx: optax.GradientTransformation, gradient, weight_decay, drop_epoch, drop_factor
+) -> Callable[..., Any]:
+    """`update(params, opt_state, batch, key, family, epoch)`, a step of one expert."""
+
     def update(params, opt_state, batch, key, family, epoch):
-        grads, aux = jax.grad(loss, has_aux=True)(params, batch, key, family, epoch)
-        if rho or alpha:
-            flat = lambda p: loss(p, batch, key, family, epoch)[0]  # noqa: E731
-            grads = sharpness.gsam_gradient(flat, params, rho=rho, alpha=alpha, adaptive=adaptive)[
-                1
-            ]
+        grads, aux = gradient(params, batch, key, family, epoch)
         grads = jax.tree.map(lambda g, p: g + weight_decay * p, grads, params)
-        updates, opt_state = context.tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
         if drop_epoch:
             factor = jnp.where(epoch >= drop_epoch, drop_factor, 1.0)
             updates = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
         return optax.apply_updates(params, updates), opt_state, aux
 
+    return update
+
+
+def _rounds(context: Context, update, together, epochs, per_epoch, families, drop_epoch) -> Method:
+    """Round after round of `together` experts, each begun anew and trained for `epochs`."""
+
     def begin(key, number):
-        params = initial_experts(network, key, number, together)
+        params = initial_experts(context.network, key, number, together)
         return params, jax.vmap(context.tx.init)(params)
 
     def init(key, frozen=None):
@@ -115,9 +148,8 @@ def expert_trajectories(
         start = jax.tree.map(jnp.copy, params)
         return State.create(key, params, opt_state, extra={'start': start})
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        number, within = jnp.divmod(state.step, epochs * per_epoch)
-        epoch = within // per_epoch
+    def of_step(state: State, number, within):
+        """Parameters, optimisers and starts before a step: new ones in the first of a round."""
         kept = state.params, state.opt_state, state.extra['start']
 
         def restarted():
@@ -127,17 +159,21 @@ def expert_trajectories(
         params, opt_state, start = jax.lax.cond(within == 0, restarted, lambda: kept)
         if drop_epoch:
             dropping = within == drop_epoch * per_epoch
+            afresh = jax.vmap(context.tx.init)(params)
             opt_state = jax.tree.map(
-                lambda new, old: jnp.where(dropping, new, old),
-                jax.vmap(context.tx.init)(params),
-                opt_state,
+                lambda new, old: jnp.where(dropping, new, old), afresh, opt_state
             )
+        return params, opt_state, start
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        number, within = jnp.divmod(state.step, epochs * per_epoch)
+        params, opt_state, start = of_step(state, number, within)
         key = state.step_key()
         keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(jnp.arange(together))
-        family = jax.random.randint(key, (), 0, len(names)) if names else jnp.int32(0)
+        family = jax.random.randint(key, (), 0, families) if families else jnp.int32(0)
         params, opt_state, (losses, correct) = jax.vmap(
             update, in_axes=(0, 0, None, 0, None, None)
-        )(params, opt_state, batch, keys, family, epoch)
+        )(params, opt_state, batch, keys, family, within // per_epoch)
         metrics = {'loss': mean(losses), 'accuracy': mean(correct)}
         extra = {**state.extra, 'start': start}
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)

@@ -4,7 +4,7 @@ augmentation (Zhao and Bilen 2021, arXiv 2102.08259).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from kd.losses import gradient_matching as losses
 from kd.method import Batch, Method, Objective, minimize
 from kd.methods.dataset import common
 from kd.metrics import Metrics, mean
-from kd.state import State
+from kd.state import PyTree, State
 
 
 def gradient_matching(
@@ -52,18 +52,27 @@ def gradient_matching(
     """
     net = common.build_network(context, network, where='network') if network else context.network
     images, labels = common.real_start(context, images_per_class, start)
-    classes = len(labels) // images_per_class
     names = tuple(augmentation.split('_')) if augmentation else ()
 
     def cross_entropy(params, images, labels):
         logits = net.apply({'params': params}, images, train=True).logits
         return classification.cross_entropy(logits, labels).mean()
 
-    def init_images(key):
-        del key
+    def init(key):
+        del key  # The images are chosen on the host.
         return {'params': {'images': jnp.asarray(images)}, 'label': jnp.asarray(labels)}
 
+    base = minimize(_matched(cross_entropy, names, images_per_class, kind), context.tx, init)
+    train = _descent(cross_entropy, names, network_steps, network_lr)
+    return _along_training(base, lambda key: net.init(key)['params'], train, restart_every)
+
+
+def _matched(cross_entropy, names, images_per_class, kind) -> Callable[..., Objective]:
+    """The loss: the distances of the gradients at `state.extra['network']`, over classes."""
+
     def loss(params, state, batch, key) -> Objective:
+        real = jnp.swapaxes(batch['input'], 0, 1)
+        classes = len(real)
         family_key, key = jax.random.split(key)
         family = jax.random.randint(family_key, (), 0, max(len(names), 1))
 
@@ -74,40 +83,49 @@ def gradient_matching(
             return cross_entropy(theta, x, jnp.full(len(x), examples['label']))
 
         shared = {'key': jax.random.split(key, classes), 'label': jnp.arange(classes)}
-        ours = params['images'].reshape(classes, images_per_class, *images.shape[1:])
+        ours = params['images'].reshape(classes, images_per_class, *real.shape[2:])
         distances = losses.gradient_matching(
             of_class,
             state.extra['network'],
             {**shared, 'input': ours},
-            {**shared, 'input': jnp.swapaxes(batch['input'], 0, 1)},
+            {**shared, 'input': real},
             kind=kind,
         )
-        return Objective(mean(distances))
+        # The paper sums over classes; `Mean` would divide by their number.
+        return Objective(mean(distances.sum()[None]))
 
-    base = minimize(loss, context.tx, init_images)
+    return loss
 
-    def fresh(key):
-        return net.init(key)['params']
+
+def _descent(cross_entropy, names, steps, lr) -> Callable[..., PyTree]:
+    """`train(params, images, labels, key)`: the network after full-batch descent on the set."""
+
+    def train(params, images, labels, key):
+        def body(params, key):
+            x = siamese(key, images, names) if names else images
+            grads = jax.grad(cross_entropy)(params, x, labels)
+            return jax.tree.map(lambda p, g: p - lr * g, params, grads), None
+
+        return jax.lax.scan(body, params, jax.random.split(key, steps))[0]
+
+    return train
+
+
+def _along_training(base: Method, fresh, train, restart_every) -> Method:
+    """`base` with a network in its state, trained after every step and now and then begun anew."""
 
     def init(key, frozen=None):
         state = base.init(key, frozen)
         return state.replace(extra={'network': fresh(jax.random.fold_in(key, 0))})
-
-    def trained(params, state, key):
-        def body(params, key):
-            x = state.params['images']
-            x = siamese(key, x, names) if names else x
-            grads = jax.grad(cross_entropy)(params, x, state.mutables['label'])
-            return jax.tree.map(lambda p, g: p - network_lr * g, params, grads), None
-
-        return jax.lax.scan(body, params, jax.random.split(key, network_steps))[0]
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.step_key(), 1)
         due = (state.step % restart_every == 0) & (state.step > 0)
         network = jax.lax.cond(due, lambda: fresh(key), lambda: state.extra['network'])
         state, metrics = base.step(state.replace(extra={**state.extra, 'network': network}), batch)
-        network = trained(network, state, jax.random.fold_in(key, 1))
+        network = train(
+            network, state.params['images'], state.mutables['label'], jax.random.fold_in(key, 1)
+        )
         return state.replace(extra={**state.extra, 'network': network}), metrics
 
     return Method(init, step)

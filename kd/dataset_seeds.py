@@ -1,4 +1,4 @@
-"""Dataset distillation on digits over many seeds at once, for experiments that compare means.
+"""Dataset distillation over many seeds at once, for experiments that compare means.
 
 Experts are shared by all seeds of an arm; a seed decides the real images a set starts from, the
 segments, and the networks that judge the set.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,39 +29,63 @@ from kd.models.mlp import MLP
 from kd.network import Network, from_linen
 from kd.state import State
 
-BATCH = 60
 STEP_SIZES = (0.003, 0.01, 0.03, 0.1)
 
 
-class Splits(NamedTuple):
-    """Training, validation and test examples."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set and the network that is trained on it.
 
-    train: dict[str, np.ndarray]
-    validation: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
+    Attributes:
+      train, validation, test: `input` float32 [N, ...] and `label` int32 [N], classes 0..9.
+      network: that of experts, students and judges.
+      batch_size: of the experts.
+    """
+
+    train: Mapping[str, np.ndarray]
+    validation: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    network: Network
+    batch_size: int
 
 
-def digits() -> Splits:
-    """1,200 training, 300 validation and 297 test images, less the mean training image."""
-    config = ConfigDict({'data_dir': ''})
-    load = lambda split: standardised.standardised(  # noqa: E731
-        split, config, None, of='digits', kind='mean', fit_on='train[:1200]'
+def digits() -> Task:
+    """1,200 training, 300 validation and 297 test images; perceptron 64-64-64-10."""
+    return _images('digits', 1_200, widths=(64, 64), batch_size=60)
+
+
+def mnist() -> Task:
+    """55,000 training, 5,000 validation and 10,000 test images; perceptron 784-64-64-10.
+
+    Raises:
+      DataError: no copy of MNIST in the data directory.
+    """
+    return _images('mnist', 55_000, widths=(64, 64), batch_size=250)
+
+
+def _images(name: str, size: int, *, widths: tuple[int, ...], batch_size: int) -> Task:
+    """The first `size` images of `train` and the others; all of them less the mean of the first."""
+    known, test = (standardised.everything(sources.load(name, s)) for s in ('train', 'test'))
+    mean = known['input'][:size].mean(0, dtype=np.float64).astype(np.float32)
+
+    def centred(part, rows=slice(None)):
+        return {'input': part['input'][rows] - mean, 'label': part['label'][rows]}
+
+    one = jax.ShapeDtypeStruct((1, *mean.shape), jnp.float32)
+    return Task(
+        train=centred(known, slice(size)),
+        validation=centred(known, slice(size, None)),
+        test=centred(test),
+        network=from_linen(MLP(widths=widths), one),
+        batch_size=batch_size,
     )
-    return Splits(
-        *(standardised.everything(load(s)) for s in ('train[:1200]', 'train[1200:]', 'test'))
-    )
 
 
-def network() -> Network:
-    """The perceptron 64-64-64-10."""
-    return from_linen(MLP(widths=(64, 64)), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
-
-
-def context(splits: Splits, **rest: Any) -> Context:
+def context(task: Task, **rest: Any) -> Context:
     """A context for builders of dataset distillation; `rest` as of `kd.seeds.context`."""
-    source = _Arrays(splits.train)
+    source = _Arrays(task.train)
     return dataclasses.replace(
-        seeds_lib.context(num_classes=10, **rest),
+        seeds_lib.context(num_classes=10, **{'network': task.network, **rest}),
         source=lambda split: source,
         recipe_source=lambda split: source,
         config=ConfigDict({'seed': 0}),
@@ -70,11 +94,11 @@ def context(splits: Splits, **rest: Any) -> Context:
 
 
 class _Arrays(sources.Source):
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         label, shape = arrays['label'], arrays['input'].shape[1:]
         kept = {name: arrays[name] for name in ('input', 'label')}
         data = sources.DataSet(
-            'digits',
+            'arrays',
             {'train': len(label)},
             lambda _: sources.in_memory(kept),
             sources.example_spec(shape),
@@ -84,7 +108,7 @@ class _Arrays(sources.Source):
 
 
 def train_experts(
-    splits: Splits,
+    task: Task,
     tx: optax.GradientTransformation,
     *,
     count: int = 20,
@@ -93,11 +117,11 @@ def train_experts(
     **options: Any,
 ) -> np.ndarray:
     """Trajectories float32 [count, epochs + 1, P]; `options` as of `expert_trajectories`."""
-    size = len(splits.train['label'])
-    per_epoch = -(-size // BATCH)
-    made = context(splits, network=network(), tx=tx, steps=epochs * per_epoch, batch_size=BATCH)
+    size, batch_size = len(task.train['label']), task.batch_size
+    per_epoch = -(-size // batch_size)
+    made = context(task, tx=tx, steps=epochs * per_epoch, batch_size=batch_size)
     method = expert_trajectories(made, experts=count, together=count, epochs=epochs, **options)
-    arrays = {name: jnp.asarray(splits.train[name]) for name in ('input', 'label')}
+    arrays = {name: jnp.asarray(task.train[name]) for name in ('input', 'label')}
     state = jax.jit(method.init)(jax.random.key(seed))
 
     def one_step(state, rows):
@@ -108,20 +132,19 @@ def train_experts(
     snapshots = [np.asarray(flatten(state.params))]
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
-        rows = np.resize(rng.permutation(size), (per_epoch, BATCH))
+        rows = np.resize(rng.permutation(size), (per_epoch, batch_size))
         state = epoch(state, jnp.asarray(rows))
         snapshots.append(np.asarray(flatten(state.params)))
     return np.stack(snapshots, 1)
 
 
-def accuracy_of(trajectories: np.ndarray, splits: Splits) -> np.ndarray:
+def accuracy_of(task: Task, trajectories: np.ndarray) -> np.ndarray:
     """Test accuracy of every expert after its last epoch."""
-    net = network()
-    unravel = unraveller(net)
+    unravel = unraveller(task.network)
 
     def accuracy(vector):
-        logits = net.apply({'params': unravel(vector)}, splits.test['input']).logits
-        return (logits.argmax(-1) == splits.test['label']).mean()
+        logits = task.network.apply({'params': unravel(vector)}, task.test['input']).logits
+        return (logits.argmax(-1) == task.test['label']).mean()
 
     return np.asarray(jax.vmap(accuracy)(jnp.asarray(trajectories[:, -1])))
 
@@ -138,13 +161,13 @@ def segments(trajectories: np.ndarray, bound: int, length: int) -> dict[str, np.
     }
 
 
-def random_start(splits: Splits, images_per_class: int, key: jax.Array) -> jax.Array:
+def random_start(task: Task, images_per_class: int, key: jax.Array) -> jax.Array:
     """Random real images by class, drawn under jit: float32 [10 * images_per_class, ...]."""
-    label = jnp.asarray(splits.train['label'])
+    label = jnp.asarray(task.train['label'])
     scores = jax.random.uniform(key, label.shape)
     own = jnp.where(label == jnp.arange(10)[:, None], scores, -1.0)
     chosen = jax.lax.top_k(own, images_per_class)[1].reshape(-1)
-    return jnp.asarray(splits.train['input'])[chosen]
+    return jnp.asarray(task.train['input'])[chosen]
 
 
 def distil(
@@ -183,9 +206,9 @@ def outer_loss(method: Method, state: State, data: Mapping[str, np.ndarray]) -> 
 class Judge:
     """Trains networks on sets, seed by seed, under one protocol."""
 
-    def __init__(self, splits: Splits, *, epochs: int = 300, repeats: int = 5) -> None:
-        self.splits, self.repeats = splits, repeats
-        self.protocol = Protocol(network(), epochs=epochs, batch_size=1000)
+    def __init__(self, task: Task, *, epochs: int = 300, repeats: int = 5) -> None:
+        self.task, self.repeats = task, repeats
+        self.protocol = Protocol(task.network, epochs=epochs, batch_size=1000)
 
     def learned(self, state: State, average: str = '') -> np.ndarray:
         """Mean test accuracy per seed at the learned step size."""
@@ -196,7 +219,7 @@ class Judge:
         ]
         return np.array(
             [
-                self._accuracy(i, one.examples, self.splits.test, float(one.step_size))
+                self._accuracy(i, one.examples, self.task.test, float(one.step_size))
                 for i, one in enumerate(sets)
             ]
         )
@@ -205,12 +228,12 @@ class Judge:
         """Mean test accuracy per set at the step size that is best on validation, over all sets."""
         found = {
             rate: np.mean(
-                [self._accuracy(i, one, self.splits.validation, rate) for i, one in enumerate(sets)]
+                [self._accuracy(i, one, self.task.validation, rate) for i, one in enumerate(sets)]
             )
             for rate in STEP_SIZES
         }
         best = max(found, key=lambda rate: found[rate])
-        tested = [self._accuracy(i, one, self.splits.test, best) for i, one in enumerate(sets)]
+        tested = [self._accuracy(i, one, self.task.test, best) for i, one in enumerate(sets)]
         return np.array(tested), best
 
     def _accuracy(self, seed, examples, on, rate) -> float:
