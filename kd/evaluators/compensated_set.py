@@ -1,6 +1,6 @@
 """The training set that compensators unfold to, and how good it is.
 
-Source: Zhang et al. 2024, arXiv 2408.06927 (static soft labels, mixed as logits).
+Source: Zhang et al. 2024, arXiv 2408.06927 (static soft labels, mixed as logits; dynamic ones).
 """
 
 from __future__ import annotations
@@ -22,6 +22,21 @@ from kd.network import Network
 from kd.stage import build_network
 from kd.state import State
 
+LABELS = ('static', 'dynamic')
+# A set, for training or testing, up to this size lies on the device.
+RESIDENT_BYTES = 4 << 30
+
+
+def mean_logits(
+    networks: Mapping[str, Network], variables: Mapping[str, Any], images: jax.Array
+) -> jax.Array:
+    """What several networks say in evaluation mode, logits [B, C].
+
+    z(x) = 1 / M sum_m f_m(x)
+    """
+    total = sum(net.apply(variables[name], images).logits for name, net in networks.items())
+    return jnp.asarray(total) / len(networks)
+
 
 def soft_examples(
     networks: Mapping[str, Network],
@@ -29,26 +44,21 @@ def soft_examples(
     images: np.ndarray,
     batch_size: int = 500,
 ) -> dict[str, np.ndarray]:
-    """Images with the mean logits of several networks for labels, neither augmented.
-
-    z(x) = 1 / M sum_m f_m(x)
-    """
-
-    @jax.jit
-    def mean_logits(variables, x):
-        return sum(net.apply(variables[name], x).logits for name, net in networks.items()) / len(
-            networks
-        )
-
+    """Images with `mean_logits` for labels, not augmented."""
+    label = jax.jit(functools.partial(mean_logits, networks))
     parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    logits = np.concatenate([np.asarray(mean_logits(dict(variables), part)) for part in parts])
+    logits = np.concatenate([np.asarray(label(dict(variables), part)) for part in parts])
     return {'input': np.asarray(images), 'label': logits}
 
 
 class SoftTraining:
     """Training on logits by AdamW, its rate falling to 0 by a cosine.
 
-    KL( softmax(z' / T) || softmax(g(x') / T) ),   x' and z' mixed alike, logits as logits
+    KL( softmax(z' / T) || softmax(g(x') / T) ),   x' mixed of two images
+
+    with z' the same mixture of the logits of the two (static labels), or what the networks say of
+    x', after augmentation and mixture (dynamic labels: in a (M + 1)-th of the epochs, since every
+    step also runs the M networks).
     """
 
     def __init__(
@@ -63,25 +73,42 @@ class SoftTraining:
         mixup: float = 0.8,
         weight_decay: float = 0.01,
         augmentation: Sequence[Any] = (),
+        labels: str = 'static',
+        networks: Mapping[str, Network] | None = None,
     ) -> None:
         """Args:
-        network: the architecture g.
-        lr: largest rate.
-        epochs: passes through the set.
-        batch_size: of training.
-        temperature: T; there is no factor T^2.
-        gradient_scale: factor on the loss.
-        mixup: parameter of MixUp; 0 for none.
-        weight_decay: of AdamW.
-        augmentation: of `kd.data.augment`, before MixUp.
+          network: the architecture g.
+          lr: largest rate.
+          epochs: passes through the set.
+          batch_size: of training.
+          temperature: T; there is no factor T^2.
+          gradient_scale: factor on the loss.
+          mixup: parameter of MixUp; 0 for none.
+          weight_decay: of AdamW.
+          augmentation: of `kd.data.augment`, before MixUp.
+          labels: 'static' or 'dynamic'.
+          networks: those that label; needed for dynamic labels.
+
+        Raises:
+          ValueError: labels of another kind, or dynamic ones without networks.
         """
+        if labels not in LABELS:
+            raise ValueError(f'labels={labels!r} must be one of {", ".join(map(repr, LABELS))}.')
+        if labels == 'dynamic' and not networks:
+            raise ValueError("labels='dynamic' needs the networks that label.")
         self.network, self.lr, self.epochs, self.batch_size = network, lr, epochs, batch_size
         self.weight_decay, self.mixup, self.augmentation = weight_decay, mixup, tuple(augmentation)
+        self.networks = dict(networks or {}) if labels == 'dynamic' else {}
         self.loss = lambda logits, labels: (
             gradient_scale * divergence.forward_kl(logits, labels, temperature=temperature)
         )
         # One compiled step per kind of set.
         self._evaluate = functools.cache(self._build)
+
+    def passes(self, size: int, of: int = 0, *, soft: bool = True) -> int:
+        """Epochs of a set of `size` examples that take as many steps as those of `of` examples."""
+        share = len(self.networks) + 1 if soft else 1
+        return max(self.epochs * (of or size) // (size * share), 1)
 
     def __call__(
         self,
@@ -89,6 +116,7 @@ class SoftTraining:
         examples: Mapping[str, Any],
         test: Mapping[str, Any],
         *,
+        variables: Mapping[str, Any] | None = None,
         of: int = 0,
     ) -> np.ndarray:
         """Accuracies [K] of networks trained on `examples`.
@@ -96,23 +124,23 @@ class SoftTraining:
         Args:
           keys: one per network.
           examples: `input`, and `label` logits [n, C] or int [n]; the latter take cross-entropy
-            and no MixUp.
+            and neither MixUp nor dynamic labels.
           test: `input` and `label`.
+          variables: of the networks that label, for dynamic labels.
           of: examples that `epochs` counts, to compare sets at equal numbers of steps; 0 for those
             of the set.
         """
         size, soft = len(examples['input']), np.ndim(examples['label']) > 1
-        passes = max(self.epochs * (of or size) // size, 1)
-        given, tested = (
-            {k: jnp.asarray(x[k]) for k in ('input', 'label')} for x in (examples, test)
-        )
+        passes = self.passes(size, of, soft=soft)
+        given, tested = _placed(examples), _placed(test)
         evaluate = self._evaluate(passes, passes * -(-size // self.batch_size), soft)
-        return np.asarray(evaluate(keys, given, tested, self.lr))
+        return np.asarray(evaluate(keys, given, tested, self.lr, variables))
 
     def _build(self, passes: int, steps: int, soft: bool):
         schedule = optax.cosine_decay_schedule(1.0, steps)
         mixup = (('mixup', self.mixup),) if self.mixup and soft else ()
         entries = (*self.augmentation, *mixup)
+        dynamic = soft and self.networks
 
         def tx(rate):
             decay = self.weight_decay
@@ -124,7 +152,14 @@ class SoftTraining:
             batch_size=self.batch_size,
             transform=augment.compose(entries) if entries else None,
             loss=self.loss if soft else synthetic_set.cross_entropy,
+            relabel=functools.partial(mean_logits, self.networks) if dynamic else None,
         )
+
+
+def _placed(examples: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs and labels on the device, or on the host where they are large."""
+    place = jnp.asarray if examples['input'].nbytes <= RESIDENT_BYTES else np.asarray
+    return {name: place(examples[name]) for name in ('input', 'label')}
 
 
 def compensated_training(
@@ -138,7 +173,7 @@ def compensated_training(
     high: float = np.inf,
     **training: Any,
 ) -> Probe:
-    """Trains networks on the stage's images, compensated and not, under static soft labels.
+    """Trains networks on the stage's images, compensated and not, under soft labels.
 
     Reports `accuracy` and `std` over the networks; with `controls` also `real_accuracy`, that on
     the groups of real images alone for as many steps. In the stage, give it `split='train'`.
@@ -150,22 +185,23 @@ def compensated_training(
       repeats: networks.
       controls: see above.
       low, high: range of valid inputs.
-      **training: see `SoftTraining`.
+      **training: see `SoftTraining`; the networks that label are the stage's references.
     """
     student = build_network(network, context.recipe_source('train'), where='network')
     assert student is not None
-    train = SoftTraining(student, **training)
+    train = SoftTraining(student, networks=context.references, **training)
 
     @functools.cache
     def test() -> dict[str, np.ndarray]:
         return standardised.everything(context.recipe_source(data))
 
-    def accuracies(examples, of):
-        keys = jax.random.split(jax.random.key(1), repeats)
-        return train(keys, examples, test(), of=of)
-
     def run(state: State, batches):
         del batches
+
+        def accuracies(examples, of):
+            keys = jax.random.split(jax.random.key(1), repeats)
+            return train(keys, examples, test(), variables=state.frozen, of=of)
+
         images = unfolded(state, low, high)
         labelled = soft_examples(context.references, state.frozen, images)
         found = accuracies(labelled, len(images))
