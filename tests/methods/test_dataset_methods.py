@@ -365,6 +365,24 @@ def test_gradient_matching_compares_classes_and_trains_its_network(context):
     )
 
 
+def test_a_pass_in_small_batches_is_full_batch_descent_to_first_order(context):
+    """Four batches of five of the twenty images, against four steps on all of them."""
+    ends = []
+    for size in (0, 5):
+        method = gradient_matching(
+            context, images_per_class=2, kind='squared', network_steps=4, network_lr=1e-3,
+            network_batch=size,
+        )  # fmt: skip
+        state = method.init(jax.random.key(0), None)
+        new = jax.jit(method.step)(state, grouped(context))[0]
+        begin, end = (ravel_pytree(s.extra['network'])[0] for s in (state, new))
+        ends.append(np.asarray(end - begin) / 1e-3)
+    full, batches = ends
+    assert np.linalg.norm(full) > 1
+    np.testing.assert_allclose(batches, full, atol=0.02 * np.linalg.norm(full))
+    assert np.abs(batches - full).max() > 1e-4 * np.linalg.norm(full)
+
+
 @pytest.fixture(scope='module')
 def compensated(context):
     net = from_linen(ConvNet(1, 4, norm='batch'), NET.inputs[0])

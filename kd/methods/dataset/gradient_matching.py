@@ -14,6 +14,7 @@ from kd.context import Context
 from kd.data.siamese import siamese
 from kd.losses import classification
 from kd.losses import gradient_matching as losses
+from kd.losses.segments import inner_batches
 from kd.method import Batch, Method, Objective, minimize
 from kd.methods.dataset import common
 from kd.metrics import Metrics, mean
@@ -29,6 +30,7 @@ def gradient_matching(
     restart_every: int = 10,
     network_steps: int = 50,
     network_lr: float = 0.01,
+    network_batch: int = 0,
     start: str = 'random',
     augmentation: str = '',
 ) -> Method:
@@ -46,7 +48,8 @@ def gradient_matching(
       network: block of the network theta; the stage's by default.
       kind: see `kd.losses.gradient_matching.gradient_distance`.
       restart_every: steps from one initialisation to the next.
-      network_steps, network_lr: of full-batch descent on the synthetic set after each step.
+      network_steps, network_lr: of descent on the synthetic set after each step.
+      network_batch: synthetic examples per step of it, each once per pass; 0 for all.
       start: see `common.real_start`.
       augmentation: families of siamese augmentation, joined by '_'; '' for none.
     """
@@ -54,16 +57,16 @@ def gradient_matching(
     images, labels = common.real_start(context, images_per_class, start)
     names = tuple(augmentation.split('_')) if augmentation else ()
 
-    def cross_entropy(params, images, labels):
+    def cross_entropy(params, images, labels, where=None):
         logits = net.apply({'params': params}, images, train=True).logits
-        return classification.cross_entropy(logits, labels).mean()
+        return jnp.mean(classification.cross_entropy(logits, labels), where=where)
 
     def init(key):
         del key  # The images are chosen on the host.
         return {'params': {'images': jnp.asarray(images)}, 'label': jnp.asarray(labels)}
 
     base = minimize(_matched(cross_entropy, names, images_per_class, kind), context.tx, init)
-    train = _descent(cross_entropy, names, network_steps, network_lr)
+    train = _descent(cross_entropy, names, network_steps, network_lr, network_batch)
     return _along_training(base, lambda key: net.init(key)['params'], train, restart_every)
 
 
@@ -97,16 +100,21 @@ def _matched(cross_entropy, names, images_per_class, kind) -> Callable[..., Obje
     return loss
 
 
-def _descent(cross_entropy, names, steps, lr) -> Callable[..., PyTree]:
-    """`train(params, images, labels, key)`: the network after full-batch descent on the set."""
+def _descent(cross_entropy, names, steps, lr, batch_size) -> Callable[..., PyTree]:
+    """`train(params, images, labels, key)`: the network after descent on the set."""
 
     def train(params, images, labels, key):
-        def body(params, key):
-            x = siamese(key, images, names) if names else images
-            grads = jax.grad(cross_entropy)(params, x, labels)
+        def body(params, step):
+            key, rows, where = step
+            x, y = (images, labels) if rows is None else (images[rows], labels[rows])
+            x = siamese(key, x, names) if names else x
+            grads = jax.grad(cross_entropy)(params, x, y, where)
             return jax.tree.map(lambda p, g: p - lr * g, params, grads), None
 
-        return jax.lax.scan(body, params, jax.random.split(key, steps))[0]
+        rows, where = None, None
+        if 0 < batch_size < len(labels):
+            rows, where = inner_batches(jax.random.fold_in(key, 0), len(labels), batch_size, steps)
+        return jax.lax.scan(body, params, (jax.random.split(key, steps), rows, where))[0]
 
     return train
 

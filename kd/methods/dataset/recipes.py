@@ -12,6 +12,9 @@ from kd.errors import UserError, did_you_mean
 
 SEGMENTS = 'kd.data.trajectories.segments'
 SIAMESE = 'color_crop_cutout_flip_scale_rotate'
+# Learning rates to choose from for real images, and for networks other than that of the recipe.
+STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)
+SMALL_STEP_SIZES = (0.003, 0.01, 0.03, 0.1)
 
 
 class Data(NamedTuple):
@@ -83,7 +86,7 @@ def data_block(data: Data, standardise: str) -> dict[str, Any]:
     return dict(source=source, train=data.train, validation=data.validation, test=data.test)
 
 
-def experts(
+def expert_stage(
     data: Data, *, together: int, optimizer: Mapping[str, Any], **method: Any
 ) -> ConfigDict:
     """The stage that trains the experts and writes their trajectories."""
@@ -133,13 +136,12 @@ def assembled(
     standardise: str,
     ipc: int,
     shards: int,
-    experts: ConfigDict,
     distilled: ConfigDict,
     protocol: Mapping[str, Any],
     step_sizes: Sequence[float],
+    experts: ConfigDict | None = None,
     average: str = '',
     networks: Mapping[str, Any] | None = None,
-    subset_seed_rows: Sequence[str] = ('random', 'kmeans'),
 ) -> ConfigDict:
     """Experts, the distilled set, subsets of real images for comparison, and the report."""
     sharded = (
@@ -147,15 +149,16 @@ def assembled(
         (r'images$', ('tensor',)),
         (r'^(params|opt_state|extra/start)/', (('data', 'tensor'),)),
     )
+    subsets = ('random', 'kmeans')
     config = kd_config.recipe(
-        stages=('experts', *subset_seed_rows, 'distilled'),
+        stages=(*(('experts',) if experts else ()), *subsets, 'distilled'),
         data=data_block(data, standardise),
         mesh=dict(data=1, fsdp=1, tensor=shards),
         sharding=sharded if shards > 1 else (),
         report=dict(
             name='kd.reports.dataset.dataset_distillation',
             rows=(
-                *((kind, kind, '') for kind in subset_seed_rows),
+                *((kind, kind, '') for kind in subsets),
                 ('distilled', 'distilled', ''),
                 *((('distilled, averaged', 'distilled', average),) if average else ()),
             ),
@@ -165,8 +168,10 @@ def assembled(
             protocol=dict(protocol),
         ),
     )
-    config.experts, config.distilled = experts, distilled
-    for kind in subset_seed_rows:
+    config.distilled = distilled
+    if experts:
+        config.experts = experts
+    for kind in subsets:
         config[kind] = kd_config.stage(
             method=dict(name='kd.methods.dataset.coreset.coreset', images_per_class=ipc, kind=kind),
             steps=1,
@@ -176,7 +181,7 @@ def assembled(
     return config
 
 
-def matching(
+def matching_stage(
     data: Data,
     *,
     method: Mapping[str, Any],
@@ -204,6 +209,181 @@ def matching(
         checkpoint_every=eval_every,
         best='validation/accuracy',
         final='best',
+    )
+
+
+def small_matching(
+    name: str,
+    ipc: int,
+    shards: int,
+    *,
+    experts: Mapping[str, Any],
+    method: Mapping[str, Any],
+    average: str = '',
+    networks: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """Trajectories of digits ('cpu') with perceptrons, or of MNIST ('mnist') with ConvNets.
+
+    Adam on the pixels and on the logarithm of the step size. `experts` and `method` are what a
+    paper adds to the stage of its experts and to its method.
+    """
+    data, cpu = DATA[name], name == 'cpu'
+    protocol = dict(epochs=300, batch_size=1000)
+    return assembled(
+        data,
+        standardise='mean' if cpu else 'channels',
+        ipc=ipc,
+        shards=shards,
+        experts=expert_stage(data, together=20 if cpu else 10, **experts),
+        distilled=matching_stage(
+            data,
+            method=dict(student_steps=20, log_step_size=True, **method),
+            ipc=ipc,
+            segment=(10, 2),
+            steps=800 if cpu else 2000,
+            optimizer=dict(name='adam', lr=0.02),
+            protocol=protocol,
+            eval_every=200 if cpu else 500,
+            average=average,
+        ),
+        protocol=protocol,
+        step_sizes=SMALL_STEP_SIZES,
+        average=average,
+        networks=networks,
+    )
+
+
+class Schedule(NamedTuple):
+    """What the papers' tables of trajectory matching have in common.
+
+    Attributes:
+      student_steps, expert_epochs: N and M.
+      start_epochs: bound of the epoch that a segment starts from.
+      inner_batch: synthetic examples per student step; 0 for all.
+      image_lr, step_size_lr: of SGD with momentum 0.5.
+      step_size: the student's, before it is trained.
+    """
+
+    student_steps: int
+    expert_epochs: int
+    start_epochs: int
+    inner_batch: int
+    image_lr: float
+    step_size_lr: float
+    step_size: float
+
+
+def full_matching(
+    of: str,
+    ipc: int,
+    shards: int,
+    schedule: Schedule,
+    *,
+    standardise: str,
+    experts: Mapping[str, Any],
+    method: Mapping[str, Any],
+    protocol: Mapping[str, Any] | None = None,
+    step_sizes: Sequence[float] = STEP_SIZES,
+    steps: int = 5_000,
+    eval_every: int = 500,
+    average: str = '',
+) -> ConfigDict:
+    """A row of a paper's table: siamese augmentation throughout, SGD on images and step size.
+
+    `of` names the data; `experts`, `method` and `protocol` are what the paper adds.
+    """
+    data, together = shared_out(DATA[of], 10, shards)
+    protocol = dict(epochs=1000, augmentation=SIAMESE, **(protocol or {}))
+    return assembled(
+        data,
+        standardise=standardise,
+        ipc=ipc,
+        shards=shards,
+        experts=expert_stage(data, together=together, augmentation=SIAMESE, **experts),
+        distilled=matching_stage(
+            data,
+            method=dict(
+                student_steps=schedule.student_steps,
+                step_size=schedule.step_size,
+                inner_batch=schedule.inner_batch,
+                step_size_optimizer=dict(name='sgd', lr=schedule.step_size_lr, momentum=0.5),
+                augmentation=SIAMESE,
+                **method,
+            ),
+            ipc=ipc,
+            segment=(schedule.start_epochs, schedule.expert_epochs),
+            steps=steps,
+            optimizer=dict(name='sgd', lr=schedule.image_lr, momentum=0.5),
+            protocol=protocol,
+            eval_every=eval_every,
+            average=average,
+        ),
+        protocol=protocol,
+        step_sizes=step_sizes,
+        average=average,
+        networks=cross_architecture(),
+    )
+
+
+def condensed_data(name: str) -> Data:
+    """Data of the papers on condensation, all with a ConvNet of depth 3 and width 128."""
+    known = ('mnist', 'cifar10', 'cifar100')
+    if name not in known:
+        raise UserError(
+            f"There is no variant '{name}'.{did_you_mean(name, known)} Variants: cpu, "
+            f'{", ".join(known)}.'
+        )
+    return DATA[name]._replace(network=convnet(3))
+
+
+def condensation(
+    data: Data,
+    ipc: int,
+    shards: int,
+    *,
+    standardise: str,
+    method: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    steps: int,
+    batch_size: int,
+    protocol: Mapping[str, Any],
+    step_sizes: Sequence[float],
+    eval_every: int,
+    networks: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """A set that is matched to real images class by class, without experts.
+
+    A batch holds `batch_size` real images of every class. The set has no step size of its own: that
+    of the networks that judge it is the best of `step_sizes` on the validation split.
+    """
+    judged = dict(
+        name='kd.evaluators.fresh_training.fresh_training',
+        split='train',
+        step_sizes=tuple(step_sizes),
+        **protocol,
+    )
+    distilled = kd_config.stage(
+        method=dict(images_per_class=ipc, **method),
+        network=data.network,
+        data=dict(source=dict(name='kd.data.groups.one_of_each_class'), train=data.train),
+        optimizer=optimizer,
+        steps=steps,
+        batch_size=batch_size,
+        evaluators={'validation': judged},
+        eval_every=eval_every,
+        checkpoint_every=eval_every,
+        best='validation/accuracy',
+        final='best',
+    )
+    return assembled(
+        data,
+        standardise=standardise,
+        ipc=ipc,
+        shards=shards,
+        distilled=distilled,
+        protocol=protocol,
+        step_sizes=step_sizes,
+        networks=networks,
     )
 
 
