@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import optax
 
 from kd.context import Context
-from kd.data import compensator, synthetic
+from kd.data import augment, compensator, synthetic
 from kd.errors import UserError
 from kd.losses import batch_statistics, classification
 from kd.losses.batch_statistics import LayerStatistics
@@ -26,7 +29,9 @@ def infer_ufc(
     statistics_weight: float = 1.0,
     first_weight: float = 10.0,
     shift: int = 4,
+    augmentation: Sequence[Any] = (),
     groups: int = 0,
+    together: int = 0,
 ) -> Method:
     """Trains one additive image per group of real images and per network, shared by all classes.
 
@@ -34,9 +39,12 @@ def infer_ufc(
                     + statistics_weight sum_l w_l ( || var_l - var^_l ||_2 + || mu_l - mu^_l ||_2 )
 
     for every group P_k of one real image per class and every frozen network f_m, apart from all
-    others; J is a random cyclic shift, the same for a group. The state's parameters are {network:
-    compensators [k, 1, ...]}, its mutables the `groups` [k, C, ...];
-    `kd.evaluators.compensated_set` makes the training set of them.
+    others; J is `augmentation` and then a random cyclic shift, drawn anew for every step and group.
+    The state's parameters are {network: compensators [k, 1, ...]}, its mutables the `groups`
+    [k, C, ...]; `kd.evaluators.compensated_set` makes the training set of them.
+
+    A step computes with k C images, all of a group being normalised together. Where there are many
+    devices, shard the classes: `sharding=((r'groups$', (None, 'data')),)`.
 
     Args:
       context: the stage; its references are the networks, trained, with batch normalisation. Its
@@ -44,8 +52,11 @@ def infer_ufc(
       images_per_class: the storage that groups and compensators share.
       statistics_weight: weight of the feature statistics.
       first_weight: w of the first normalisation layer; all others weigh 1.
-      shift: largest shift in pixels.
+      shift: largest shift in pixels, the same for a group.
+      augmentation: of `kd.data.augment`, differentiable; the paper's are the same for a group,
+        `shared`.
       groups: k, instead of as many as fit.
+      together: groups computed at a time, to save memory; 0 for all.
 
     Raises:
       UserError: no references, a class too small, or too little storage for a group.
@@ -56,15 +67,15 @@ def infer_ufc(
     if not networks:
         raise UserError(f'{context.stage}.references must name the trained networks.')
     real = real_groups(context, images_per_class, len(networks), groups)
-    count, classes = real.shape[:2]
-    labels = jnp.arange(classes)
+    count = len(real)
+    transform = augment.compose(augmentation)
 
     def loss(u, variables, net, group, key):
-        images = compensator.cyclic_shift(key, group + u, shift)
-        logits, layers = normalisation_inputs(net, variables, images)
-        distance = batch_statistics.statistics_distance(layers, first_weight=first_weight)
-        cross_entropy = classification.cross_entropy(logits, labels).mean()
-        return cross_entropy + statistics_weight * distance, (cross_entropy, distance)
+        images = transform(jax.random.fold_in(key, 1), {'input': group + u})['input']
+        images = compensator.cyclic_shift(key, images, shift)
+        return objective(
+            net, variables, images, statistics_weight=statistics_weight, first_weight=first_weight
+        )
 
     def init(key, frozen=None):
         u = {name: jnp.zeros((count, 1, *real.shape[2:])) for name in networks}
@@ -76,24 +87,53 @@ def infer_ufc(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         del batch
         keys = jax.random.split(state.step_key(), count)
-        grads: dict[str, PyTree] = {}
-        metrics: Metrics = {}
-        for name, net in networks.items():
-
-            def one(u, group, key, net=net, variables=state.frozen[name]):
-                return jax.grad(loss, has_aux=True)(u, variables, net, group, key)
-
-            grads[name], (cross_entropy, distance) = jax.vmap(one)(
-                state.params[name], state.mutables['groups'], keys
-            )
-            metrics[f'{name}/cross_entropy'] = mean(cross_entropy)
-            metrics[f'{name}/statistics'] = mean(distance)
+        grads, metrics = _gradients(loss, networks, state, keys, together or count)
         updates, opt_state = context.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {**metrics, 'grad_norm': scalar(optax.tree.norm(grads))}
 
     return Method(init, step)
+
+
+def objective(
+    network: Network,
+    variables: PyTree,
+    images: jax.Array,
+    *,
+    statistics_weight: float,
+    first_weight: float = 10.0,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The loss of one image per class, in order, and its two parts; see `infer_ufc`."""
+    logits, layers = normalisation_inputs(network, variables, images)
+    distance = batch_statistics.statistics_distance(layers, first_weight=first_weight)
+    labels = jnp.arange(len(images))
+    cross_entropy = classification.cross_entropy(logits, labels).mean()
+    return cross_entropy + statistics_weight * distance, (cross_entropy, distance)
+
+
+def _gradients(
+    loss: Callable, networks: Mapping[str, Network], state: State, keys: jax.Array, together: int
+) -> tuple[dict[str, PyTree], Metrics]:
+    """Gradients of all compensators, and the mean parts of their losses by network."""
+    grads: dict[str, PyTree] = {}
+    metrics: Metrics = {}
+    for name, net in networks.items():
+
+        def one(given, net=net, variables=state.frozen[name]):
+            u, group, key = given
+            return jax.grad(loss, has_aux=True)(u, variables, net, group, key)
+
+        given = state.params[name], state.mutables['groups'], keys
+        # Without a loop where all go together: XLA for CPU runs convolutions slowly in one.
+        grads[name], (cross_entropy, distance) = (
+            jax.vmap(one)(given)
+            if together >= len(keys)
+            else jax.lax.map(one, given, batch_size=together)
+        )
+        metrics[f'{name}/cross_entropy'] = mean(cross_entropy)
+        metrics[f'{name}/statistics'] = mean(distance)
+    return grads, metrics
 
 
 def real_groups(
