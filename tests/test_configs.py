@@ -17,12 +17,18 @@ ABSENT = {
     'mnist': ((28, 28, 1), 10, {'train': 60_000, 'test': 10_000}),
     'cifar10': ((32, 32, 3), 10, {'train': 50_000, 'test': 10_000}),
     'cifar100': ((32, 32, 3), 100, {'train': 50_000, 'test': 10_000}),
+    'tiny_imagenet': ((64, 64, 3), 200, {'train': 100_000, 'test': 10_000}),
+    'imagenet_224': ((224, 224, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
     'celeb_a': ((218, 178, 3), None, {'train': 162_770, 'validation': 19_867, 'test': 19_962}),
     'afhq_64': ((64, 64, 3), 3, {'train': 14_303, 'test': 1_500}),
 }
 
-# Their UNets take a minute to trace; cifar10.py goes the same way in a few seconds.
-LARGE = ('afhq64.py', 'celeba64.py')
+# Files and variants that take long to trace: UNets, three or four deep networks. Others of their
+# family go the same way in a few seconds.
+LARGE = (
+    *('afhq64.py', 'celeba64.py'),
+    *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
+)
 
 
 def _variants():
@@ -31,7 +37,8 @@ def _variants():
             module = kd_config.load_module(file)
             for variant in module.VARIANTS:
                 path = f'{file.relative_to(ROOT)}:{variant}'
-                yield pytest.param(path, marks=pytest.mark.slow) if file.name in LARGE else path
+                large = file.name in LARGE or f'{file.name}:{variant}' in LARGE
+                yield pytest.param(path, marks=pytest.mark.slow) if large else path
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,8 @@ from kd.evaluators import compensated_set as compensator
 from kd.evaluators import synthetic_set
 from kd.evaluators.fresh_training import Protocol, page, pixels
 from kd.io import checkpoints
-from kd.stage import build_network, prepare
+from kd.network import Network
+from kd.stage import Stage, build_network, prepare
 from kd.state import State
 
 
@@ -65,46 +66,66 @@ def dataset_distillation(
     repeats = settings.pop('repeats', 5)
     made = {title: restore(config, stage, workdir, mesh, average) for title, stage, average in rows}
     load = prepare(config, rows[0][1], mesh, workdir).context.recipe_source
-    train, judged = load('train'), standardised.everything(load(split))
-    validation = standardised.everything(load('validation'))
-    keys = jax.random.split(jax.random.key(1), repeats)
+    train = load('train')
+    trial = Trial(
+        jax.random.split(jax.random.key(1), repeats),
+        standardised.everything(load('validation')),
+        standardised.everything(load(split)),
+    )
+    built, first = _built(network, train), _name(network)
+    judge = Protocol(built, **settings)
     results: dict[str, dict[str, Any]] = {title: {} for title in made}
-    scores: dict[str, dict[str, float]] = {}
-    for number, (label, block) in enumerate({'': network, **(networks or {})}.items()):
-        built = build_network(block, train, where='report.network')
-        assert built is not None
-        judge = Protocol(built, **settings)
+    for title, one in made.items():
+        own = np.isfinite(one.step_size)
+        results[title][first] = trial.cell(judge, one, () if own else step_sizes)
+    full = None
+    if full_epochs:
+        rate = results[baseline][first]['step_size']
+        full = trial.of_everything(
+            Protocol(built, **{**settings, 'epochs': full_epochs}), train, rate
+        )
+    plain = Protocol(built, **{**settings, 'augmentation': ''})
+    scores = _scores(results, made, trial, plain, judge, baseline, full)
+    for label, block in (networks or {}).items():
+        other = Protocol(_built(block, train), **settings)
         for title, one in made.items():
-            own = np.isfinite(one.step_size) and number == 0
-            rates = () if own else step_sizes
-            chosen = judge.best(keys, one, validation, rates)[1] if rates else float(one.step_size)
-            accuracies = judge(keys, one.examples, judged, chosen)
-            name = label or _name(block)
-            results[title][name] = {
-                'accuracy': float(accuracies.mean()),
-                'std': float(accuracies.std()),
-                'step_size': chosen,
-            }
-        if number == 0:
-            plain = Protocol(built, **{**settings, 'augmentation': ''})
-            full = None
-            if full_epochs:
-                real = {k: v for k, v in standardised.everything(train).items() if k != 'index'}
-                whole = Protocol(built, **{**settings, 'epochs': full_epochs})
-                rate = results[baseline][_name(block)]['step_size']
-                full = whole(keys, real, judged, rate)
-            scores = _scores(results, made, keys, plain, judge, judged, baseline, full)
-            if full is not None:
-                results['all real images'] = {
-                    _name(block): {'accuracy': float(full.mean()), 'std': float(full.std())}
-                }
+            results[title][label] = trial.cell(other, one, step_sizes)
+    if full is not None:
+        results['all real images'] = {first: _summary(full)}
     for title, one in made.items():
         _write(workdir / 'synthetic', workdir / 'figures', title, one, train)
-    record = {'accuracy': results, 'scores': scores}
-    (workdir / 'report.json').write_text(json.dumps(record, indent=1))
-    report = workdir / 'report.md'
-    report.write_text(_markdown(results, scores, made, load(split), repeats, config.seed, baseline))
-    return report
+    text = _markdown(results, scores, made, load(split), repeats, config.seed, baseline)
+    return _report(workdir, text, accuracy=results, scores=scores)
+
+
+class Trial(NamedTuple):
+    """What a training set is judged by.
+
+    Attributes:
+      keys: of the networks.
+      validation: examples on which learning rates are chosen.
+      test: examples on which the result is measured.
+    """
+
+    keys: jax.Array
+    validation: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+
+    def cell(
+        self, judge: Protocol, one: synthetic.SyntheticSet, step_sizes: Sequence[float]
+    ) -> dict[str, float]:
+        """Accuracy on the test split at the best of the step sizes, or at the set's own."""
+        rate = float(one.step_size)
+        if step_sizes:
+            rate = judge.best(self.keys, one, self.validation, step_sizes)[1]
+        accuracies = judge(self.keys, one.examples, self.test, rate)
+        return {**_summary(accuracies), 'step_size': rate}
+
+    def of_everything(self, judge: Protocol, train: sources.Source, rate: float) -> np.ndarray:
+        """Accuracies on the test split of networks trained on all real images."""
+        real = standardised.everything(train)
+        examples = {name: x for name, x in real.items() if name != 'index'}
+        return judge(self.keys, examples, self.test, rate)
 
 
 def compensated_set(
@@ -114,6 +135,7 @@ def compensated_set(
     *,
     stage: str,
     network: Mapping[str, Any],
+    networks: Mapping[str, Mapping[str, Any]] | None = None,
     protocol: Mapping[str, Any] | None = None,
     repeats: int = 3,
     split: str = 'test',
@@ -129,6 +151,7 @@ def compensated_set(
       config, workdir, mesh: as of `dataset_distillation`.
       stage: of `kd.methods.dataset.infer_ufc`.
       network: block of the network that is trained.
+      networks: further ones by title.
       protocol: `lr`, `epochs`, and further arguments of `compensated_set.SoftTraining`.
       repeats: networks per row.
       split: of the recipe's data that nothing was chosen on.
@@ -138,40 +161,52 @@ def compensated_set(
       Path of `report.md`; the set lies in `synthetic/` as NPZ and in the format of tfds.
     """
     prepared = prepare(config, stage, mesh, workdir)
-    state = jax.device_get(restore_state(config, stage, workdir, mesh))
     context = prepared.context
     train, judged = (context.recipe_source(name) for name in ('train', split))
-    images = compensator.unfolded(state, low, high)
-    labelled = compensator.soft_examples(context.references, prepared.frozen, images)
-    real = int(np.prod(state.mutables['groups'].shape[:2]))
-    per_class = config[stage].method.images_per_class
-    rng = np.random.default_rng(config.seed)
-    rows = coreset.random_subset(rng, synthetic.labels_of(train), per_class)
-    random = train.fetch(rows)['input']
-    sets = {
-        'compensated': labelled,
-        'its real images alone': {name: value[:real] for name, value in labelled.items()},
-        'random real images': compensator.soft_examples(
-            context.references, prepared.frozen, random
-        ),
-    }
-    built = build_network(network, train, where='report.network')
-    assert built is not None
-    training = compensator.SoftTraining(built, **dict(protocol or {}))
-    test, results = standardised.everything(judged), {}
-    keys = jax.random.split(jax.random.key(1), repeats)
-    for title, examples in sets.items():
-        found = training(keys, examples, test, of=len(images))
-        results[title] = {'student': {'accuracy': float(found.mean()), 'std': float(found.std())}}
+    state = jax.device_get(restore_state(config, stage, workdir, mesh))
+    sets = _beside_real_images(config, prepared, state, train, low, high)
+    test, keys = standardised.everything(judged), jax.random.split(jax.random.key(1), repeats)
+    results: dict[str, dict[str, Any]] = {title: {} for title in sets}
+    most = len(sets['compensated']['input'])
+    for label, block in {_name(network): network, **(networks or {})}.items():
+        training = compensator.SoftTraining(
+            _built(block, train), networks=context.references, **dict(protocol or {})
+        )
+        for title, examples in sets.items():
+            found = training(keys, examples, test, variables=prepared.frozen, of=most)
+            results[title][label] = _summary(found)
+    labelled = sets['compensated']
     probabilities = np.asarray(jax.nn.softmax(labelled['label']))
     made = synthetic.SyntheticSet(labelled['input'], probabilities, np.float32(np.nan))
     _write(workdir / 'synthetic', workdir / 'figures', 'compensated', made, train)
-    (workdir / 'report.json').write_text(json.dumps({'accuracy': results}, indent=1))
-    report = workdir / 'report.md'
-    report.write_text(
-        _markdown(results, {}, {'compensated': made}, judged, repeats, config.seed, '')
+    text = _markdown(results, {}, {'compensated': made}, judged, repeats, config.seed, '')
+    return _report(workdir, text, accuracy=results)
+
+
+def _beside_real_images(
+    config: config_lib.ConfigDict,
+    prepared: Stage,
+    state: State,
+    train: sources.Source,
+    low: float,
+    high: float,
+) -> dict[str, dict[str, np.ndarray]]:
+    """The rows of `compensated_set`, labelled by the networks of the stage."""
+
+    def labelled(images):
+        return compensator.soft_examples(prepared.context.references, prepared.frozen, images)
+
+    whole = labelled(compensator.unfolded(state, low, high))
+    real = int(np.prod(state.mutables['groups'].shape[:2]))
+    rng = np.random.default_rng(config.seed)
+    rows = coreset.random_subset(
+        rng, synthetic.labels_of(train), prepared.config.method.images_per_class
     )
-    return report
+    return {
+        'compensated': whole,
+        'its real images alone': {name: value[:real] for name, value in whole.items()},
+        'random real images': labelled(train.fetch(rows)['input']),
+    }
 
 
 def restore(
@@ -198,7 +233,7 @@ def restore_state(config: config_lib.ConfigDict, name: str, workdir: Path, mesh:
     return abstract.replace(**found, frozen=stage.frozen)
 
 
-def _scores(results, made, keys, plain, judge, judged, baseline, full):
+def _scores(results, made, trial, plain, judge, baseline, full):
     """Label- and augmentation-robust scores of every row but the baseline."""
     if baseline not in made:
         return {}
@@ -208,7 +243,7 @@ def _scores(results, made, keys, plain, judge, judged, baseline, full):
     def measure(protocol, title, labels=None):
         one, rate = made[title], results[title][first]['step_size']
         examples = one.examples if labels is None else {**one.examples, 'label': labels}
-        return float(protocol(keys, examples, judged, rate).mean())
+        return float(protocol(trial.keys, examples, trial.test, rate).mean())
 
     random, random_plain = results[baseline][first]['accuracy'], measure(plain, baseline)
     for title in made:
@@ -239,6 +274,24 @@ def _write(
     export.write_npz(folder / f'{name}.npz', made, images)
     export.write_tfds(folder / 'tfds', name, made, images, source.num_classes, source.class_names)
     page(made, source).savefig(figures / f'{name}.png')
+
+
+def _built(block: Mapping[str, Any], train: sources.Source) -> Network:
+    built = build_network(block, train, where='report.network')
+    assert built is not None
+    return built
+
+
+def _summary(accuracies: np.ndarray) -> dict[str, float]:
+    return {'accuracy': float(accuracies.mean()), 'std': float(accuracies.std())}
+
+
+def _report(workdir: Path, text: str, **record: Any) -> Path:
+    """Writes `report.json` and `report.md`; the path of the latter."""
+    (workdir / 'report.json').write_text(json.dumps(record, indent=1))
+    report = workdir / 'report.md'
+    report.write_text(text)
+    return report
 
 
 def slug(title: str) -> str:

@@ -107,6 +107,26 @@ def test_the_gradient_passes_back_through_the_augmentation(context):
     assert (still.sum((1, 2)) < 64).all()
 
 
+def test_real_images_are_no_part_of_the_program_that_starts_the_state(context):
+    method = infer_ufc.infer_ufc(context, images_per_class=4, groups=GROUPS)
+    frozen = {'a': context.references['a'].init(jax.random.key(1))}
+    program = jax.make_jaxpr(method.init)(jax.random.key(0), frozen)
+    assert sum(np.size(x) for x in program.consts) < 100
+    mesh = make_mesh({'data': 8})
+    places = tree_shardings(
+        jax.eval_shape(method.init, jax.random.key(0), frozen),
+        ((r'groups$', (None, 'data')),), mesh,
+    )  # fmt: skip
+    state = jax.jit(method.init, out_shardings=places)(jax.random.key(0), frozen)
+    groups = np.asarray(state.mutables['groups'])
+    real = context.recipe_source('train').fetch(np.arange(4 * CLASSES))
+    for label in range(CLASSES):
+        of_class = real['input'][real['label'] == label]
+        found = [np.abs(of_class - image).max((1, 2, 3)).argmin() for image in groups[:, label]]
+        np.testing.assert_array_equal(groups[:, label], of_class[found])
+        assert len(set(found)) == GROUPS
+
+
 @pytest.mark.parametrize('together', [1, 2])
 def test_groups_in_parts_give_the_numbers_of_all_at_once(context, together):
     options = {'augmentation': (('resized_crop', {'shared': True}),)}

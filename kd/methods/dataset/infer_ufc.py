@@ -79,7 +79,11 @@ def infer_ufc(
 
     def init(key, frozen=None):
         u = {name: jnp.zeros((count, 1, *real.shape[2:])) for name in networks}
-        mutables = {'groups': jnp.asarray(real)}
+        # From the host when it runs: as a constant, gigabytes would be compiled into the program.
+        groups = jax.pure_callback(
+            lambda: real, jax.ShapeDtypeStruct(real.shape, real.dtype), vmap_method='sequential'
+        )
+        mutables = {'groups': groups}
         return State.create(
             key, u, context.tx.init(u), mutables=mutables, frozen=dict(frozen or {})
         )
@@ -146,7 +150,7 @@ def real_groups(
     try:
         count = groups or compensator.group_count(images_per_class, networks, classes)
         if context.locate is None:  # A recipe that is only checked.
-            return np.zeros((count, classes, *source.spec['input'].shape), np.float32)
+            return np.broadcast_to(np.float32(0), (count, classes, *source.spec['input'].shape))
         rng = np.random.default_rng(context.config.get('seed', 0))
         chosen = compensator.group_indices(rng, synthetic.labels_of(source), count)
     except ValueError as error:
