@@ -5,9 +5,10 @@
 
 Needs a copy of MNIST: `python -m kd.data.prepare mnist`, or `--data_dir`. Digits and MNIST, with
 perceptrons of two hidden layers of 64. Every set is judged by training five fresh networks on it,
-by one protocol: 300 full-batch steps of momentum. Random images and K-means representatives get the
-best of four learning rates by validation accuracy; distilled sets use the learning rate that was
-learned with them. TESLA drops the Hessian of the inner loop.
+by one protocol: 300 full-batch steps of momentum. Random images and K-means representatives (on
+MNIST in the first 64 principal components) get the best of four learning rates by validation
+accuracy; distilled sets use the learning rate that was learned with them. TESLA drops the Hessian
+of the inner loop.
 """
 
 from typing import Any, NamedTuple
@@ -55,13 +56,20 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     'digits': Setting(dataset_seeds.digits, 0.05, 20, 20, (10, 2), 800, {1: 0.15, 10: 0.02}),
-    'mnist': Setting(dataset_seeds.mnist, 0.01, 10, 12, (10, 2), 400, {1: 0.15, 10: 0.02}),
+    'mnist': Setting(dataset_seeds.mnist, 0.01, 10, 12, (5, 1), 500, {1: 0.2, 10: 0.06}),
 }
 SMOKE = {
     'digits': Setting(
         dataset_seeds.digits, 0.05, 20, 3, (2, 1), 4, {1: 0.15}, ('random', 'mtt'), judged=4
     )
 }
+
+NOTES = (
+    'All seeds share the experts. The margins over random images were set before the run: on '
+    'digits from a smaller experiment; on MNIST at half of the differences in validation accuracy '
+    'that three other seeds showed, with which also the segments of MNIST were chosen, out of five '
+    'bounds and lengths.'
+)
 
 
 def get_claim(smoke: bool = False) -> Claim:
@@ -86,9 +94,6 @@ def get_claim(smoke: bool = False) -> Claim:
         draw=draw,
         notes=NOTES,
     )
-
-
-NOTES = 'All seeds share the experts.'
 
 
 def checks(name, margins, arms):

@@ -46,7 +46,7 @@ def cpu(ipc, shards):
         shards,
         standardise='mean',
         method=dict(name=DM),
-        optimizer=dict(name='sgd', lr=1.0, momentum=0.5),
+        optimizer=dict(name='adam', lr=0.02),
         steps=1000,
         batch_size=100,
         protocol=dict(epochs=300, batch_size=1000),

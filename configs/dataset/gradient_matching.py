@@ -55,7 +55,7 @@ def cpu(ipc, shards):
         shards,
         standardise='mean',
         method=dict(name=DSA, restart_every=10, network_steps=20, network_lr=0.03),
-        optimizer=dict(name='sgd', lr=0.1, momentum=0.5),
+        optimizer=dict(name='adam', lr=0.02),
         steps=1000,
         batch_size=100,
         protocol=dict(epochs=300, batch_size=1000),

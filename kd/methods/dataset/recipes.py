@@ -359,12 +359,13 @@ def condensation(
     judged = dict(
         name='kd.evaluators.fresh_training.fresh_training',
         split='train',
+        network=data.network,
         step_sizes=tuple(step_sizes),
         **protocol,
     )
     distilled = kd_config.stage(
-        method=dict(images_per_class=ipc, **method),
-        network=data.network,
+        # The network is that of single images, not of the stage's groups of them.
+        method=dict(images_per_class=ipc, network=data.network, **method),
         data=dict(source=dict(name='kd.data.groups.one_of_each_class'), train=data.train),
         optimizer=optimizer,
         steps=steps,
