@@ -17,6 +17,7 @@ EXAMPLES = 10_000_000
 UNLISTED = {
     'afhq_64': ((64, 64, 3), 3),
     'imagefruit': ((128, 128, 3), 10),
+    'imagenet_224': ((224, 224, 3), 1000),
     'tiny_imagenet': ((64, 64, 3), 200),
 }
 
