@@ -10,10 +10,13 @@ diffusion models.
 
 | variant | hardware | expected test accuracy, IPC 1 / 10 / 50 |
 |---|---|---|
-| cpu (digits), ipc = 1, 10 | 2 cores, MINUTES | MEASURED |
+| cpu (digits), ipc = 1, 10 | 2 cores, under 1 min | 0.827 / 0.921 |
 | mnist | one GPU, hours | 89.7 / 97.5 / 98.6 |
 | cifar10 | one GPU, hours | 26.0 / 48.9 / 63.0 |
 | cifar100 | one GPU, a day | 11.4 / 29.7 / 43.6 |
+
+Measured for cpu, where random images reach 0.523 / 0.848 and K-means representatives 0.748 / 0.898;
+the other rows are quoted, not measured.
 
 The paper's, for mnist, cifar10 and cifar100: its accuracies above; ConvNet of three blocks and
 width 128; channels standardised; 20,000 steps of SGD at 1.0 with momentum 0.5 on the pixels; 256

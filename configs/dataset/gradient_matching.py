@@ -10,10 +10,13 @@ every step of that network's training on the synthetic set; networks begin anew 
 
 | variant | hardware | expected test accuracy, IPC 1 / 10 / 50 |
 |---|---|---|
-| cpu (digits), ipc = 1, 10 | 2 cores, MINUTES | MEASURED |
+| cpu (digits), ipc = 1, 10 | 2 cores, under 1 min | 0.761 / 0.908 |
 | mnist, dc_mnist | one GPU, a day | 88.7 / 97.8 / 99.2, 91.7 / 97.4 / 98.8 |
 | cifar10, dc_cifar10 | one GPU, a day | 28.8 / 52.1 / 60.6, 28.3 / 44.9 / 53.9 |
 | cifar100, dc_cifar100, ipc = 1, 10 | 8 GPUs, a day | 13.9 / 32.3, 12.8 / 25.2 |
+
+Measured for cpu, where random images reach 0.523 / 0.848 and K-means representatives 0.748 / 0.898;
+the other rows are quoted, not measured.
 
 `name` is DSA, `dc_name` is DC. The papers', for mnist, cifar10 and cifar100: their accuracies
 above; ConvNet of three blocks and width 128; channels standardised; the distance of gradients;
