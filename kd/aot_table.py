@@ -46,8 +46,12 @@ class Row(NamedTuple):
 
 
 _META, _MTT = 'configs/lm/recursive_meta_distillation.py', 'configs/dataset/mtt.py'
-_FRUIT = f'{_MTT}:imagefruit,ipc=1'
-_IPC_50 = 'distilled.method.images_per_class=50'
+_CIFAR, _FRUIT = f'{_MTT}:cifar10,ipc=10', f'{_MTT}:imagefruit,ipc=1'
+_IPC_50, _SPREAD = 'distilled.method.images_per_class=50', 'mesh.data=-1'
+_HALF = 'distilled.data.source.network.dtype=bfloat16'
+# Slices on which the experts' batch of 256 is at least an example a chip; a larger one would need
+# another number of steps.
+_UP_TO_256 = ('v5e:4x4', 'v5e:16x16', 'v6e:16x16')
 ROWS = (
     Row('configs/vision/logit_kd.py', 'student'),
     Row('configs/vision/self_distillation.py', 'generation_2'),
@@ -55,18 +59,19 @@ ROWS = (
     Row(_META, 'generation_1'),
     # 768 does not divide over 512: there most of the parameters stay whole on every chip.
     Row(_META, 'generation_1', ('mesh.data=2', 'mesh.fsdp=256'), ('v5p:8x8x8',)),
-    Row(f'{_MTT}:cifar10,ipc=10', 'experts'),
-    Row(f'{_MTT}:cifar10,ipc=10', 'distilled'),
-    Row(_FRUIT, 'experts'),
-    Row(_FRUIT, 'distilled', (_IPC_50,)),
-    Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50,)),
-    Row(
-        f'{_FRUIT},shards=4', 'distilled', (_IPC_50, 'mesh.data=-1', 'distilled.batch_size=4')
-    ),
+    # As they stand, recipes of dataset distillation use one chip.
+    Row(_CIFAR, 'experts', (), ('v5e:2x2',)),
+    Row(_CIFAR, 'experts', (_SPREAD,), _UP_TO_256),
+    Row(_CIFAR, 'distilled', (), ('v5e:2x2',)),
+    Row(_CIFAR, 'distilled', (_SPREAD,)),
+    Row(_FRUIT, 'experts', (_SPREAD,), _UP_TO_256),
+    Row(_FRUIT, 'distilled', (_IPC_50,), ('v5e:2x2',)),
+    Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50, _SPREAD)),
+    Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50, _SPREAD, _HALF), ('v5e:4x4', 'v5e:16x16')),
     Row('configs/flow/cifar10.py', 'map'),
     Row('configs/flow/celeba64.py', 'map'),
     Row('configs/flow/afhq64.py', 'map'),
-)  # fmt: skip
+)
 
 _PAGE = """# Training steps, compiled ahead of time
 

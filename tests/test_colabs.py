@@ -1,69 +1,44 @@
 """Every notebook is run from its first cell to its last, with its small settings."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-COLABS = Path(__file__).parent.parent / 'colabs'
-NOTEBOOKS = sorted(COLABS.glob('*.ipynb'))
+from kd import gallery
 
-# Runs code cells one after another in one namespace; a last expression is a figure to draw.
-RUNNER = """
-import ast, json, sys
-cells, folder = json.load(sys.stdin), sys.argv[1]
-space, drawn = {'__name__': '__main__'}, 0
-for cell in cells:
-    tree = ast.parse(cell)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, 'cell', 'exec'), space)
-    if last is not None:
-        value = eval(compile(ast.Expression(last.value), 'cell', 'eval'), space)
-        if hasattr(value, 'savefig'):
-            value.savefig(f'{folder}/{drawn}.png')
-            drawn += 1
-print(f'figures drawn: {drawn}')
-"""
-
-
-def _code(notebook: dict, small: dict) -> list[str]:
-    cells = [''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == 'code']
-    for name, value in small.items():
-        changed = [
-            re.sub(rf'(?m)^{name} = .*(?=  # @param)', f'{name} = {value!r}', cell)
-            for cell in cells
-        ]
-        assert changed != cells, f'the notebook has no form field {name}'
-        cells = changed
-    return cells
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
 def test_notebook_runs(path, tmp_path):
-    notebook = json.loads(path.read_text())
-    cells = _code(notebook, notebook['metadata']['kd']['small'])
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', RUNNER, str(tmp_path)],
-        input=json.dumps(cells),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        cwd=COLABS,
-        env=os.environ
-        | {
-            'JAX_PLATFORMS': 'cpu',
-            'JAX_COMPILATION_CACHE_DIR': str(COLABS.parent / '.cache' / 'jax-notebooks'),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    figures = list(tmp_path.glob('*.png'))
-    assert figures
+    small = json.loads(path.read_text())['metadata']['kd']['small']
+    figures = gallery.run(path, tmp_path, small)
+    # The one that the gallery shows is among them.
+    assert len(figures) > gallery.FIGURES[path.stem]
     assert all(figure.stat().st_size > 5_000 for figure in figures)
+
+
+def test_a_notebook_that_fails_says_where_and_settings_must_exist(tmp_path):
+    cell = {'cell_type': 'code', 'source': ['n = 3  # @param {type:"integer"}\n', '1 / n']}
+    notebook = tmp_path / 'x.ipynb'
+    notebook.write_text(json.dumps({'cells': [cell]}))
+    assert gallery.run(notebook, tmp_path) == []
+    with pytest.raises(RuntimeError, match='ZeroDivisionError'):
+        gallery.run(notebook, tmp_path, {'n': 0})
+    with pytest.raises(ValueError, match='no form field m'):
+        gallery.run(notebook, tmp_path, {'m': 0})
+
+
+def test_the_gallery_shows_every_notebook_and_stays_small():
+    readme = (ROOT / 'README.md').read_text()
+    assert [path.stem for path in NOTEBOOKS] == list(gallery.FIGURES)
+    for name in gallery.FIGURES:
+        file = gallery.GALLERY / f'{name}.png'
+        assert 5_000 < file.stat().st_size < 150_000
+        assert f'docs/gallery/{name}.png' in readme
+        assert f'colabs/{name}.ipynb' in readme
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])

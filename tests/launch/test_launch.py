@@ -204,3 +204,36 @@ def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
         assert f"'{extra}':" in extras
     assert re.search(r'^ARG EXTRA=gpu$', text, re.M)
     assert re.search(r'^ENTRYPOINT \["python", "-m", "kd.main"\]$', text, re.M)
+
+
+def _documented():
+    """Commands of the README that start a launcher."""
+    readme = (ROOT / 'README.md').read_text()
+    return re.findall(r'^  `((?:python |sbatch .*|docker build -f )?launch/.*)`$', readme, re.M)
+
+
+def test_every_launcher_is_documented():
+    files = [file.name for file in LAUNCH.iterdir() if file.is_file()]
+    for name in files:
+        [command] = [c for c in _documented() if f'launch/{name}' in c]
+        given = [w for w in shlex.split(command) if w.startswith(('--config=', '--workdir='))]
+        assert kd_main.parse(given)[0].stages
+    assert len(_documented()) == len(files)
+
+
+@pytest.mark.parametrize(
+    'command', [c for c in _documented() if not c.startswith(('sbatch', 'docker'))]
+)
+def test_documented_commands_are_right(command):
+    launcher, *arguments = shlex.split(command.removeprefix('python '))
+    start = [sys.executable] if command.startswith('python') else []
+    done = _run(*start, ROOT / launcher, '--dry_run', *arguments)
+    assert (done.returncode, done.stderr) == (0, '')
+    runs = [line for line in done.stdout.splitlines() if 'kd.main' in line]
+    assert runs
+    for line in runs:
+        words = shlex.split(line)
+        inner = next((w for w in words if w.startswith('--command=')), line)
+        config, workdir, _ = _parses(inner.removeprefix('--command='))
+        assert config.stages
+        assert workdir
