@@ -153,6 +153,12 @@ def test_variants_are_parsed_and_what_is_not_there_is_said():
             recipes.parse(text)
     with pytest.raises(UserError, match=r"no variant 'cifar10,ipc=5'.*Did you mean"):
         kd_config.load('configs/dataset/mtt.py:cifar10,ipc=5')
+    for name, wrong, told in (
+        ('distribution_matching', 'cifar', "no variant 'cifar'.*Did you mean 'cifar10'"),
+        ('gradient_matching', 'dc_mnist,ipc=5', 'for ipc=1, ipc=10, ipc=50, not 5'),
+    ):
+        with pytest.raises(UserError, match=told):
+            kd_config.load(f'configs/dataset/{name}.py:{wrong}')
     counts = [recipes.shared_out(recipes.DATA['cifar10'], 10, n) for n in (1, 4, 8, 64)]
     assert [(data.experts, k) for data, k in counts] == [(100, 10), (104, 8), (104, 8), (128, 64)]
 

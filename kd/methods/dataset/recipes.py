@@ -175,7 +175,8 @@ def assembled(
         config[kind] = kd_config.stage(
             method=dict(name='kd.methods.dataset.coreset.coreset', images_per_class=ipc, kind=kind),
             steps=1,
-            batch_size=1,
+            # Not looked at, but spread over the devices.
+            batch_size=data.batch_size,
             evaluators={},
         )
     return config
