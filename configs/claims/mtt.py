@@ -1,7 +1,7 @@
 """Matching of training trajectories against real images of the same number (Cazenavette et al.
 2022, arXiv:2203.11932).
 
-    python -m kd.claims mtt            19 minutes on two busy cores, about 6 on free ones
+    python -m kd.claims mtt            19 minutes on two busy cores
 
 Needs a copy of MNIST: `python -m kd.data.prepare mnist`, or `--data_dir`. Digits and MNIST, with
 perceptrons of two hidden layers of 64. Every set is judged by training five fresh networks on it,
