@@ -6,7 +6,9 @@ The variant is 'paper' and, after a comma, an algorithm (see `configs/flow/check
 million images in batches of 512: days on eight GPUs; `--config.mesh.data=8` uses them.
 
 Images are the central 140x140 pixels, resized by area. CelebA has attributes and no classes, so
-there is no classifier to take features from: samples are judged by sliced Wasserstein distance.
+there is no classifier to take features from: samples are judged by sliced Wasserstein distance, and
+by FID where you have the weights of Inception-v3: `--config.map.evaluators.samples.inception=FILE`,
+see `kd/evaluators/inception.py`.
 
 | FID in the paper, by steps | 1 | 2 | 4 | 8 | 16 |
 |---|---:|---:|---:|---:|---:|
@@ -27,7 +29,7 @@ def get_config(variant: str = 'paper,lsd'):
 
 def paper(algorithm):
     """Unconditional, without augmentation; the network computes in bfloat16."""
-    return recipes.flow_map(
+    return recipes.paper_images(
         algorithm,
         data=dict(
             source=dict(name='kd.data.mapped.resized', of='celeb_a', crop=140, size=64),
@@ -36,33 +38,10 @@ def paper(algorithm):
         ),
         run=dict(
             network=dict(
-                name='kd.models.unet.UNet',
-                channels=128,
-                multipliers=(1, 2, 3, 4),
-                blocks=3,
-                attention=(16, 8),
-                data_scale=0.5,
-                num_classes=None,
-                time_weight=128,
+                channels=128, multipliers=(1, 2, 3, 4), blocks=3, attention=(16, 8),
                 dtype='bfloat16',
             ),
-            optimizer=dict(
-                name='radam',
-                lr=1e-2,
-                clip_norm=1.0,
-                schedule='rsqrt',
-                schedule_args=dict(timescale=35_000),
-            ),
-            ema={'fast': 0.999, 'slow': 0.9999},
             steps=400_000,
             batch_size=512,
-            log_every=100,
-            eval_every=10_000,
-            checkpoint_every=10_000,
         ),
-        evaluators=lambda sampler: recipes.samples(
-            sampler, weights='slow', samples=10_000, split='train'
-        ),
-        weights='slow',
-        baseline=False,
     )  # fmt: skip

@@ -3,10 +3,10 @@
     python -m kd.main --config=configs/flow/digits.py:cpu,lsd --workdir=runs/digits_lsd
 
 1,500 images; minutes on two cores. The variant is 'cpu' and, after a comma, an algorithm: lsd, esd,
-psd_uniform, psd_midpoint, meanflow, shortcut, consistency; or lmd, emd, pfmm, which distil the flow
-of an earlier stage. The error is weighted equally at all times: with a learned weight this small
-network has loss spikes at this learning rate. Samples are compared with the data in the features
-of a classifier that the first stage trains.
+psd_uniform, psd_midpoint, meanflow, shortcut, consistency, fmm; or lmd, emd, pfmm, which distil the
+flow of an earlier stage. The error is weighted equally at all times: with a learned weight this
+small network has loss spikes at this learning rate. Samples are compared with the data in the
+features of a classifier that the first stage trains.
 """
 
 from kd.methods.flow import recipes

@@ -98,6 +98,10 @@ class Source:
         batch['index'] = indices.astype(np.int32)
         return batch
 
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Images [N, ...] as `fetch` delivers them, around [-1, 1] as they can be shown."""
+        return np.asarray(images)
+
     def _gather(self, indices: np.ndarray) -> Batch:
         """`fetch` over a sum of splits: each position is read from the summand it lies in."""
         batch = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,9 @@ from matplotlib.figure import Figure
 from kd import config as config_lib
 from kd import figures
 from kd.context import Context, Probe
-from kd.data.standardised import StandardisedSource
 from kd.errors import UserError
 from kd.evaluators import distribution, generation
+from kd.evaluators.inception import inception_features
 from kd.losses.flow_map import flow_map, sample_triangle
 from kd.network import Network
 from kd.sampling.flow import draw_noise, time_grid
@@ -25,6 +24,9 @@ from kd.state import State
 
 # Samples shown in a figure, for images.
 _SHOWN = 8
+
+# (state, inputs [N, ...]) -> moments of the features of some network.
+_Judge = Callable[[State, np.ndarray], distribution.Moments]
 
 
 def flow_samples(
@@ -40,6 +42,7 @@ def flow_samples(
     support: str = '',
     classifier: str = '',
     feature: str = 'features',
+    inception: str = '',
     seed: int = 0,
 ) -> Probe:
     """Samples in each number of steps, against the examples of the split.
@@ -48,7 +51,9 @@ def flow_samples(
       sliced_wasserstein: between samples and at most as many examples;
       kl: for points in the plane, KL(data || samples) on a histogram, in nats;
       off_support: share of points outside `support`;
-      frechet_CLASSIFIER: for a `classifier`, Frechet distance in its features; not FID.
+      frechet_CLASSIFIER: for a `classifier`, Frechet distance in its features; not FID;
+      fid: for `inception`, Frechet distance in the features of Inception-v3. The paper's figures
+        take 10,000 samples while training and 50,000 at the end; it grows with fewer.
     And a figure of the samples by steps: densities in the plane, or rows of images.
 
     Args:
@@ -65,6 +70,7 @@ def flow_samples(
         'kd.evaluators.distribution.in_checkerboard'.
       classifier: name of one of the stage's `references`, a classifier of the same data.
       feature: which of its features, see `kd.network.feature_names`.
+      inception: file of weights, see `kd.evaluators.inception.inception_features`.
       seed: of the noise.
     """
     network = context.network
@@ -80,11 +86,11 @@ def flow_samples(
     sigma = noise_scale(network, scale)
     advance = jax.jit(_advance(network, sampler, guidance))
     inside = config_lib.resolve(support) if support else None
-    features = _features(context.references[classifier], feature) if classifier else None
+    judges = _judges(context, classifier, feature, inception)
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
-        real, labels = _examples(batches, None if classifier else samples)
-        moments = features(state.frozen[classifier], real) if features else None
+        real, labels = _examples(batches, None if judges else samples)
+        moments = {name: judge(state, real) for name, judge in judges.items()}
         variables = state.variables(None if weights == 'final' else weights)
         scalars: dict[str, float | Figure] = {}
         by_steps = {}
@@ -92,9 +98,10 @@ def flow_samples(
             generated = _generate(advance, variables, labels, n, samples, batch, shape, sigma, seed)
             by_steps[n] = generated
             values = _compare(real[:samples], generated, inside)
-            if features and moments and 'finite' not in values:
-                found = features(state.frozen[classifier], generated)
-                values |= generation.frechet_metric(classifier, moments, found)
+            if 'finite' not in values:
+                for name, judge in judges.items():
+                    found = judge(state, generated)
+                    values |= generation.frechet_metric(name, moments[name], found)
             scalars |= {f'{name}_{n}': value for name, value in values.items()}
         page = _page(context, by_steps, real)
         return scalars | ({'samples': page} if page is not None else {})
@@ -212,18 +219,35 @@ def _examples(
     return np.concatenate(inputs), np.concatenate(labels)
 
 
-def _features(network: Network, feature: str) -> Callable[[Any, np.ndarray], Any]:
-    """(variables, inputs) -> moments of a classifier's features."""
+def _judges(context: Context, classifier: str, feature: str, inception: str) -> dict[str, _Judge]:
+    """By the name of their network."""
+    judges: dict[str, _Judge] = {}
+    if classifier:
+        network = context.references[classifier]
 
-    @jax.jit
-    def apply(variables, x):
-        return network.apply(variables, x, capture=(feature,)).features[feature]
+        @jax.jit
+        def apply(variables, x):
+            return network.apply(variables, x, capture=(feature,)).features[feature]
 
-    def moments(variables, inputs):
-        parts = (inputs[i : i + 500] for i in range(0, len(inputs), 500))
-        return generation.feature_moments(lambda x: apply(variables, x), parts)
+        def by_classifier(state: State, inputs: np.ndarray) -> distribution.Moments:
+            variables = state.frozen[classifier]
+            return generation.feature_moments(lambda x: apply(variables, x), _chunks(inputs))
 
-    return moments
+        judges[classifier] = by_classifier
+    if inception:
+        features, source = inception_features(inception), context.source('train')
+
+        def by_inception(state: State, inputs: np.ndarray) -> distribution.Moments:
+            del state
+            images = (source.to_pixels(part) for part in _chunks(inputs))
+            return generation.feature_moments(features, images)
+
+        judges['inception_v3'] = by_inception
+    return judges
+
+
+def _chunks(inputs: np.ndarray) -> Iterable[np.ndarray]:
+    return (inputs[i : i + 500] for i in range(0, len(inputs), 500))
 
 
 def _compare(real: np.ndarray, generated: np.ndarray, inside) -> dict[str, float]:
@@ -247,10 +271,7 @@ def _page(context: Context, by_steps: Mapping[int, np.ndarray], real: np.ndarray
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return None
     rows = [*by_steps.values(), real]
-    images = np.concatenate([row[:_SHOWN] for row in rows])
-    source = context.source('train')
-    if isinstance(source, StandardisedSource):
-        images = source.to_pixels(images)
+    images = context.source('train').to_pixels(np.concatenate([row[:_SHOWN] for row in rows]))
     rows_titles = [*titles.values(), 'data']
     captions = [title for title in rows_titles for _ in range(_SHOWN)]
     return figures.image_page(images, captions, columns=_SHOWN)

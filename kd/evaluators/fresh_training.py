@@ -132,8 +132,7 @@ class Protocol:
 
 def pixels(made: synthetic.SyntheticSet, source: sources.Source) -> np.ndarray:
     """The images of a set before standardisation, float32 [n, H, W, C] around [-1, 1]."""
-    images = np.asarray(made.input)
-    return source.to_pixels(images) if hasattr(source, 'to_pixels') else images
+    return source.to_pixels(np.asarray(made.input))
 
 
 def page(

@@ -62,7 +62,7 @@ def generate(
 
 
 def feature_moments(
-    features: Callable[[jax.Array], jax.Array], batches: Iterable[ArrayLike]
+    features: Callable[[jax.Array], ArrayLike], batches: Iterable[ArrayLike]
 ) -> Moments:
     """Moments of `features` [B, ...] -> [B, D] over batches of images, summed in float64."""
     total: Moments | None = None

@@ -19,6 +19,7 @@ from kd.losses.flow_map import (
     squared_error,
 )
 from kd.losses.flow_map_family import (
+    fmm_residuals,
     meanflow_residual,
     pfmm_residual,
     sample_dyadic,
@@ -38,7 +39,7 @@ class Algorithm:
     """An off-diagonal loss under one signature.
 
     Attributes:
-      times: (key, n, end) -> (s, t), each [n].
+      times: (key, n, end) -> (s, t), each [n]; x_s is a point of the interpolant.
       residual: (vfn, s, t, x_s, *, dx_s, key, teacher, stop_gradient) -> [n, ...].
       needs_teacher: whether a frozen teacher must be given.
       stop_gradient: the choice made where the caller makes none; None where there is no choice.
@@ -63,6 +64,11 @@ def _dyadic(key, n, end):
     return jnp.minimum(s, end), t
 
 
+def _square(key, n, end):
+    s, t = jax.random.split(key)
+    return sample_diagonal(s, n, end=end), jax.random.uniform(t, (n,))
+
+
 def _lagrangian(vfn, s, t, x_s, *, dx_s, key, teacher, stop_gradient):
     return lsd_residual(vfn, s, t, x_s, teacher=teacher, stop_gradient=stop_gradient)
 
@@ -82,6 +88,12 @@ def _midpoint(vfn, s, t, x_s, *, dx_s, key, teacher, stop_gradient):
 
 def _progressive(vfn, s, t, x_s, *, dx_s, key, teacher, stop_gradient, steps):
     return pfmm_residual(vfn, s, t, x_s, teacher=teacher, steps=steps)
+
+
+def _flow_map_matching(vfn, s, t, x_s, *, dx_s, key, teacher, stop_gradient):
+    # Squares are summed over the last axis, so that the two errors add up. The jump goes to t and
+    # back: t is the start of the map whose velocity is matched at s.
+    return jnp.concatenate(fmm_residuals(vfn, t, s, x_s, dx_s), axis=-1)
 
 
 def _meanflow(vfn, s, t, x_s, *, dx_s, key, teacher, stop_gradient):
@@ -105,6 +117,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     'lmd': Algorithm(_triangle, _lagrangian, needs_teacher=True, stop_gradient='none'),
     'emd': Algorithm(_triangle, _eulerian, needs_teacher=True, stop_gradient='none'),
     'pfmm': Algorithm(_triangle, functools.partial(_progressive, steps=2), needs_teacher=True),
+    'fmm': Algorithm(_square, _flow_map_matching),
     'meanflow': Algorithm(_triangle, _meanflow),
     'shortcut': Algorithm(_dyadic, _shortcut),
     # Training without a teacher, distillation with one.
@@ -131,7 +144,7 @@ def get_algorithm(
     algorithm = ALGORITHMS[name]
     if algorithm.needs_teacher and not teacher:
         raise ValueError(f'algorithm {name!r} distils a frozen flow: give a teacher.')
-    if teacher and name in ('meanflow', 'shortcut'):
+    if teacher and name in ('fmm', 'meanflow', 'shortcut'):
         raise ValueError(f'algorithm {name!r} has no teacher: remove it, or use emd or lmd.')
     if stop_gradient is None:
         return algorithm

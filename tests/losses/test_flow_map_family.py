@@ -328,12 +328,14 @@ def test_batch_loss_is_diagonal_errors_then_the_named_residual(name, params, tea
         'lmd': lambda: family.lmd_residual(v, s, t, x, teacher=teacher),
         'emd': lambda: family.emd_residual(v, s, t, x, teacher=teacher),
         'pfmm': lambda: family.pfmm_residual(v, s, t, x, teacher=teacher, steps=2),
+        'fmm': lambda: jnp.hstack(family.fmm_residuals(v, t, s, x, dx)),
         'meanflow': lambda: family.meanflow_residual(v, s, t, x, dx),
         'shortcut': lambda: family.shortcut_residual(v, s, t, x),
         'consistency': lambda: family.consistency_training_residual(v, s, x, dx),
     }[name]()
     np.testing.assert_allclose(error[2:], jnp.sum(residual**2, axis=1), rtol=1e-5)
     assert jnp.all(t == 1.0) == (name == 'consistency')
+    assert jnp.any(t < s) == (name == 'fmm')
 
 
 def test_algorithm_options_that_do_not_fit_are_refused():

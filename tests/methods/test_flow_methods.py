@@ -438,6 +438,26 @@ def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
         flow_samples.flow_samples(made, weights='fast')
 
 
+def test_fid_is_the_distance_in_the_features_of_shown_pixels(stage, batch, monkeypatch):
+    made, state, net = stage
+    source = sources.load('checkerboard', 'test')
+    monkeypatch.setattr(source, 'to_pixels', lambda x: x + 1.0)
+    monkeypatch.setattr(flow_samples, 'inception_features', lambda file: np.square)
+    made = dataclasses.replace(made, source=lambda split: source)
+    probe = flow_samples.flow_samples(
+        made, weights='slow', steps=(1,), samples=40, batch=20, inception='weights.safetensors'
+    )
+    found = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}])
+    noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
+    vfn = velocity_function(net, {'params': state.ema['slow']})
+    one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
+    real, fake = (
+        flow_samples.distribution.moments((x + 1.0) ** 2) for x in (np.asarray(batch['input']), one)
+    )
+    expected = flow_samples.distribution.frechet_distance(real, fake)
+    assert found['fid_1'] == pytest.approx(expected, rel=1e-5)
+
+
 def test_geometry_agrees_with_the_metrics_of_the_whole_path(stage):
     made, state, net = stage
     probe = flow_samples.flow_geometry(made, weights='slow', samples=32, steps=8)

@@ -26,7 +26,7 @@ def flow_map(
 
         loss = (Md mean_b + Mo mean_D) / M,   Md = int(eta M) examples of M
         mean_b: || v(t, t, I_t) - dI_t ||^2,  t ~ U[0, 1)
-        mean_D: || residual of the algorithm at (s, t, I_s) ||^2,  s <= t
+        mean_D: || residual of the algorithm at (s, t, I_s) ||^2,  s <= t (any s, t for fmm)
 
     Errors are summed over the dimensions of the data. With a `time_weight` in the network, each
     error e enters as exp(-w(s, t)) e + w(s, t) with the learned w (the paper's images; its 2-D
@@ -36,8 +36,9 @@ def flow_map(
       context: the stage; needs a velocity network v(s, t, x) and an optimiser.
       algorithm: 'lsd' (Lagrangian), 'esd' (Eulerian), 'psd_uniform' or 'psd_midpoint'
         (progressive); 'meanflow' (arXiv 2505.13447), 'shortcut' (arXiv 2410.12557), 'consistency'
-        (continuous-time consistency training, jumps to data only).
-      diagonal_fraction: eta.
+        (continuous-time consistency training, jumps to data only); 'fmm' (flow map matching, arXiv
+        2406.07507: the map runs both ways and needs no diagonal).
+      diagonal_fraction: eta; the paper of fmm has 0.
       stop_gradient: where the gradient stops, see `kd.losses.flow_map`; None for the paper's.
       interpolant, noise_scale, label_dropout, augmentation, micro_batches: as of
         `kd.methods.flow.flow_matching.flow_matching`.

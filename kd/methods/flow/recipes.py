@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from kd import config as kd_config
 
 SELF_DISTILLED = (
-    'lsd', 'esd', 'psd_uniform', 'psd_midpoint', 'meanflow', 'shortcut', 'consistency',
+    'lsd', 'esd', 'psd_uniform', 'psd_midpoint', 'meanflow', 'shortcut', 'consistency', 'fmm',
 )  # fmt: skip
 DISTILLED = ('lmd', 'emd', 'pfmm')
 STEPS = (1, 2, 4, 8, 16)
@@ -80,12 +80,81 @@ def flow_map(
         )
         teacher: dict[str, Any] = dict(teacher='flow', teacher_weights=weights)
     else:
-        method = dict(name='kd.methods.flow.flow_map.flow_map', algorithm=algorithm)
+        method = dict(
+            name='kd.methods.flow.flow_map.flow_map',
+            algorithm=algorithm,
+            # Flow map matching holds the diagonal by itself.
+            diagonal_fraction=0.0 if algorithm == 'fmm' else 0.75,
+        )
         teacher = {}
     config.map = kd_config.stage(
         method=method, evaluators=evaluators('flow_map'), references=references, **teacher, **run
     )
     return config
+
+
+def paper_images(algorithm: str, *, data: Block, run: Block, **arguments: Any) -> ConfigDict:
+    """The paper's setting for images: unconditional, learned weight, RAdam at 1e-2.
+
+    The rate is high because weights are projected back to unit norm after each step. FID needs a
+    file of weights: `--config.map.evaluators.samples.inception=FILE`, see
+    `kd.evaluators.inception.inception_features`.
+
+    Args:
+      algorithm, data: as of `flow_map`.
+      run: `network`, further fields of a UNet; `steps`; `batch_size`.
+      **arguments: further ones of `flow_map`.
+    """
+    network = dict(
+        name='kd.models.unet.UNet', data_scale=0.5, num_classes=None, time_weight=128,
+        **run['network'],
+    )  # fmt: skip
+    classifier = 'classifier' if arguments.get('classifier') else ''
+    return flow_map(
+        algorithm,
+        data=data,
+        run=dict(
+            optimizer=dict(
+                name='radam',
+                lr=1e-2,
+                clip_norm=1.0,
+                schedule='rsqrt',
+                schedule_args=dict(timescale=35_000),
+            ),
+            ema={'fast': 0.999, 'slow': 0.9999},
+            log_every=100,
+            eval_every=10_000,
+            checkpoint_every=10_000,
+            **{**run, 'network': network},
+        ),
+        evaluators=lambda sampler: samples(
+            sampler,
+            weights='slow',
+            samples=10_000,
+            split='train',
+            classifier=classifier,
+            inception='',
+        ),
+        weights='slow',
+        baseline=False,
+        **arguments,
+    )
+
+
+def judging_classifier(*, crop: int, steps: int) -> Block:
+    """A stage that trains a ResNet-20 whose features measure samples."""
+    return dict(
+        network=dict(name='kd.models.resnet.ResNet', depth=20),
+        method=dict(
+            name='kd.methods.vision.supervised.supervised', augmentation=('flip', ('crop', crop))
+        ),
+        optimizer=dict(
+            name='sgd', momentum=0.9, nesterov=True, lr=0.1, weight_decay=5e-4, schedule='cosine'
+        ),
+        evaluators={'validation': dict(name='kd.evaluators.classification.classification')},
+        steps=steps,
+        batch_size=128,
+    )
 
 
 def samples(sampler: str, *, weights: str, **arguments: Any) -> dict[str, dict[str, Any]]:
