@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import sys
 from collections import Counter
@@ -74,7 +75,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits in the chip's memory."""
+        """Whether all that the step holds fits in the chip's memory."""
         return not self.refused and (self.chip is None or self.peak <= self.chip.memory)
 
     def times(self) -> dict[str, float]:
@@ -99,7 +100,13 @@ class Report:
                 else f'a smaller {self.stage}.batch_size, micro_batches of the method, or '
                 '--config.mesh.fsdp=N'
             )
-            return f'does not fit {self.chip.name}; change: {advice}'
+            if self.refused or self.arguments > self.chip.memory:
+                needed = re.search(r'\(([\d.]+[KMG])\) exceeds', self.refused)
+                needs = f' (temporaries {needed[1]})' if needed else ''
+                return f'does not fit {self.chip.name}{needs}; change: {advice}'
+            # The compiler looks at what lives at one time, and refuses what does not fit.
+            share = 100 * self.peak / self.chip.memory
+            return f'uncertain: compiles, with a sum of {share:.0f} % of memory; change: {advice}'
         bound = max(self.times(), key=self.times().__getitem__)
         return f'fits, {100 * self.peak / self.chip.memory:.0f} % of memory; bound by {bound}'
 

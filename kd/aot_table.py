@@ -48,6 +48,7 @@ class Row(NamedTuple):
 _META, _MTT = 'configs/lm/recursive_meta_distillation.py', 'configs/dataset/mtt.py'
 _CIFAR, _FRUIT = f'{_MTT}:cifar10,ipc=10', f'{_MTT}:imagefruit,ipc=1'
 _IPC_50, _SPREAD = 'distilled.method.images_per_class=50', 'mesh.data=-1'
+_IPC_64 = 'distilled.method.images_per_class=64'
 _HALF = 'distilled.data.source.network.dtype=bfloat16'
 # Slices on which the experts' batch of 256 is at least an example a chip; a larger one would need
 # another number of steps.
@@ -67,7 +68,9 @@ ROWS = (
     Row(_FRUIT, 'experts', (_SPREAD,), _UP_TO_256),
     Row(_FRUIT, 'distilled', (_IPC_50,), ('v5e:2x2',)),
     Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50, _SPREAD)),
-    Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50, _SPREAD, _HALF), ('v5e:4x4', 'v5e:16x16')),
+    Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50, _SPREAD, _HALF), ('v5e:4x4',)),
+    # 500 images divide over four chips at most, 640 over 128.
+    Row(f'{_FRUIT},shards=16', 'distilled', (_IPC_64, _SPREAD), ('v5e:4x4', 'v5e:16x16')),
     Row('configs/flow/cifar10.py', 'map'),
     Row('configs/flow/celeba64.py', 'map'),
     Row('configs/flow/afhq64.py', 'map'),
@@ -152,9 +155,11 @@ def table(reports: Sequence[tuple[str, aot.Report]]) -> str:
         where = report.target
         if report.chips != report.devices:
             where += f', {report.devices} of {report.chips} chips'
+        unknown = 'refused' if report.refused else ''
         cells = [
             label, where, f'{report.batch_size:,}',
-            aot.mib(report.arguments), aot.mib(report.temporaries), aot.mib(report.peak),
+            aot.mib(report.arguments),
+            *(unknown or aot.mib(size) for size in (report.temporaries, report.peak)),
             f'{report.flops / report.devices:.3g}', moved or 'none', times, report.verdict(),
         ]  # fmt: skip
         rows.append('| ' + ' | '.join(cells) + ' |')
