@@ -211,7 +211,7 @@ def chips() -> str:
 
 
 def roofline() -> str:
-    """Of the rows of docs/aot.md that compile: what bounds them, and how much arithmetic is used."""
+    """Of the rows of docs/aot.md that compile: what bounds them, and the arithmetic in use."""
     kept = json.loads((ROOT / 'docs' / 'aot.json').read_text())
     rows: list[list[Any]] = []
     for row in aot_table.ROWS:
