@@ -105,19 +105,7 @@ def prepare(
     train = source('train')
     mesh_lib.check_batch_size(stage.batch_size, mesh, where=f'{name}.batch_size')
     network = build_network(stage.network, train, where=f'{name}.network')
-    trained = {}
-    if stage.teacher:
-        weights, where = stage.teacher_weights, f'{name}.teacher'
-        trained['teacher'] = trained_network(
-            config, stage.teacher, workdir, mesh, train, weights=weights, where=where
-        )
-        _check_classes(name, network, trained['teacher'].network)
-    if 'teacher' in stage.references:
-        raise UserError(f"{name}.references cannot name one 'teacher'; set {name}.teacher.")
-    for label, reference in stage.references.items():
-        trained[label] = trained_network(
-            config, reference, workdir, mesh, train, where=f'{name}.references.{label}'
-        )
+    trained = _trained_networks(config, name, workdir, mesh, train, network)
     networks = {label: found.network for label, found in trained.items()}
 
     def optimizer(**arguments: Any) -> optax.GradientTransformation:
@@ -149,19 +137,6 @@ def prepare(
     frozen = {
         label: found.restore() if workdir else found.abstract for label, found in trained.items()
     }
-    evaluators = {}
-    for label, block in stage.evaluators.items():
-        block = config_lib.to_plain(block)
-        split = block.pop('split', 'validation')
-        evaluator = config_lib.build(block, context, where=f'{name}.evaluators.{label}')
-        evaluators[label] = (split, evaluator)
-    writers = {}
-    for label, block in stage.writers.items():
-        block = config_lib.to_plain(block)
-        every = block.pop('every', stage.steps)
-        if every <= 0:
-            raise UserError(f'{name}.writers.{label}.every must be positive, got {every}.')
-        writers[label] = (every, config_lib.build(block, context, where=f'{name}.writers.{label}'))
     return Stage(
         name=name,
         config=stage,
@@ -169,11 +144,52 @@ def prepare(
         method=with_nonfinite_guard(method, config.on_nonfinite),
         mesh=mesh,
         frozen=frozen,
-        evaluators=evaluators,
-        writers=writers,
+        evaluators=_evaluators(stage, context),
+        writers=_writers(stage, context),
         sharding=config_lib.to_plain(config.sharding),
         seed=config.seed,
     )
+
+
+def _trained_networks(config, name, workdir, mesh, train, network) -> dict[str, Trained]:
+    """The stage's teacher, under 'teacher', and its references by their labels."""
+    stage, trained = config[name], {}
+    if stage.teacher:
+        weights, where = stage.teacher_weights, f'{name}.teacher'
+        trained['teacher'] = trained_network(
+            config, stage.teacher, workdir, mesh, train, weights=weights, where=where
+        )
+        _check_classes(name, network, trained['teacher'].network)
+    if 'teacher' in stage.references:
+        raise UserError(f"{name}.references cannot name one 'teacher'; set {name}.teacher.")
+    for label, reference in stage.references.items():
+        trained[label] = trained_network(
+            config, reference, workdir, mesh, train, where=f'{name}.references.{label}'
+        )
+    return trained
+
+
+def _evaluators(stage: config_lib.ConfigDict, context: Context) -> dict[str, tuple[str, Any]]:
+    """{label: (split, evaluator or probe)}."""
+    made = {}
+    for label, block in stage.evaluators.items():
+        block = config_lib.to_plain(block)
+        split = block.pop('split', 'validation')
+        where = f'{context.stage}.evaluators.{label}'
+        made[label] = (split, config_lib.build(block, context, where=where))
+    return made
+
+
+def _writers(stage: config_lib.ConfigDict, context: Context) -> dict[str, tuple[int, Any]]:
+    """{label: (every so many steps, writer)}."""
+    made = {}
+    for label, block in stage.writers.items():
+        block, where = config_lib.to_plain(block), f'{context.stage}.writers.{label}'
+        every = block.pop('every', stage.steps)
+        if every <= 0:
+            raise UserError(f'{where}.every must be positive, got {every}.')
+        made[label] = (every, config_lib.build(block, context, where=where))
+    return made
 
 
 def source_loader(

@@ -7,13 +7,9 @@ the host waits for the device only where something is logged, evaluated or saved
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import numpy as np
 
 from kd import config as config_lib
 from kd import metrics as metrics_lib
+from kd import watch
 from kd.context import Probe
 from kd.errors import NonFiniteError, Preempted, UserError
 from kd.evaluation import Evaluation
@@ -57,7 +54,7 @@ def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
             distributed.agree(partial(check, config, name, mesh))
         if distributed.is_first():
             directory.record()
-        with _Sigterm() as stop:
+        with watch.Sigterm() as stop:
             for name in config.stages:
                 train_stage(config, name, directory, mesh, stop)
         if not config.report or not distributed.is_first():
@@ -220,13 +217,20 @@ class Loop:
         self.queue: deque[tuple[Any, dict[str, jax.Array]]] = deque()
         # Positions before the batches since `logged`: where to find a batch that went wrong.
         self.positions: list[Any] = []
-        self.clock = _Clock()
+        self.clock = watch.Clock()
+
+    def _profile(self) -> watch.Profile:
+        wanted = self.stage.context.config.profile
+        # Not the first step of a run, which is mostly compilation.
+        begin = max(wanted.start, self.start + 1)
+        end = min(begin + wanted.steps, self.stage.config.steps)
+        return watch.Profile(self.directory / 'profile', begin, end)
 
     def run(self) -> None:
         config, steps = self.stage.config, self.stage.config.steps
         log = MetricLog(self.directory, resume_step=self.start)
         progress = Progress(self.name, start=self.start, total=steps)
-        profile = _Profile(self.stage, self.directory, self.start)
+        profile = self._profile()
         try:
             if self.start == 0:
                 self._write_files(0)
@@ -320,76 +324,6 @@ class Loop:
             'the same command with --config.on_nonfinite=skip to leave such updates out, or begin '
             f'in another workdir with a lower {self.name}.optimizer.lr or a clip_norm.'
         )
-
-
-class _Clock:
-    """Training speed, with evaluation, checkpoints and compilation left out."""
-
-    def __init__(self) -> None:
-        self.steps, self.seconds = 0, 0.0
-        self.began: float | None = None
-
-    def start(self) -> None:
-        self.began = time.monotonic()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        if self.began is None:
-            yield
-            return
-        self.seconds += time.monotonic() - self.began
-        yield
-        self.began = time.monotonic()
-
-    def speed(self) -> float:
-        """Steps per second."""
-        running = time.monotonic() - self.began if self.began is not None else 0.0
-        total = self.seconds + running
-        return self.steps / total if total else 0.0
-
-
-class _Profile:
-    """Writes a profiler trace of a window of steps."""
-
-    def __init__(self, stage: Stage, directory: Path, first: int) -> None:
-        profile = stage.context.config.profile
-        # Not the first step of a run, which is mostly compilation.
-        self.begin = max(profile.start, first + 1)
-        self.end = min(self.begin + profile.steps, stage.config.steps)
-        self.directory = directory / 'profile'
-
-    @contextlib.contextmanager
-    def __call__(self, step: int, wait: Callable[[], Any]) -> Iterator[None]:
-        if step == self.begin < self.end:
-            jax.profiler.start_trace(str(self.directory))
-        yield
-        if self.begin < self.end == step + 1:
-            wait()
-            jax.profiler.stop_trace()
-
-
-class _Sigterm:
-    """Turns SIGTERM into a question the loop asks after every step."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def __enter__(self) -> Callable[[], bool]:
-        if jax.process_count() > 1:
-            self.handles = False
-            return distributed.preemption()
-        # Python takes signal handlers in the main thread only.
-        self.handles = threading.current_thread() is threading.main_thread()
-        if self.handles:
-            self.previous = signal.signal(signal.SIGTERM, self._note)
-        return lambda: self.came
-
-    def __exit__(self, *_: Any) -> None:
-        if self.handles:
-            signal.signal(signal.SIGTERM, self.previous)
-
-    def _note(self, *_: Any) -> None:
-        self.came = True
 
 
 def _shown(scalars: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ runs no teacher.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -20,13 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kd.context import Context
 from kd.context import Writer as StageWriter
 from kd.data import pipeline
+from kd.data.sources import Source
 from kd.io import cache
 from kd.io.progress import say
 from kd.method import Batch, Method
 from kd.metrics import Metrics, mean
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
-from kd.state import State
+from kd.state import PyTree, State
 
 
 def nothing(context: Context) -> Method:
@@ -73,57 +75,20 @@ def teacher_outputs(
         proposal_temperature=proposal_temperature,
         dtype=dtype,
     )
-    teacher = context.teacher
     batches_per_file = -(-per_file // context.batch_size)
 
     def write(state: State, step: int, directory: Path) -> None:
         del step
-        source = context.source(split)
-        variables = state.frozen['teacher']
-        mesh = jax.tree.leaves(variables)[0].sharding.mesh
-        assert context.locate is not None
-        located = context.locate(context.config[context.stage].teacher)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-
-        def outputs(variables, inputs, key):
-            return kept.signal(teacher.apply(variables, inputs).logits, key)
-
-        compute = jax.jit(outputs, out_shardings=everywhere)
-        shape = jax.eval_shape(
-            lambda v, x: teacher.apply(v, x).logits, variables, *teacher.inputs
-        ).shape[1:]
-        writer = cache.Writer(
-            directory,
-            kept,
-            shape,
-            examples=len(source),
-            per_file=batches_per_file * context.batch_size,
-            made_of={
-                'teacher': cache.tree_fingerprint(variables),
-                'training of the teacher': cache.training_fingerprint(located),
-                'data': cache.source_fingerprint(source),
-            },
+        source, variables = context.source(split), state.frozen['teacher']
+        writer = _writer(
+            context, kept, directory, source, variables, batches_per_file * context.batch_size
         )
-        part, parts = mesh_lib.batch_part(mesh)
-        batches = pipeline.eval_batches(
-            source, context.batch_size, host_index=part, host_count=parts
-        )
+        rows_of = _rows(context, kept, writer, source, variables)
         missing = distributed.from_first(writer.begin)
         for file in missing:
-            rows: dict[str, list[np.ndarray]] = {}
-            begin = file * batches_per_file
-            for index in range(begin, min(begin + batches_per_file, len(batches))):
-                batch = mesh_lib.put_batch(
-                    {'input': batches[index]['input']}, mesh_lib.batch_sharding(mesh)
-                )
-                # By position, so that a cache that was cut off has the draws of one that was not.
-                key = jax.random.fold_in(jax.random.key(context.config.seed), index)
-                found = jax.device_get(compute(variables, batch['input'], key))
-                count = min(context.batch_size, len(source) - index * context.batch_size)
-                for name in writer.record.names or ():
-                    rows.setdefault(name, []).append(getattr(found, name)[:count])
+            rows = rows_of(range(file * batches_per_file, (file + 1) * batches_per_file))
             if file % jax.process_count() == jax.process_index():
-                writer.write(file, {name: np.concatenate(x) for name, x in rows.items()})
+                writer.write(file, rows)
         distributed.agree(lambda: None)
         if missing and distributed.is_first():
             sizes = writer.finish()
@@ -135,3 +100,63 @@ def teacher_outputs(
             )
 
     return write
+
+
+def _writer(
+    context: Context,
+    kept: cache.Form,
+    directory: Path,
+    source: Source,
+    variables: PyTree,
+    per_file: int,
+) -> cache.Writer:
+    """A writer whose manifest names the teacher, its training and the data."""
+    teacher = context.teacher
+    assert context.locate is not None
+    located = context.locate(context.config[context.stage].teacher)
+    logits = jax.eval_shape(lambda v, x: teacher.apply(v, x).logits, variables, *teacher.inputs)
+    return cache.Writer(
+        directory,
+        kept,
+        logits.shape[1:],
+        examples=len(source),
+        per_file=per_file,
+        made_of={
+            'teacher': cache.tree_fingerprint(variables),
+            'training of the teacher': cache.training_fingerprint(located),
+            'data': cache.source_fingerprint(source),
+        },
+    )
+
+
+def _rows(
+    context: Context, kept: cache.Form, writer: cache.Writer, source: Source, variables: PyTree
+) -> Callable[[Iterable[int]], dict[str, np.ndarray]]:
+    """Numbers of batches (those past the end are left out) -> what is stored of their examples."""
+    teacher, size = context.teacher, context.batch_size
+    mesh = jax.tree.leaves(variables)[0].sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def outputs(variables, inputs, key):
+        return kept.signal(teacher.apply(variables, inputs).logits, key)
+
+    compute = jax.jit(outputs, out_shardings=everywhere)
+    part, parts = mesh_lib.batch_part(mesh)
+    batches = pipeline.eval_batches(source, size, host_index=part, host_count=parts)
+
+    def rows_of(numbers: Iterable[int]) -> dict[str, np.ndarray]:
+        rows: dict[str, list[np.ndarray]] = {}
+        for number in numbers:
+            if number >= len(batches):
+                break
+            batch = {'input': batches[number]['input']}
+            batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
+            # By position, so that a cache that was cut off has the draws of one that was not.
+            key = jax.random.fold_in(jax.random.key(context.config.seed), number)
+            found = jax.device_get(compute(variables, batch['input'], key))
+            count = min(size, len(source) - number * size)
+            for name in writer.record.names or ():
+                rows.setdefault(name, []).append(getattr(found, name)[:count])
+        return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+    return rows_of

@@ -11,7 +11,7 @@ import scipy.special
 import scipy.stats
 from jax.sharding import PartitionSpec
 
-from kd.losses import preference
+from kd.losses import preference, preference_family
 
 RNG = np.random.default_rng(0)
 B, P = 8, 5
@@ -139,11 +139,13 @@ def test_dpo_is_minus_log_sigmoid_of_the_margin(beta):
     log_p, anchor = -30 * RNG.exponential(size=(2, 64, 2))
     margin = beta * ((log_p[:, 0] - log_p[:, 1]) - (anchor[:, 0] - anchor[:, 1]))
     exact = -scipy.special.log_expit(margin)
-    np.testing.assert_allclose(preference.dpo(log_p, anchor, beta), exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        preference_family.dpo(log_p, anchor, beta), exact, rtol=1e-5, atol=1e-6
+    )
     rewards = RNG.normal(size=(64, 2))
     p = scipy.special.expit((rewards[:, 0] - rewards[:, 1]) / 0.7)
     soft = -p * scipy.special.log_expit(margin) - (1 - p) * scipy.special.log_expit(-margin)
-    ours = preference.soft_dpo(log_p, anchor, rewards, beta, 0.7)
+    ours = preference_family.soft_dpo(log_p, anchor, rewards, beta, 0.7)
     np.testing.assert_allclose(ours, soft, rtol=1e-5, atol=1e-6)
 
 
@@ -152,19 +154,19 @@ def test_distillation_is_hintons_cross_entropy_without_the_square(temperature):
     logits, teacher = jnp.asarray(RNG.normal(size=(2, B, P)), jnp.float32)
     targets = jax.nn.softmax(teacher / temperature)
     exact = optax.safe_softmax_cross_entropy(logits / temperature, targets)
-    ours = preference.distillation(logits, teacher, temperature)
+    ours = preference_family.distillation(logits, teacher, temperature)
     np.testing.assert_allclose(ours, exact, rtol=1e-5)
 
 
 def test_supervised_is_the_cross_entropy_of_labels():
     labels = RNG.integers(P, size=B)
     exact = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(LOG_P), labels)
-    np.testing.assert_allclose(preference.supervised(LOG_P, labels), exact, rtol=1e-5)
+    np.testing.assert_allclose(preference_family.supervised(LOG_P, labels), exact, rtol=1e-5)
 
 
 def test_max_entropy_is_minimal_at_the_maximum_entropy_policy():
     values, alpha = RNG.normal(size=(1, P)), 0.6
-    slope = jax.grad(lambda z: jnp.sum(preference.max_entropy(z, values, alpha)))
+    slope = jax.grad(lambda z: jnp.sum(preference_family.max_entropy(z, values, alpha)))
     np.testing.assert_allclose(slope(jnp.asarray(values / alpha)), 0, atol=1e-6)
     assert np.max(np.abs(slope(jnp.zeros((1, P))))) > 1e-2
 
@@ -241,7 +243,7 @@ def test_anchor_modes():
             ),
             'the loss is infinite',
         ),
-        (lambda: preference.dpo(LOG_P, ANCHOR), 'needs two candidates'),
+        (lambda: preference_family.dpo(LOG_P, ANCHOR), 'needs two candidates'),
         (
             lambda: preference.target_from_rewards(REWARDS, 1.0, 'rank'),
             "kind must be 'raw' or 'standardized'",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd.losses import preference
+from kd.losses import preference, preference_family
 from kd.theory import competence, figures, verify
 from kd.theory import kernel_regression as kr
 from kd.theory.statements import even_your_teacher, meta_operators, recursive_meta_distillation
@@ -112,10 +112,10 @@ MUTATIONS = {
     ),
     'DPO with its arguments swapped': (
         *('adpo', 'DPO and soft DPO are special cases'),
-        *(preference, 'dpo', lambda l, r, beta: ORIGINAL_DPO(r, l, beta)),
+        *(preference_family, 'dpo', lambda l, r, beta: ORIGINAL_DPO(r, l, beta)),
     ),
 }
-preference_optimum, ORIGINAL_DPO = preference.closed_form_policy, preference.dpo
+preference_optimum, ORIGINAL_DPO = preference.closed_form_policy, preference_family.dpo
 
 
 def only(monkeypatch, slug, statement):

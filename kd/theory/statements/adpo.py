@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd.losses import preference
+from kd.losses import preference, preference_family
 from kd.theory.statements.rows import Paper, at_least, at_most, counter_example, equal, run
 
 PAPER = Paper('adpo', 'ADPO: Anchored Direct Preference Optimization', '2510.18913')
@@ -140,10 +140,10 @@ def preference_pairs(rng):
     student, anchor = -20 * rng.exponential(size=(2, 64, 2))
     for beta in (0.1, 1.0):
         margin = beta * ((student[:, 0] - student[:, 1]) - (anchor[:, 0] - anchor[:, 1]))
-        hard = run(preference.dpo, student, anchor, beta)
+        hard = run(preference_family.dpo, student, anchor, beta)
         yield equal(f'DPO, beta = {beta}: -log sigma', hard, np.logaddexp(0, -margin), 1e-12)
         rewards = rng.normal(size=(64, 2))
-        soft = run(preference.soft_dpo, student, anchor, rewards, beta, 0.7)
+        soft = run(preference_family.soft_dpo, student, anchor, rewards, beta, 0.7)
         p = 1 / (1 + np.exp(-(rewards[:, 0] - rewards[:, 1]) / 0.7))
         exact = p * np.logaddexp(0, -margin) + (1 - p) * np.logaddexp(0, margin)
         yield equal(f'soft DPO, beta = {beta}', soft, exact, 1e-12)
@@ -153,12 +153,12 @@ def preference_pairs(rng):
 def supervised_cases(rng):
     logits, teacher = rng.normal(size=(2, 64, 5))
     for temperature in (1.0, 4.0):
-        value = run(preference.distillation, logits, teacher, temperature)
+        value = run(preference_family.distillation, logits, teacher, temperature)
         p = np.exp(log_softmax(teacher / temperature))
         exact = -np.sum(p * log_softmax(logits / temperature), axis=-1)
         yield equal(f"Hinton's loss without T^2, T = {temperature:g}", value, exact, 1e-12)
     labels = rng.integers(5, size=64)
-    value = run(preference.supervised, logits, labels)
+    value = run(preference_family.supervised, logits, labels)
     exact = run(optax.softmax_cross_entropy_with_integer_labels, logits, labels)
     yield equal('cross-entropy with labels, against optax', value, exact, 1e-12)
 
@@ -173,7 +173,7 @@ def max_entropy(rng):
         return -jnp.sum(jnp.exp(log_pi) * (values - alpha * log_pi))
 
     def loss(logits):
-        return jnp.sum(preference.max_entropy(logits, values, alpha))
+        return jnp.sum(preference_family.max_entropy(logits, values, alpha))
 
     yield equal('gradient of this loss at softmax(Q / alpha)', run(jax.grad(loss), best), 0, 1e-12)
     slope = run(jax.grad(rl_objective), best)
