@@ -279,7 +279,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+# A program for TPUs that another run left in the cache cannot be loaded without one.
+unreadable = pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
+
+
 @needs_libtpu
+@unreadable
 def test_a_step_for_tpus_reduces_the_gradient_and_fits():
     report = aot.compile_stage(_recipe(), 'student', 'v5e:2x2')
     assert report.devices == 4
@@ -291,6 +296,7 @@ def test_a_step_for_tpus_reduces_the_gradient_and_fits():
 
 
 @needs_libtpu
+@unreadable
 def test_a_step_too_large_for_a_chip_is_told_to_be():
     config = _recipe()
     config.teacher.network.widths = (60_000, 60_000, 60_000)
