@@ -191,19 +191,37 @@ def results() -> list[dict[str, Any]]:
 
 
 def readme_table() -> str:
-    """The table of claims, as it stands in the README."""
-    lines = ['| claim | verdict | measured |', '|---|---|---|']
+    """The table of claims, as it stands in the README.
+
+    Beside the number of checks that hold: the others, or, where all hold, the one that is closest
+    to zero in units of its interval.
+    """
+    lines = ['| claim | verdict | checks that hold | and |', '|---|---|---:|---|']
     for result in results():
-        measured = '; '.join(
-            '{}: {:+.3g} [{:+.3g}, {:+.3g}]'.format(c['check'], c['difference'], *c['interval'])
-            for c in result['checks']
-        )
+        held = [check for check in result['checks'] if check['verdict'] == REPRODUCED]
+        others = [check for check in result['checks'] if check['verdict'] != REPRODUCED]
+        if others:
+            told = 'open' if result['verdict'] == INCONCLUSIVE else 'not'
+            rest = f'{told}: ' + '; '.join(map(_shown, others))
+        else:
+            rest = f'closest: {_shown(min(held, key=_clearance))}'
         lines.append(
             f'| [{result["claim"]}](configs/claims/{result["claim"]}.py): {result["statement"]} '
             f'({result["paper"]}) | [{result["verdict"]}](results/{result["claim"]}.json) '
-            f'| {measured} |'
+            f'| {len(held)} of {len(result["checks"])} | {rest} |'
         )
     return '\n'.join(lines)
+
+
+def _shown(check: Mapping[str, Any]) -> str:
+    low, high = check['interval']
+    return f'{check["check"]} {check["difference"]:+.3g} [{low:+.3g}, {high:+.3g}]'
+
+
+def _clearance(check: Mapping[str, Any]) -> float:
+    """By how many half widths of its interval the difference lies above zero."""
+    low, high = check['interval']
+    return check['difference'] / max((high - low) / 2, 1e-12)
 
 
 def write_readme(path: Path = Path('README.md')) -> None:
