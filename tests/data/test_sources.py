@@ -276,10 +276,10 @@ def test_data_set_without_fixed_shape_images_is_refused():
         def __init__(self, **features):
             self.info = Info(**features)
 
-    text = message(prepared._describe, 'glue', Builder(sentence=tfds.features.Text()))
+    text = message(prepared.describe, 'glue', Builder(sentence=tfds.features.Text()))
     assert "has no feature 'image'; it has sentence" in text
     varying = Builder(image=tfds.features.Image(shape=(None, None, 3)))
-    assert 'vary in size' in message(prepared._describe, 'imagenet2012', varying)
+    assert 'vary in size' in message(prepared.describe, 'imagenet2012', varying)
 
 
 @pytest.mark.parametrize('name', ['digits', 'rings', 'mnist1d'])
