@@ -30,24 +30,13 @@ import jax
 import jax.numpy as jnp
 
 from kd.losses.flow_map import VelocityFunction, uncertainty_weight
-from kd.losses.flow_map_algorithms import flow_map_errors, get_algorithm
+from kd.losses.flow_map_algorithms import ALGORITHMS, flow_map_errors, get_algorithm
 from kd.losses.interpolant import linear
 from kd.models.conditioning import TimeWeight
 from kd.models.dit import DiT
 from kd.models.unet import UNet
 from kd.models.velocity_mlp import VelocityMLP
 
-ALGORITHMS = (
-    'lsd',
-    'esd',
-    'psd_uniform',
-    'psd_midpoint',
-    'meanflow',
-    'shortcut',
-    'consistency',
-    'lmd',
-    'emd',
-)
 BASELINE = 'flow_matching'
 FLOPS, TIME_OVER_FLOPS, MEMORY = 2.6, 1.25, 2.0
 
@@ -81,8 +70,9 @@ def make_step(algorithm: str, network: nn.Module, shape: tuple[int, ...], batch:
     # A teacher is a constant of the program in no training loop: it is an argument here too.
     teacher = jax.tree.map(jnp.copy, params['network'])
     plain = algorithm == BASELINE
-    needs_teacher = algorithm in ('lmd', 'emd')
-    chosen = get_algorithm('lsd' if plain else algorithm, teacher=needs_teacher)
+    name = 'lsd' if plain else algorithm
+    needs_teacher = ALGORITHMS[name].needs_teacher
+    chosen = get_algorithm(name, teacher=needs_teacher)
     count = 0
 
     def bind(variables) -> VelocityFunction:
@@ -168,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; exit status 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog='python -m kd.benchmarks.flow_map')
     parser.add_argument('--network', choices=NETWORKS, default='mlp')
-    parser.add_argument('--algorithms', nargs='+', choices=ALGORITHMS, default=ALGORITHMS)
+    parser.add_argument('--algorithms', nargs='+', choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument('--batch', type=int, help='examples of a step')
     parser.add_argument('--rounds', type=int, default=30)
     arguments = parser.parse_args(argv)
