@@ -22,11 +22,13 @@ INSTRUCTION = re.compile(
     r'(?P<op>[\w\-]+)\((?P<rest>.*)$'
 )
 SHAPE = re.compile(r'(?P<type>[a-z]\w*)\[(?P<sides>[\d,]*)\](?P<layout>\{[^}]*\})?')
+OPERAND = re.compile(r'%([\w.\-]+)')
 _CALLED = re.compile(
     r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
 )
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
 
 
 class Collective(NamedTuple):
@@ -49,13 +51,13 @@ def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`), loops taken into account."""
     found: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    current = entry = ''
+    current, entry, bounds = '', '', loop_bounds(text)
     for line in text.splitlines():
         if match := COMPUTATION.match(line):
             current = match['name']
             entry = current if match['entry'] else entry
         elif match := INSTRUCTION.match(line):
-            calls[current] += calls_of(match['op'], match['rest'])
+            calls[current] += calls_of(match['op'], match['rest'], bounds)
             kind = match['op'].removesuffix('-start')
             if kind in KINDS:
                 starts = match['op'].endswith('-start')
@@ -108,13 +110,38 @@ def count_runs(entry: str, calls: Mapping[str, list[tuple[str, int]]]) -> Counte
     return runs
 
 
-def calls_of(op: str, rest: str) -> list[tuple[str, int]]:
-    """(computation, times) that an instruction calls."""
-    trips = _TRIPS.search(rest) if op == 'while' else None
+def calls_of(op: str, rest: str, bounds: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(computation, times) that an instruction calls; `bounds` are those of `loop_bounds`."""
+    times = 1
+    if op == 'while':
+        told, condition = _TRIPS.search(rest), _CONDITION.search(rest)
+        times = int(told[1]) if told else bounds.get(condition[1], 1) if condition else 1
     called = _CALLED.findall(rest)
     for branches in _BRANCHES.findall(rest):
         called += re.findall(r'[\w.\-]+', branches)
-    return [(name, int(trips[1]) if trips else 1) for name in called]
+    return [(name, times) for name in called]
+
+
+def loop_bounds(text: str) -> dict[str, int]:
+    """{condition of a loop: n} for conditions `counter < n`.
+
+    The counters of `lax.scan` and `fori_loop` begin at 0. Programs for TPUs say nowhere else how
+    often their loops run.
+    """
+    bounds: dict[str, int] = {}
+    constants: dict[str, int] = {}
+    current = ''
+    for line in text.splitlines():
+        if match := COMPUTATION.match(line):
+            current, constants = match['name'], {}
+        elif match := INSTRUCTION.match(line):
+            if match['op'] == 'constant' and (value := re.match(r'(\d+)\)', match['rest'])):
+                constants[match['name']] = int(value[1])
+            elif match['root'] and match['op'] == 'compare' and 'direction=LT' in match['rest']:
+                last = OPERAND.findall(match['rest'].partition(')')[0])[-1]
+                if last in constants:
+                    bounds[current] = constants[last]
+    return bounds
 
 
 def _size(kind: str, shape: str, starts: bool, rest: str) -> int:
@@ -146,14 +173,14 @@ def _bytes(match: re.Match[str]) -> int:
     return _BYTES.get(match['type'], 4) * math.prod(sides)
 
 
-def bytes_in_memory(match: re.Match[str]) -> int:
+def bytes_in_memory(match: re.Match[str], *, on_chip: bool = False) -> int:
     """Bytes that an array (a match of `SHAPE`) takes of a chip's large memory.
 
-    None where its layout puts it in memory on the chip; elsewhere the smaller sides are rounded up
-    to the layout's tiles.
+    None where its layout puts it in memory on the chip, unless that is asked for too; elsewhere the
+    smaller sides are rounded up to the layout's tiles.
     """
     layout = match['layout'] or ''
-    if 'S(1)' in layout:
+    if 'S(1)' in layout and not on_chip:
         return 0
     order, _, rest = layout.strip('{}').partition(':')
     tile = re.match(r'T\(([\d,]+)\)', rest)

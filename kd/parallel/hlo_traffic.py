@@ -20,13 +20,13 @@ _FREE = {
     'call', 'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier',
 }  # fmt: skip
 _SLICES = {'dynamic-slice', 'slice', 'gather'}
-_OPERAND = re.compile(r'%([\w.\-]+)')
 
 
 class _Instruction(NamedTuple):
     name: str
     op: str
     sizes: list[int]  # in HBM, of each array of the result
+    whole: list[int]  # wherever they lie
     operands: list[str]
     rest: str
 
@@ -42,11 +42,12 @@ def traffic(text: str) -> int:
     """Bytes read and written by one execution of a compiled program on one device."""
     computations, entry = _parse(text)
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    bounds = hlo.loop_bounds(text)
     for name, instructions in computations.items():
         for each in instructions.values():
             # What a fusion, a reduction or a sort calls is part of it.
             if each.op in ('while', 'conditional', 'call', 'async-start'):
-                calls[name] += hlo.calls_of(each.op, each.rest)
+                calls[name] += hlo.calls_of(each.op, each.rest, bounds)
     runs = hlo.count_runs(entry, calls)
     return sum(
         times * _moved(each, computations[name], computations)
@@ -66,9 +67,16 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             entry = name if match['entry'] else entry
             current = computations.setdefault(name, {})
         elif match := hlo.INSTRUCTION.match(line):
-            sizes = [hlo.bytes_in_memory(found) for found in hlo.SHAPE.finditer(match['shape'])]
-            operands = _OPERAND.findall(match['rest'].partition(')')[0])
-            each = _Instruction(match['name'], match['op'], sizes, operands, match['rest'])
+            arrays = list(hlo.SHAPE.finditer(match['shape']))
+            operands = hlo.OPERAND.findall(match['rest'].partition(')')[0])
+            each = _Instruction(
+                match['name'],
+                match['op'],
+                [hlo.bytes_in_memory(array) for array in arrays],
+                [hlo.bytes_in_memory(array, on_chip=True) for array in arrays],
+                operands,
+                match['rest'],
+            )
             current[each.name] = each
             if match['root']:
                 root[name] = each.name
@@ -81,9 +89,12 @@ def _moved(each: _Instruction, within: _Computation, computations: dict[str, _Co
     if each.op in _FREE or each.op.endswith('-done'):
         return 0
     if each.op in _SLICES:
-        return 2 * each.bytes
+        return each.bytes + (sum(each.whole) if _size(within, each.operands[:1]) else 0)
     if each.op == 'dynamic-update-slice':
         return 2 * _size(within, each.operands[1:2])
+    if each.op == 'slice-start':
+        # (operand, slice, context): of the operand only the slice.
+        return each.sizes[1] + (each.whole[1] if each.sizes[0] else 0)
     if each.op.endswith('-start'):
         # (operands, results, context): each array once.
         return sum(size for size in each.sizes if size > 4)
@@ -148,4 +159,4 @@ def _behind(name: str, inside: _Computation) -> _Instruction | None:
 
 
 def _whole(inside: _Computation, name: str) -> int:
-    return inside[name].bytes if name in inside else 0
+    return sum(inside[name].whole) if name in inside else 0

@@ -63,6 +63,64 @@ def test_memory_on_the_chip_is_free_and_tiles_are_whole():
     assert hlo_traffic.traffic(TPU) == 2 * tile + 2 * tile + 4
 
 
+LOOP = """HloModule step
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %add = f32[]{:T(128)} add(%x, %y)
+}
+
+%body (s: (s32[], f32[64,128])) -> (s32[], f32[64,128]) {
+  %s = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%s), index=1
+  %all = f32[64,128]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
+  ROOT %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%i, %all)
+}
+
+%cond (s: (s32[], f32[64,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(20)
+  %s = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[64,128]) -> f32[64,128] {
+  %p = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%zero, %p)
+  %w = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) while(%t), condition=%cond, body=%body
+  ROOT %out = f32[64,128]{1,0:T(8,128)} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_loops_of_programs_for_tpus_run_up_to_the_bound_in_their_condition():
+    size = 4 * 64 * 128
+    [found] = hlo.collectives(LOOP)
+    assert (found.bytes, found.times) == (size, 20)
+    # The condition reads two numbers and writes a truth value.
+    assert hlo_traffic.traffic(LOOP) == 20 * (2 * size + 4 + 4 + 1)
+
+
+SLICED = """HloModule step
+
+ENTRY %main (p: f32[64,128]) -> f32[8,128] {
+  %p = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p)
+  %near = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s)
+  %c = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} copy-done(%c)
+}
+"""
+
+
+def test_a_slice_brought_onto_the_chip_reads_the_slice_alone():
+    # Read to the chip, and written back from there.
+    assert hlo_traffic.traffic(SLICED) == 2 * 4 * 8 * 128
+
+
 @pytest.mark.parametrize(
     ('shape', 'size'),
     [
@@ -75,4 +133,6 @@ def test_memory_on_the_chip_is_free_and_tiles_are_whole():
     ],
 )
 def test_bytes_of_a_layout(shape, size):
-    assert hlo.bytes_in_memory(hlo.SHAPE.match(shape)) == size
+    found = hlo.SHAPE.match(shape)
+    assert hlo.bytes_in_memory(found) == size
+    assert hlo.bytes_in_memory(found, on_chip=True) == (size or 4 * 128)
