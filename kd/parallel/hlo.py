@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -16,19 +16,68 @@ _BYTES = {
     'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
     's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16,
 }  # fmt: skip
-COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$')
-INSTRUCTION = re.compile(
+_COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$')
+_INSTRUCTION = re.compile(
     r'^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|[^ ]+) '
     r'(?P<op>[\w\-]+)\((?P<rest>.*)$'
 )
 SHAPE = re.compile(r'(?P<type>[a-z]\w*)\[(?P<sides>[\d,]*)\](?P<layout>\{[^}]*\})?')
-OPERAND = re.compile(r'%([\w.\-]+)')
+_OPERAND = re.compile(r'%([\w.\-]+)')
 _CALLED = re.compile(
     r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
 )
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
+
+
+class Instruction(NamedTuple):
+    """One line of a program.
+
+    Attributes:
+      name: without its %.
+      op: what it does.
+      shape: of its result, with layout.
+      operands: names.
+      rest: of the line, from the first operand on.
+    """
+
+    name: str
+    op: str
+    shape: str
+    operands: list[str]
+    rest: str
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it names."""
+        branches = ' '.join(_BRANCHES.findall(self.rest))
+        return _CALLED.findall(self.rest) + re.findall(r'[\w.\-]+', branches)
+
+
+Computation = dict[str, Instruction]  # by name; the last one is the root
+
+
+class Program(NamedTuple):
+    """A compiled program: its computations by name, and that with which it begins."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def runs(self, ops: Container[str] | None = None) -> Counter[str]:
+        """How often each computation runs in one execution; calls by other `ops` do not count."""
+        found: Counter[str] = Counter()
+
+        def count(name: str, times: int) -> None:
+            found[name] += times
+            within = self.computations.get(name, {})
+            for each in within.values():
+                if ops is None or each.op in ops:
+                    turns = _turns(each, within, self.computations) if each.op == 'while' else 1
+                    for called in each.called:
+                        count(called, times * turns)
+
+        count(self.entry, 1)
+        return found
 
 
 class Collective(NamedTuple):
@@ -47,29 +96,51 @@ class Collective(NamedTuple):
     shape: str
 
 
+def parse(text: str) -> Program:
+    """The program of a text, `compiled.as_text()`."""
+    computations: dict[str, Computation] = {}
+    roots: dict[str, str] = {}
+    entry = name = ''
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match['name']
+            entry = name if match['entry'] else entry
+            computations[name] = {}
+        elif (match := _INSTRUCTION.match(line)) and name:
+            operands = _OPERAND.findall(match['rest'].partition(')')[0])
+            each = Instruction(match['name'], match['op'], match['shape'], operands, match['rest'])
+            computations[name][each.name] = each
+            if match['root']:
+                roots[name] = each.name
+    for name, root in roots.items():
+        computations[name][root] = computations[name].pop(root)
+    return Program(computations, entry)
+
+
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`), loops taken into account."""
-    found: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
-    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    current, entry, bounds = '', '', loop_bounds(text)
-    for line in text.splitlines():
-        if match := COMPUTATION.match(line):
-            current = match['name']
-            entry = current if match['entry'] else entry
-        elif match := INSTRUCTION.match(line):
-            calls[current] += calls_of(match['op'], match['rest'], bounds)
-            kind = match['op'].removesuffix('-start')
-            if kind in KINDS:
-                starts = match['op'].endswith('-start')
-                size = _size(kind, match['shape'], starts, match['rest'])
-                found[current].append((kind, size, match['shape']))
-    runs = count_runs(entry, calls)
-    return [
-        Collective(kind, size, runs[name], shape)
-        for name, listed in found.items()
-        for kind, size, shape in listed
-        if runs[name]
+    program = parse(text)
+    runs = program.runs()
+    named = [
+        (name, each)
+        for name, computation in program.computations.items()
+        for each in computation.values()
+        if runs[name] and each.op.removesuffix('-start') in KINDS
     ]
+    starts = {
+        name
+        for name, computation in program.computations.items()
+        if any('"AsyncCollectiveStart"' in each.rest for each in computation.values())
+    }
+    # Done in pieces beside other work, each of which names it again: it counts where it starts.
+    pieces = {_channel(each) for name, each in named if name in starts}
+    found = []
+    for name, each in named:
+        if name in starts or _channel(each) not in pieces:
+            kind = each.op.removesuffix('-start')
+            size = _size(kind, each.shape, each.op != kind, each.rest)
+            found.append(Collective(kind, size, runs[name], each.shape))
+    return found
 
 
 def totals(found: list[Collective]) -> dict[str, tuple[int, int]]:
@@ -97,51 +168,59 @@ def flops(function: Any, *arguments: Any) -> int:
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def count_runs(entry: str, calls: Mapping[str, list[tuple[str, int]]]) -> Counter[str]:
-    """How often each computation runs in one execution of the program."""
-    runs: Counter[str] = Counter()
+def _turns(loop: Instruction, within: Computation, computations: dict[str, Computation]) -> int:
+    """How often a loop runs: as it says, or by its counter; 1 where neither tells.
 
-    def count(name: str, times: int) -> None:
-        runs[name] += times
-        for called, trips in calls.get(name, ()):
-            count(called, times * trips)
-
-    count(entry, 1)
-    return runs
-
-
-def calls_of(op: str, rest: str, bounds: Mapping[str, int]) -> list[tuple[str, int]]:
-    """(computation, times) that an instruction calls; `bounds` are those of `loop_bounds`."""
-    times = 1
-    if op == 'while':
-        told, condition = _TRIPS.search(rest), _CONDITION.search(rest)
-        times = int(told[1]) if told else bounds.get(condition[1], 1) if condition else 1
-    called = _CALLED.findall(rest)
-    for branches in _BRANCHES.findall(rest):
-        called += re.findall(r'[\w.\-]+', branches)
-    return [(name, times) for name in called]
-
-
-def loop_bounds(text: str) -> dict[str, int]:
-    """{condition of a loop: n} for conditions `counter < n`.
-
-    The counters of `lax.scan` and `fori_loop` begin at 0. Programs for TPUs say nowhere else how
-    often their loops run.
+    Programs for TPUs do not say it. There the condition is `counter < bound`, and the body adds a
+    constant to the counter.
     """
-    bounds: dict[str, int] = {}
-    constants: dict[str, int] = {}
-    current = ''
-    for line in text.splitlines():
-        if match := COMPUTATION.match(line):
-            current, constants = match['name'], {}
-        elif match := INSTRUCTION.match(line):
-            if match['op'] == 'constant' and (value := re.match(r'(\d+)\)', match['rest'])):
-                constants[match['name']] = int(value[1])
-            elif match['root'] and match['op'] == 'compare' and 'direction=LT' in match['rest']:
-                last = OPERAND.findall(match['rest'].partition(')')[0])[-1]
-                if last in constants:
-                    bounds[current] = constants[last]
-    return bounds
+    if told := _TRIPS.search(loop.rest):
+        return int(told[1])
+    condition, body = (
+        computations[re.search(rf'{part}=%?([\w.\-]+)', loop.rest)[1]]  # type: ignore[index]
+        for part in ('condition', 'body')
+    )
+    initial = _origin(loop.operands[0], within)
+
+    def value(name: str, computation: Computation) -> int | None:
+        """Of a constant, or of an element of the state as the loop begins."""
+        made = _origin(name, computation)
+        if made is not None and made.op == 'get-tuple-element':
+            made = initial and _origin(initial.operands[_place(made)], within)
+        number = re.match(r'\d+', made.rest) if made is not None and made.op == 'constant' else None
+        return int(number[0]) if number else None
+
+    test = next(reversed(condition.values()))
+    if test.op != 'compare' or 'direction=LT' not in test.rest:
+        return 1
+    counter = _origin(test.operands[0], condition)
+    first, bound = (value(name, condition) for name in test.operands)
+    if counter is None or counter.op != 'get-tuple-element' or first is None or bound is None:
+        return 1
+    after = _origin(next(reversed(body.values())).operands[_place(counter)], body)
+    step = value(after.operands[1], body) if after is not None and after.op == 'add' else None
+    return max(-(-(bound - first) // (step or 1)), 0)
+
+
+def _origin(name: str, within: Computation) -> Instruction | None:
+    """What made a value, through copies and bitcasts."""
+    made = within.get(name)
+    while made is not None and made.op in ('copy', 'bitcast'):
+        made = within.get(made.operands[0])
+    return made
+
+
+def _place(element: Instruction) -> int:
+    """The place in a tuple of what `get-tuple-element` takes from it."""
+    found = re.search(r'index=(\d+)', element.rest)
+    assert found is not None
+    return int(found[1])
+
+
+def _channel(each: Instruction) -> str:
+    """The number of a collective, or its own name."""
+    found = re.search(r'channel_id=\d+', each.rest)
+    return found[0] if found else each.name
 
 
 def _size(kind: str, shape: str, starts: bool, rest: str) -> int:

@@ -19,16 +19,19 @@ _FREE = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional',
     'call', 'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier',
 }  # fmt: skip
+_FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 _SLICES = {'dynamic-slice', 'slice', 'gather'}
+# What others call, a fusion, a reduction or a sort, is part of them.
+_CALLING = {'while', 'conditional', 'call', 'async-start'}
 
 
 class _Instruction(NamedTuple):
-    name: str
     op: str
     sizes: list[int]  # in HBM, of each array of the result
     whole: list[int]  # wherever they lie
     operands: list[str]
     rest: str
+    name: str
 
     @property
     def bytes(self) -> int:
@@ -40,53 +43,34 @@ _Computation = dict[str, _Instruction]  # the last one is the root
 
 def traffic(text: str) -> int:
     """Bytes read and written by one execution of a compiled program on one device."""
-    computations, entry = _parse(text)
-    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    bounds = hlo.loop_bounds(text)
-    for name, instructions in computations.items():
-        for each in instructions.values():
-            # What a fusion, a reduction or a sort calls is part of it.
-            if each.op in ('while', 'conditional', 'call', 'async-start'):
-                calls[name] += hlo.calls_of(each.op, each.rest, bounds)
-    runs = hlo.count_runs(entry, calls)
+    program = hlo.parse(text)
+    computations = {
+        name: {key: _sized(each) for key, each in computation.items()}
+        for name, computation in program.computations.items()
+    }
     return sum(
         times * _moved(each, computations[name], computations)
-        for name, times in runs.items()
+        for name, times in program.runs(_CALLING).items()
         for each in computations.get(name, {}).values()
     )
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    current: _Computation = {}
-    root: dict[str, str] = {}
-    entry = name = ''
-    for line in text.splitlines():
-        if match := hlo.COMPUTATION.match(line):
-            name = match['name']
-            entry = name if match['entry'] else entry
-            current = computations.setdefault(name, {})
-        elif match := hlo.INSTRUCTION.match(line):
-            arrays = list(hlo.SHAPE.finditer(match['shape']))
-            operands = hlo.OPERAND.findall(match['rest'].partition(')')[0])
-            each = _Instruction(
-                match['name'],
-                match['op'],
-                [hlo.bytes_in_memory(array) for array in arrays],
-                [hlo.bytes_in_memory(array, on_chip=True) for array in arrays],
-                operands,
-                match['rest'],
-            )
-            current[each.name] = each
-            if match['root']:
-                root[name] = each.name
-    for name, last in root.items():
-        computations[name][last] = computations[name].pop(last)
-    return computations, entry
+def _sized(each: hlo.Instruction) -> _Instruction:
+    arrays = list(hlo.SHAPE.finditer(each.shape))
+    return _Instruction(
+        each.op,
+        [hlo.bytes_in_memory(array) for array in arrays],
+        [hlo.bytes_in_memory(array, on_chip=True) for array in arrays],
+        each.operands,
+        each.rest,
+        each.name,
+    )
 
 
 def _moved(each: _Instruction, within: _Computation, computations: dict[str, _Computation]) -> int:
     if each.op in _FREE or each.op.endswith('-done'):
+        return 0
+    if each.op == 'custom-call' and _FREE_CALLS.search(each.rest):
         return 0
     if each.op in _SLICES:
         return each.bytes + (sum(each.whole) if _size(within, each.operands[:1]) else 0)

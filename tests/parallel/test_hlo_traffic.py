@@ -74,13 +74,15 @@ LOOP = """HloModule step
 %body (s: (s32[], f32[64,128])) -> (s32[], f32[64,128]) {
   %s = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %one = s32[]{:T(128)} constant(STEP)
+  %next = s32[]{:T(128)} add(%i, %one)
   %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%s), index=1
   %all = f32[64,128]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
-  ROOT %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%i, %all)
+  ROOT %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%next, %all)
 }
 
 %cond (s: (s32[], f32[64,128])) -> pred[] {
-  %n = s32[]{:T(128)} constant(20)
+  %n = s32[]{:T(128)} constant(BOUND)
   %s = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
   ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
@@ -88,20 +90,63 @@ LOOP = """HloModule step
 
 ENTRY %main (p: f32[64,128]) -> f32[64,128] {
   %p = f32[64,128]{1,0:T(8,128)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%zero, %p)
+  %zero = s32[]{:T(128)} constant(START)
+  %begin = s32[]{:T(128)} copy(%zero)
+  %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%begin, %p)
   %w = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) while(%t), condition=%cond, body=%body
   ROOT %out = f32[64,128]{1,0:T(8,128)} get-tuple-element(%w), index=1
 }
 """
 
 
-def test_loops_of_programs_for_tpus_run_up_to_the_bound_in_their_condition():
+@pytest.mark.parametrize(
+    ('start', 'bound', 'step', 'turns'),
+    [(0, 20, 1, 20), (0, 8, 2, 4), (3, 8, 2, 3), (0, 7, 7, 1)],
+)
+def test_loops_of_programs_for_tpus_run_as_often_as_their_counter_says(start, bound, step, turns):
     size = 4 * 64 * 128
-    [found] = hlo.collectives(LOOP)
-    assert (found.bytes, found.times) == (size, 20)
-    # The condition reads two numbers and writes a truth value.
-    assert hlo_traffic.traffic(LOOP) == 20 * (2 * size + 4 + 4 + 1)
+    text = LOOP.replace('START', str(start)).replace('BOUND', str(bound)).replace('STEP', str(step))
+    [found] = hlo.collectives(text)
+    assert (found.bytes, found.times) == (size, turns)
+    # Two numbers read and one value written by the condition and by the addition; one number copied
+    # before.
+    assert hlo_traffic.traffic(text) == turns * (2 * size + 9 + 12) + 8
+
+
+def test_a_loop_that_does_not_tell_counts_once():
+    text = LOOP.replace('START', '0').replace('BOUND', '20').replace('STEP', '1')
+    [found] = hlo.collectives(text.replace('direction=LT', 'direction=NE'))
+    assert found.times == 1
+    told = text.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"6"}}')
+    [found] = hlo.collectives(told)
+    assert found.times == 6
+
+
+PIECES = """HloModule step
+
+%begun (x: f32[8,128]) -> (f32[8,128], f32[64,128]) {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %g = f32[64,128]{1,0:T(8,128)} all-gather(%x), channel_id=7, dimensions={0}
+  ROOT %c = (f32[8,128], f32[64,128]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (x: f32[8,128]) -> f32[64,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %g = f32[64,128]{1,0:T(8,128)} all-gather(%x), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (p: f32[8,128]) -> f32[64,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %s = (f32[8,128], f32[64,128]) fusion(%p), kind=kCustom, calls=%begun
+  %other = f32[64,128]{1,0:T(8,128)} all-gather(%p), channel_id=8, dimensions={0}
+  ROOT %out = f32[64,128]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%beside
+}
+"""
+
+
+def test_a_collective_in_pieces_beside_other_work_counts_once():
+    found = hlo.collectives(PIECES)
+    assert hlo.totals(found) == {'all-gather': (2, 2 * 4 * 64 * 128)}
 
 
 SLICED = """HloModule step
@@ -111,13 +156,14 @@ ENTRY %main (p: f32[64,128]) -> f32[8,128] {
   %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p)
   %near = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s)
   %c = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near)
+  %new = f32[64,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %out = f32[8,128]{1,0:T(8,128)} copy-done(%c)
 }
 """
 
 
 def test_a_slice_brought_onto_the_chip_reads_the_slice_alone():
-    # Read to the chip, and written back from there.
+    # Read to the chip, and written back from there; a buffer that is set aside moves nothing.
     assert hlo_traffic.traffic(SLICED) == 2 * 4 * 8 * 128
 
 
