@@ -45,8 +45,10 @@ EXTRAS = {
     'launch': [
         'google-cloud-aiplatform>=2.7',
         'google-cloud-storage>=3.17',
+        'google-cloud-bigquery>=3',
         'kubernetes>=37',
         'protobuf>=6.33,<7',
+        'python-dateutil>=2.9,<3',
         'sqlalchemy>=2.1',
         'xmanager>=0.8.5',
     ],
