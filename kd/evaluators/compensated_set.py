@@ -216,6 +216,14 @@ def compensated_training(
 
 
 def unfolded(state: State, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
-    """All images of a state of `infer_ufc`: first the real ones, then those with compensators."""
-    made = jnp.stack([*state.params.values()])
-    return np.asarray(compensator.unfold(state.mutables['groups'], made, low, high))
+    """All images of a state of `infer_ufc`: first the real ones, then those with compensators.
+
+    They are put together on the host, and pass the device group by group: the set may be larger.
+    """
+    groups, made = state.mutables['groups'], [*state.params.values()]
+    images = np.empty((len(made) + 1, *groups.shape), groups.dtype)
+    for k in range(len(groups)):
+        of_group = jnp.stack([u[k : k + 1] for u in made])
+        unfolded = compensator.unfold(groups[k : k + 1], of_group, low, high)
+        images[:, k] = np.asarray(unfolded).reshape(images[:, k].shape)
+    return images.reshape(-1, *groups.shape[2:])

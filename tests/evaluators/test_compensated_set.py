@@ -12,6 +12,7 @@ from kd.evaluators import compensated_set
 from kd.models.convnet import ConvNet
 from kd.models.mlp import MLP
 from kd.network import from_linen
+from kd.state import State
 
 CLASSES, SHAPE = 4, (4, 4, 1)
 RNG = np.random.default_rng(0)
@@ -143,6 +144,15 @@ def test_dynamic_labels_take_one_share_of_the_epochs(ensembles):
     # At equal steps for half a set; hard labels are never dynamic.
     assert (static.passes(50, 100), dynamic.passes(50, 100)) == (800, 160)
     assert dynamic.passes(100, soft=False) == 400
+
+
+def test_a_state_unfolds_to_its_groups_and_each_with_each_compensator():
+    groups = RNG.uniform(-1, 1, (3, CLASSES, *SHAPE)).astype(np.float32)
+    made = {name: RNG.normal(size=(3, 1, *SHAPE)).astype(np.float32) for name in ('a', 'b')}
+    state = State.create(jax.random.key(0), made, (), mutables={'groups': jnp.asarray(groups)})
+    images = compensated_set.unfolded(state, -1.0, 0.5)
+    wanted = [groups, *(np.clip(groups + u, -1.0, 0.5) for u in made.values())]
+    np.testing.assert_array_equal(images, np.concatenate(wanted).reshape(-1, *SHAPE))
 
 
 @pytest.mark.parametrize(
