@@ -271,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known.table:
             from kd import aot_table
 
+            # Without the compiler every row would fail, and be kept as one that does.
+            topology.devices(aot_table.SLICES[0])
             aot_table.write(known.table, jobs=known.jobs, cpu_minutes=known.cpu_minutes)
             return 0
         if not known.config:

@@ -203,6 +203,15 @@ def test_a_missing_libtpu_names_the_extra(monkeypatch):
         topology.devices('v5e:4x4')
 
 
+def test_a_table_without_the_compiler_is_one_line_and_leaves_the_record_alone(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
+    assert aot.main([f'--table={tmp_path / "aot.md"}']) == 2
+    assert capsys.readouterr().err.startswith('kd: Compiling for v5e:4x4 takes the package libtpu')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [

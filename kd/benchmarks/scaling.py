@@ -300,6 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = arguments.names or list(TABLES)
     if unknown := set(names) - set(TABLES):
         parser.error(f'no table {", ".join(sorted(unknown))}; there are {", ".join(TABLES)}')
+    if arguments.page:
+        # Before minutes of compilation: does the page have a place for every table?
+        try:
+            written(arguments.page.read_text(), dict.fromkeys(names, ''))
+        except (OSError, ValueError) as error:
+            parser.error(f'--page={arguments.page}: {error}')
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', max(DEVICES))
     for name in names:

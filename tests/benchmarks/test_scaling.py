@@ -59,6 +59,16 @@ def test_a_page_gets_its_tables_and_keeps_its_text():
         scaling.written(page, {'z': ''})
 
 
+@pytest.mark.parametrize(('text', 'told'), [('no place', 'no <!-- chips'), (None, 'No such file')])
+def test_a_page_that_cannot_take_the_tables_is_told_before_any_work(tmp_path, capsys, text, told):
+    page = tmp_path / 'page.md'
+    if text:
+        page.write_text(text)
+    with pytest.raises(SystemExit):
+        scaling.main(['chips', f'--page={page}'])
+    assert told in capsys.readouterr().err
+
+
 def test_the_page_has_every_table_and_those_of_the_record_are_up_to_date():
     page = PAGE.read_text()
     for name in scaling.TABLES:
