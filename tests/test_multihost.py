@@ -189,6 +189,35 @@ def test_a_run_of_one_process_goes_on_in_two_with_sharded_parameters(
     _assert_close(run, single)
 
 
+def test_probes_of_two_processes_tell_what_those_of_one_do(context, data_dir, tmp_path):
+    # Samples and paths of a flow, whose parameters lie in parts in both processes.
+    short = [
+        '--config=configs/flow/checkerboard.py:cpu,lsd',
+        "--config.sharding=(('params|opt_state|ema', 'fsdp'),)",
+        '--config.mesh.data=1',
+        *(
+            f'--config.{stage}.{field}={value}'
+            for stage in ('flow', 'map')
+            for field, value in (
+                ('steps', 2), ('checkpoint_every', 2), ('log_every', 1),
+                ('evaluators.samples.samples', 64), ('evaluators.samples.steps', '(1,)'),
+                ('evaluators.geometry.samples', 16), ('network.width', 32),
+            )
+        ),
+    ]  # fmt: skip
+    runs = {}
+    for processes in (1, 2):
+        run = Run(context, tmp_path / f'run{processes}', data_dir)
+        run.arguments = [*short, f'--workdir={run.workdir}', f'--config.mesh.fsdp={processes}']
+        assert run.finish(processes, 1) == [0] * processes, run.said(0)
+        runs[processes] = run.lines('map')[-1]
+        assert (run.workdir / 'map' / 'figures' / 'samples_samples_2.png').exists()
+    probed = [key for key in runs[1] if key.startswith(('samples/', 'geometry/'))]
+    assert {'samples/kl_1', 'geometry/semigroup'} <= set(probed)
+    for key in probed:
+        assert runs[2][key] == pytest.approx(runs[1][key], rel=1e-3, abs=1e-6), key
+
+
 def test_what_is_wrong_in_one_process_stops_both(context, tmp_path):
     (tmp_path / 'unwritable').write_text('a file')
     run = Run(context, tmp_path / 'run', tmp_path / 'data')
