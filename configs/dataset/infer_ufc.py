@@ -84,9 +84,16 @@ def ensemble(stem):
 
 
 def get_config(argument: str = 'cifar100,ipc=10'):
-    """The recipe of a data set and a budget, `name,ipc=N` or `name,ipc=N,dynamic`."""
+    """The recipe of a data set and a budget, `name,ipc=N` or `name,ipc=N,dynamic`.
+
+    Without `ipc` the smallest budget; the storage of one image per class holds no group.
+    """
     variant = argument.removesuffix(',dynamic')
-    name, ipc, _ = recipes.parse(variant)
+    name, ipc, shards = recipes.parse(variant)
+    if shards > 1:
+        raise UserError(f"'{argument}': there are no shards here; use --config.mesh.data=N.")
+    if 'ipc=' not in variant:
+        ipc = min(SIZES.get(name, (ipc,)))
     if ipc not in SIZES.get(name, ()):
         known = [f'{data},ipc={n}' for data, sizes in SIZES.items() for n in sizes]
         raise UserError(

@@ -82,6 +82,11 @@ def test_variants_are_the_papers_and_others_are_said():
     assert len(static.distilled.references) == 4
     assert static.report.protocol.labels == 'static'
     assert list(static.report.networks) == ['ResNet18']
+    smallest = kd_config.load(f'{RECIPE}:cpu,dynamic')
+    assert smallest.distilled.method.images_per_class == 2
+    assert smallest.report.protocol.labels == 'dynamic'
+    with pytest.raises(UserError, match=r'no shards here; use --config\.mesh\.data=N'):
+        kd_config.load(f'{RECIPE}:cifar100,ipc=10,shards=4')
     for variant in ('cifar100,ipc=1', 'imagenett,ipc=10', 'cpu,ipc=2,shards=2,static'):
         with pytest.raises(UserError, match=r'imagenet,ipc=50|is not ipc=N'):
             kd_config.load(f'{RECIPE}:{variant}')
