@@ -73,6 +73,15 @@ def test_operations_of_products_convolutions_loops_and_branches():
     image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 7))
     assert hlo.flops(convolution, image, kernel) == 2 * (2 * 8 * 8 * 7) * (3 * 3 * 3)
 
+    def strided(x):
+        dims = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), 'SAME', dimension_numbers=dims)
+
+    # Forward and the gradient of the input use every product once.
+    once = 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
+    assert hlo.flops(strided, image) == once
+    assert hlo.flops(lambda x, y: jax.vjp(strided, x)[1](y), image, strided(image)) == 2 * once
+
     def loop(x):
         return jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=11)[0]
 

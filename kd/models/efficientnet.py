@@ -78,8 +78,8 @@ class EfficientNet(nn.Module):
       stem: `imagenet` reduces the resolution 32 times; `cifar`, for small images, has no stride in
         the stem and reduces it 16 times.
       dropout: of the pooled features.
-      drop_path: of the last block's branch; it rises linearly from 0 at the first. Both need the
-        'dropout' key and act only with train=True.
+      drop_path: block i of n drops its branch at the rate drop_path i / n. Both need the 'dropout'
+        key and act only with train=True.
       dtype: compute type, head excepted.
 
     Features: `stem`, `block0`, ..., `block15`, `last`, and `features`, the pooled output.

@@ -285,7 +285,10 @@ def jaxpr_flops(jaxpr: Any) -> int:
         elif name == 'conv_general_dilated':
             kernel = equation.invars[1].aval
             outputs = kernel.shape[parameters['dimension_numbers'].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
+            # Of an input spread out with zeros, as in gradients of strided convolutions, these do
+            # not count.
+            spread = math.prod(parameters['lhs_dilation'] or (1,))
+            total += 2 * equation.outvars[0].aval.size * (kernel.size // outputs) // spread
         elif name == 'scan':
             total += parameters['length'] * sum(inner)
         elif name == 'cond':
