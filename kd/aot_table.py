@@ -99,10 +99,17 @@ def write(file: Path, *, jobs: int, cpu_minutes: float, rows: Sequence[Row] = RO
         running = {pool.submit(compiled, key, cpu_minutes): key for key in todo}
         for done in futures.as_completed(running):
             kept[running[done]] = done.result()
-            record.write_text(json.dumps(kept, indent=0, sort_keys=True) + '\n')
+            _keep(record, kept)
             file.write_text(page(kept, rows))
             print(running[done], flush=True)
     file.write_text(page(kept, rows))
+
+
+def _keep(record: Path, kept: Mapping[str, Any]) -> None:
+    """Writes the record whole or not at all."""
+    partial = record.with_suffix('.partial')
+    partial.write_text(json.dumps(kept, indent=0, sort_keys=True) + '\n')
+    partial.replace(record)
 
 
 def compiled(key: str, cpu_minutes: float) -> dict[str, Any]:

@@ -52,13 +52,15 @@ def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:
 
 def _arguments(block: ConfigDict, parents: list[str]) -> tuple[list[str], bool]:
     """Arguments of the callable that a block names, and whether it passes others on."""
+    hidden = {'context', 'parent', 'name'}
     if parents[-1:] == ['optimizer']:
         path = 'kd.optim.optimizer'
+        # Those of the stage.
+        hidden.add('steps')
     elif 'name' in block and '.' in block.name:
         path = block.name
     else:
         return [], False
-    hidden = ('context', 'steps', 'parent', 'name')
     parameters = inspect.signature(resolve(path)).parameters.values()
     # An evaluator's split is read by its stage.
     names = ['split'] if parents[-2:-1] == ['evaluators'] else []

@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kd.errors import UserError
+
 TARGET_S = 20.0
 RECIPE = 'configs/vision/logit_kd.py:cpu'
 STAGE = 'teacher'
@@ -66,7 +68,7 @@ def _start(recipe: str, stage: str, folder: Path) -> Start:
             if process.poll() is not None or wall > PATIENCE_S:
                 process.kill()
                 said.seek(0)
-                raise RuntimeError(f'{recipe} made no step within {wall:.0f} s:\n{said.read()}')
+                raise UserError(f'{recipe} made no step within {wall:.0f} s:\n{said.read()}')
             time.sleep(0.01)
         wall, cpu = time.monotonic() - began, _cpu_seconds(process.pid)
         process.send_signal(signal.SIGTERM)
@@ -87,7 +89,7 @@ def _cpu_seconds(process: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; exit status 1 if the target is missed."""
+    """Prints the table; exit status 1 if the target is missed, 2 for a recipe that does not run."""
     parser = argparse.ArgumentParser(prog='python -m kd.benchmarks.resume')
     parser.add_argument('--config', default=RECIPE)
     parser.add_argument('--stage', default=STAGE)
@@ -96,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = []
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            pairs.append(measure(arguments.config, arguments.stage, Path(folder)))
+            try:
+                pairs.append(measure(arguments.config, arguments.stage, Path(folder)))
+            except UserError as error:
+                print(f'kd: {error}', file=sys.stderr)
+                return 2
     print('| start | wall, s | processor, s | wall over that of the cold start | target, s |')
     print('|---|---:|---:|---:|---:|')
     cold, resumed = ([pair[i] for pair in pairs] for i in range(2))

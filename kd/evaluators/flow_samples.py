@@ -87,17 +87,18 @@ def flow_samples(
     advance = jax.jit(_advance(network, sampler, guidance))
     inside = config_lib.resolve(support) if support else None
     judges = _judges(context, classifier, feature, inception)
+    # Of the features of the split, which no step changes: computed at the first evaluation.
+    moments: dict[str, distribution.Moments] = {}
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
-        real, labels = _examples(batches, None if judges else samples)
-        moments = {name: judge(state, real) for name, judge in judges.items()}
+        real, labels = _examples(batches, samples, state, judges, moments)
         variables = state.variables(None if weights == 'final' else weights)
         scalars: dict[str, float | Figure] = {}
         by_steps = {}
         for n in steps:
             generated = _generate(advance, variables, labels, n, samples, batch, shape, sigma, seed)
             by_steps[n] = generated
-            values = _compare(real[:samples], generated, inside)
+            values = _compare(real, generated, inside)
             if 'finite' not in values:
                 for name, judge in judges.items():
                     found = judge(state, generated)
@@ -205,18 +206,32 @@ def _generate(advance, variables, labels, n, samples, batch, shape, sigma, seed)
 
 
 def _examples(
-    batches: Iterable[dict[str, jax.Array]], count: int | None
+    batches: Iterable[dict[str, jax.Array]],
+    count: int,
+    state: State,
+    judges: Mapping[str, _Judge],
+    moments: dict[str, distribution.Moments],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the first examples (all for None), on the host."""
-    inputs, labels, total = [], [], 0
+    """Inputs and labels of the first examples, on the host; fills in moments of all that lack."""
+    inputs: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    missing = {name: judge for name, judge in judges.items() if name not in moments}
+    held = 0
     for batch in batches:
         mask = np.asarray(batch['mask'])
-        inputs.append(np.asarray(batch['input'])[mask])
-        labels.append(np.asarray(batch['label'])[mask] if 'label' in batch else np.zeros(0, int))
-        total += int(mask.sum())
-        if count is not None and total >= count:
+        part = np.asarray(batch['input'])[mask]
+        if held < count:
+            inputs.append(part)
+            labels.append(
+                np.asarray(batch['label'])[mask] if 'label' in batch else np.zeros(0, int)
+            )
+            held += len(part)
+        elif not missing:
             break
-    return np.concatenate(inputs), np.concatenate(labels)
+        for name, judge in missing.items():
+            found = judge(state, part)
+            moments[name] = moments[name].merge(found) if name in moments else found
+    return np.concatenate(inputs)[:count], np.concatenate(labels)[:count]
 
 
 def _judges(context: Context, classifier: str, feature: str, inception: str) -> dict[str, _Judge]:

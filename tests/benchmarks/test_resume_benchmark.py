@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kd.benchmarks import resume
+from kd.errors import UserError
 
 # Takes half a second to its first step if its cache is empty, a tenth if not; goes on where it was.
 TRAINER = """#!{python}
@@ -53,7 +54,7 @@ def test_the_second_start_goes_on_from_the_first_and_finds_its_cache(trainer, tm
 
 
 def test_a_run_that_fails_is_shown(trainer, tmp_path):
-    with pytest.raises(RuntimeError, match='no such recipe'):
+    with pytest.raises(UserError, match='no such recipe'):
         resume.measure('wrong.py', 'teacher', tmp_path)
 
 

@@ -447,15 +447,20 @@ def test_fid_is_the_distance_in_the_features_of_shown_pixels(stage, batch, monke
     probe = flow_samples.flow_samples(
         made, weights='slow', steps=(1,), samples=40, batch=20, inception='weights.safetensors'
     )
-    found = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}])
+    # Two batches, the last one padded; moments are of all examples, not of the first 40.
+    padded = {**batch, 'mask': jnp.arange(BATCH) < 5}
+    found = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}] * 3 + [padded])
     noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
     vfn = velocity_function(net, {'params': state.ema['slow']})
     one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
-    real, fake = (
-        flow_samples.distribution.moments((x + 1.0) ** 2) for x in (np.asarray(batch['input']), one)
-    )
+    inputs = np.asarray(batch['input'])
+    inputs = np.concatenate([inputs, inputs, inputs, inputs[:5]])
+    real, fake = (flow_samples.distribution.moments((x + 1.0) ** 2) for x in (inputs, one))
     expected = flow_samples.distribution.frechet_distance(real, fake)
     assert found['fid_1'] == pytest.approx(expected, rel=1e-5)
+    # Moments of the split are kept.
+    again = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}])
+    assert again['fid_1'] == found['fid_1']
 
 
 def test_geometry_agrees_with_the_metrics_of_the_whole_path(stage):
