@@ -232,7 +232,7 @@ def roofline() -> str:
                     f'{chip.flops / chip.bandwidth:.0f}',
                     bound,
                     f'{1e3 * times[bound]:.3g}',
-                    f'{100 * times["arithmetic"] / times[bound]:.2g} %',
+                    f'{100 * times["arithmetic"] / times[bound]:.3g} %',
                 ]
             )
     head = (
