@@ -33,7 +33,7 @@ def source(name: str, split: str) -> sources.Source:
       DataError: a data set whose shapes are not known, or images that differ in size.
     """
     spec, classes = _shapes(name)
-    names = re.findall(r'[A-Za-z_]\w*', split)
+    names = re.findall(r'[A-Za-z_][\w-]*', split)
 
     def reader(_: str) -> sources.Reader:
         return _unreadable

@@ -83,7 +83,7 @@ class SoftTraining:
           batch_size: of training.
           temperature: T; there is no factor T^2.
           gradient_scale: factor on the loss.
-          mixup: parameter of MixUp; 0 for none.
+          mixup: parameter of MixUp, with a lambda per image; 0 for none.
           weight_decay: of AdamW.
           augmentation: of `kd.data.augment`, before MixUp.
           labels: 'static' or 'dynamic'.
