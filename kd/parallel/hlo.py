@@ -163,7 +163,7 @@ def flops(function: Any, *arguments: Any) -> int:
 
     Counted on the jaxpr, where the length of a loop is known: XLA's own analysis counts the body
     of a loop once. A multiply-add is two. Of a conditional the dearest branch counts; a while loop
-    of unknown length counts once. The body of a `shard_map` counts as it is written: for one device.
+    of unknown length counts once. The body of a `shard_map` counts for one device.
     """
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
