@@ -29,34 +29,21 @@ A step at full scale sees 256 images of every class at once; `--config.mesh.data
 over 8 devices, which CIFAR-100 needs where one device has less than 80 GB.
 """
 
-from kd.methods.dataset import recipes
+from kd.methods.dataset import recipes, small_recipes
 
 DM = 'kd.methods.dataset.distribution_matching.distribution_matching'
-VARIANTS = ('cpu', 'mnist,ipc=10', 'cifar10,ipc=10', 'cifar100,ipc=1')
+VARIANTS = ('cpu', 'cpu_mnist', 'mnist,ipc=10', 'cifar10,ipc=10', 'cifar100,ipc=1')
 
 
 def get_config(argument: str = 'cifar10,ipc=10'):
     """The recipe of a data set; `name` or `name,ipc=N` or `name,ipc=N,shards=N`."""
     name, ipc, shards = recipes.parse(argument)
-    return cpu(ipc, shards) if name == 'cpu' else full(name, ipc, shards)
+    return (cpu if name in recipes.CPU else full)(name, ipc, shards)
 
 
-def cpu(ipc, shards):
-    """Digits with perceptrons, as in mtt.py, without augmentation."""
-    return recipes.condensation(
-        recipes.DATA['cpu'],
-        ipc,
-        shards,
-        standardise='mean',
-        method=dict(name=DM),
-        optimizer=dict(name='adam', lr=0.02),
-        steps=1000,
-        batch_size=100,
-        protocol=dict(epochs=300, batch_size=1000),
-        step_sizes=recipes.SMALL_STEP_SIZES,
-        eval_every=250,
-        networks=dict(wide=dict(name='kd.models.mlp.MLP', widths=(256,))),
-    )
+def cpu(name, ipc, shards):
+    """Digits or MNIST with perceptrons, as in mtt.py, without augmentation."""
+    return small_recipes.condensation(name, ipc, shards, dict(name=DM))
 
 
 def full(name, ipc, shards):

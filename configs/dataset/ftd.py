@@ -18,11 +18,11 @@ Radius and surrogate gap are those of the paper's scripts. At that radius the ad
 is very small; on digits it has to be about a hundred times as large to change the experts at all.
 """
 
-from kd.methods.dataset import recipes
+from kd.methods.dataset import recipes, small_recipes
 from kd.methods.dataset.recipes import Schedule
 
 FTD = 'kd.methods.dataset.ftd.ftd'
-VARIANTS = ('cpu', 'cifar100,ipc=50')
+VARIANTS = ('cpu', 'cpu_mnist', 'cifar100,ipc=50')
 
 # (data, ipc): schedule, alpha of the surrogate gap, decay of the average.
 ROWS = {
@@ -40,19 +40,18 @@ ROWS = {
 def get_config(argument: str = 'cifar10,ipc=10'):
     """The recipe of a row of the table; `name` or `name,ipc=N` or `name,ipc=N,shards=N`."""
     name, ipc, shards = recipes.parse(argument)
-    if name in ('cpu', 'mnist'):
+    if name in recipes.SMALL:
         return small(name, ipc, shards)
     return full(name, ipc, shards)
 
 
 def small(name, ipc, shards):
-    """Digits with perceptrons, MNIST with ConvNets."""
-    rate = 0.05 if name == 'cpu' else 0.01
-    return recipes.small_matching(
+    """Digits or MNIST with perceptrons, MNIST with ConvNets."""
+    return small_recipes.matching(
         name,
         ipc,
         shards,
-        experts=dict(optimizer=dict(name='sgd', lr=rate), rho=1.0, alpha=0.4),
+        experts=dict(rho=1.0, alpha=0.4),
         method=dict(name=FTD, ema=0.99, step_size=0.03),
         average='average',
     )

@@ -34,10 +34,12 @@ over 8 devices, which CIFAR-100 needs.
 """
 
 from kd.errors import UserError
-from kd.methods.dataset import recipes
+from kd.methods.dataset import recipes, small_recipes
 
 DSA = 'kd.methods.dataset.gradient_matching.gradient_matching'
-VARIANTS = ('cpu', 'mnist,ipc=10', 'cifar10,ipc=10', 'dc_cifar10,ipc=50', 'cifar100,ipc=10')
+VARIANTS = (
+    'cpu', 'cpu_mnist', 'mnist,ipc=10', 'cifar10,ipc=10', 'dc_cifar10,ipc=50', 'cifar100,ipc=10',
+)  # fmt: skip
 
 # Images per class: steps of matching per network, epochs of the network after each.
 LOOPS = {1: (1, 1), 10: (10, 50), 50: (50, 10)}
@@ -47,25 +49,13 @@ NETWORKS = 1000
 def get_config(argument: str = 'cifar10,ipc=10'):
     """The recipe of a data set; `name` or `name,ipc=N` or `name,ipc=N,shards=N`."""
     name, ipc, shards = recipes.parse(argument)
-    return cpu(ipc, shards) if name == 'cpu' else full(name, ipc, shards)
+    return (cpu if name in recipes.CPU else full)(name, ipc, shards)
 
 
-def cpu(ipc, shards):
-    """Digits with perceptrons, as in mtt.py, without augmentation."""
-    return recipes.condensation(
-        recipes.DATA['cpu'],
-        ipc,
-        shards,
-        standardise='mean',
-        method=dict(name=DSA, restart_every=10, network_steps=20, network_lr=0.03),
-        optimizer=dict(name='adam', lr=0.02),
-        steps=1000,
-        batch_size=100,
-        protocol=dict(epochs=300, batch_size=1000),
-        step_sizes=recipes.SMALL_STEP_SIZES,
-        eval_every=250,
-        networks=dict(wide=dict(name='kd.models.mlp.MLP', widths=(256,))),
-    )
+def cpu(name, ipc, shards):
+    """Digits or MNIST with perceptrons, as in mtt.py, without augmentation."""
+    method = dict(name=DSA, restart_every=10, network_steps=20, network_lr=0.03)
+    return small_recipes.condensation(name, ipc, shards, method)
 
 
 def full(name, ipc, shards):

@@ -24,12 +24,12 @@ Whitened data where the paper whitens. With more than one device, write
 `shards=N` to spread the synthetic set, and with it the inner loop, over N of them.
 """
 
-from kd.methods.dataset import recipes
+from kd.methods.dataset import recipes, small_recipes
 from kd.methods.dataset.recipes import Schedule
 
 MTT = 'kd.methods.dataset.mtt.mtt'
 
-VARIANTS = ('cpu', 'mnist,ipc=10', 'cifar10,ipc=10')
+VARIANTS = ('cpu', 'cpu_mnist', 'mnist,ipc=10', 'cifar10,ipc=10')
 
 # (data, ipc): schedule and standardisation. Where the paper says `no whitening`, channels are
 # standardised.
@@ -49,22 +49,16 @@ ROWS = {
 def get_config(argument: str = 'cifar10,ipc=10'):
     """The recipe of a row of the table; `name` or `name,ipc=N` or `name,ipc=N,shards=N`."""
     name, ipc, shards = recipes.parse(argument)
-    if name in ('cpu', 'mnist'):
+    if name in recipes.SMALL:
         return small(name, ipc, shards)
     return full(name, ipc, shards)
 
 
 def small(name, ipc, shards):
-    """Digits with perceptrons, MNIST with ConvNets."""
-    cpu = name == 'cpu'
-    wide = dict(wide=dict(name='kd.models.mlp.MLP', widths=(256,)))
-    return recipes.small_matching(
-        name,
-        ipc,
-        shards,
-        experts=dict(optimizer=dict(name='sgd', lr=0.05 if cpu else 0.01)),
-        method=dict(name=MTT, step_size=0.03 if cpu else 0.01),
-        networks=wide if cpu else recipes.cross_architecture(),
+    """Digits or MNIST with perceptrons, MNIST with ConvNets."""
+    step_size = 0.01 if name == 'mnist' else 0.03
+    return small_recipes.matching(
+        name, ipc, shards, experts={}, method=dict(name=MTT, step_size=step_size)
     )
 
 

@@ -17,11 +17,11 @@ kernels, intermediate targets.
 The paper's accuracies are the best over the epochs of an evaluation; ours are of the last epoch.
 """
 
-from kd.methods.dataset import recipes
+from kd.methods.dataset import recipes, small_recipes
 from kd.methods.dataset.recipes import Schedule
 
 SMOOTH = 'kd.methods.dataset.smooth_experts.smooth_experts'
-VARIANTS = ('cpu', 'cifar100,ipc=1')
+VARIANTS = ('cpu', 'cpu_mnist', 'cifar100,ipc=1')
 
 # (data, ipc): schedule, standardisation, and what the method does besides: balance over the start
 # epochs, start of the images, perturbation, intermediate targets.
@@ -46,29 +46,29 @@ ROWS = {
 def get_config(argument: str = 'cifar100,ipc=10'):
     """The recipe of a row of the table; `name` or `name,ipc=N` or `name,ipc=N,shards=N`."""
     name, ipc, shards = recipes.parse(argument)
-    if name in ('cpu', 'mnist'):
+    if name in recipes.SMALL:
         return small(name, ipc, shards)
     return full(name, ipc, shards)
 
 
 def small(name, ipc, shards):
-    """Digits with perceptrons, which have no kernels to perturb; MNIST with ConvNets."""
-    cpu = name == 'cpu'
-    return recipes.small_matching(
+    """Digits or MNIST with perceptrons, which have no kernels to perturb; MNIST with ConvNets."""
+    kernels = name == 'mnist'
+    return small_recipes.matching(
         name,
         ipc,
         shards,
         experts=dict(
-            optimizer=dict(name='sgd', lr=0.01 if cpu else 0.003, momentum=0.9),
+            optimizer=dict(name='sgd', lr=0.01 if name == 'cpu' else 0.003, momentum=0.9),
             weight_decay=1e-3,
             ramp_epochs=10,
-            penalty=0.0 if cpu else 2.0,
+            penalty=2.0 if kernels else 0.0,
         ),
         method=dict(
             name=SMOOTH,
             momentum=0.0,
-            perturbation=0.0 if cpu else 1.0,
-            step_size=0.05 if cpu else 0.01,
+            perturbation=1.0 if kernels else 0.0,
+            step_size=0.01 if kernels else 0.05,
         ),
     )
 

@@ -219,8 +219,8 @@ def roofline() -> str:
             told = kept.get(row.key(target), {})
             if 'stage' not in told or (report := aot.from_json(told)).refused:
                 continue
-            times = report.times()
-            bound = max(times, key=times.__getitem__)
+            bound, seconds = report.bound()
+            at_least = '≥ ' if report.effort < 0 else ''
             chip = report.chip
             assert chip is not None
             rows.append(
@@ -228,11 +228,11 @@ def roofline() -> str:
                     row.label(),
                     target,
                     f'{report.batch_size / report.devices:.3g}',
-                    f'{report.flops / report.devices / max(report.traffic, 1):.3g}',
+                    f'{at_least}{report.flops / report.devices / max(report.traffic, 1):.3g}',
                     f'{chip.flops / chip.bandwidth:.0f}',
                     bound,
-                    f'{1e3 * times[bound]:.3g}',
-                    f'{100 * times["arithmetic"] / times[bound]:.3g} %',
+                    f'{1e3 * seconds:.3g}',
+                    f'{100 * report.times()["arithmetic"] / seconds:.3g} %',
                 ]
             )
     head = (

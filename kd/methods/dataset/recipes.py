@@ -14,7 +14,9 @@ SEGMENTS = 'kd.data.trajectories.segments'
 SIAMESE = 'color_crop_cutout_flip_scale_rotate'
 # Learning rates to choose from for real images, and for networks other than that of the recipe.
 STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)
-SMALL_STEP_SIZES = (0.003, 0.01, 0.03, 0.1)
+# Variants of `kd.methods.dataset.small_recipes`.
+CPU = ('cpu', 'cpu_mnist')
+SMALL = (*CPU, 'mnist')
 
 
 class Data(NamedTuple):
@@ -39,6 +41,7 @@ def convnet(depth: int, width: int = 128) -> dict[str, Any]:
 MLP = dict(name='kd.models.mlp.MLP', widths=(64, 64))
 DATA = {
     'cpu': Data('digits', 'train[:1200]', 'train[1200:]', 1200, MLP, 60, 20, 20),
+    'cpu_mnist': Data('mnist', 'train[:55000]', 'train[55000:]', 55_000, MLP, 250, 10, 12),
     'mnist': Data('mnist', 'train[:55000]', 'train[55000:]', 55_000, convnet(3, 64)),
     'cifar10': Data('cifar10', 'train[:45000]', 'train[45000:]', 45_000, convnet(3)),
     'cifar100': Data('cifar100', 'train[:45000]', 'train[45000:]', 45_000, convnet(3)),
@@ -73,7 +76,7 @@ def row(rows: Mapping[tuple[str, int], Any], name: str, ipc: int) -> Any:
         wanted = f'{name},ipc={ipc}'
         raise UserError(
             f"There is no variant '{wanted}'.{did_you_mean(wanted, known)} Variants: "
-            f'{", ".join(["cpu", "mnist", *known])}.'
+            f'{", ".join([*SMALL, *known])}.'
         )
     return rows[name, ipc]
 
@@ -213,47 +216,6 @@ def matching_stage(
     )
 
 
-def small_matching(
-    name: str,
-    ipc: int,
-    shards: int,
-    *,
-    experts: Mapping[str, Any],
-    method: Mapping[str, Any],
-    average: str = '',
-    networks: Mapping[str, Any] | None = None,
-) -> ConfigDict:
-    """Trajectories of digits ('cpu') with perceptrons, or of MNIST ('mnist') with ConvNets.
-
-    Adam on the pixels and on the logarithm of the step size. `experts` and `method` are what a
-    paper adds to the stage of its experts and to its method.
-    """
-    data, cpu = DATA[name], name == 'cpu'
-    protocol = dict(epochs=300, batch_size=1000)
-    return assembled(
-        data,
-        standardise='mean' if cpu else 'channels',
-        ipc=ipc,
-        shards=shards,
-        experts=expert_stage(data, together=20 if cpu else 10, **experts),
-        distilled=matching_stage(
-            data,
-            method=dict(student_steps=20, log_step_size=True, **method),
-            ipc=ipc,
-            segment=(10, 2),
-            steps=800 if cpu else 2000,
-            optimizer=dict(name='adam', lr=0.02),
-            protocol=protocol,
-            eval_every=200 if cpu else 500,
-            average=average,
-        ),
-        protocol=protocol,
-        step_sizes=SMALL_STEP_SIZES,
-        average=average,
-        networks=networks,
-    )
-
-
 class Schedule(NamedTuple):
     """What the papers' tables of trajectory matching have in common.
 
@@ -331,8 +293,8 @@ def condensed_data(name: str) -> Data:
     known = ('mnist', 'cifar10', 'cifar100')
     if name not in known:
         raise UserError(
-            f"There is no variant '{name}'.{did_you_mean(name, known)} Variants: cpu, "
-            f'{", ".join(known)}.'
+            f"There is no variant '{name}'.{did_you_mean(name, known)} Variants: "
+            f'{", ".join((*CPU, *known))}.'
         )
     return DATA[name]._replace(network=convnet(3))
 
