@@ -155,12 +155,25 @@ def test_variants_are_parsed_and_what_is_not_there_is_said():
         kd_config.load('configs/dataset/mtt.py:cifar10,ipc=5')
     for name, wrong, told in (
         ('distribution_matching', 'cifar', "no variant 'cifar'.*Did you mean 'cifar10'"),
+        ('distribution_matching', 'cpu_digits', 'Variants: cpu, cpu_mnist, mnist'),
+        ('mtt', 'cpu_mnits', "Did you mean 'cpu_mnist'"),
         ('gradient_matching', 'dc_mnist,ipc=5', 'for ipc=1, ipc=10, ipc=50, not 5'),
     ):
         with pytest.raises(UserError, match=told):
             kd_config.load(f'configs/dataset/{name}.py:{wrong}')
     counts = [recipes.shared_out(recipes.DATA['cifar10'], 10, n) for n in (1, 4, 8, 64)]
     assert [(data.experts, k) for data, k in counts] == [(100, 10), (104, 8), (104, 8), (128, 64)]
+
+
+@pytest.mark.parametrize('name', ['mtt', 'ftd', 'smooth_experts'])
+@pytest.mark.parametrize(('variant', 'count'), [('cpu', 20 * 20), ('cpu_mnist', 220 * 12)])
+def test_experts_of_small_recipes_pass_over_all_the_data(name, variant, count):
+    config = kd_config.load(f'configs/dataset/{name}.py:{variant}')
+    # Rounds of experts together x epochs x batches of an epoch.
+    assert config.experts.steps == count
+    segments = config.distilled.data.source
+    assert segments.max_start_epoch + segments.expert_epochs <= config.experts.method.epochs
+    assert config.experts.network == segments.network == config.report.network
 
 
 def test_a_sharded_recipe_places_images_and_experts_over_the_devices():

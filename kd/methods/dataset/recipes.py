@@ -74,9 +74,9 @@ def row(rows: Mapping[tuple[str, int], Any], name: str, ipc: int) -> Any:
     if (name, ipc) not in rows:
         known = [f'{data},ipc={count}' for data, count in rows]
         wanted = f'{name},ipc={ipc}'
+        hint = did_you_mean(wanted, known) or did_you_mean(name, SMALL)
         raise UserError(
-            f"There is no variant '{wanted}'.{did_you_mean(wanted, known)} Variants: "
-            f'{", ".join([*SMALL, *known])}.'
+            f"There is no variant '{wanted}'.{hint} Variants: {', '.join([*SMALL, *known])}."
         )
     return rows[name, ipc]
 
