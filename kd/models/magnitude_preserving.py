@@ -6,6 +6,8 @@ sets its effective learning rate; `normalize_weights`, applied to the parameters
 optimiser step, keeps that length fixed. Learning rates of 1e-2 are usable only with it.
 """
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,8 +63,8 @@ class MPDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
-        weight = self.param(_WEIGHT, nn.initializers.normal(1.0), (x.shape[-1], self.features))
-        return x.astype(self.dtype) @ _effective(weight, gain, self.dtype)
+        weight = _weight(self, (x.shape[-1], self.features), self.dtype)
+        return _scaled(x.astype(self.dtype) @ weight, gain)
 
 
 class MPConv(nn.Module):
@@ -80,15 +82,15 @@ class MPConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        weight = self.param(_WEIGHT, nn.initializers.normal(1.0), shape)
-        return jax.lax.conv_general_dilated(
+        weight = _weight(self, (self.size, self.size, x.shape[-1], self.features), self.dtype)
+        y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            _effective(weight, gain, self.dtype),
+            weight,
             window_strides=(1, 1),
             padding='SAME',
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )
+        return _scaled(y, gain)
 
 
 def normalize_weights(params):
@@ -107,7 +109,37 @@ def normalize_weights(params):
     return jax.tree_util.tree_map_with_path(project, params)
 
 
-def _effective(weight: jax.Array, gain: jax.Array | float, dtype: Dtype) -> jax.Array:
-    inputs = tuple(range(weight.ndim - 1))
+def effective_weights(params, dtype: Dtype = jnp.float32):
+    """Magnitude-preserving weights as the layers use them, for several calls with equal parameters.
+
+    Given to `apply` as the collection 'effective', they are not computed again there:
+    `{'params': params, 'effective': effective_weights(params, dtype)}`. The gradients of all calls
+    are then summed before they go through the normalisation, and over devices reduced once.
+
+    Args:
+      params: of a network.
+      dtype: compute type of its layers.
+    """
+    if _WEIGHT in params:
+        return {_WEIGHT: _effective(params[_WEIGHT], dtype)}
+    inner = {k: effective_weights(v, dtype) for k, v in params.items() if isinstance(v, Mapping)}
+    return {name: tree for name, tree in inner.items() if tree}
+
+
+def _effective(weight: jax.Array, dtype: Dtype) -> jax.Array:
+    """weight / |weight| of each output, with 1 / sqrt(inputs) less the 1e-4 of `unit_norm`."""
     fan_in = weight.size // weight.shape[-1]
-    return (unit_norm(weight, inputs) * (gain / fan_in**0.5)).astype(dtype)
+    return (unit_norm(weight, tuple(range(weight.ndim - 1))) / fan_in**0.5).astype(dtype)
+
+
+def _weight(module: nn.Module, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+    """The weight of a layer at unit norm: from the collection 'effective' if there is one."""
+    weight = module.param(_WEIGHT, nn.initializers.normal(1.0), shape)
+    if module.has_variable('effective', _WEIGHT):
+        return module.get_variable('effective', _WEIGHT)
+    return _effective(weight, dtype)
+
+
+def _scaled(y: jax.Array, gain: jax.Array | float) -> jax.Array:
+    """A layer's output times its gain, if it has one: weights are the same in all calls."""
+    return y if isinstance(gain, float) and gain == 1.0 else (y * gain).astype(y.dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -400,3 +401,38 @@ def test_shapes_that_do_not_fit_are_refused():
         DiT(patch=4).init(jax.random.key(0), s, s, x)
     with pytest.raises(ValueError, match='width 8 is not divisible by 3 heads'):
         DiT(width=8, heads=3).init(jax.random.key(0), s, s, x)
+
+
+class _Layers(nn.Module):
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        gain = self.param('gain', nn.initializers.ones, ())
+        hidden = mp.mp_silu(mp.MPConv(6, 3, self.dtype, name='conv')(x))
+        return mp.MPDense(2, self.dtype, name='dense')(hidden, gain)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float64, jnp.bfloat16])
+def test_weights_normalised_once_for_two_calls_have_the_same_gradient(dtype):
+    network = _Layers(dtype)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 2))
+    params = network.init(jax.random.key(1), x)['params']
+
+    def loss(params, shared):
+        effective = {'effective': mp.effective_weights(params, dtype)} if shared else {}
+        variables = {'params': params, **effective}
+        first = network.apply(variables, x)
+        return jnp.square(first).sum() + jnp.sin(network.apply(variables, first)).sum()
+
+    apart, shared = (jax.jit(jax.value_and_grad(partial(loss, shared=b)))(params) for b in (0, 1))
+    assert shared[0] == apart[0]
+    tolerance = 1e-12 if dtype == jnp.float64 else 2e-2
+    for one, other in zip(jax.tree.leaves(apart[1]), jax.tree.leaves(shared[1]), strict=True):
+        assert one.dtype == other.dtype == jnp.float64
+        assert jnp.linalg.norm(one) > 0.0
+        assert jnp.linalg.norm(one - other) <= tolerance * jnp.linalg.norm(one)
+    # What is given is what the layers use.
+    none = jax.tree.map(jnp.zeros_like, mp.effective_weights(params, dtype))
+    assert set(none) == {'conv', 'dense'}
+    assert not network.apply({'params': params, 'effective': none}, x).any()

@@ -19,7 +19,7 @@ from kd.losses.interpolant import Interpolant, check_same_interpolant, get_inter
 from kd.method import Batch, Method, Objective, minimize, with_projection
 from kd.metrics import mean
 from kd.models.conditioning import log_variance
-from kd.models.magnitude_preserving import normalize_weights
+from kd.models.magnitude_preserving import effective_weights, normalize_weights
 from kd.network import Network
 from kd.sampling.velocity import noise_scale, num_classes, velocity_function
 from kd.state import PyTree, State
@@ -72,7 +72,11 @@ def flow_method(
             start = scale * jax.random.normal(keys[1], data.shape, data.dtype)
         label = None if classes is None else _drop(keys[2], batch['label'], label_dropout, classes)
         diagonal = int(diagonal_fraction * len(data))
-        bind = functools.partial(velocity_function, network, {'params': params, **state.mutables})
+        variables = {'params': params, **state.mutables}
+        effective = effective_weights(params, getattr(network.module, 'dtype', jnp.float32))
+        if effective:
+            variables['effective'] = effective
+        bind = functools.partial(velocity_function, network, variables)
         on, off = (None, None) if label is None else (label[:diagonal], label[diagonal:])
         error, s, t = flow_map_errors(
             keys[4],
