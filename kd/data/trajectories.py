@@ -63,6 +63,13 @@ def segments(
         planned = config[experts].method
         segments_lib.check(planned.epochs, max_start_epoch, expert_epochs)
         count = planned.experts
+        plans = trajectories.fingerprint(network=config[experts].network)
+        difference = config_lib.first_difference(plans, trajectories.fingerprint(network=network))
+        if difference:
+            raise UserError(
+                f'data.source: the stage {experts} trains another network: {difference}. '
+                'Change both.'
+            )
     built = stage_lib.build_network(network, real, where='data.source.network')
     if built is None:
         raise UserError('data.source.network must name the network of the trajectories.')

@@ -189,7 +189,14 @@ class Writer:
         for name in self.record.names or ():
             if len(fields[name]) != count:
                 raise ValueError(f'file {index} has {count} examples, got {len(fields[name])}.')
-            rows[name] = fields[name]
+            with np.errstate(over='ignore'):
+                rows[name] = fields[name]
+            if self.record[name].base.kind == 'f' and not np.isfinite(rows[name]).all():
+                if np.isfinite(fields[name]).all():
+                    raise UserError(
+                        f'{name} of the teacher reach {np.abs(fields[name]).max():.3g}, more than '
+                        "float16 holds; set the method's dtype to 'float32'."
+                    )
         target = _shard(self.folder, index)
         partial = target.with_name(target.name + '.partial')
         # Groups of one are read no faster, and take 64 bytes more an example.
@@ -243,6 +250,13 @@ class Cache:
         self.form = Form(**{f.name: manifest[f.name] for f in dataclasses.fields(Form)})
         self.shape = tuple(manifest['shape'])
         self.manifest = manifest
+        count = -(-manifest['examples'] // manifest['per_file'])
+        missing = [i for i in range(count) if not _shard(self.folder, i).exists()]
+        if missing:
+            raise UserError(
+                f'The cache {self.folder} lacks {len(missing)} of its {count} files, the first is '
+                f'{_shard(self.folder, missing[0]).name}; delete it, or bring them back.'
+            )
         self._record = self.form.record(self.shape)
         self._reader = functools.lru_cache(maxsize=64)(
             lambda index: ArrayRecordReader(str(_shard(self.folder, index)))
@@ -348,9 +362,13 @@ def _check(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        manifest = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f'{file} is not readable JSON; delete the cache it belongs to.') from error
+    needed = {f.name for f in dataclasses.fields(Form)} | {'shape', 'examples', 'per_file'}
+    if missing := sorted((needed | {'made_of'}) - set(manifest)):
+        raise UserError(f'{file} lacks {", ".join(missing)}; delete the cache it belongs to.')
+    return manifest
 
 
 def _shard(folder: Path, index: int) -> Path:

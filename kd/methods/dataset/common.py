@@ -82,6 +82,11 @@ def real_start(
     if classes is None:
         raise UserError(f'{context.stage}: dataset distillation needs data with class labels.')
     labels = synthetic.class_ordered(classes, images_per_class)
+    if len(labels) > len(source):
+        raise UserError(
+            f'{context.stage}: {images_per_class} images of each of {classes} classes are more '
+            f'than the {len(source)} there are; lower images_per_class.'
+        )
     shape = (len(labels), *source.spec['input'].shape)
     if context.locate is None:  # A recipe that is only checked.
         return np.zeros(shape, np.float32), labels

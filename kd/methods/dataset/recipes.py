@@ -63,7 +63,7 @@ def parse(argument: str) -> tuple[str, int, int]:
         if key not in options or not value.isdigit() or int(value) < 1:
             raise UserError(
                 f"'{argument}': '{item}' is not ipc=N or shards=N; write for example "
-                'cifar10,ipc=10 or cifar10,ipc=50,shards=8.'
+                'cifar10,ipc=10 or cifar10,ipc=50,shards=4.'
             )
         options[key] = int(value)
     return name, options['ipc'], options['shards']
@@ -145,8 +145,12 @@ def assembled(
     experts: ConfigDict | None = None,
     average: str = '',
     networks: Mapping[str, Any] | None = None,
+    full_epochs: int = 0,
 ) -> ConfigDict:
-    """Experts, the distilled set, subsets of real images for comparison, and the report."""
+    """Experts, the distilled set, subsets of real images for comparison, and the report.
+
+    `full_epochs` are those of networks on all real images; by default as many as an expert's.
+    """
     sharded = (
         # The images and what the optimiser keeps of them; then the stacked experts.
         (r'images$', ('tensor',)),
@@ -169,6 +173,7 @@ def assembled(
             networks=dict(networks or {}),
             step_sizes=tuple(step_sizes),
             protocol=dict(protocol),
+            full_epochs=full_epochs or data.epochs,
         ),
     )
     config.distilled = distilled
@@ -313,6 +318,7 @@ def condensation(
     step_sizes: Sequence[float],
     eval_every: int,
     networks: Mapping[str, Any] | None = None,
+    full_epochs: int = 0,
 ) -> ConfigDict:
     """A set that is matched to real images class by class, without experts.
 
@@ -348,6 +354,7 @@ def condensation(
         protocol=protocol,
         step_sizes=step_sizes,
         networks=networks,
+        full_epochs=full_epochs,
     )
 
 
