@@ -12,9 +12,9 @@ Told are bytes per chip, operations, collectives, and a roofline: the time that 
 for each of arithmetic, memory traffic and communication at its data sheet's rates, the longest of
 which is a lower bound of the step's time.
 
-A UNet takes XLA hours for TPUs; `--effort=-1` makes it minutes. Operations and collectives stay,
-but less is fused and kept on the chip: temporaries are then larger than need be, and the time of
-memory is an upper bound of what it would be, not a lower one.
+A UNet takes XLA for TPUs more than half an hour; `--effort=-1` makes it minutes. Operations stay,
+but less is fused and kept on the chip: the program moves more than it would, as a rule holds more,
+and may exchange more. Then only the time of arithmetic is a lower bound.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Report:
       traffic: bytes between each chip and its memory, see `kd.parallel.hlo_traffic`.
       collectives: of one step on one device.
       refused: what the compiler said where the program does not fit, else ''.
-      effort: of the compiler, -1 to 1. Below 0 temporaries and traffic are larger than need be.
+      effort: of the compiler, -1 to 1. Below 0 the program moves, and as a rule holds, more than
+        need be.
     """
 
     stage: str
@@ -97,13 +98,16 @@ class Report:
     def bound(self) -> tuple[str, float]:
         """The resource that the step waits for, and its seconds: a lower bound of the step's.
 
-        Compiled with less effort, a program says only how long memory takes at most: where that
-        may be the longest, the answer is 'arithmetic or memory', and the seconds are arithmetic's.
+        Compiled with less effort, a program says only how long memory and communication take at
+        most: where they may be longer than arithmetic they are named too, and the seconds are those
+        of arithmetic.
         """
         times = self.times()
-        sure = {name: t for name, t in times.items() if name != 'memory' or self.effort >= 0}
-        name, seconds = max(sure.items(), key=lambda item: item[1])
-        return (f'{name} or memory' if times['memory'] > seconds else name), seconds
+        if self.effort < 0:
+            least = times['arithmetic']
+            return ' or '.join(name for name, t in times.items() if t >= least), least
+        name = max(times, key=times.__getitem__)
+        return name, times[name]
 
     def verdict(self) -> str:
         """Whether it fits, what bounds it, and what to change if it does not."""
@@ -120,6 +124,8 @@ class Report:
             if self.refused or self.arguments > self.chip.memory:
                 needed = re.search(r'\(([\d.]+[KMG])\) exceeds', self.refused)
                 needs = f' (temporaries {needed[1]})' if needed else ''
+                if self.effort < 0:
+                    return f'uncertain: does not fit with less effort{needs}; change: {advice}'
                 return f'does not fit {self.chip.name}{needs}; change: {advice}'
             # The compiler looks at what lives at one time, and refuses what does not fit.
             share = 100 * self.peak / self.chip.memory
@@ -137,16 +143,17 @@ def compile_stage(
       config: the recipe.
       name: of the stage.
       target: see `kd.parallel.topology.devices`.
-      effort: XLA's `exec_time_optimization_effort`, -1 to 1. At -1 a UNet compiles for TPU in
-        minutes instead of hours; its temporaries and traffic are then bounds from above, since less
-        is fused and kept on the chip.
+      effort: XLA's `exec_time_optimization_effort`, -1 to 1; 0 is its usual one.
 
     Raises:
       UserError: an unknown topology, libtpu missing, a mesh or batch that does not fit, a config
-        that needs a correction.
+        that needs a correction, an effort outside its range.
     """
     from kd import train
     from kd.stage import prepare
+
+    if not -1.0 <= effort <= 1.0:
+        raise UserError(f'--effort must lie in [-1, 1], got {effort}.')
 
     config_lib.validate(config)
     _check_stage(config, name)
@@ -238,9 +245,10 @@ def text(report: Report) -> str:
 
 
 def times(report: Report) -> dict[str, str]:
-    """The times of a report as text; that of memory is at most so long with less effort."""
+    """Times as text; with less effort those of memory and communication are the most it takes."""
+    most = {'memory', 'communication'} if report.effort < 0 else set()
     return {
-        name: ('≤ ' if name == 'memory' and report.effort < 0 else '') + f'{1e3 * t:.3g} ms'
+        name: ('≤ ' if name in most and t else '') + f'{1e3 * t:.3g} ms'
         for name, t in report.times().items()
     }
 
@@ -310,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known.table:
             from kd import aot_table
 
+            if known.effort:
+                raise UserError('Every row of the table has its own effort: leave --effort out.')
             # Without the compiler every row would fail, and be kept as one that does.
             topology.devices(aot_table.SLICES[0])
             aot_table.write(known.table, jobs=known.jobs, cpu_minutes=known.cpu_minutes)

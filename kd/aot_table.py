@@ -90,7 +90,9 @@ Written by `python -m kd.aot --table=docs/aot.md --cpu_minutes=40`, which keeps 
 the data sheet's rates; the longest is a lower bound. Batches are those of the recipe, raised to a
 multiple of the chips that share them. Fields after a stage's name are changed by
 `--config.FIELD=VALUE`. Rows with `effort=-1` are compiled with less optimisation, in minutes
-instead of hours: what they hold and the times of their memory are upper bounds.
+instead of more than half an hour: as a rule they hold more than need be, and their times of memory
+and communication are what it takes at most. Experts have batches of 256, fewer than a v5p:8x8x8 has
+chips.
 """
 
 

@@ -1,6 +1,7 @@
 """Every notebook is run from its first cell to its last, with its small settings."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def test_the_gallery_shows_every_notebook_and_stays_small():
         assert 5_000 < file.stat().st_size < 150_000
         assert f'docs/gallery/{name}.png' in readme
         assert f'colabs/{name}.ipynb' in readme
+
+
+def test_the_install_cell_clones_where_the_notebook_came_alone(tmp_path, monkeypatch):
+    cells = {''.join(json.loads(path.read_text())['cells'][1]['source']) for path in NOTEBOOKS}
+    [source] = cells
+    ran = []
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    monkeypatch.setattr('subprocess.run', lambda command, check: ran.append(command[-3:]))
+    monkeypatch.setattr('sys.path', ['elsewhere'])
+    monkeypatch.chdir(tmp_path)
+    exec(source, {})
+    there = str(tmp_path / 'kd-jax')
+    assert ran == [
+        ['--depth=1', 'https://github.com/kd-jax/kd', there],
+        ['--quiet', '-e', f'{there}[colab]'],
+    ]
+    assert sys.path[0] == there
+    # Within a clone nothing is cloned; where kd is installed nothing happens.
+    ran.clear()
+    monkeypatch.chdir(ROOT / 'colabs')
+    exec(source, {})
+    assert ran == [['--quiet', '-e', f'{ROOT}[colab]']]
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: object())
+    exec(source, {})
+    assert len(ran) == 1
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])

@@ -219,7 +219,7 @@ def assembled(
 ):
     """Networks on real data, the compensators, and the report."""
     protocol = dict(protocol)
-    repeats = protocol.pop('repeats', 3)
+    repeats = protocol.pop('repeats', 5)
     first, *others = students
     config = kd_config.recipe(
         stages=(*networks, 'distilled'),

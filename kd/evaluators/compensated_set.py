@@ -167,7 +167,7 @@ def compensated_training(
     *,
     network: Mapping[str, Any],
     data: str = 'validation',
-    repeats: int = 3,
+    repeats: int = 5,
     controls: bool = True,
     low: float = -np.inf,
     high: float = np.inf,

@@ -191,12 +191,13 @@ class Writer:
                 raise ValueError(f'file {index} has {count} examples, got {len(fields[name])}.')
             with np.errstate(over='ignore'):
                 rows[name] = fields[name]
-            if self.record[name].base.kind == 'f' and not np.isfinite(rows[name]).all():
-                if np.isfinite(fields[name]).all():
-                    raise UserError(
-                        f'{name} of the teacher reach {np.abs(fields[name]).max():.3g}, more than '
-                        "float16 holds; set the method's dtype to 'float32'."
-                    )
+            # Minus infinity stays what it is; what is finite must not become infinite.
+            finite = np.isfinite(fields[name])
+            if not np.array_equal(np.isfinite(rows[name]), finite):
+                raise UserError(
+                    f'{name} of the teacher reach {np.abs(fields[name][finite]).max():.3g}, more '
+                    "than float16 holds; set the method's dtype to 'float32'."
+                )
         target = _shard(self.folder, index)
         partial = target.with_name(target.name + '.partial')
         # Groups of one are read no faster, and take 64 bytes more an example.

@@ -137,7 +137,7 @@ def compensated_set(
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
     protocol: Mapping[str, Any] | None = None,
-    repeats: int = 3,
+    repeats: int = 5,
     split: str = 'test',
     low: float = -1.0,
     high: float = 1.0,

@@ -126,9 +126,29 @@ def test_a_cache_of_something_else_is_one_clear_line(tmp_path):
         cache.Cache(tmp_path, warmer)
     with pytest.raises(UserError, match='form was'):
         cache.Cache(tmp_path, cache.Form(form='dense'))
-    (tmp_path / 'teacher' / 'manifest.json').write_text('{')
+    [shard] = (tmp_path / 'teacher').glob('*.array_record')
+    shard.rename(tmp_path / 'away')
+    with pytest.raises(UserError, match=r'lacks 1 of its 1 files, the first is 00000\.array'):
+        cache.Cache(tmp_path)
+    manifest = tmp_path / 'teacher' / 'manifest.json'
+    manifest.write_text(manifest.read_text().replace('"dtype"', '"dtypo"'))
+    with pytest.raises(UserError, match=r'manifest\.json lacks dtype; delete'):
+        cache.Cache(tmp_path)
+    manifest.write_text('{')
     with pytest.raises(UserError, match='not readable JSON'):
         cache.Cache(tmp_path)
+
+
+def test_logits_that_float16_cannot_hold_are_refused_and_minus_infinity_is_kept(tmp_path):
+    logits = np.array([[1.0, -np.inf, 7e4]], np.float32)
+    with pytest.raises(UserError, match=r"reach 7e\+04, more than float16 holds; .* 'float32'"):
+        _write(tmp_path / 'half', cache.Form(form='dense'), logits, per_file=1)
+    form = cache.Form(form='dense', dtype='float32')
+    _write(tmp_path / 'whole', form, logits, per_file=1)
+    np.testing.assert_array_equal(_signal(cache.Cache(tmp_path / 'whole'), [0]).logits, logits)
+    logits[0, 2] = 2.0
+    _write(tmp_path / 'fits', cache.Form(form='dense'), logits, per_file=1)
+    np.testing.assert_array_equal(_signal(cache.Cache(tmp_path / 'fits'), [0]).logits, logits)
 
 
 @pytest.mark.parametrize(
