@@ -40,7 +40,7 @@ Evaluation holds the whole set, 36 or 196 images of 0.6 MB per class, on the hos
 """
 
 from kd import config as kd_config
-from kd.errors import UserError
+from kd.errors import UserError, did_you_mean
 from kd.methods.dataset import recipes
 
 VARIANTS = ('cpu,ipc=2', 'cpu_mnist', 'cifar10,ipc=10', 'tiny,ipc=10,dynamic', 'imagenet,ipc=10')
@@ -105,7 +105,8 @@ def get_config(argument: str = 'cifar100,ipc=10'):
     if ipc not in SIZES.get(name, ()):
         known = [f'{data},ipc={n}' for data, sizes in SIZES.items() for n in sizes]
         raise UserError(
-            f"There is no variant '{argument}'. Variants, each also with ',dynamic' after it: "
+            f"There is no variant '{argument}'.{did_you_mean(variant, known)} Variants, each also "
+            f"with ',dynamic' after it: "
             f'{", ".join(known)}.'
         )
     labels = 'static' if variant == argument else 'dynamic'

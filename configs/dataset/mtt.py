@@ -79,7 +79,6 @@ def full(name, ipc, shards):
             gradient='tesla' if tesla else 'exact',
             labels='expert' if name == 'tesla_imagenet' else 'hard',
         ),
-        protocol=dict(repeats=3 if tesla else 5),
         steps=10_000 if tesla else 5_000,
         eval_every=100 if tesla else 500,
     )

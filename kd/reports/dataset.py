@@ -14,12 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd import config as config_lib
+from kd.context import Context
 from kd.data import coreset, export, sources, standardised, synthetic
 from kd.errors import UserError
 from kd.evaluators import compensated_set as compensator
 from kd.evaluators import synthetic_set
 from kd.evaluators.fresh_training import Protocol, page, pixels
 from kd.io import checkpoints
+from kd.methods.dataset.common import expert_logits
 from kd.network import Network
 from kd.stage import Stage, build_network, prepare
 from kd.state import State
@@ -54,7 +56,8 @@ def dataset_distillation(
       step_sizes: learning rates to choose from.
       protocol: of `kd.evaluators.fresh_training.Protocol`, and `repeats`.
       full_epochs: passes over the real training split for its accuracy; 0 leaves out the row, and
-        with it the label-robust score.
+        with it the label-robust score. Against a set with soft labels, the baseline has those of
+        the first expert.
       baseline: the row that scores are relative to.
       split: of the recipe's data that nothing was chosen on.
 
@@ -65,7 +68,8 @@ def dataset_distillation(
     settings = dict(protocol or {})
     repeats = settings.pop('repeats', 5)
     made = {title: restore(config, stage, workdir, mesh, average) for title, stage, average in rows}
-    load = prepare(config, rows[0][1], mesh, workdir).context.recipe_source
+    context = prepare(config, rows[0][1], mesh, workdir).context
+    load = context.recipe_source
     train = load('train')
     trial = Trial(
         jax.random.split(jax.random.key(1), repeats),
@@ -85,7 +89,10 @@ def dataset_distillation(
             Protocol(built, **{**settings, 'epochs': full_epochs}), train, rate
         )
     plain = Protocol(built, **{**settings, 'augmentation': ''})
-    scores = _scores(results, made, trial, plain, judge, baseline, full)
+    soft = None
+    if full is not None and baseline in made and any(_soft(one) for one in made.values()):
+        soft = _labelled_by_expert(config, context, built, made[baseline])
+    scores = _scores(results, made, trial, plain, judge, baseline, full, soft)
     for label, block in (networks or {}).items():
         other = Protocol(_built(block, train), **settings)
         for title, one in made.items():
@@ -233,8 +240,27 @@ def restore_state(config: config_lib.ConfigDict, name: str, workdir: Path, mesh:
     return abstract.replace(**found, frozen=stage.frozen)
 
 
-def _scores(results, made, trial, plain, judge, baseline, full):
-    """Label- and augmentation-robust scores of every row but the baseline."""
+def _soft(one: synthetic.SyntheticSet) -> bool:
+    return np.ndim(one.label) == 2
+
+
+def _labelled_by_expert(
+    config: config_lib.ConfigDict, context: Context, network: Network, one: synthetic.SyntheticSet
+) -> np.ndarray | None:
+    """Probabilities [N, classes] of a trained expert for the images of a set, if there is one."""
+    experts = 'experts'
+    if experts not in config.stages:
+        return None
+    logits = expert_logits(context, experts, network, np.asarray(one.input))
+    return np.asarray(jax.nn.softmax(logits))
+
+
+def _scores(results, made, trial, plain, judge, baseline, full, soft):
+    """Label- and augmentation-robust scores of every row but the baseline.
+
+    Sets with soft labels are compared with the baseline under the labels `soft`, where there are
+    any.
+    """
     if baseline not in made:
         return {}
     first = next(iter(results[baseline]))
@@ -246,6 +272,7 @@ def _scores(results, made, trial, plain, judge, baseline, full):
         return float(protocol(trial.keys, examples, trial.test, rate).mean())
 
     random, random_plain = results[baseline][first]['accuracy'], measure(plain, baseline)
+    random_soft = random if soft is None else measure(judge, baseline, soft)
     for title in made:
         if title == baseline:
             continue
@@ -256,10 +283,12 @@ def _scores(results, made, trial, plain, judge, baseline, full):
             )
         }
         if full is not None:
-            label = np.asarray(made[title].label)
-            hard = accuracy if label.ndim == 1 else measure(judge, title, label.argmax(-1))
+            hard, alike = accuracy, random
+            if _soft(made[title]):
+                label = np.asarray(made[title].label).argmax(-1)
+                hard, alike = measure(judge, title, label), random_soft
             scores[title]['label_robust'] = synthetic_set.label_robust_score(
-                accuracy, random, hard, float(full.mean())
+                accuracy, alike, hard, float(full.mean())
             )
     return scores
 
@@ -310,8 +339,13 @@ def _markdown(results, scores, made, source, repeats, seed, baseline) -> str:
         f'# {source.name}: {len(some.label)} synthetic images',
         '',
         f'Accuracy on the {len(source)} examples of `{source.split}`: mean and deviation over '
-        f'{repeats} networks trained from scratch, seed {seed}. Learning rate of the first column '
-        'in brackets, chosen on the validation split where the set has none of its own.',
+        f'{repeats} networks trained from scratch, seed {seed}.'
+        + (
+            ' Learning rate of the first column in brackets, chosen on the validation split where '
+            'the set has none of its own.'
+            if any('step_size' in cell for row in results.values() for cell in row.values())
+            else ''
+        ),
         '',
         '| training set | ' + ' | '.join(architectures) + ' |',
         '|---|' + '---:|' * len(architectures),

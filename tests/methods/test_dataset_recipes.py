@@ -5,15 +5,18 @@ import json
 import jax
 import numpy as np
 import pytest
+import scipy.special
 
 from kd import config as kd_config
 from kd import train
-from kd.data import export
+from kd.data import export, synthetic
 from kd.errors import Preempted, UserError
 from kd.io import trajectories
 from kd.io.workdir import Workdir
 from kd.methods.dataset import recipes
 from kd.parallel.mesh import make_mesh
+from kd.reports import dataset
+from kd.stage import build_network
 
 ROUNDS, TOGETHER, EPOCHS, PER_EPOCH = 2, 2, 2, 3
 
@@ -35,7 +38,7 @@ def shrunk():
         )  # fmt: skip
         config.experts.writers.snapshots.every = PER_EPOCH
         config.distilled.data.source.update(network=network, max_start_epoch=2, expert_epochs=1)
-        config.distilled.method.update(student_steps=2)
+        config.distilled.method.update(student_steps=2, labels='learned')
         config.distilled.update(steps=4, eval_every=2, checkpoint_every=2, log_every=2)
         for name in ('validation', 'averaged'):
             config.distilled.evaluators[name].update(epochs=4, repeats=2)
@@ -118,6 +121,25 @@ def test_the_report_has_every_row_and_the_set_of_its_files(finished):
     for name in ('random', 'distilled', 'distilled_averaged'):
         assert (workdir / 'figures' / f'{name}.png').stat().st_size > 2_000
         assert (workdir / 'synthetic' / 'tfds' / name / '1.0.0' / 'dataset_info.json').exists()
+
+
+def test_soft_sets_are_compared_under_the_labels_of_an_expert(finished):
+    config, workdir, _ = finished
+    context = train.prepare(config, 'random', make_mesh({'data': 1}), workdir).context
+    network = build_network(config.report.network, context.recipe_source('train'), where='network')
+    images = context.recipe_source('train').fetch(np.arange(7))['input']
+    one = synthetic.SyntheticSet(images, np.zeros(7, int), np.float32(0.1))
+    soft = dataset._labelled_by_expert(config, context, network, one)
+    last = trajectories.Buffer(workdir / 'experts').snapshot(0, EPOCHS)
+    # Leaves by name: bias and kernel of the classifier, then of the hidden layer.
+    b1, k1, b0, k0 = np.split(last, np.cumsum([10, 8 * 10, 8]))
+    hidden = np.maximum(images.reshape(7, 64) @ k0.reshape(64, 8) + b0, 0)
+    expected = scipy.special.softmax(hidden @ k1.reshape(8, 10) + b1, axis=-1)
+    np.testing.assert_allclose(soft, expected, atol=1e-6)
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+        alone.stages = ('random',)
+    assert dataset._labelled_by_expert(alone, context, network, one) is None
 
 
 def test_the_probe_judged_the_set_and_drew_it(finished):
