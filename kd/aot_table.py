@@ -77,7 +77,18 @@ ROWS = (
     Row(f'{_FRUIT},shards=4', 'distilled', (_IPC_50, _SPREAD, _HALF), ('v5e:4x4',)),
     # 500 images divide over four chips at most, 640 over 128.
     Row(f'{_FRUIT},shards=16', 'distilled', (_IPC_64, _SPREAD), ('v5e:4x4', 'v5e:16x16')),
-    # A residual block alone takes minutes to compile with more.
+    Row('configs/vision/recursive_meta_distillation.py:cifar10', 'generation_1', effort=-1.0),
+    Row(
+        'configs/dataset/gradient_matching.py:cifar10,ipc=10', 'distilled', (_SPREAD,), effort=-1.0
+    ),
+    Row(
+        'configs/dataset/distribution_matching.py:cifar10,ipc=10',
+        'distilled',
+        (_SPREAD,),
+        effort=-1.0,
+    ),
+    Row('configs/flow/checkerboard.py:paper,lsd', 'map'),
+    # A residual block alone takes minutes to compile with more effort.
     Row('configs/flow/cifar10.py', 'map', effort=-1.0),
     Row('configs/flow/celeba64.py', 'map', effort=-1.0),
     Row('configs/flow/afhq64.py', 'map', effort=-1.0),
@@ -92,7 +103,9 @@ multiple of the chips that share them. Fields after a stage's name are changed b
 `--config.FIELD=VALUE`. Rows with `effort=-1` are compiled with less optimisation, in minutes
 instead of more than half an hour: as a rule they hold more than need be, and their times of memory
 and communication are what it takes at most. Experts have batches of 256, fewer than a v5p:8x8x8 has
-chips.
+chips. Not in the table: `dataset/infer_ufc.py`, whose groups of one image per class are trained one
+after another, and ftd and smooth_experts, whose steps are those of mtt, the experts' with a second
+gradient.
 """
 
 
