@@ -165,13 +165,15 @@ def test_gradient_penalty_is_differentiable_where_the_network_ignores_a_pixel():
 
 
 def test_kernels_are_perturbed_relative_to_themselves_and_nothing_else_is(key):
-    params = {
-        'conv': {'kernel': jax.random.normal(key, (3, 3, 2, 4)), 'bias': jnp.ones(4)},
-        'head': {'kernel': jnp.ones((8, 2))},
-    }
-    moved = sharpness.perturb_kernels(key, params, 0.5)
+    with jax.enable_x64(True):
+        kernel = jax.random.normal(key, (3, 3, 2, 4), jnp.float64)
+        params = {
+            'conv': {'kernel': kernel, 'bias': jnp.ones(4)},
+            'head': {'kernel': jnp.ones((8, 2))},
+        }
+        moved = sharpness.perturb_kernels(key, params, 0.5)
     before, after = (np.asarray(tree['conv']['kernel'], np.float64) for tree in (params, moved))
-    np.testing.assert_allclose(np.linalg.norm((after - before) / before), 0.5, rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm((after - before) / before), 0.5, rtol=1e-6)
     assert np.linalg.norm(after - before) <= 0.5 * np.abs(before).max()
     assert moved['conv']['bias'] is params['conv']['bias']
     assert moved['head']['kernel'] is params['head']['kernel']

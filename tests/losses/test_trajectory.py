@@ -337,6 +337,27 @@ def test_initialisation_error_of_linear_regression_is_contracted_by_its_curvatur
         np.testing.assert_allclose(errors.initialisation[1], expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize(('step_size', 'shrinks'), [(0.1, True), (1.9, True), (2.1, False)])
+def test_initialisation_error_shrinks_as_long_as_the_step_is_below_two_over_curvature(
+    step_size, shrinks
+):
+    with jax.enable_x64(True):
+        # Curvatures 1 and 0.5: the larger of them decides.
+        inputs = jnp.asarray(np.diag([2**0.5, 1.0]))
+
+        def end(params):
+            return trajectory.unroll_student(
+                lambda p, x, _: jnp.mean((x @ p) ** 2) / 2, params, inputs, step_size, jnp.zeros(50)
+            ).final
+
+        error = jnp.array([1e-3, 1e-3])
+        start = jnp.array([0.3, -0.2])
+        carried = end(start + error) - end(start)
+        expected = (1 - step_size * np.array([1.0, 0.5])) ** 50 * 1e-3
+        np.testing.assert_allclose(carried, expected, rtol=1e-6, atol=1e-12)
+        assert (jnp.linalg.norm(carried) < jnp.linalg.norm(error)) == shrinks
+
+
 def test_sharded_inner_batches_give_the_gradient_of_one_device():
     rng = np.random.default_rng(5)
     start, target = draw_params(rng), draw_params(rng)

@@ -14,6 +14,7 @@ from kd import dataset_seeds
 from kd.data import synthetic
 from kd.errors import UserError
 from kd.evaluators import compensated_set
+from kd.losses import segments as segments_lib
 from kd.losses import sharpness
 from kd.methods.dataset import common, infer_ufc
 from kd.methods.dataset.coreset import coreset
@@ -249,7 +250,28 @@ def test_faded_in_losses_scale_plain_descent(context):
         new = jax.jit(method.step)(state, batch)[0]
         return flatten(new.params) - flatten(new.extra['start'])
 
-    np.testing.assert_allclose(moved(ramp_epochs=10), 0.5 * moved(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(moved(ramp_epochs=10), 0.5 * moved(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(('momentum', 'equal'), [(0.0, True), (0.9, False)])
+def test_fading_in_is_a_schedule_of_the_rate_without_momentum_only(context, momentum, equal):
+    batch = context.source('train').fetch(np.arange(10))
+
+    def moved(rate, **options):
+        tx = optax.sgd(rate, momentum=momentum)
+        made = dataclasses.replace(context, steps=8, batch_size=10, optional_tx=tx)
+        method = expert_trajectories(made, experts=1, together=1, epochs=2, **options)
+        state, step = method.init(jax.random.key(3), {}), jax.jit(method.step)
+        for _ in range(8):
+            state = step(state, batch)[0]
+        return flatten(state.params) - flatten(state.extra['start'])
+
+    factors = segments_lib.loss_ramp(jnp.array([0, 1]), epochs=10)
+    assert 0 < factors[0] < factors[1] < 1
+    scheduled = moved(lambda count: 0.1 * factors[count // 4])
+    difference = jnp.abs(moved(0.1, ramp_epochs=10) - scheduled).max()
+    assert (difference < 1e-6) == equal
+    assert equal or difference > 1e-2 * jnp.abs(scheduled).max()
 
 
 @pytest.mark.parametrize(
