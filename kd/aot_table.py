@@ -89,9 +89,15 @@ ROWS = (
     ),
     Row('configs/flow/checkerboard.py:paper,lsd', 'map'),
     # A residual block alone takes minutes to compile with more effort.
-    Row('configs/flow/cifar10.py', 'map', effort=-1.0),
-    Row('configs/flow/celeba64.py', 'map', effort=-1.0),
-    Row('configs/flow/afhq64.py', 'map', effort=-1.0),
+    Row('configs/flow/cifar10.py', 'map', (), ('v5e:4x4', 'v5e:16x16'), -1.0),
+    Row('configs/flow/celeba64.py', 'map', (), ('v5e:4x4',), -1.0),
+    Row('configs/flow/afhq64.py', 'map', (), ('v5e:4x4',), -1.0),
+    # Three quarters of a batch are on the diagonal: both parts have to divide over the chips.
+    *(
+        Row(f'configs/flow/{name}.py', 'map', (f'map.batch_size={size}',), slices, -1.0)
+        for size, slices in ((1024, ('v5e:16x16', 'v6e:16x16')), (2048, ('v5p:8x8x8',)))
+        for name in ('cifar10', 'celeba64', 'afhq64')
+    ),
 )
 
 _PAGE = """# Training steps, compiled ahead of time
