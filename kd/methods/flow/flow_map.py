@@ -38,7 +38,8 @@ def flow_map(
         (progressive); 'meanflow' (arXiv 2505.13447), 'shortcut' (arXiv 2410.12557), 'consistency'
         (continuous-time consistency training, jumps to data only); 'fmm' (flow map matching, arXiv
         2406.07507: the map runs both ways and needs no diagonal).
-      diagonal_fraction: eta; the paper of fmm has 0.
+      diagonal_fraction: eta; the paper of fmm has 0. Both parts of a batch should divide over the
+        devices: XLA cuts up the network where they do not (see docs/scaling.md).
       stop_gradient: where the gradient stops, see `kd.losses.flow_map`; None for the paper's.
       interpolant, noise_scale, label_dropout, augmentation, micro_batches: as of
         `kd.methods.flow.flow_matching.flow_matching`.
