@@ -58,14 +58,14 @@ def matching(
     """
     setting = SETTINGS[name]
     data, together = recipes.shared_out(recipes.DATA[name], setting.together, shards)
+    plain_descent = dict(name='sgd', lr=setting.expert_lr)
     return recipes.assembled(
         data,
         standardise=setting.standardise,
         ipc=ipc,
         shards=shards,
         experts=recipes.expert_stage(
-            data,
-            **dict(together=together, optimizer=dict(name='sgd', lr=setting.expert_lr)) | experts,
+            data, **{'together': together, 'optimizer': plain_descent, **experts}
         ),
         distilled=recipes.matching_stage(
             data,
