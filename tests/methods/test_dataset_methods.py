@@ -185,10 +185,20 @@ def test_inner_batches_use_every_image_once_per_pass(context, vectors):
 
 
 def test_more_images_per_class_than_there_are_is_said(context):
+    rng = np.random.default_rng(1)
+    # Three examples of class 0, more of the others.
+    part = {
+        'input': rng.normal(size=(60, *SHAPE)).astype(np.float32),
+        'label': np.array([0, 0, 0, *(1 + np.arange(57) % 9)], np.int32),
+    }
+    task = dataset_seeds.Task(part, part, part, NET, batch_size=10)
+    uneven = dataset_seeds.context(task, tx=optax.sgd(0.1), batch_size=1)
     for build in (coreset, mtt):
         extra = dict(student_steps=1, step_size=0.1) if build is mtt else {}
-        with pytest.raises(UserError, match='class 0 has only 4 examples; lower images_per_class'):
+        with pytest.raises(UserError, match='5 images of each of 10 classes are more than the 40'):
             build(context, images_per_class=5, **extra)
+        with pytest.raises(UserError, match='class 0 has only 3 examples; lower images_per_class'):
+            build(uneven, images_per_class=4, **extra)
 
 
 @pytest.mark.parametrize(
