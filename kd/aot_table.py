@@ -107,12 +107,12 @@ Written by `python -m kd.aot --table=docs/aot.md --cpu_minutes=40`, which keeps 
 `aot.json` beside it. Bytes are of one chip. Times are those of one step for each resource alone at
 the data sheet's rates; the longest is a lower bound. Batches are those of the recipe, raised to a
 multiple of the chips that share them. Fields after a stage's name are changed by
-`--config.FIELD=VALUE`. Rows with `effort=-1` are compiled with less optimisation, in minutes
-instead of more than half an hour: as a rule they hold more than need be, and their times of memory
-and communication are what it takes at most. Experts have batches of 256, fewer than a v5p:8x8x8 has
-chips. Not in the table: `dataset/infer_ufc.py`, whose groups of one image per class are trained one
-after another, and ftd and smooth_experts, whose steps are those of mtt, the experts' with a second
-gradient.
+`--config.FIELD=VALUE`. Rows with `effort=-1` are compiled with less optimisation, which for a UNet
+takes minutes instead of more than half an hour: as a rule they hold more than need be, and their
+times of memory and communication are what it takes at most. Experts have batches of 256, fewer than
+a v5p:8x8x8 has chips. Not in the table: `dataset/infer_ufc.py`, whose groups of one image per class
+are trained one after another, and ftd and smooth_experts, whose steps are those of mtt, the
+experts' with a second gradient.
 """
 
 

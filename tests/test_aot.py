@@ -218,6 +218,9 @@ def test_a_table_without_the_compiler_is_one_line_and_leaves_the_record_alone(
     monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
     assert aot.main([f'--table={tmp_path / "aot.md"}']) == 2
     assert capsys.readouterr().err.startswith('kd: Compiling for v5e:4x4 takes the package libtpu')
+    # Rows bring their own effort; one for all of them is not taken silently.
+    assert aot.main([f'--table={tmp_path / "aot.md"}', '--effort=-1']) == 2
+    assert 'leave --effort out' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -256,7 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Markdown; columns of numbers are set to the right."""
     sides = [
-        '---:' if all(str(row[i])[:1].isdigit() for row in rows) else '---'
+        '---:' if all(str(row[i]).removeprefix('≥ ')[:1].isdigit() for row in rows) else '---'
         for i in range(len(head))
     ]
     lines = [head, sides, *rows]

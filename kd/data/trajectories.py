@@ -61,15 +61,9 @@ def segments(
         count = buffer.manifest.experts
     elif experts in config.stages:
         planned = config[experts].method
+        _check_network(config, experts, network)
         segments_lib.check(planned.epochs, max_start_epoch, expert_epochs)
         count = planned.experts
-        plans = trajectories.fingerprint(network=config[experts].network)
-        difference = config_lib.first_difference(plans, trajectories.fingerprint(network=network))
-        if difference:
-            raise UserError(
-                f'data.source: the stage {experts} trains another network: {difference}. '
-                'Change both.'
-            )
     built = stage_lib.build_network(network, real, where='data.source.network')
     if built is None:
         raise UserError('data.source.network must name the network of the trajectories.')
@@ -100,6 +94,16 @@ def segments(
         class_names=real.class_names,
     )
     return sources.Source(data, split)
+
+
+def _check_network(config: config_lib.ConfigDict, experts: str, network: Mapping[str, Any]) -> None:
+    """Refuses segments of another network than a stage is going to train."""
+    planned = trajectories.fingerprint(network=config[experts].network)
+    difference = config_lib.first_difference(planned, trajectories.fingerprint(network=network))
+    if difference:
+        raise UserError(
+            f'data.source: the stage {experts} trains another network: {difference}. Change both.'
+        )
 
 
 def training_data(config: config_lib.ConfigDict) -> dict[str, Any]:

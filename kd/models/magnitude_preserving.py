@@ -127,7 +127,7 @@ def effective_weights(params, dtype: Dtype = jnp.float32):
 
 
 def _effective(weight: jax.Array, dtype: Dtype) -> jax.Array:
-    """weight / |weight| of each output, with 1 / sqrt(inputs) less the 1e-4 of `unit_norm`."""
+    """unit_norm(weight) / sqrt(inputs): the weights of each output have length 1, up to 1e-4."""
     fan_in = weight.size // weight.shape[-1]
     return (unit_norm(weight, tuple(range(weight.ndim - 1))) / fan_in**0.5).astype(dtype)
 

@@ -248,10 +248,9 @@ def _labelled_by_expert(
     config: config_lib.ConfigDict, context: Context, network: Network, one: synthetic.SyntheticSet
 ) -> np.ndarray | None:
     """Probabilities [N, classes] of a trained expert for the images of a set, if there is one."""
-    experts = 'experts'
-    if experts not in config.stages:
+    if 'experts' not in config.stages:
         return None
-    logits = expert_logits(context, experts, network, np.asarray(one.input))
+    logits = expert_logits(context, 'experts', network, np.asarray(one.input))
     return np.asarray(jax.nn.softmax(logits))
 
 

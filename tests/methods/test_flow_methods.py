@@ -23,8 +23,10 @@ from kd.methods.flow.flow_map import flow_map
 from kd.methods.flow.flow_map_distillation import flow_map_distillation
 from kd.methods.flow.flow_matching import flow_matching
 from kd.methods.flow.reflow import reflow
+from kd.models import magnitude_preserving as mp
 from kd.models.conditioning import TimeWeight, log_variance, velocity_inputs
 from kd.models.magnitude_preserving import MPDense
+from kd.models.unet import UNet
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling.flow import euler_sample, time_grid
@@ -538,6 +540,22 @@ def test_recipe_distils_the_average_of_its_first_stage_and_reports_by_steps(tmp_
         assert min(values) > 0.5
     assert (tmp_path / 'run/map/figures/samples_samples_4.png').stat().st_size > 5_000
     assert 'map/figures/samples_samples_4.png' in text
+
+
+@pytest.mark.parametrize('algorithm', ['lsd', 'psd_midpoint'])
+def test_a_step_normalises_every_weight_once(monkeypatch, algorithm):
+    """Otherwise every evaluation of the network reduces a gradient of its own over the devices."""
+    shape = jax.ShapeDtypeStruct((4, 4, 1), jnp.float32)
+    module = UNet(channels=8, multipliers=(1,), blocks=1, attention=(), time_weight=0)
+    net = from_linen(module, *velocity_inputs({'input': shape}))
+    made = dataclasses.replace(context(net), spec={'input': shape})
+    method = flow_map(made, algorithm=algorithm)
+    state = jax.eval_shape(method.init, jax.random.key(0), None)
+    weights = [x for x in jax.tree.leaves(state.params) if x.ndim > 1]
+    normalised, plain = [], mp._effective
+    monkeypatch.setattr(mp, '_effective', lambda w, dtype: normalised.append(w) or plain(w, dtype))
+    jax.eval_shape(method.step, state, {'input': jnp.zeros((8, *shape.shape))})
+    assert len(normalised) == len(weights)
 
 
 def test_log_variance_reads_the_weight_beside_the_network():
