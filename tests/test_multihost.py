@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from kd.errors import UserError
+from kd import config as kd_config
+from kd import train, watch
+from kd.errors import Preempted, UserError
 from kd.io import safetensors
 from kd.main import EXIT_PREEMPTED, EXIT_USER
 from kd.parallel import distributed, mesh
@@ -187,6 +189,27 @@ def test_a_run_of_one_process_goes_on_in_two_with_sharded_parameters(
     assert run.finish(1, 4) == [0], run.said(0)
     assert f'resuming from step {stops.pop()}' in run.said(0)
     _assert_close(run, single)
+
+
+def test_a_stop_that_falls_on_the_last_step_of_a_stage_is_obeyed_by_the_next(monkeypatch, tmp_path):
+    asked = []
+
+    def reached(call):  # As JAX's: yes at one call only.
+        asked.append(call)
+        return call == 3
+
+    monkeypatch.setattr(distributed.multihost_utils, 'reached_preemption_sync_point', reached)
+    config = kd_config.load(RECIPE)
+    config.stages = ('teacher', 'baseline')
+    del config['student']
+    config.report = {}
+    for name in config.stages:
+        config[name].update(steps=4, log_every=2, checkpoint_every=4, eval_every=0)
+    monkeypatch.setattr(watch.Sigterm, '__enter__', lambda self: distributed.preemption())
+    monkeypatch.setattr(watch.Sigterm, '__exit__', lambda *_: None)
+    with pytest.raises(Preempted, match='baseline: stopped at step 1'):
+        train.run(config, tmp_path / 'run')
+    assert asked == [0, 1, 2, 3]
 
 
 def test_probes_of_two_processes_tell_what_those_of_one_do(context, data_dir, tmp_path):

@@ -122,10 +122,18 @@ def from_first(action: Callable[[], T]) -> T:
 def preemption() -> Callable[[], bool]:
     """A question to ask after every step: have all processes reached the step to stop at?
 
-    Once any process gets SIGTERM, all answer yes at one and the same call.
+    Once any process gets SIGTERM, all answer yes from one and the same call on. JAX says it at that
+    call only, which may be the last step of a stage, where nothing is stopped.
     """
     calls = itertools.count()
-    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+    reached = False
+
+    def ask() -> bool:
+        nonlocal reached
+        reached = reached or multihost_utils.reached_preemption_sync_point(next(calls))
+        return reached
+
+    return ask
 
 
 def leave_if_lost(error: jax.errors.JaxRuntimeError) -> None:
