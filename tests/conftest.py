@@ -1,5 +1,6 @@
 """Eight virtual CPU devices and a persistent compilation cache for every test."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -11,6 +12,21 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+@pytest.fixture(scope='session')
+def quick_compilation():
+    """A context of about half the compile time, where the speed of the result does not matter."""
+
+    @contextlib.contextmanager
+    def quick():
+        jax.config.update('jax_disable_most_optimizations', True)
+        try:
+            yield
+        finally:
+            jax.config.update('jax_disable_most_optimizations', False)
+
+    return quick
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What all losses promise: the number of an independent float64 computation, its derivative, finite
 values and gradients at extreme logits, and the same under every transformation of JAX."""
 
-import contextlib
 from functools import partial
 
 import jax
@@ -229,23 +228,13 @@ def values_and_gradients(student, teacher, argnums=0):
     )
 
 
-@contextlib.contextmanager
-def quick_compilation():
-    """Half the compile time, where the speed of the result does not matter."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    try:
-        yield
-    finally:
-        jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def logits():
     return np.random.default_rng(1).normal(size=(2, B, V)) * 2
 
 
 @pytest.fixture(scope='module')
-def in_float64(logits):
+def in_float64(logits, quick_compilation):
     with jax.enable_x64(True), quick_compilation():
         values, gradients = jax.jit(values_and_gradients)(*map(jnp.asarray, logits))
     return jax.device_get((values, gradients))
@@ -329,7 +318,7 @@ def test_optax_kl_divergence_is_not_finite_where_ours_is(at_extremes):
 
 
 @pytest.fixture(scope='module')
-def transformed():
+def transformed(quick_compilation):
     """Values and student gradients of 8 batches: one by one, and by each transformation at once."""
     batches = np.random.default_rng(3).normal(size=(2, 8, B, V)).astype(np.float32) * 2
     student, teacher = map(jnp.asarray, batches)
@@ -367,7 +356,7 @@ def test_all_transformations_give_the_same_numbers(name, transformed):
 
 
 @pytest.fixture(scope='module')
-def in_bfloat16(logits):
+def in_bfloat16(logits, quick_compilation):
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in logits]
     with quick_compilation():
         values = jax.jit(lambda s, t: {name: f(s, t) for name, (f, _) in LOSSES.items()})(*rounded)

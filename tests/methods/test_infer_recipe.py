@@ -14,7 +14,7 @@ RECIPE = 'configs/dataset/infer_ufc.py'
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_compilation):
     """Two small networks, three steps of their compensators, two kinds of students, two of each."""
     config = kd_config.load(f'{RECIPE}:cpu,ipc=2,dynamic')
     small = dict(name='kd.models.convnet.ConvNet', depth=1, width=4, norm='batch')
@@ -33,7 +33,8 @@ def finished(tmp_path_factory):
         config.report.repeats = 2
         config.report.protocol.update(epochs=3, batch_size=100)
     workdir = tmp_path_factory.mktemp('infer') / 'run'
-    return train.run(config, workdir), workdir
+    with quick_compilation():
+        return train.run(config, workdir), workdir
 
 
 def test_the_report_compares_three_sets_for_every_student(finished):
