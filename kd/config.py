@@ -105,7 +105,7 @@ def stage(
       steps: training steps.
       batch_size: global batch size, over all devices and hosts.
       network: block of the linen module that is trained.
-      optimizer: arguments of `kd.optim.optimizer`.
+      optimizer: arguments of `kd.training.optimizer.optimizer`.
       teacher: name of an earlier stage, or the directory of a finished stage; '' for none.
       teacher_weights: 'final' or the name of an average kept by the teacher's stage.
       references: further frozen networks, {name: stage or directory}, as `teacher` is one.

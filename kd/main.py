@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, workdir, processes = parse(sys.argv[1:] if argv is None else argv)
         enable_compilation_cache()
         # Importing the loop takes a second; a mistyped flag is told before.
-        from kd import train
         from kd.parallel import distributed
+        from kd.training import loop
 
         with distributed.session(processes):
-            report = train.run(config, workdir)
+            report = loop.run(config, workdir)
     except UserError as error:
         return _told(error, EXIT_USER)
     except NonFiniteError as error:

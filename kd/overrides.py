@@ -54,7 +54,7 @@ def _arguments(block: ConfigDict, parents: list[str]) -> tuple[list[str], bool]:
     """Arguments of the callable that a block names, and whether it passes others on."""
     hidden = {'context', 'parent', 'name'}
     if parents[-1:] == ['optimizer']:
-        path = 'kd.optim.optimizer'
+        path = 'kd.training.optimizer.optimizer'
         # Those of the stage.
         hidden.add('steps')
     elif 'name' in block and '.' in block.name:

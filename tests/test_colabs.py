@@ -4,9 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import gallery
 import pytest
-
-from kd import gallery
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from kd import config as kd_config
-from kd import train
-from kd.data import sources
+from kd.data import catalogue, sources
 from kd.parallel.mesh import make_mesh
+from kd.training import loop
 
 ROOT = Path(__file__).parent.parent
 # Data that a machine without a network lacks: (input shape, classes, examples by split).
@@ -44,7 +44,7 @@ def _variants():
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Sources of the right shapes, with nothing to read."""
-    load = sources.load
+    load = catalogue.load
 
     def loaded(name, split, *, data_dir=None):
         if name not in ABSENT:
@@ -57,7 +57,7 @@ def stand_ins(monkeypatch):
         data = sources.DataSet(name, sizes, lambda split: lambda rows: {}, spec, classes)
         return sources.Source(data, split)
 
-    monkeypatch.setattr(sources, 'load', loaded)
+    monkeypatch.setattr(catalogue, 'load', loaded)
 
 
 @pytest.mark.parametrize('path', list(_variants()))
@@ -67,5 +67,5 @@ def test_every_recipe_traces(path, stand_ins, tmp_path):
     kd_config.validate(config)
     mesh = make_mesh({'data': 1})
     for stage in config.stages:
-        train.check(config, stage, mesh)
+        loop.check(config, stage, mesh)
         assert config[stage].evaluators or stage != config.stages[-1]

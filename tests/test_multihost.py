@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from kd import config as kd_config
-from kd import train, watch
 from kd.errors import Preempted, UserError
 from kd.io import safetensors
 from kd.main import EXIT_PREEMPTED, EXIT_USER
 from kd.parallel import distributed, mesh
+from kd.training import loop, watch
 
 ROOT = Path(__file__).parent.parent
 RECIPE = 'configs/vision/logit_kd.py:cpu'
@@ -91,7 +91,7 @@ class Run:
 def context():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
-        ['kd.main', 'kd.train', 'kd.reports.classification', 'clu.metric_writers']
+        ['kd.main', 'kd.training.loop', 'kd.reports.classification', 'clu.metric_writers']
     )
     return context
 
@@ -208,7 +208,7 @@ def test_a_stop_that_falls_on_the_last_step_of_a_stage_is_obeyed_by_the_next(mon
     monkeypatch.setattr(watch.Sigterm, '__enter__', lambda self: distributed.preemption())
     monkeypatch.setattr(watch.Sigterm, '__exit__', lambda *_: None)
     with pytest.raises(Preempted, match='baseline: stopped at step 1'):
-        train.run(config, tmp_path / 'run')
+        loop.run(config, tmp_path / 'run')
     assert asked == [0, 1, 2, 3]
 
 

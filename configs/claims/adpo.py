@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import figures, seeds
-from kd.claims import Check, Claim
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
 from kd.data.builders import bandit
 from kd.methods.rl.adpo import adpo
 from kd.models.structured import CandidateScorer

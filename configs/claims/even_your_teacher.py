@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from kd import figures, seeds
-from kd.claims import Check, Claim
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
 from kd.methods.vision.self_distillation import self_distillation
 from kd.models.mlp import MLP
 from kd.network import from_linen

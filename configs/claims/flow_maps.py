@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd import figures, optim, seeds
-from kd.claims import Check, Claim
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
 from kd.config import ConfigDict
 from kd.data.builders import toys
-from kd.data.standardised import standardised
+from kd.data.transforms.standardised import standardised
 from kd.evaluators import distribution
 from kd.evaluators.generation import image_grid
 from kd.losses.flow_map import flow_map as jump
@@ -33,6 +34,7 @@ from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling.flow import draw_noise, time_grid
 from kd.sampling.velocity import velocity_function
+from kd.training import optimizer as optim
 
 STEPS = (1, 2, 4, 8, 16)
 TITLES = {

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import dataset_seeds, figures
-from kd.claims import Check, Claim
-from kd.data import synthetic
+from kd import figures
+from kd.claims import dataset_seeds
+from kd.claims.claim import Check, Claim
+from kd.data.distilled import synthetic
 from kd.losses import sharpness, trajectory
 from kd.methods.dataset import common
 from kd.methods.dataset.ftd import ftd

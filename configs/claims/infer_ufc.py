@@ -17,9 +17,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from kd import figures, seeds
-from kd.claims import Check, Claim
-from kd.data import compensator, coreset, pairs, standardised
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
+from kd.data.distilled import compensator, coreset
+from kd.data.transforms import pairs, standardised
 from kd.evaluators import compensated_set
 from kd.losses import batch_statistics, classification
 from kd.methods.dataset import infer_ufc

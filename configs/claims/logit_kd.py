@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import figures, seeds
-from kd.claims import Check, Claim
-from kd.data import sources
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
+from kd.data import catalogue
 from kd.methods.vision.decoupled_kd import decoupled_kd
 from kd.methods.vision.logit_kd import logit_kd
 from kd.methods.vision.supervised import supervised
@@ -53,7 +54,9 @@ def run(say, runs, steps, teacher_steps):
     """Trains all arms; returns test accuracy and NLL per seed."""
     train, validation, test = (
         split.fetch(np.arange(len(split)))
-        for split in (sources.load('mnist1d', s) for s in ('train[:3000]', 'train[3000:]', 'test'))
+        for split in (
+            catalogue.load('mnist1d', s) for s in ('train[:3000]', 'train[3000:]', 'test')
+        )
     )
     shape = jax.ShapeDtypeStruct((1, 40, 1), jnp.float32)
     teacher = from_linen(ConvNet(depth=3, width=32, num_classes=10), shape)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import figures, seeds
-from kd.claims import Check, Claim
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
 from kd.data.builders import verifiable
 from kd.methods.lm.paced import paced, sampled_pass_rate
 from kd.methods.vision.supervised import supervised

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd import figures
-from kd.claims import Check, Claim
+from kd.claims.claim import Check, Claim
 from kd.data.builders import characters
 from kd.theory import meta_distillation, simplex
 

@@ -119,7 +119,7 @@ def cpu(name, ipc, labels):
     """Pairs of digits, or MNIST, with three small ConvNets."""
     if name == 'cpu':
         data = dict(
-            source=dict(name='kd.data.pairs.digit_pairs'),
+            source=dict(name='kd.data.transforms.pairs.digit_pairs'),
             train='train',
             validation='validation',
             test='test',

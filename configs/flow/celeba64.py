@@ -32,7 +32,7 @@ def paper(algorithm):
     return recipes.paper_images(
         algorithm,
         data=dict(
-            source=dict(name='kd.data.mapped.resized', of='celeb_a', crop=140, size=64),
+            source=dict(name='kd.data.transforms.mapped.resized', of='celeb_a', crop=140, size=64),
             train='train',
             validation='validation',
         ),

@@ -21,7 +21,9 @@ def get_config(variant: str = 'cpu,lsd'):
 
 def cpu(algorithm):
     """Raw digits have pixels without variance, on which small flows diverge: hence whitened."""
-    source = dict(name='kd.data.standardised.standardised', of='digits', kind='zca', eps=0.1)
+    source = dict(
+        name='kd.data.transforms.standardised.standardised', of='digits', kind='zca', eps=0.1
+    )
     return recipes.flow_map(
         algorithm,
         data=dict(source=source, train='train', validation='test'),

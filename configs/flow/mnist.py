@@ -29,7 +29,7 @@ SPLITS = dict(train='train[:55000]', validation='train[55000:]', test='test')
 
 def cpu(algorithm):
     """Half the resolution: there a perceptron suffices, which is fast on CPU."""
-    small = dict(name='kd.data.mapped.resized', of='mnist', crop=28, size=14)
+    small = dict(name='kd.data.transforms.mapped.resized', of='mnist', crop=28, size=14)
     return recipe(
         algorithm,
         dict(source=small, **SPLITS),

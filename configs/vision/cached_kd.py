@@ -62,7 +62,7 @@ def recipe(form):
     )
     config.student = kd_config.stage(
         network=dict(name='kd.models.mlp.MLP', widths=(16,)),
-        data=dict(source=dict(name='kd.data.cached.cached', stage='cache'), **data),
+        data=dict(source=dict(name='kd.data.transforms.cached.cached', stage='cache'), **data),
         method=dict(
             name='kd.methods.vision.logit_kd.logit_kd', temperature=TEMPERATURE, soft_weight=0.9
         ),

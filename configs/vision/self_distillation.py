@@ -34,7 +34,9 @@ def cpu(alpha='auto', noise: float = 0.3):
     """Noisy digits; `noise` is the fraction of training and validation labels drawn anew."""
     data = dict(
         name='digits',
-        source=dict(name='kd.data.label_noise.noisy_labels', dataset='digits', fraction=noise),
+        source=dict(
+            name='kd.data.transforms.label_noise.noisy_labels', dataset='digits', fraction=noise
+        ),
         train='train[:300]',
         validation='train[300:700]',
         test='test',

@@ -26,10 +26,10 @@ from pathlib import Path
 import jax
 
 from kd import config as kd_config
-from kd import train
 from kd.io import checkpoints
 from kd.parallel import mesh as mesh_lib
-from kd.stage import Stage, prepare
+from kd.training import loop
+from kd.training.stage import Stage, prepare
 
 TARGETS = {'20 ms': (20.0, 0.95), '2 ms': (2.0, 0.85)}
 BATCH = 64
@@ -54,8 +54,8 @@ def recipe(width: int, steps: int) -> kd_config.ConfigDict:
 
 def bare(stage: Stage, steps: int) -> float:
     """Seconds per step of the compiled step on batches that are on the device."""
-    step = train.make_train_step(stage)
-    state, window = train.initial_state(stage), train.zeros(train.abstract_arguments(stage)[2])
+    step = loop.make_train_step(stage)
+    state, window = loop.initial_state(stage), loop.zeros(loop.abstract_arguments(stage)[2])
     host = itertools.islice(stage.batches(), 8)
     batches = [mesh_lib.put_batch(batch, stage.batch_sharding()) for batch in host]
     for batch in batches[:3]:
@@ -70,10 +70,10 @@ def bare(stage: Stage, steps: int) -> float:
 def looped(stage: Stage, directory: Path) -> float:
     """Seconds per step of the loop itself."""
     saved = checkpoints.Checkpoints(directory)
-    loop = train.Loop(stage, saved, directory, lambda: False)
-    loop.run()
+    running = loop.Loop(stage, saved, directory, lambda: False)
+    running.run()
     saved.close()
-    return 1.0 / loop.clock.speed()
+    return 1.0 / running.clock.speed()
 
 
 def calibrate(milliseconds: float) -> int:

@@ -31,11 +31,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd import aot, aot_table
 from kd import config as config_lib
+from kd.aot import compile as aot
+from kd.aot import hlo, topology
+from kd.aot import table as aot_table
 from kd.benchmarks import fused_divergence
 from kd.data.builders import characters
-from kd.parallel import hlo, topology
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIGITS, CHARACTERS = (
@@ -282,7 +283,7 @@ def written(page: str, tables: dict[str, str]) -> str:
 def _parameters(config: config_lib.ConfigDict, stage: str) -> int:
     """Numbers that a stage trains."""
     from kd.parallel import mesh
-    from kd.stage import prepare
+    from kd.training.stage import prepare
 
     ready = prepare(config, stage, mesh.make_mesh({'data': 1}))
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(ready.abstract_state().params))

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 
 from kd.context import Context, Probe
-from kd.data import augment, compensator, standardised
+from kd.data.distilled import compensator
+from kd.data.transforms import augment, standardised
 from kd.evaluators import synthetic_set
 from kd.losses import divergence
 from kd.network import Network
-from kd.stage import build_network
 from kd.state import State
+from kd.training.stage import build_network
 
 LABELS = ('static', 'dynamic')
 # A set, for training or testing, up to this size lies on the device.
@@ -85,7 +86,7 @@ class SoftTraining:
           gradient_scale: factor on the loss.
           mixup: parameter of MixUp, with a lambda per image; 0 for none.
           weight_decay: of AdamW.
-          augmentation: of `kd.data.augment`, before MixUp.
+          augmentation: of `kd.data.transforms.augment`, before MixUp.
           labels: 'static' or 'dynamic'.
           networks: those that label; needed for dynamic labels.
 

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 
 from kd import figures
 from kd.context import Context, Probe
-from kd.data import augment, sources, standardised, synthetic
+from kd.data import sources
+from kd.data.distilled import synthetic
+from kd.data.transforms import augment, standardised
 from kd.evaluators import synthetic_set
 from kd.network import Network
-from kd.stage import build_network
+from kd.training.stage import build_network
 
 
 def fresh_training(

@@ -4,8 +4,8 @@
         teacher='teacher', steps=1, batch_size=256, method=dict(name='kd.methods.cache.nothing'),
         writers={'teacher': dict(name='kd.methods.cache.teacher_outputs', size=64)})
 
-A later stage reads it with `data=dict(source=dict(name='kd.data.cached.cached'), train=...)` and
-runs no teacher.
+A later stage reads it with `data=dict(source=dict(name='kd.data.transforms.cached.cached'),
+train=...)` and runs no teacher.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 
 from kd.context import Context
-from kd.data import augment
+from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses import divergence, numerics
 from kd.method import Method, Objective, minimize
@@ -43,7 +43,7 @@ def recursive_meta_distillation(
         distillation, as the first generation has it.
       power: 1 linear, 0 geometric, or between.
       temperature: T > 0; the loss is multiplied by T^2.
-      augmentation: of images, for `kd.data.augment.augment`.
+      augmentation: of images, for `kd.data.transforms.augment.augment`.
       micro_batches: parts over which gradients are accumulated.
     """
     if not 0 <= lam <= 1:

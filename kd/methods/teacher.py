@@ -14,9 +14,9 @@ from kd.state import State
 def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | TeacherSignal:
     """The frozen teacher's logits [B, V] for `batch['input']`.
 
-    A batch that brings fields of a cache (`kd.data.cached`) is taken at its word, and no teacher is
-    run; such a cache holds for inputs that are not augmented. One of top-k or sampled outputs gives
-    a TeacherSignal, which divergences take in place of logits.
+    A batch that brings fields of a cache (`kd.data.transforms.cached`) is taken at its word, and no
+    teacher is run; such a cache holds for inputs that are not augmented. One of top-k or sampled
+    outputs gives a TeacherSignal, which divergences take in place of logits.
     """
     if cache.PREFIX + 'logits' in batch:
         return batch[cache.PREFIX + 'logits']

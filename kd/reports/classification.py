@@ -22,7 +22,7 @@ from kd.io.workdir import read_metrics
 from kd.losses import divergence
 from kd.network import Network, parameter_count
 from kd.parallel import mesh as mesh_lib
-from kd.stage import source_loader, trained_network
+from kd.training.stage import source_loader, trained_network
 
 # A page of disagreements shows at most this many images.
 SHOWN = 24

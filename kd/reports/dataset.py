@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from kd import config as config_lib
 from kd.context import Context
-from kd.data import coreset, export, sources, standardised, synthetic
+from kd.data import sources
+from kd.data.distilled import coreset, export, synthetic
+from kd.data.transforms import standardised
 from kd.errors import UserError
 from kd.evaluators import compensated_set as compensator
 from kd.evaluators import synthetic_set
@@ -23,8 +25,8 @@ from kd.evaluators.fresh_training import Protocol, page, pixels
 from kd.io import checkpoints
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
-from kd.stage import Stage, build_network, prepare
 from kd.state import State
+from kd.training.stage import Stage, build_network, prepare
 
 
 def dataset_distillation(

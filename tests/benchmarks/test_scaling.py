@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kd import aot_table
+from kd.aot import table as aot_table
 from kd.benchmarks import scaling
 
 PAGE = Path(__file__).parent.parent.parent / 'docs' / 'scaling.md'

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits, make_moons
 
-from kd.data import sources
+from kd.data import catalogue, sources
 from kd.data.builders import digits, mnist1d, prepared, toys
 
 
@@ -78,7 +78,7 @@ def test_digits_prepared_second_give_way_to_the_copy_that_was_there_first(
 def test_digits_equal_scikit_learns_in_value_and_order(data_dir):
     expected = load_digits()
     for split, rows in digits.split_positions().items():
-        source = sources.load('digits', split, data_dir=data_dir)
+        source = catalogue.load('digits', split, data_dir=data_dir)
         batch = source.fetch(np.arange(len(source)))
         np.testing.assert_array_equal(batch['input'][..., 0], expected.images[rows] / 8 - 1)
         np.testing.assert_array_equal(batch['label'], expected.target[rows])
@@ -101,8 +101,8 @@ def test_digits_split_is_a_stratified_partition():
 
 
 def test_fetch_delivers_the_positions_asked_for_in_their_order_with_repeats(data_dir):
-    source = sources.load('digits', 'test', data_dir=data_dir)
-    everything = sources.load('digits', 'test', data_dir=data_dir).fetch(np.arange(297))
+    source = catalogue.load('digits', 'test', data_dir=data_dir)
+    everything = catalogue.load('digits', 'test', data_dir=data_dir).fetch(np.arange(297))
     picked = np.array([5, 0, 296, 5, 17])
     for _ in range(2):  # The second time from memory.
         batch = source.fetch(picked)
@@ -112,7 +112,7 @@ def test_fetch_delivers_the_positions_asked_for_in_their_order_with_repeats(data
 
 @pytest.mark.parametrize('split', ['test', 'test[10:20]'])
 def test_fetch_refuses_positions_outside_the_split(data_dir, split):
-    source = sources.load('digits', split, data_dir=data_dir)
+    source = catalogue.load('digits', split, data_dir=data_dir)
     for position in (-1, len(source)):
         with pytest.raises(IndexError, match=f'valid ones are 0..{len(source) - 1}'):
             source.fetch([0, position])
@@ -120,10 +120,10 @@ def test_fetch_refuses_positions_outside_the_split(data_dir, split):
 
 @pytest.mark.parametrize('name', ['digits', 'checkerboard', 'mnist1d'])
 def test_slices_of_a_split_are_disjoint_and_complete(data_dir, name):
-    whole = sources.load(name, 'train', data_dir=data_dir)
+    whole = catalogue.load(name, 'train', data_dir=data_dir)
     batch = whole.fetch(np.arange(len(whole)))
     parts = [
-        sources.load(name, split, data_dir=data_dir)
+        catalogue.load(name, split, data_dir=data_dir)
         for split in ('train[:33%]', 'train[33%:67%]', 'train[67%:-7]', 'train[-7:]')
     ]
     assert sum(map(len, parts)) == len(whole)
@@ -133,9 +133,9 @@ def test_slices_of_a_split_are_disjoint_and_complete(data_dir, name):
 
 
 def test_sum_of_splits_is_their_concatenation(data_dir):
-    joined = sources.load('digits', 'test[5:9]+train[:3]+test[:2]', data_dir=data_dir)
+    joined = catalogue.load('digits', 'test[5:9]+train[:3]+test[:2]', data_dir=data_dir)
     train, test = (
-        sources.load('digits', split, data_dir=data_dir).fetch(np.arange(9))
+        catalogue.load('digits', split, data_dir=data_dir).fetch(np.arange(9))
         for split in ('train', 'test')
     )
     order = np.random.default_rng(0).permutation(len(joined))
@@ -218,7 +218,7 @@ def test_rows_of_a_split_too_large_for_memory_are_decoded_each_time(monkeypatch)
 def test_prepared_copy_is_found_by_name_newest_version_and_configuration(folders):
     expected = load_digits().images[digits.split_positions()['test']][..., None]
     for name in ('mnist', 'mnist:1.0.0', 'resized/9x9', 'resized/8x8:1.0.0'):
-        source = sources.load(name, 'test', data_dir=folders)
+        source = catalogue.load(name, 'test', data_dir=folders)
         images = source.fetch(np.arange(297))['input']
         # Pixels of every other data set are taken to reach up to 255.
         np.testing.assert_allclose(images, expected / 127.5 - 1, atol=1e-6)
@@ -228,39 +228,39 @@ def test_prepared_copy_is_found_by_name_newest_version_and_configuration(folders
 
 def test_data_dir_comes_from_the_environment_unless_given(monkeypatch, folders, data_dir):
     monkeypatch.setenv('TFDS_DATA_DIR', str(folders))
-    assert len(sources.load('mnist', 'test')) == 297
-    assert 'is not under' in message(sources.load, 'mnist', 'test', data_dir=data_dir)
+    assert len(catalogue.load('mnist', 'test')) == 297
+    assert 'is not under' in message(catalogue.load, 'mnist', 'test', data_dir=data_dir)
 
 
 def test_unknown_name_is_told_what_there_is(folders):
-    text = message(sources.load, 'two_moon', 'train', data_dir=folders)
+    text = message(catalogue.load, 'two_moon', 'train', data_dir=folders)
     assert "unknown data set 'two_moon' (did you mean 'two_moons'?)" in text
     assert "'digits', 'mnist1d', 'checkerboard'" in text
     assert f"under {folders} lie 'mnist', 'records', 'resized'" in text
-    assert "did you mean 'cifar10'" in message(sources.load, 'cifar01', 'train', data_dir=folders)
+    assert "did you mean 'cifar10'" in message(catalogue.load, 'cifar01', 'train', data_dir=folders)
 
 
 def test_missing_data_is_told_where_it_was_looked_for_and_how_to_prepare_it(tmp_path):
-    text = message(sources.load, 'cifar10', 'train', data_dir=tmp_path)
+    text = message(catalogue.load, 'cifar10', 'train', data_dir=tmp_path)
     assert f"'cifar10' is not under {tmp_path}" in text
     assert '--data_dir or TFDS_DATA_DIR' in text
     assert f'python -m kd.data.prepare cifar10 --data_dir={tmp_path}' in text
 
 
 def test_unreadable_copies_are_told_apart(folders):
-    text = message(sources.load, 'records', 'train', data_dir=folders)
+    text = message(catalogue.load, 'records', 'train', data_dir=folders)
     assert 'is in format tfrecord, and only array_record' in text
     assert "name one of 'resized/8x8', 'resized/9x9'" in message(
-        sources.load, 'resized', 'train', data_dir=folders
+        catalogue.load, 'resized', 'train', data_dir=folders
     )
     assert "has no version '3.0.1'" in message(
-        sources.load, 'mnist:3.0.1', 'train', data_dir=folders
+        catalogue.load, 'mnist:3.0.1', 'train', data_dir=folders
     )
 
 
 def test_unwritable_data_dir_is_told_what_to_name_instead(tmp_path):
     (tmp_path / 'file').write_text('')
-    text = message(sources.load, 'digits', 'train', data_dir=tmp_path / 'file')
+    text = message(catalogue.load, 'digits', 'train', data_dir=tmp_path / 'file')
     assert f"'digits' cannot be written under {tmp_path / 'file'}" in text
     assert '--data_dir or TFDS_DATA_DIR' in text
 
@@ -285,7 +285,7 @@ def test_data_set_without_fixed_shape_images_is_refused():
 @pytest.mark.parametrize('name', ['digits', 'rings', 'mnist1d'])
 @pytest.mark.parametrize('split', ['validation', 'train[', 'train[:ten]', ''])
 def test_wrong_split_is_told_the_splits_there_are(data_dir, name, split):
-    text = message(sources.load, name, split, data_dir=data_dir)
+    text = message(catalogue.load, name, split, data_dir=data_dir)
     assert f'data set {name!r} has no split {split!r}' in text
     assert "'train' (" in text
     assert "'test' (" in text
@@ -293,15 +293,15 @@ def test_wrong_split_is_told_the_splits_there_are(data_dir, name, split):
 
 
 def test_empty_and_overreaching_slices_are_errors():
-    assert 'has no examples' in message(sources.load, 'rings', 'train[50%:10%]')
+    assert 'has no examples' in message(catalogue.load, 'rings', 'train[50%:10%]')
     for split in ('train[:100001]', 'train[-100001:]', 'train[:101%]'):
-        assert 'reaches beyond its 100,000' in message(sources.load, 'rings', split)
+        assert 'reaches beyond its 100,000' in message(catalogue.load, 'rings', split)
 
 
 def test_mnist1d_is_the_published_data_set_and_leaves_global_random_states_alone():
     mnist1d.make.cache_clear()
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    train, test = (sources.load('mnist1d', split) for split in ('train', 'test'))
+    train, test = (catalogue.load('mnist1d', split) for split in ('train', 'test'))
     assert (len(train), len(test), train.num_classes) == (4000, 1000, 10)
     signals = np.concatenate([s.fetch(np.arange(len(s)))['input'] for s in (train, test)])
     assert signals.shape == (5000, 40, 1)
@@ -313,13 +313,13 @@ def test_mnist1d_is_the_published_data_set_and_leaves_global_random_states_alone
 def test_missing_mnist1d_package_is_told_how_to_install_it(monkeypatch):
     mnist1d.make.cache_clear()
     monkeypatch.setitem(sys.modules, 'mnist1d.data', None)
-    assert 'pip install mnist1d' in message(sources.load, 'mnist1d', 'train')
+    assert 'pip install mnist1d' in message(catalogue.load, 'mnist1d', 'train')
 
 
 @pytest.fixture(scope='module')
 def toy():
     def read(name, split='train'):
-        source = sources.load(name, split)
+        source = catalogue.load(name, split)
         batch = source.fetch(np.arange(len(source)))
         assert batch['input'].dtype == np.float32
         # Components are equally likely: within 5 standard deviations of a multinomial count.
@@ -389,7 +389,7 @@ def test_toy_splits_are_fixed_and_independent(toy):
 
 def test_embedded_arrays_do_not_import_tfds_or_tensorflow():
     code = (
-        'import sys; from kd.data import sources, pipeline; sources.load("rings", "train"); '
+        'import sys; from kd.data import catalogue, pipeline; catalogue.load("rings", "train"); '
         'print("tensorflow_datasets" in sys.modules, "tensorflow" in sys.modules)'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd.data import augment
+from kd.data.transforms import augment
 from kd.evaluators import compensated_set
 from kd.models.convnet import ConvNet
 from kd.models.mlp import MLP

@@ -9,11 +9,11 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
-from kd import train
-from kd.data import sources
+from kd.data import catalogue
 from kd.errors import UserError
 from kd.io import cache, safetensors
 from kd.losses import divergence
+from kd.training import loop
 
 MADE_OF = {'teacher': 'aa', 'data': 'bb'}
 RNG = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def test_a_teachers_fingerprint_is_of_its_bits_and_not_of_their_place():
 
 
 def test_a_splits_fingerprint_is_of_its_examples():
-    load = sources.load
+    load = catalogue.load
     found = {
         cache.source_fingerprint(load(name, split))
         for name, split in (('two_moons', 'train'), ('two_moons', 'test'), ('rings', 'train'))
@@ -212,7 +212,7 @@ def _recipe(tmp_path, variant):
 def distilled(tmp_path_factory):
     """A run whose student has learnt from dense cached outputs."""
     folder = tmp_path_factory.mktemp('cached')
-    train.run(_recipe(folder, 'dense'), folder / 'run')
+    loop.run(_recipe(folder, 'dense'), folder / 'run')
     return folder / 'run'
 
 
@@ -220,7 +220,7 @@ def test_a_student_of_cached_logits_is_the_student_of_the_teacher(distilled, tmp
     assert len(list((distilled / 'cache' / 'teacher').glob('*.array_record'))) == 5
     config = _recipe(tmp_path, 'dense')
     config.student.data, config.student.teacher = {}, 'teacher'
-    train.run(config, tmp_path / 'run')
+    loop.run(config, tmp_path / 'run')
     ours, theirs = (
         safetensors.flatten(safetensors.stage_variables(run / 'student'))
         for run in (distilled, tmp_path / 'run')
@@ -238,7 +238,7 @@ def test_a_stage_cut_off_writes_what_is_missing_and_nothing_else(distilled, tmp_
     (folder / '00003.array_record').unlink()
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob('*.array_record')}
     config = _recipe(distilled.parent, 'dense')
-    train.run(config, run)
+    loop.run(config, run)
     after = {file.name: file.stat().st_mtime_ns for file in folder.glob('*.array_record')}
     assert set(after) - set(before) == {'00003.array_record'}
     assert {name: after[name] for name in before} == before
@@ -253,7 +253,7 @@ def test_a_student_refuses_the_cache_of_another_teacher(distilled, tmp_path):
     done = run / 'teacher' / 'done.json'
     done.write_text(done.read_text().replace('"step": 20', '"step": 20, "again": true'))
     with pytest.raises(UserError, match='was made from another training of the teacher'):
-        train.run(_recipe(distilled.parent, 'dense'), run)
+        loop.run(_recipe(distilled.parent, 'dense'), run)
 
 
 def test_a_student_at_another_temperature_than_its_cache_is_refused(tmp_path):
@@ -261,4 +261,4 @@ def test_a_student_at_another_temperature_than_its_cache_is_refused(tmp_path):
     config.cache.writers.teacher.size = 1
     config.student.method.temperature = 2.0
     with pytest.raises(UserError, match=r'recorded at temperature 4\.0 cannot be used at'):
-        train.run(config, tmp_path / 'run')
+        loop.run(config, tmp_path / 'run')

@@ -9,7 +9,7 @@ import optax
 import pytest
 import scipy.special
 
-from kd import seeds
+from kd.claims import seeds
 from kd.data import sources
 from kd.data.builders import bandit
 from kd.errors import UserError

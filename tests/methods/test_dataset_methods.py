@@ -10,8 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kd import dataset_seeds
-from kd.data import synthetic
+from kd.claims import dataset_seeds
+from kd.data.distilled import synthetic
 from kd.errors import UserError
 from kd.evaluators import compensated_set
 from kd.losses import segments as segments_lib

@@ -8,8 +8,8 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
-from kd import train
-from kd.data import export, sources, synthetic
+from kd.data import catalogue
+from kd.data.distilled import export, synthetic
 from kd.errors import Preempted, UserError
 from kd.evaluators.fresh_training import Protocol
 from kd.io import trajectories
@@ -17,7 +17,8 @@ from kd.io.workdir import Workdir
 from kd.methods.dataset import recipes
 from kd.parallel.mesh import make_mesh
 from kd.reports import dataset
-from kd.stage import build_network
+from kd.training import loop
+from kd.training.stage import build_network
 
 ROUNDS, TOGETHER, EPOCHS, PER_EPOCH = 2, 2, 2, 3
 
@@ -58,7 +59,7 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole') / 'run'
     config = shrunk()
     config.mesh.update(data=1)
-    report = train.run(config, workdir)
+    report = loop.run(config, workdir)
     return config, workdir, report
 
 
@@ -84,12 +85,12 @@ def test_an_interrupted_buffer_is_resumed_at_its_expert_bit_for_bit(finished, tm
     # Within the second round: its experts are half done.
     calls = iter(range(100))
     with pytest.raises(Preempted):
-        train.train_stage(config, 'experts', directory, mesh, stop=lambda: next(calls) == 7)
+        loop.train_stage(config, 'experts', directory, mesh, stop=lambda: next(calls) == 7)
     with pytest.raises(UserError, match='holds no trajectories'):
         trajectories.Buffer(tmp_path / 'run' / 'experts')
     before = {f: f.stat().st_mtime_ns for f in directory.path.rglob('round_0000/*.npy')}
     assert len(before) == EPOCHS + 1
-    train.train_stage(config, 'experts', directory, mesh)
+    loop.train_stage(config, 'experts', directory, mesh)
     directory.close()
     assert {f: f.stat().st_mtime_ns for f in before} == before
     ours, theirs = (trajectories.Buffer(p / 'experts') for p in (tmp_path / 'run', whole))
@@ -125,7 +126,7 @@ def test_the_report_has_every_row_and_the_set_of_its_files(finished):
 
 
 def test_every_further_architecture_learns_from_a_small_set(quick_compilation):
-    digits = sources.load('digits', 'train[:10]')
+    digits = catalogue.load('digits', 'train[:10]')
     train = digits.fetch(np.arange(10))
     made = synthetic.SyntheticSet(train['input'], train['label'], np.float32(0.05))
     trial = dataset.Trial(jax.random.split(jax.random.key(0), 1), train, train)
@@ -144,7 +145,7 @@ def test_every_further_architecture_learns_from_a_small_set(quick_compilation):
 
 def test_soft_sets_are_compared_under_the_labels_of_an_expert(finished):
     config, workdir, _ = finished
-    context = train.prepare(config, 'random', make_mesh({'data': 1}), workdir).context
+    context = loop.prepare(config, 'random', make_mesh({'data': 1}), workdir).context
     network = build_network(config.report.network, context.recipe_source('train'), where='network')
     images = context.recipe_source('train').fetch(np.arange(7))['input']
     one = synthetic.SyntheticSet(images, np.zeros(7, int), np.float32(0.1))
@@ -178,12 +179,12 @@ def test_a_buffer_serves_another_run_and_the_wrong_steps_are_said(finished):
         other.stages = ('distilled',)
         del other['experts'], other['random']
         other.distilled.data.source.experts = str(workdir / 'experts')
-    source = train.prepare(other, 'distilled', make_mesh({'data': 1}), workdir / 'new')
+    source = loop.prepare(other, 'distilled', make_mesh({'data': 1}), workdir / 'new')
     assert len(source.context.source('train')) == 8
     wrong = config.copy_and_resolve_references()
     wrong.experts.steps = 5
     with pytest.raises(UserError, match='with 3 steps take 12'):
-        train.prepare(wrong, 'experts', make_mesh({'data': 1}))
+        loop.prepare(wrong, 'experts', make_mesh({'data': 1}))
 
 
 def test_variants_are_parsed_and_what_is_not_there_is_said():
@@ -223,7 +224,7 @@ def test_a_sharded_recipe_places_images_and_experts_over_the_devices():
     small = kd_config.load('configs/dataset/mtt.py:cpu,ipc=10,shards=4')
     mesh = make_mesh({'data': 1, 'tensor': 4})
     for name, leaf in (('experts', 'hidden0'), ('distilled', 'images')):
-        stage = train.prepare(small, name, mesh)
+        stage = loop.prepare(small, name, mesh)
         where = stage.abstract_state().params[leaf]
         where = jax.tree.leaves(where)[0].sharding
         assert where.spec[0] in ('tensor', ('data', 'tensor'))

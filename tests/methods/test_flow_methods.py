@@ -12,8 +12,9 @@ import pytest
 from flax import linen as nn
 
 from kd import config as kd_config
-from kd import seeds, train
-from kd.data import mapped, sources, standardised
+from kd.claims import seeds
+from kd.data import catalogue, sources
+from kd.data.transforms import mapped, standardised
 from kd.errors import UserError
 from kd.evaluators import flow_samples
 from kd.losses import flow_map as fm
@@ -31,6 +32,7 @@ from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling.flow import euler_sample, time_grid
 from kd.sampling.velocity import velocity_function
+from kd.training import loop
 
 SPEC = {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
 BATCH = 16
@@ -442,7 +444,7 @@ def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
 
 def test_fid_is_the_distance_in_the_features_of_shown_pixels(stage, batch, monkeypatch):
     made, state, net = stage
-    source = sources.load('checkerboard', 'test')
+    source = catalogue.load('checkerboard', 'test')
     monkeypatch.setattr(source, 'to_pixels', lambda x: x + 1.0)
     monkeypatch.setattr(flow_samples, 'inception_features', lambda file: np.square)
     made = dataclasses.replace(made, source=lambda split: source)
@@ -530,7 +532,7 @@ def test_recipe_distils_the_average_of_its_first_stage_and_reports_by_steps(tmp_
         stage.evaluators.geometry.samples = 16
         stage.evaluators.geometry.steps = 4
     config.mesh.data = 1
-    report = train.run(config, tmp_path / 'run')
+    report = loop.run(config, tmp_path / 'run')
     text = report.read_text()
     results = json.loads(report.with_suffix('.json').read_text())
     for title in ('flow, Euler', 'flow map, lmd'):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kd import config as kd_config
-from kd import train
-from kd.data import export
+from kd.data.distilled import export
 from kd.errors import UserError
+from kd.training import loop
 
 RECIPE = 'configs/dataset/infer_ufc.py'
 
@@ -34,7 +34,7 @@ def finished(tmp_path_factory, quick_compilation):
         config.report.protocol.update(epochs=3, batch_size=100)
     workdir = tmp_path_factory.mktemp('infer') / 'run'
     with quick_compilation():
-        return train.run(config, workdir), workdir
+        return loop.run(config, workdir), workdir
 
 
 def test_the_report_compares_three_sets_for_every_student(finished):

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from kd import seeds
+from kd.claims import seeds
 from kd.data import sources
 from kd.losses.batch_statistics import statistics_of
 from kd.methods.dataset import infer_ufc

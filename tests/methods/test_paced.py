@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
-from kd import seeds
+from kd.claims import seeds
 from kd.data import sources
 from kd.data.builders import verifiable
 from kd.errors import UserError

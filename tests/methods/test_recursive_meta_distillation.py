@@ -11,8 +11,8 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
-from kd import seeds
-from kd.data import sources
+from kd.claims import seeds
+from kd.data import catalogue
 from kd.data.builders import characters
 from kd.errors import UserError
 from kd.evaluators.calibration import calibration
@@ -187,7 +187,7 @@ def test_text_is_encoded_by_letter():
 
 
 def test_characters_come_with_the_next_one_as_label_and_splits_apart():
-    train, test = (sources.load('stdlib_characters', split) for split in ('train', 'test'))
+    train, test = (catalogue.load('stdlib_characters', split) for split in ('train', 'test'))
     assert train.num_classes == 27
     batch = train.fetch([0, 1, 2])
     assert batch['input'].dtype == batch['label'].dtype == np.int32

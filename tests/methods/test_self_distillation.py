@@ -10,8 +10,9 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
-from kd import seeds
-from kd.data import label_noise, sources
+from kd.claims import seeds
+from kd.data import catalogue, sources
+from kd.data.transforms import label_noise
 from kd.errors import UserError
 from kd.methods.vision import self_distillation as module
 from kd.models.mlp import MLP
@@ -137,7 +138,7 @@ def test_label_noise_is_of_its_rate_and_leaves_the_test_split_and_inputs_alone()
     def labels(split, **options):
         return label_noise.noisy_labels(split, config, None, dataset='mnist1d', **options)
 
-    source = sources.load('mnist1d', 'train')
+    source = catalogue.load('mnist1d', 'train')
     rows = np.arange(len(source))
     clean, noisy = source.fetch(rows), labels('train', fraction=0.4).fetch(rows)
     np.testing.assert_array_equal(clean['input'], noisy['input'])
@@ -146,7 +147,7 @@ def test_label_noise_is_of_its_rate_and_leaves_the_test_split_and_inputs_alone()
     assert abs(wrong - 0.36) < 4 * 0.0076
     again = labels('train', fraction=0.4).fetch(rows[::-1])
     np.testing.assert_array_equal(again['label'][::-1], noisy['label'])
-    test = sources.load('mnist1d', 'test').fetch([0, 1, 2])
+    test = catalogue.load('mnist1d', 'test').fetch([0, 1, 2])
     np.testing.assert_array_equal(labels('test', fraction=1.0).fetch([0, 1, 2])['label'],
                                   test['label'])  # fmt: skip
     with pytest.raises(sources.DataError, match='fraction must lie in'):

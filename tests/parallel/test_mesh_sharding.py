@@ -12,16 +12,16 @@ from jax.sharding import PartitionSpec as P
 
 from kd import config as kd_config
 from kd import metrics as metrics_lib
-from kd import train
 from kd.errors import UserError
-from kd.evaluation import Evaluation
 from kd.losses import classification, divergence
 from kd.method import Objective, minimize
 from kd.metrics import mean
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import path_name, tree_shardings
-from kd.stage import prepare
 from kd.state import State
+from kd.training import loop
+from kd.training.evaluation import Evaluation
+from kd.training.stage import prepare
 
 
 def make(**sizes):
@@ -284,8 +284,8 @@ def a_stage(mesh, *, frozen_sharding=(), teacher='', **options):
 def a_run(mesh, *, steps=5, **options):
     """The state and metrics of a few steps of the loop's own train step on a mesh."""
     stage = a_stage(mesh, steps=steps, **options)
-    step, state = train.make_train_step(stage), train.initial_state(stage)
-    _, _, window, _ = train.abstract_arguments(stage)
+    step, state = loop.make_train_step(stage), loop.initial_state(stage)
+    _, _, window, _ = loop.abstract_arguments(stage)
     window = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), window)
     batches = stage.batches()
     for _ in range(steps):
@@ -372,7 +372,7 @@ def initialised_from_teacher(context):
 
 def test_a_student_may_start_from_its_teacher():
     stage = a_stage({'data': 1, 'fsdp': 2}, method='initialised_from_teacher')
-    state = train.initial_state(stage)
+    state = loop.initial_state(stage)
     teacher = stage.frozen['teacher']['params']
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), state.params, teacher)
     assert state.frozen == {}
@@ -400,7 +400,7 @@ def test_what_is_wrong_with_a_stage_is_found_before_anything_runs(change, messag
         for name, value in change.items():
             config.student[name] = value
     with pytest.raises(UserError, match=message):
-        train.check(config, 'student', make(data=1))
+        loop.check(config, 'student', make(data=1))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_best_metric_must_be_one_there_is(best, message, tmp_path):
     with config.ignore_type():
         config.student.update(best=best, evaluators=evaluators)
     stage = prepare(config, 'student', make(data=1))
-    evaluate, state = Evaluation(stage), train.initial_state(stage)
+    evaluate, state = Evaluation(stage), loop.initial_state(stage)
     if message is None:
         assert set(evaluate(state, 0, tmp_path)) == {'test/accuracy', 'test/nll'}
     else:

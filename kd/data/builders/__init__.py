@@ -1,1 +1,1 @@
-"""The data sets behind `kd.data.sources.load`."""
+"""The data sets behind `kd.data.catalogue.load`."""

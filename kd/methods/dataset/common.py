@@ -11,13 +11,14 @@ import numpy as np
 import optax
 
 from kd import config as config_lib
-from kd import stage as stage_lib
 from kd.context import Context
-from kd.data import standardised, synthetic
+from kd.data.distilled import synthetic
+from kd.data.transforms import standardised
 from kd.errors import UserError
 from kd.io import trajectories
 from kd.network import Network
 from kd.state import PyTree, State
+from kd.training import stage as stage_lib
 
 
 def student(context: Context) -> Network:
@@ -27,8 +28,8 @@ def student(context: Context) -> Network:
     data = context.config[context.stage].data
     if 'source' not in data or 'network' not in data.source:
         raise UserError(
-            f'{context.stage}.data.source must be kd.data.trajectories.segments and name the '
-            'network of the trajectories.'
+            f'{context.stage}.data.source must be kd.data.distilled.trajectories.segments '
+            'and name the network of the trajectories.'
         )
     return build_network(context, data.source.network, where=f'{context.stage}.data.source.network')
 

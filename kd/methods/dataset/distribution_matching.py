@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.context import Context
-from kd.data.siamese import siamese
+from kd.data.transforms.siamese import siamese
 from kd.losses.distribution_matching import mean_embedding_distance
 from kd.method import Method, Objective, minimize
 from kd.methods.dataset import common
@@ -32,8 +32,8 @@ def distribution_matching(
     with psi a new random network at every step and both sides of a class augmented alike.
 
     Args:
-      context: the stage, whose data are `kd.data.groups.one_of_each_class`; a batch of m groups
-        has m real images of every class.
+      context: the stage, whose data are `kd.data.distilled.groups.one_of_each_class`; a batch of m
+        groups has m real images of every class.
       images_per_class: of the synthetic set.
       network: block of the architecture of psi; the stage's by default.
       embedding: name of the feature that is the embedding.

@@ -25,8 +25,8 @@ from jax.flatten_util import ravel_pytree
 
 from kd import config as config_lib
 from kd.context import Context, Evaluator, Writer
-from kd.data import trajectories as data_lib
-from kd.data.siamese import siamese
+from kd.data.distilled import trajectories as data_lib
+from kd.data.transforms.siamese import siamese
 from kd.errors import UserError
 from kd.io import trajectories
 from kd.losses import classification, segments, sharpness
@@ -66,7 +66,7 @@ def expert_trajectories(
       experts: how many in all.
       together: k, how many at once; divides `experts`.
       epochs: T.
-      augmentation: families of `kd.data.siamese.siamese`, joined by '_'; '' for none.
+      augmentation: families of `kd.data.transforms.siamese.siamese`, joined by '_'; '' for none.
       weight_decay: added to the gradient, of every parameter.
       rho, alpha, adaptive: of sharpness-aware minimisation.
       ramp_epochs: over which the cross-entropy is faded in; 0 for none.
@@ -207,7 +207,8 @@ def snapshots(context: Context) -> Writer:
     """Writes the buffer of the stage's experts, to be called at the end of every epoch.
 
     In the stage: `writers={'snapshots': dict(name=..., every=steps_of_an_epoch)}`. After the last
-    epoch of the last round the buffer is complete; `kd.data.trajectories.segments` reads it.
+    epoch of the last round the buffer is complete; `kd.data.distilled.trajectories.segments` reads
+    it.
     """
     per_epoch = epoch_steps(context)
     stage = context.config[context.stage]

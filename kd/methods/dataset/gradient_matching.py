@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.context import Context
-from kd.data.siamese import siamese
+from kd.data.transforms.siamese import siamese
 from kd.losses import classification
 from kd.losses import gradient_matching as losses
 from kd.losses.segments import inner_batches
@@ -42,8 +42,8 @@ def gradient_matching(
     `restart_every` steps. Both sides of a class are augmented alike.
 
     Args:
-      context: the stage, whose data are `kd.data.groups.one_of_each_class`; a batch of m groups
-        has m real images of every class.
+      context: the stage, whose data are `kd.data.distilled.groups.one_of_each_class`; a batch of m
+        groups has m real images of every class.
       images_per_class: of the synthetic set.
       network: block of the network theta; the stage's by default.
       kind: see `kd.losses.gradient_matching.gradient_distance`.

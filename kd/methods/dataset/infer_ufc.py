@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from kd.context import Context
-from kd.data import augment, compensator, synthetic
+from kd.data.distilled import compensator, synthetic
+from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses import batch_statistics, classification
 from kd.losses.batch_statistics import LayerStatistics
@@ -53,8 +54,8 @@ def infer_ufc(
       statistics_weight: weight of the feature statistics.
       first_weight: w of the first normalisation layer; all others weigh 1.
       shift: largest shift in pixels, the same for a group.
-      augmentation: of `kd.data.augment`, differentiable; the paper's are the same for a group,
-        `shared`.
+      augmentation: of `kd.data.transforms.augment`, differentiable; the paper's are the same for a
+        group, `shared`.
       groups: k, instead of as many as fit.
       together: groups computed at a time, to save memory; 0 for all.
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kd.context import Context
-from kd.data import synthetic
-from kd.data.siamese import siamese
+from kd.data.distilled import synthetic
+from kd.data.transforms.siamese import siamese
 from kd.errors import UserError
 from kd.losses import classification, segments, sharpness, trajectory
 from kd.method import Method, Objective, minimize
@@ -32,11 +32,12 @@ class Matching:
       step_size: of the student, before it is trained.
       inner_batch: synthetic examples per student step; 0 for all.
       log_step_size: train the logarithm of the step size, which thus stays positive.
-      step_size_optimizer: arguments of `kd.optim.optimizer`; None for the images' optimiser.
+      step_size_optimizer: arguments of `kd.training.optimizer.optimizer`; None for the images'
+        optimiser.
       labels: 'hard'; 'learned', trained with the images; or 'expert', the probabilities that the
         expert at the end of the segment gives, without gradient.
       start, start_experts: see `common.real_start`.
-      augmentation: families of `kd.data.siamese.siamese`, joined by '_'; '' for none.
+      augmentation: families of `kd.data.transforms.siamese.siamese`, joined by '_'; '' for none.
       gradient: 'exact', or 'tesla' without the Hessian of the inner loss.
       momentum: of the student.
       balance_epochs: the bound of start epochs for `segments.balance_factor`; 0 for no balance.
@@ -89,8 +90,8 @@ def trajectory_matching(context: Context, options: Matching) -> Method:
     is left out and counted in the metric `skipped`.
 
     Args:
-      context: the stage, whose data are `kd.data.trajectories.segments`; its optimiser trains the
-        images.
+      context: the stage, whose data are `kd.data.distilled.trajectories.segments`; its optimiser
+        trains the images.
       options: see `Matching`.
 
     Raises:

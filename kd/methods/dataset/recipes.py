@@ -10,7 +10,7 @@ from kd import config as kd_config
 from kd.config import ConfigDict
 from kd.errors import UserError, did_you_mean
 
-SEGMENTS = 'kd.data.trajectories.segments'
+SEGMENTS = 'kd.data.distilled.trajectories.segments'
 SIAMESE = 'color_crop_cutout_flip_scale_rotate'
 # Learning rates to choose from for real images, and for networks other than that of the recipe.
 STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -84,7 +84,10 @@ def row(rows: Mapping[tuple[str, int], Any], name: str, ipc: int) -> Any:
 def data_block(data: Data, standardise: str) -> dict[str, Any]:
     """The recipe's data, standardised by its training split."""
     source = dict(
-        name='kd.data.standardised.standardised', of=data.of, kind=standardise, fit_on=data.train
+        name='kd.data.transforms.standardised.standardised',
+        of=data.of,
+        kind=standardise,
+        fit_on=data.train,
     )
     return dict(source=source, train=data.train, validation=data.validation, test=data.test)
 
@@ -335,7 +338,7 @@ def condensation(
     distilled = kd_config.stage(
         # The network is that of single images, not of the stage's groups of them.
         method=dict(images_per_class=ipc, network=data.network, **method),
-        data=dict(source=dict(name='kd.data.groups.one_of_each_class'), train=data.train),
+        data=dict(source=dict(name='kd.data.distilled.groups.one_of_each_class'), train=data.train),
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from kd.context import Context
-from kd.data import augment
+from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses.flow_map import VelocityFunction, uncertainty_weight
 from kd.losses.flow_map_algorithms import Algorithm, flow_map_errors

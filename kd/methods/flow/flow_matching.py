@@ -32,7 +32,7 @@ def flow_matching(
       noise_scale: standard deviation of the noise x0; None for the network's `data_scale`.
       label_dropout: share of labels replaced by the null class, which guidance needs; for networks
         with `num_classes` only.
-      augmentation: for `kd.data.augment.augment`.
+      augmentation: for `kd.data.transforms.augment.augment`.
       micro_batches: parts over which gradients are accumulated.
     """
     return common.flow_method(

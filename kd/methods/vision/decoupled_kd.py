@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from kd.context import Context
-from kd.data import augment
+from kd.data.transforms import augment
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
@@ -35,7 +35,8 @@ def decoupled_kd(
       temperature: T.
       hard_weight: w.
       warmup_steps: steps over which the distillation term is faded in; 0 for none.
-      augmentation: for `kd.data.augment.augment`; not mixup, which leaves no single target.
+      augmentation: for `kd.data.transforms.augment.augment`; not mixup, which leaves no single
+        target.
       micro_batches: parts over which gradients are accumulated.
     """
     network = context.network

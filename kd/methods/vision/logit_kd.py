@@ -6,7 +6,7 @@ import jax
 
 from kd import config as config_lib
 from kd.context import Context
-from kd.data import augment
+from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
@@ -39,7 +39,7 @@ def logit_kd(
       temperature: T.
       soft_weight: a in [0, 1].
       label_smoothing: of the hard term.
-      augmentation: for `kd.data.augment.augment`.
+      augmentation: for `kd.data.transforms.augment.augment`.
       micro_batches: parts over which gradients are accumulated.
       **divergence_arguments: further keywords of the divergence (`beta` of generalized_jsd, ...).
     """

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kd.context import Context
-from kd.data import augment, pipeline
+from kd.data import pipeline
+from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses import numerics
 from kd.method import Method, Objective, minimize
@@ -58,7 +59,7 @@ def self_distillation(
       bounds: an automatic alpha is clipped to these. Beyond 1 the chain can oscillate.
       penalty: weight of the norms.
       split: where an automatic alpha is computed; held out from training.
-      augmentation: for `kd.data.augment.augment`; not mixup.
+      augmentation: for `kd.data.transforms.augment.augment`; not mixup.
       micro_batches: parts over which gradients are accumulated.
     """
     network, num_classes = context.network, context.num_classes

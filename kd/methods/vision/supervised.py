@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from kd.context import Context
-from kd.data import augment
+from kd.data.transforms import augment
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
 from kd.metrics import mean
@@ -25,7 +25,7 @@ def supervised(
     Args:
       context: the stage; needs a network, an optimiser and labelled data.
       label_smoothing: eps.
-      augmentation: for `kd.data.augment.augment`.
+      augmentation: for `kd.data.transforms.augment.augment`.
       micro_batches: parts over which gradients are accumulated.
     """
     network = context.network

@@ -1,0 +1,93 @@
+"""Sources whose inputs are transformed on the host, and one of them: cropped and resized images.
+
+A recipe names it as `data=dict(source=dict(name='kd.data.transforms.mapped.resized', of='celeb_a',
+...), train='train', ...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kd.config import ConfigDict
+from kd.data import catalogue, sources
+
+
+class MappedSource(sources.Source):
+    """Another source with `transform` applied to its inputs.
+
+    Args:
+      source: the other one.
+      transform: float32 [B, ...] -> float32 [B, *shape], on the host.
+      shape: of one transformed input.
+    """
+
+    def __init__(
+        self,
+        source: sources.Source,
+        transform: Callable[[np.ndarray], np.ndarray],
+        shape: tuple[int, ...],
+    ):
+        # Everything but the inputs is the source's; its own initialisation would open it again.
+        self._source, self._transform = source, transform
+        self.name, self.split = source.name, source.split
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
+        """As `Source.fetch`, with 'input' transformed."""
+        batch = self._source.fetch(indices)
+        return {**batch, 'input': self._transform(batch['input'])}
+
+
+def resized(
+    split: str,
+    config: ConfigDict,
+    workdir: Path | None,
+    *,
+    of: str,
+    crop: int,
+    size: int,
+) -> MappedSource:
+    """The central crop x crop pixels of each image, resized to size x size by area.
+
+    Args:
+      split: of the data set.
+      config: the recipe, for its `data_dir`.
+      workdir: unused; sources made from the files of a stage need it.
+      of: name of an image data set, see `kd.data.catalogue.load`.
+      crop, size: in pixels, `size` at most `crop`.
+
+    Raises:
+      ValueError: sizes that do not fit in each other or in the images.
+    """
+    del workdir
+    source = catalogue.load(of, split, data_dir=config.get('data_dir', None) or None)
+    height, width, channels = source.spec['input'].shape
+    if not 0 < size <= crop <= min(height, width):
+        raise ValueError(
+            f'size={size} and crop={crop} must satisfy size <= crop <= {min(height, width)}, the '
+            f'smaller side of the images of {of!r}.'
+        )
+    top, left = (height - crop) // 2, (width - crop) // 2
+    weights = area_weights(crop, size)
+
+    def transform(images: np.ndarray) -> np.ndarray:
+        window = images[:, top : top + crop, left : left + crop]
+        return np.einsum('ij,bjkc,lk->bilc', weights, window, weights, optimize=True)
+
+    return MappedSource(source, transform, (size, size, channels))
+
+
+def area_weights(old: int, new: int) -> np.ndarray:
+    """float32 [new, old]: row i averages the old pixels under new pixel i, by their shares."""
+    edges = np.arange(new + 1) * (old / new)
+    low = np.maximum(edges[:-1, None], np.arange(old))
+    high = np.minimum(edges[1:, None], np.arange(1, old + 1))
+    return (np.maximum(high - low, 0.0) * (new / old)).astype(np.float32)

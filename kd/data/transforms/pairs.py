@@ -1,0 +1,59 @@
+"""Two digits side by side: a task of one hundred classes out of the ten of `digits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kd.config import ConfigDict
+from kd.data import catalogue, sources
+from kd.data.transforms import standardised
+
+# Digits that a split draws from, number of pairs, and seed.
+_SPLITS = {
+    'train': ('train[:1200]', 8000, 1),
+    'validation': ('train[1200:]', 1500, 2),
+    'test': ('test', 1500, 3),
+}
+
+
+def digit_pairs(split: str, config: ConfigDict, workdir: Path | None) -> sources.Source:
+    """Images [8, 16, 1] in [-1, 1] of two digits a and b, with the label 10 a + b.
+
+    Every class has equally many pairs; the digits of the splits are disjoint. For the key `source`
+    of a recipe's data.
+
+    Args:
+      split: 'train' (8,000), 'validation' or 'test' (1,500 each), or slices of them.
+      config: the recipe, for its `data_dir`.
+      workdir: unused.
+    """
+    del workdir
+
+    def reader(name: str) -> sources.Reader:
+        of, count, seed = _SPLITS[name]
+        digits = standardised.everything(
+            catalogue.load('digits', of, data_dir=config.data_dir or None)
+        )
+        rng = np.random.default_rng(seed)
+        label = np.arange(count, dtype=np.int32) % 100
+        members = [np.flatnonzero(digits['label'] == k) for k in range(10)]
+        sides = [
+            np.array([rng.choice(members[k]) for k in digit]) for digit in (label // 10, label % 10)
+        ]
+        images = np.concatenate([digits['input'][rows] for rows in sides], 2)
+        return sources.in_memory({'input': images, 'label': label})
+
+    data = sources.DataSet(
+        'digit_pairs',
+        {name: count for name, (_, count, _) in _SPLITS.items()},
+        reader,
+        {
+            'input': jax.ShapeDtypeStruct((8, 16, 1), np.float32),
+            'label': jax.ShapeDtypeStruct((), np.int32),
+        },
+        100,
+    )
+    return sources.Source(data, split)

@@ -1,0 +1,108 @@
+"""Image data sets standardised by statistics of their training split, and back to pixels."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from kd.config import ConfigDict
+from kd.data import catalogue, sources
+from kd.data.transforms import whitening
+from kd.data.transforms.mapped import MappedSource
+
+KINDS = ('zca', 'channels', 'mean', 'none')
+# Images from which the mean and deviation of channels are taken at a time.
+_CHUNK = 4096
+
+
+class StandardisedSource(MappedSource):
+    """A source of standardised images; see `standardised`."""
+
+    def __init__(
+        self, source: sources.Source, fit_on: sources.Source, kind: str, eps: float
+    ) -> None:
+        super().__init__(source, self.from_pixels, source.spec['input'].shape)
+        self.fit_on, self.kind, self.eps = fit_on, kind, eps
+
+    def from_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Images [N, H, W, C] in [-1, 1] as networks see them, float32."""
+        shift, scale, _ = self._fitted
+        flat = images.reshape(len(images), -1) - shift
+        flat = flat @ scale if scale.ndim == 2 else flat * scale
+        return flat.reshape(images.shape).astype(np.float32)
+
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """The inverse of `from_pixels`; images that were trained may leave [-1, 1]."""
+        shift, _, inverse = self._fitted
+        flat = np.asarray(images).reshape(len(images), -1)
+        flat = flat @ inverse if inverse.ndim == 2 else flat * inverse
+        return (flat + shift).reshape(images.shape).astype(np.float32)
+
+    @functools.cached_property
+    def _fitted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shift [d], scale and inverse, each [d] or [d, d]. Fitted when pixels are first read."""
+        shape = self.spec['input'].shape
+        size = int(np.prod(shape))
+        if self.kind == 'none':
+            return np.zeros(size, np.float32), *2 * (np.ones(size, np.float32),)
+        images = everything(self.fit_on)['input']
+        if self.kind == 'zca':
+            fitted = whitening.fit(images, self.eps)
+            return np.asarray(fitted.mean), np.asarray(fitted.matrix), np.asarray(fitted.inverse)
+        rows = images.reshape(len(images), -1)
+        if self.kind == 'mean':
+            mean = rows.mean(0, dtype=np.float64).astype(np.float32)
+            return mean, *2 * (np.ones(size, np.float32),)
+        channels = rows.reshape(-1, shape[-1])
+        mean, deviation = channels.mean(0, dtype=np.float64), channels.std(0, dtype=np.float64)
+        shift, scale = (
+            np.broadcast_to(x, shape).reshape(-1).astype(np.float32) for x in (mean, deviation)
+        )
+        return shift, 1 / scale, scale
+
+
+def standardised(
+    split: str,
+    config: ConfigDict,
+    workdir: Path | None,
+    *,
+    of: str,
+    kind: str,
+    fit_on: str = 'train',
+    eps: float = 0.4,
+) -> StandardisedSource:
+    """For the key `source` of a recipe's data: a split seen through a linear map.
+
+        zca:       decorrelated pixels, see `kd.data.transforms.whitening.fit`
+        channels:  (x - mean) / deviation, one of each per channel
+        mean:      x - mean image
+        none:      x in [-1, 1]
+
+    Args:
+      split: of the data set.
+      config: the recipe, for its `data_dir`.
+      workdir: unused.
+      of: name of an image data set, see `kd.data.catalogue.load`.
+      kind: one of the above.
+      fit_on: the split whose statistics are used.
+      eps: added to the variances of 'zca', see `kd.data.transforms.whitening.fit`.
+
+    Raises:
+      ValueError: on another kind.
+    """
+    del workdir
+    if kind not in KINDS:
+        raise ValueError(f'Data is standardised by one of {", ".join(KINDS)}, got {kind!r}.')
+    load = functools.partial(catalogue.load, of, data_dir=config.get('data_dir', None) or None)
+    return StandardisedSource(load(split), load(fit_on), kind, eps)
+
+
+def everything(source: sources.Source) -> sources.Batch:
+    """All examples of a source, in order."""
+    parts = [
+        source.fetch(np.arange(i, min(i + _CHUNK, len(source))))
+        for i in range(0, len(source), _CHUNK)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

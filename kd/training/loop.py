@@ -1,0 +1,336 @@
+"""The one training loop.
+
+`run` takes the stages of a recipe in order; a stage that is done is passed over, one that was cut
+off goes on from its last checkpoint. A step runs under jit over the mesh with its state donated;
+the host waits for the device only where something is logged, evaluated or saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd import config as config_lib
+from kd import metrics as metrics_lib
+from kd.context import Probe
+from kd.errors import NonFiniteError, Preempted, UserError
+from kd.io import checkpoints
+from kd.io.progress import Progress, doing, say
+from kd.io.workdir import MetricLog, Workdir, read_metrics
+from kd.parallel import distributed
+from kd.parallel import mesh as mesh_lib
+from kd.state import State
+from kd.training import watch
+from kd.training.evaluation import Evaluation
+from kd.training.stage import Stage, prepare, replicated
+
+# Batches that are on their way to the device while a step runs.
+PREFETCH = 2
+
+
+def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
+    """Runs a recipe in a work directory; returns the path of the report, if it has one.
+
+    Raises:
+      UserError: the config, the data or the work directory needs a correction.
+      NonFiniteError: a loss became infinite or NaN.
+      Preempted: SIGTERM came; a checkpoint has been written.
+
+    In a run of several processes all call this; see `kd.parallel.distributed`. The report is made
+    by the first alone, on its own devices, and the path is its.
+    """
+    config_lib.validate(config)
+    mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh))
+    directory = distributed.agree(lambda: Workdir(Path(workdir).absolute(), config))
+    try:
+        for name in config.stages:
+            distributed.agree(partial(check, config, name, mesh))
+        if distributed.is_first():
+            directory.record()
+        with watch.Sigterm() as stop:
+            for name in config.stages:
+                train_stage(config, name, directory, mesh, stop)
+        if not config.report or not distributed.is_first():
+            return None
+        with doing('report', 'evaluating and drawing'):
+            local = mesh_lib.local_mesh(mesh)
+            return config_lib.build(config.report, config, directory.path, local, where='report')
+    finally:
+        directory.close()
+
+
+def train_stage(
+    config: config_lib.ConfigDict,
+    name: str,
+    workdir: Workdir,
+    mesh: jax.sharding.Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs one stage to its end, from its last checkpoint if there is one."""
+    directory = workdir.stage(name)
+    done = distributed.from_first(lambda: checkpoints.read_done(directory))
+    if done is not None:
+        say(name, f'done at step {done["step"]}')
+        return
+    stage = prepare(config, name, mesh, workdir.path)
+    saved = checkpoints.Checkpoints(directory, keep=stage.config.keep, best=stage.config.best)
+    try:
+        loop = Loop(stage, saved, directory, stop)
+        loop.run()
+        step = saved.best_step() if stage.config.final == 'best' else stage.config.steps
+        parameters = sum(x.size for x in jax.tree.leaves(loop.state.params))
+        distributed.from_first(lambda: _finish(directory, step, parameters))
+    finally:
+        saved.close()
+
+
+def _finish(directory: Path, step: int, parameters: int) -> None:
+    # From the log and not from this process, which may have come after the last step.
+    logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
+    record = {
+        'step': step,
+        'steps_per_s': logged.pop('time/steps_per_s'),
+        'metrics': {name: value for name, value in logged.items() if name != 'step'},
+        'parameters': parameters,
+    }
+    checkpoints.mark_done(directory, record)
+
+
+def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> None:
+    """Traces a stage's step and evaluators, computing nothing: what is wrong shows at once."""
+    stage = prepare(config, name, mesh)
+    for split in (*stage.context.splits, *(split for split, _ in stage.evaluators.values())):
+        stage.context.source(split)
+    stage.batches()  # Raises where a batch does not fit the data.
+    where = f'the step of {stage.config.method.name}'
+    try:
+        state, frozen, _, batch = abstract_arguments(stage)
+        batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
+        for label, (_, evaluator) in stage.evaluators.items():
+            where = f'the evaluator {label}'
+            if not isinstance(evaluator, Probe):
+                jax.eval_shape(evaluator.update, state.replace(frozen=frozen), batch)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f'{name}: {where} fails: {reason}') from error
+
+
+def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
+    """`train_step(state, frozen, window, batch) -> (state, window)`, jitted.
+
+    `state` has no frozen trees and is donated, as is `window`, the sum of the metrics since they
+    were last written.
+    """
+    abstract = stage.abstract_state()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    trained = shardings.replace(frozen={})
+    everywhere = replicated(stage.mesh)
+
+    def train_step(state, frozen, window, batch):
+        state, metrics = stage.method.step(state.replace(frozen=frozen), batch)
+        return state.replace(frozen={}), metrics_lib.merge(window, metrics)
+
+    return jax.jit(
+        train_step,
+        donate_argnums=(0, 2),
+        in_shardings=(trained, shardings.frozen, everywhere, stage.batch_sharding()),
+        out_shardings=(trained, everywhere),
+    )
+
+
+def abstract_arguments(stage: Stage) -> tuple[State, Any, Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes and shardings of the arguments of the train step, for ahead-of-time compilation."""
+    state = stage.abstract_state()
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (stage.config.batch_size, *x.shape), x.dtype, sharding=stage.batch_sharding()
+        )
+        for name, x in stage.context.spec.items()
+    }
+    metrics = jax.eval_shape(stage.method.step, state, batch)[1]
+    window = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(stage.mesh)), metrics
+    )
+    return state.replace(frozen={}), state.frozen, window, batch
+
+
+def initial_state(stage: Stage) -> State:
+    """The state at step 0, computed on the mesh; its `frozen` is left empty."""
+    shardings = jax.tree.map(lambda x: x.sharding, stage.abstract_state().replace(frozen={}))
+
+    def init(key, frozen):
+        return stage.method.init(key, frozen).replace(frozen={})
+
+    # Initialisation runs once: on CPU, where compiling it well takes longer than running it badly,
+    # it is compiled badly.
+    on_cpu = stage.mesh.devices.flat[0].platform == 'cpu'
+    options = {'xla_backend_optimization_level': '0'} if on_cpu else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(
+        stage.key(), stage.frozen
+    )
+
+
+def zeros(abstract: Any) -> Any:
+    """An empty metric window."""
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
+
+
+class Loop:
+    """The loop of one stage; its attributes are what changes from step to step."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        saved: checkpoints.Checkpoints,
+        directory: Path,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.stage, self.saved, self.directory, self.stop = stage, saved, directory, stop
+        self.name = stage.name
+        self.evaluation = Evaluation(stage)
+        self.iterator = stage.batches()
+        abstract, _, window, _ = abstract_arguments(stage)
+        self.frozen = stage.frozen
+        restored = saved.restore_latest(abstract, window)
+        if restored is None:
+            with doing(self.name, 'initialising'):
+                self.state, self.window = (
+                    jax.block_until_ready(initial_state(stage)),
+                    zeros(window),
+                )
+        else:
+            self.state, self.window, position = restored
+            self.iterator.set_state(position)
+            say(self.name, f'resuming from step {int(self.state.step)}')
+        self.start = self.logged = int(self.state.step)
+        self.train_step = make_train_step(stage)
+        # Batches on their way to the device, each with the iterator's position before it.
+        self.queue: deque[tuple[Any, dict[str, jax.Array]]] = deque()
+        # Positions before the batches since `logged`: where to find a batch that went wrong.
+        self.positions: list[Any] = []
+        self.clock = watch.Clock()
+
+    def _profile(self) -> watch.Profile:
+        wanted = self.stage.context.config.profile
+        # Not the first step of a run, which is mostly compilation.
+        begin = max(wanted.start, self.start + 1)
+        end = min(begin + wanted.steps, self.stage.config.steps)
+        return watch.Profile(self.directory / 'profile', begin, end)
+
+    def run(self) -> None:
+        config, steps = self.stage.config, self.stage.config.steps
+        log = MetricLog(self.directory, resume_step=self.start)
+        progress = Progress(self.name, start=self.start, total=steps)
+        profile = self._profile()
+        try:
+            if self.start == 0:
+                self._write_files(0)
+            for step in range(self.start, steps):
+                with profile(step, lambda: jax.block_until_ready(self.window)):
+                    self._step(first=step == self.start)
+                now, scalars = step + 1, {}
+                last, stopping = now == steps, self.stop()
+                if now % config.log_every == 0 or last:
+                    scalars = self._close_window(now)
+                    progress.update(now, **_shown(scalars))
+                if last or (config.eval_every and now % config.eval_every == 0):
+                    with self.clock.paused():
+                        scalars |= self.evaluation(
+                            self.state.replace(frozen=self.frozen), now, self.directory
+                        )
+                self._write_files(now)
+                if scalars:
+                    log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
+                ranked = bool(config.best) and config.best.lstrip('-') in scalars
+                if now % config.checkpoint_every == 0 or last or stopping or ranked:
+                    with self.clock.paused():
+                        self._save(now, scalars)
+                if stopping and not last:
+                    raise Preempted(f'{self.name}: stopped at step {now}; a checkpoint is written.')
+        except jax.errors.JaxRuntimeError as error:
+            # Here, because closing the checkpoints would wait for the other processes.
+            distributed.leave_if_lost(error)
+            raise
+        finally:
+            progress.close()
+            log.close()
+            self.saved.wait()
+
+    def _step(self, *, first: bool) -> None:
+        while len(self.queue) <= PREFETCH:
+            position = self.iterator.get_state()
+            batch = mesh_lib.put_batch(next(self.iterator), self.stage.batch_sharding())
+            self.queue.append((position, batch))
+        position, batch = self.queue.popleft()
+        self.positions.append(position)
+        arguments = (self.state, self.frozen, self.window, batch)
+        if first:
+            with doing(self.name, 'compiling the training step'):
+                self.state, self.window = jax.block_until_ready(self.train_step(*arguments))
+            self.clock.start()
+        else:
+            self.state, self.window = self.train_step(*arguments)
+            self.clock.steps += 1
+
+    def _write_files(self, step: int) -> None:
+        for every, write in self.stage.writers.values():
+            if step % every == 0:
+                with self.clock.paused():
+                    self._check_finite(step)
+                    write(self.state.replace(frozen=self.frozen), step, self.directory)
+
+    def _close_window(self, step: int) -> dict[str, float]:
+        self._check_finite(step)
+        scalars = {f'train/{k}': v for k, v in metrics_lib.divide(self.window).items()}
+        self.window = jax.tree.map(lambda x: x * 0, self.window)
+        self.positions, self.logged = [], step
+        return scalars
+
+    def _save(self, step: int, scalars: dict[str, float]) -> None:
+        self._check_finite(step)
+        position = self.queue[0][0] if self.queue else self.iterator.get_state()
+        self.saved.save(self.state, self.window, position, scalars)
+
+    def _check_finite(self, step: int) -> None:
+        """Ends the run if the guard halted it: saves the last good state and the bad batch."""
+        if int(self.state.step) == step:
+            return
+        bad = int(self.state.step)
+        position = self.positions[bad - (step - len(self.positions))]
+        self.iterator.set_state(position)
+        batch = next(self.iterator)
+        dump = self.directory / f'nonfinite_{bad}'
+        dump.mkdir(exist_ok=True)
+        process = jax.process_index()
+        np.savez(dump / (f'batch_{process}.npz' if process else 'batch.npz'), **batch)
+        (dump / 'step.json').write_text(json.dumps({'step': bad, 'stage': self.name}))
+        if bad not in self.saved.steps():
+            zero = jax.tree.map(lambda x: x * 0, self.window)
+            extra = {**self.state.extra, 'halted': self.state.extra['halted'] & False}
+            self.saved.save(self.state.replace(extra=extra), zero, position, {})
+            self.saved.wait()
+        raise NonFiniteError(
+            f'{self.name}: the loss or its gradient became non-finite at step {bad}. The state '
+            f'before that step is saved as checkpoint {bad}, the batch in {dump}/batch.npz. Run '
+            'the same command with --config.on_nonfinite=skip to leave such updates out, or begin '
+            f'in another workdir with a lower {self.name}.optimizer.lr or a clip_norm.'
+        )
+
+
+def _shown(scalars: dict[str, float]) -> dict[str, float]:
+    """The few numbers worth a place on the progress line."""
+    names = ('loss', 'accuracy', 'nonfinite')
+    return {
+        name: scalars[f'train/{name}']
+        for name in names
+        if scalars.get(f'train/{name}') or (name == 'loss' and f'train/{name}' in scalars)
+    }

@@ -1,0 +1,124 @@
+"""Optimisers and learning-rate schedules from plain arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd.config import check_arguments
+from kd.errors import UserError, did_you_mean
+
+SCHEDULES = ('constant', 'cosine', 'linear', 'step', 'rsqrt')
+
+
+def schedule(
+    name: str,
+    lr: float,
+    steps: int,
+    *,
+    warmup_steps: int = 0,
+    end: float = 0.0,
+    boundaries: tuple[float, ...] = (),
+    factor: float = 0.1,
+    timescale: int = 1,
+) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate as a function of the step.
+
+    The following, times min((step + 1) / warmup_steps, 1), with u in [0, 1] the progress after the
+    warm-up:
+      constant: lr
+      cosine:   end lr + (1 - end) lr (1 + cos(pi u)) / 2
+      linear:   end lr + (1 - end) lr (1 - u)
+      step:     lr factor^{number of boundaries <= step / steps}
+      rsqrt:    lr / sqrt(max(step / timescale, 1))
+
+    Args:
+      name: one of the above.
+      lr: peak learning rate.
+      steps: length of training.
+      warmup_steps: steps of the warm-up.
+      end: final learning rate as a fraction of `lr`.
+      boundaries: fractions of `steps` at which `step` drops the rate.
+      factor: by how much it drops.
+      timescale: steps before `rsqrt` starts to decay.
+    """
+    if name not in SCHEDULES:
+        raise UserError(
+            f"optimizer.schedule '{name}' is unknown.{did_you_mean(name, SCHEDULES)} "
+            f'Schedules: {", ".join(SCHEDULES)}.'
+        )
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
+        if name == 'cosine':
+            decay = end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        elif name == 'linear':
+            decay = end + (1 - end) * (1 - progress)
+        elif name == 'step':
+            passed = sum((step >= fraction * steps).astype(jnp.float32) for fraction in boundaries)
+            decay = jnp.float32(factor) ** passed
+        elif name == 'rsqrt':
+            decay = jax.lax.rsqrt(jnp.maximum(step / timescale, 1.0))
+        else:
+            decay = jnp.float32(1.0)
+        warm = jnp.minimum((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0
+        return lr * decay * warm
+
+    return rate
+
+
+def optimizer(
+    steps: int,
+    *,
+    name: str = 'adamw',
+    lr: float,
+    schedule: str = 'constant',
+    schedule_args: dict[str, Any] | None = None,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    **arguments: Any,
+) -> optax.GradientTransformation:
+    """An optax optimiser with clipping, weight decay and a schedule.
+
+    Args:
+      steps: length of training.
+      name: an optimiser of optax: 'sgd', 'adam', 'adamw', 'radam', 'lion', ...
+      lr: peak learning rate.
+      schedule, schedule_args, warmup_steps: see `kd.training.optimizer.schedule`.
+      weight_decay: applied to matrices and convolutions only, not to biases and norms; in the
+        optimiser's own way where it has a `weight_decay` with a mask (decoupled in adamw, lion,
+        ...), otherwise added to the gradient.
+      clip_norm: global norm to which gradients are clipped; 0 for none.
+      **arguments: further arguments of the optax function (`momentum`, `b1`, ...).
+    """
+    factory = getattr(optax, name, None)
+    if factory is None:
+        raise UserError(f"optax has no optimiser '{name}'.{did_you_mean(name, dir(optax))}")
+    options = {'warmup_steps': warmup_steps, **(schedule_args or {})}
+    check_arguments(
+        _schedule, options, where='optimizer.schedule_args', reserved=('name', 'lr', 'steps')
+    )
+    check_arguments(factory, arguments, where='optimizer', reserved=('learning_rate',))
+    rate = _schedule(schedule, lr, steps, **options)
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    takes = inspect.signature(factory).parameters
+    mask = next((m for m in ('mask', 'weight_decay_mask') if m in takes), None)
+    if 'weight_decay' in takes and mask:
+        arguments |= {'weight_decay': weight_decay, mask: _is_matrix}
+    elif weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=_is_matrix))
+    return optax.chain(*parts, factory(rate, **arguments))
+
+
+_schedule = schedule
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -1,0 +1,92 @@
+"""Verdicts of claims, and that every claim and the README's table are what they should be."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from kd.claims import claim as claims
+from kd.claims.__main__ import main
+from kd.claims.claim import Check
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_check_is_the_paired_t_interval_of_scipy():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(1.0, 1.0, 6), rng.normal(0.0, 1.0, 6)
+    measured = {'a': {'m': first}, 'b': {'m': second}}
+    judged = claims.judge(Check('', 'm', 'a', 'b'), measured)
+    expected = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert judged['interval'] == pytest.approx([expected.low, expected.high], rel=1e-12)
+    assert judged['difference'] == pytest.approx(np.mean(first - second))
+
+
+@pytest.mark.parametrize(
+    ('check', 'verdict'),
+    [
+        (Check('', 'm', 'high', 'low'), claims.REPRODUCED),
+        (Check('', 'm', 'low', 'high'), claims.NOT_REPRODUCED),
+        (Check('', 'm', 'low', 'high', lower=True), claims.REPRODUCED),
+        (Check('', 'm', 'high', 'low', margin=1.5), claims.NOT_REPRODUCED),
+        (Check('', 'm', 'high', 'high'), claims.INCONCLUSIVE),
+        (Check('', 'm', 'high', 1.5), claims.REPRODUCED),
+        (Check('', 'm', 'low', 'high', lower=True, ratio=0.4), claims.NOT_REPRODUCED),
+        (Check('', 'm', 'low', 'high', lower=True, ratio=0.6), claims.REPRODUCED),
+    ],
+)
+def test_verdicts(check, verdict):
+    measured = {'high': {'m': [2.0, 2.1, 1.9]}, 'low': {'m': [1.0, 1.05, 1.0]}}
+    assert claims.judge(check, measured)['verdict'] == verdict
+
+
+def test_one_seed_or_two_give_no_verdict():
+    with pytest.raises(ValueError, match='at least 3 seeds'):
+        claims.judge(Check('', 'm', 'a', 0.0), {'a': {'m': [1.0, 2.0]}})
+
+
+def test_the_verdict_of_a_claim_is_that_of_its_weakest_check():
+    good, bad, open_ = claims.REPRODUCED, claims.NOT_REPRODUCED, claims.INCONCLUSIVE
+    assert claims.overall([good, good]) == good
+    assert claims.overall([good, open_]) == open_
+    assert claims.overall([good, open_, bad]) == bad
+
+
+def test_every_result_belongs_to_a_claim_and_has_its_figure():
+    for file in (ROOT / 'results').glob('*.json'):
+        result = json.loads(file.read_text())
+        assert result['claim'] == file.stem
+        assert file.stem in claims.names()
+        assert file.with_suffix('.png').stat().st_size > 5_000
+        for check in result['checks']:
+            assert check['seeds'] >= 3
+
+
+def test_the_table_in_the_readme_is_generated_from_the_results():
+    assert claims.readme_table() in (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('name', claims.names())
+def test_every_claim_starts(name, tmp_path, capsys):
+    assert main([name, '--smoke', f'--output={tmp_path}']) == 0
+    assert 'Verdict:' in capsys.readouterr().out
+    result = json.loads((tmp_path / f'{name}.json').read_text())
+    values = [v for arm in result['arms'].values() for m in arm.values() for v in m['values']]
+    assert np.isfinite(values).all()
+    assert (tmp_path / f'{name}.png').stat().st_size > 5_000
+
+
+def test_data_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('TFDS_DATA_DIR', 'elsewhere')
+    assert main(['mtt', f'--data_dir={tmp_path / "empty"}', f'--output={tmp_path}']) == 2
+    told = capsys.readouterr()
+    assert f'kd.data.prepare mnist --data_dir={tmp_path / "empty"}' in told.err
+    assert told.out == ''
+    assert not list(tmp_path.glob('mtt*'))
+
+
+def test_an_unknown_claim_is_said_with_the_nearest(capsys):
+    assert main(['logit_kdd']) == 2
+    assert "Did you mean 'logit_kd'" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Synthetic sets in files, standardised data, groups and pairs."""
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from kd import config as kd_config
+from kd.config import ConfigDict
+from kd.data import catalogue
+from kd.data.distilled import export, groups, synthetic
+from kd.data.transforms import pairs, standardised
+
+CONFIG = ConfigDict({'data_dir': ''})
+
+
+@pytest.fixture(scope='module')
+def raw():
+    return standardised.everything(catalogue.load('digits', 'train[:300]'))['input']
+
+
+def made(soft):
+    rng = np.random.default_rng(0)
+    label = rng.dirichlet(np.ones(3), 6).astype(np.float32) if soft else np.arange(6) // 2
+    images = rng.normal(size=(6, 8, 8, 3)).astype(np.float32)
+    label = label if soft else label.astype(np.int32)
+    return synthetic.SyntheticSet(images, label, np.float32(0.03)), 0.5 * images
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_a_set_comes_back_from_its_npz_bit_for_bit(tmp_path, soft):
+    one, images = made(soft)
+    export.write_npz(tmp_path / 'set.npz', one, images)
+    for stored, given in zip(export.read_npz(tmp_path / 'set.npz'), one, strict=True):
+        np.testing.assert_array_equal(stored, given)
+        assert stored.dtype == given.dtype
+    assert not list(tmp_path.glob('*.partial'))
+
+
+def test_a_set_can_be_loaded_by_tfds_and_by_our_sources(tmp_path):
+    one, images = made(soft=True)
+    folder = export.write_tfds(tmp_path, 'tiny_set', one, images, 3, ('ant', 'bee', 'cat'))
+    stored = tfds.builder_from_directory(folder).as_data_source('train')
+    assert len(stored) == 6
+    for i, example in enumerate(stored):
+        np.testing.assert_array_equal(example['input'], one.input[i])
+        np.testing.assert_array_equal(example['soft_label'], one.label[i])
+        assert example['label'] == one.label[i].argmax()
+    source = catalogue.load('tiny_set', 'train', data_dir=tmp_path)
+    assert (source.num_classes, source.class_names) == (3, ('ant', 'bee', 'cat'))
+    # Pixels are rounded to 8 bits and clipped.
+    np.testing.assert_allclose(
+        source.fetch(np.arange(6))['input'], np.clip(images, -1, 1), atol=0.5 / 127.5 + 1e-6
+    )
+    # Writing again replaces.
+    other, images = made(soft=False)
+    export.write_tfds(tmp_path, 'tiny_set', other, images, 3)
+    again = catalogue.load('tiny_set', 'train', data_dir=tmp_path)
+    np.testing.assert_array_equal(again.fetch(np.arange(6))['label'], other.label)
+
+
+@pytest.mark.parametrize('kind', standardised.KINDS)
+def test_standardisation_has_the_moments_it_promises_and_an_inverse(raw, kind):
+    source = standardised.standardised(
+        'train[:300]', CONFIG, None, of='digits', kind=kind, fit_on='train[:300]'
+    )
+    images = standardised.everything(source)['input']
+    np.testing.assert_allclose(source.to_pixels(images), raw, atol=2e-4)
+    flat, plain = images.reshape(300, -1), raw.reshape(300, -1)
+    if kind == 'none':
+        np.testing.assert_array_equal(images, raw)
+    if kind == 'mean':
+        np.testing.assert_allclose(flat, plain - plain.mean(0), atol=1e-5)
+    if kind == 'channels':
+        assert images.mean() == pytest.approx(0, abs=1e-5)
+        assert images.std() == pytest.approx(1, rel=1e-4)
+    if kind == 'zca':
+        variances, axes = np.linalg.eigh(np.cov(plain.T.astype(np.float64)))
+        shrunk = (axes * (variances / (variances + 0.4))) @ axes.T
+        np.testing.assert_allclose(np.cov(flat.T), shrunk, atol=1e-4)
+
+
+def test_other_splits_are_standardised_by_the_training_split(raw):
+    source = standardised.standardised(
+        'test', CONFIG, None, of='digits', kind='mean', fit_on='train[:300]'
+    )
+    plain = catalogue.load('digits', 'test').fetch([0, 1])['input']
+    np.testing.assert_allclose(source.fetch([0, 1])['input'], plain - raw.mean(0), atol=1e-5)
+    assert source.num_classes == 10
+    with pytest.raises(ValueError, match='standardised by one of zca'):
+        standardised.standardised('test', CONFIG, None, of='digits', kind='pca')
+
+
+def test_groups_hold_one_image_of_each_class(tmp_path):
+    config = kd_config.recipe(stages=(), data=dict(name='digits', train='train[:300]'))
+    source = groups.one_of_each_class('train[:300]', config, tmp_path)
+    real = standardised.everything(catalogue.load('digits', 'train[:300]'))
+    assert len(source) == np.bincount(real['label']).min()
+    batch = source.fetch([2, 0])
+    for place, number in enumerate((2, 0)):
+        for k in range(10):
+            wanted = real['input'][real['label'] == k][number]
+            np.testing.assert_array_equal(batch['input'][place, k], wanted)
+    abstract = groups.one_of_each_class('train[:300]', config, None)
+    assert abstract.spec == source.spec
+
+
+def test_pairs_are_two_digits_of_their_own_split():
+    source = pairs.digit_pairs('test', CONFIG, None)
+    batch = standardised.everything(source)
+    assert np.bincount(batch['label']).tolist() == [15] * 100
+    digits = standardised.everything(catalogue.load('digits', 'test'))
+    known = {x.tobytes(): y for x, y in zip(digits['input'], digits['label'], strict=True)}
+    for i in (0, 37, 199):
+        sides = batch['input'][i, :, :8], batch['input'][i, :, 8:]
+        left, right = (known[np.ascontiguousarray(side).tobytes()] for side in sides)
+        assert batch['label'][i] == 10 * left + right
+
+
+def test_learned_labels_and_step_sizes_decode_to_what_they_started_from():
+    images, labels = np.zeros((4, 1, 1, 1)), np.array([0, 0, 1, 2])
+    params = synthetic.parameters(images, labels, step_size=0.03, log=True, num_classes=3)
+    one = jax.device_get(synthetic.decode(params, labels))
+    assert one.step_size == pytest.approx(0.03, rel=1e-6)
+    np.testing.assert_allclose(one.label.max(-1), 0.9, rtol=1e-6)
+    np.testing.assert_array_equal(one.label.argmax(-1), labels)
+    assert np.isnan(synthetic.decode({'images': images}, labels).step_size)
