@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from kd.models.magnitude_preserving import MPDense, mp_silu, mp_sum
+from kd.models.magnitude_preserving import MPDense, mp_sum
 
 __all__ = [
     'TimeWeight',
@@ -64,32 +64,26 @@ def class_features(
 
 
 class TimeWeight(nn.Module):
-    """The learned log-variance w(s, t), [B] -> [B], zero at initialisation.
+    """The learned log-variance w(s, t), [B] -> [B]: `channels` weights of unit norm.
 
-    Raw times s and t, each through a positional embedding and its own linear layer; their
-    magnitude-preserving sum through a SiLU and one linear layer to a scalar. Enters
-    `kd.losses.flow_map.uncertainty_weight`. Always float32 or wider: it is tiny and exponentiated.
-    Source: arXiv 2505.18825.
+        w(s, t) = weights . mp_sum(embedding(s), embedding(t))
+
+    A magnitude-preserving linear layer without bias on the positional embeddings of the raw times;
+    its weights are normal at the start and projected back to their length after each step, so that
+    |w| is at most sqrt(2 channels). Enters `kd.losses.flow_map.uncertainty_weight`. Always float32
+    or wider: it is tiny and exponentiated. Source: arXiv 2505.18825, as released.
     """
 
     channels: int = 128
 
     @nn.compact
     def __call__(self, s: jax.Array, t: jax.Array) -> jax.Array:
-        start, end = (
-            MPDense(self.channels, dtype=time.dtype, name=name)(
-                positional_embedding(time, self.channels)
-            )
-            for name, time in (('start', s), ('end', t))
-        )
-        hidden = mp_silu(mp_sum(start, end))
-        return nn.Dense(1, dtype=s.dtype, kernel_init=nn.initializers.zeros, name='out')(hidden)[
-            ..., 0
-        ]
+        start, end = (positional_embedding(time, self.channels) for time in (s, t))
+        return MPDense(1, dtype=s.dtype, name='out')(mp_sum(start, end))[..., 0]
 
 
 def log_variance(params: Mapping[str, Any], s: jax.Array, t: jax.Array) -> jax.Array:
     """w(s, t) [B] of a velocity network whose `time_weight` gives it a learned weight."""
     weight = params['time_weight']
-    channels = weight['start']['mp_weight'].shape[-1]
+    channels = len(weight['out']['mp_weight'])
     return jnp.asarray(TimeWeight(channels).apply({'params': weight}, s, t))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kd.models import layers
 
+MNIST = (28, 28, 1)
 # None is `nn.Conv`'s own choice, `lax.conv_general_dilated`.
 CONVS = {'direct': None, 'matmul': layers.matmul_conv}
 
@@ -16,6 +17,7 @@ class ConvBlock(nn.Module):
     """Convolution of size 3, norm, ReLU, average pooling by 2 (an odd rest is dropped)."""
 
     width: int
+    padding: int
     norm: str
     conv: str
     dtype: Any
@@ -26,6 +28,7 @@ class ConvBlock(nn.Module):
         x = nn.Conv(
             self.width,
             (3,) * axes,
+            padding=self.padding,
             dtype=self.dtype,
             conv_general_dilated=CONVS[self.conv],
             kernel_init=layers.torch_kernel_init,
@@ -42,7 +45,9 @@ class ConvNet(nn.Module):
     The network of Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching"
     (arXiv:2006.05929), and of the trajectory-matching literature: depth 3, width 128 and instance
     norm at 32x32 pixels (320,010 parameters with 3 channels and 10 classes), depth 4 at 64x64,
-    depth 5 at 128x128. Initialised as PyTorch does by default, uniform on +-1/sqrt(fan_in).
+    depth 5 at 128x128. Convolutions are padded by 1; as published, the first one by 3 where images
+    are those of MNIST, 28x28 with one channel, which thus become 32x32 (317,706 parameters).
+    Initialised as PyTorch does by default, uniform on +-1/sqrt(fan_in).
 
     Attributes:
       depth: number of blocks; each halves the resolution.
@@ -81,7 +86,9 @@ class ConvNet(nn.Module):
                 f'ConvNet of depth={self.depth} halves its input {self.depth} times and needs at '
                 f'least {2**self.depth} pixels a side, got shape {x.shape}; lower depth'
             )
+        padding = 3 if x.shape[1:] == MNIST else 1
         x = x.astype(self.dtype)
         for i in range(self.depth):
-            x = ConvBlock(self.width, self.norm, self.conv, self.dtype, name=f'block{i}')(x, train)
+            options = dict(norm=self.norm, conv=self.conv, dtype=self.dtype, name=f'block{i}')
+            x = ConvBlock(self.width, 1 if i else padding, **options)(x, train)
         return layers.classifier(x.reshape(x.shape[0], -1), self.num_classes)

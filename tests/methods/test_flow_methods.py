@@ -124,8 +124,8 @@ def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
             params[layer]['kernel'] - 0.1 * grads[layer]['kernel'],
             rtol=1e-4, atol=1e-6,
         )  # fmt: skip
-    start = new.params['time_weight']['start']['mp_weight']
-    np.testing.assert_allclose(jnp.sqrt(jnp.mean(start**2, 0)), 1.0, atol=1e-3)
+    weight = new.params['time_weight']['out']['mp_weight']
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(weight**2, 0)), 1.0, atol=1e-3)
 
 
 def test_all_on_the_diagonal_every_algorithm_is_flow_matching(batch):
@@ -503,7 +503,8 @@ def test_whitened_and_resized_sources(monkeypatch):
     spec = sources.example_spec((8, 8, 1), labelled=False)
     reader = sources.in_memory({'input': images})
     data = sources.DataSet('images', {'train': 300}, lambda split: reader, spec, None)
-    monkeypatch.setattr(sources, 'load', lambda name, split, data_dir: sources.Source(data, split))
+    load = lambda name, split, data_dir: sources.Source(data, split)  # noqa: E731
+    monkeypatch.setattr(catalogue, 'load', load)
 
     config, rows = kd_config.ConfigDict(), np.arange(300)
     white = standardised.standardised('train', config, None, of='images', kind='zca', eps=0.0)

@@ -382,15 +382,25 @@ def test_grid_embedding_tells_patches_apart():
         grid_embedding(2, 2, 6)
 
 
-def test_time_weight_starts_at_zero_and_sees_both_raw_times():
-    module = TimeWeight(16)
+def test_time_weight_is_one_layer_of_unit_norm_on_the_sum_of_embeddings():
+    module = TimeWeight()
     s, t = jnp.array([0.1, 0.1, 0.2]), jnp.array([0.5, 0.6, 0.6])
-    params = module.init(jax.random.key(0), s, t)
-    np.testing.assert_array_equal(module.apply(params, s, t), 0.0)
-    params['params']['out']['kernel'] = jnp.ones((16, 1))
-    value = module.apply(params, s, t)
-    assert value.shape == (3,)
-    assert len(np.unique(np.asarray(value))) == 3
+    params = module.init(jax.random.key(0), s, t)['params']
+    assert jax.tree.map(jnp.shape, params) == {'out': {'mp_weight': (128, 1)}}
+    drawn = np.asarray(params['out']['mp_weight'], np.float64)[:, 0]
+    assert abs(drawn.mean()) < 0.3
+    assert 0.8 < drawn.std() < 1.2
+    frequency = 1e4 ** (-np.arange(64) / 64)
+    angles = np.stack([np.asarray(s), np.asarray(t)])[..., None] * frequency
+    embedded = np.sqrt(2) * np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+    expected = embedded.sum(0) / np.sqrt(2) @ (drawn / np.linalg.norm(drawn))
+    np.testing.assert_allclose(module.apply({'params': params}, s, t), expected, rtol=1e-3)
+    assert len(np.unique(expected.round(4))) == 3
+    # Only the direction of the weights counts, and a projected step leaves their length alone.
+    longer = jax.tree.map(lambda w: 3.0 * w, params)
+    np.testing.assert_allclose(module.apply({'params': longer}, s, t), expected, rtol=1e-3)
+    projected = mp.normalize_weights(longer)['out']['mp_weight']
+    np.testing.assert_allclose(jnp.linalg.norm(projected), 128**0.5, rtol=1e-3)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -28,6 +28,7 @@ def count(module, shape):
     ('module', 'shape', 'expected'),
     [
         (ConvNet(3, 128), CIFAR, 320_010),
+        (ConvNet(3, 128), (1, 28, 28, 1), 317_706),
         # 3 x 8 channels: 3x3 or 3 kernel, bias, scale, shift; and 10 logits of the rest.
         (ConvNet(2, 8), (1, 9, 9, 1), 9 * 8 + 24 + 9 * 64 + 24 + 4 * 8 * 10 + 10),
         (ConvNet(3, 8), (1, 40, 1), 3 * 8 + 24 + 2 * (3 * 64 + 24) + 5 * 8 * 10 + 10),
@@ -250,6 +251,16 @@ def test_convnet_by_matrix_products_has_the_same_value_and_gradient():
     ]
     assert jnp.abs(results[0][1]['params']['block0']['conv']['kernel']).max() > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
+def test_convnet_sees_mnist_images_as_32x32():
+    network = ConvNet(1, 4)
+    images = jax.random.normal(jax.random.key(1), (2, 28, 28, 1))
+    variables = network.init(jax.random.key(0), images)
+    padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    np.testing.assert_allclose(
+        network.apply(variables, images), network.apply(variables, padded), atol=1e-5
+    )
 
 
 @pytest.fixture(scope='module')
