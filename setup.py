@@ -23,6 +23,7 @@ REQUIREMENTS = [
     'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
+    'safetensors>=0.8',
     'scikit-learn>=1.9',
     'scipy>=1.17',
     # clu.metric_writers imports both without depending on either.

@@ -18,6 +18,8 @@ from kd.models.inception import InceptionV3
 _BATCH = 50
 # Of the weights of December 2015; torchvision's have 1,000.
 _CLASSES = 1008
+# Classifiers, which features are taken before.
+_LEFT = rf'^(fc|AuxLogits)\.|{torch_weights.COUNTERS}'
 
 
 def inception_features(file: str | Path) -> Callable[[ArrayLike], np.ndarray]:
@@ -38,7 +40,7 @@ def inception_features(file: str | Path) -> Callable[[ArrayLike], np.ndarray]:
     _check_origin(file)
     example = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), example)
-    variables = jax.device_put(torch_weights.load(file, abstract))
+    variables = torch_weights.load(file, abstract, dtype=jnp.float32, ignore=_LEFT)
 
     @jax.jit
     def apply(variables, images):
@@ -65,9 +67,9 @@ def eight_bits(images: jax.Array) -> jax.Array:
 def _check_origin(file: Path) -> None:
     """Refuses weights of another training by the number of their classes."""
     head = safetensors.load(file).get('fc.weight')
-    if head is not None and len(head) != _CLASSES:
+    if head is not None and head.shape[0] != _CLASSES:
         raise UserError(
-            f'{file} has {len(head):,} classes: these are not the weights that FID is defined '
+            f'{file} has {head.shape[0]:,} classes: these are not the weights that FID is defined '
             f'with, which have {_CLASSES:,}. Take pt_inception-2015-12-05-6726825d.pth of the '
             'package pytorch-fid and convert it as kd/io/torch_weights.py says.'
         )

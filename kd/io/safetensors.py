@@ -1,19 +1,17 @@
-"""Networks as safetensors files, in and out.
+"""Networks as safetensors files, in and out; the format itself is the package safetensors.
 
     python -m kd.io.safetensors runs/mine/student student.safetensors
 
-The format: the length of the header as uint64, little-endian; the header as JSON, {name: {'dtype',
-'shape', 'data_offsets'}} and strings under '__metadata__'; then the tensors' bytes, without gaps,
-row-major and little-endian. Names are the paths of Flax: 'params/Dense_0/kernel'.
+Names are the paths of Flax: 'params/Dense_0/kernel'.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 
 from kd.errors import UserError
 from kd.io import checkpoints
 from kd.parallel.sharding import path_name
 
+# What arrays of the host can have; the format has types of less than 16 bits beside these.
 _DTYPES: dict[str, Any] = {
     'F64': np.float64,
     'F32': np.float32,
     'F16': np.float16,
     'BF16': jnp.bfloat16,
+    'C64': np.complex64,
     'I64': np.int64,
     'I32': np.int32,
     'I16': np.int16,
@@ -41,9 +43,27 @@ _DTYPES: dict[str, Any] = {
     'U8': np.uint8,
     'BOOL': np.bool_,
 }
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-# A header longer than this is no header; safetensors itself draws the same line.
-_HEADER_BYTES = 100_000_000
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of an open file; it is read by `read`, or where NumPy asks for an array."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    opened: Any
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """The tensor, or the part that a slice per dimension names; only that part is read."""
+        if index is None or 0 in self.shape:  # The package cannot slice empty tensors.
+            return self.opened.get_tensor(self.name)[index or ...]
+        return self.opened.get_slice(self.name)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
 
 
 def save(file: Path, variables: Any, metadata: Mapping[str, str] | None = None) -> None:
@@ -56,74 +76,67 @@ def save(file: Path, variables: Any, metadata: Mapping[str, str] | None = None) 
       metadata: further strings for the header.
 
     Raises:
-      UserError: an array of a type that the format does not have, or a file that does not read
-        back as what was written.
+      UserError: an array of a type that the format does not have, a folder that is not there or
+        cannot be written, or a file that does not read back as what was written.
     """
     arrays = flatten(variables)
-    header: dict[str, Any] = {'__metadata__': {'format': 'flax', **(metadata or {})}}
-    end = 0
     for name, array in arrays.items():
-        if array.dtype not in _NAMES:
+        if array.dtype not in map(np.dtype, _DTYPES.values()):
             raise UserError(
                 f"'{name}' has type {array.dtype}; safetensors has: {', '.join(_DTYPES)}."
             )
-        begin, end = end, end + array.nbytes
-        header[name] = {
-            'dtype': _NAMES[array.dtype],
-            'shape': list(array.shape),
-            'data_offsets': [begin, end],
-        }
-    text = json.dumps(header).encode()
-    # Tensors begin at a multiple of eight, so that a reader may map them into memory.
-    text += b' ' * (-len(text) % 8)
     partial = file.with_name(file.name + '.partial')
-    with partial.open('wb') as stream:
-        stream.write(len(text).to_bytes(8, 'little'))
-        stream.write(text)
-        for array in arrays.values():
-            stream.write(array.tobytes())
-    stored = load(partial)
-    for name, array in arrays.items():
-        if stored[name].dtype != array.dtype or stored[name].tobytes() != array.tobytes():
-            raise UserError(f"{file}: '{name}' does not read back as it was written.")
-    partial.rename(file)
+    try:
+        partial.touch()
+        rights = partial.stat().st_mode
+        safetensors.numpy.save_file(arrays, partial, {'format': 'flax', **(metadata or {})})
+        partial.chmod(rights)  # The package lets nobody but its writer read what it writes.
+        stored = load(partial)
+        for name, array in arrays.items():
+            if (
+                stored[name].dtype != array.dtype
+                or stored[name].read().tobytes() != array.tobytes()
+            ):
+                raise UserError(f"{file}: '{name}' does not read back as it was written.")
+        partial.replace(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f'{file} cannot be written ({error}); is its folder there, and is there room?'
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
-def load(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file by name, read-only, mapped and not yet read.
+def load(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, none of them read yet.
+
+    A tensor that several parts of a network share is stored once; where the metadata give its other
+    names, as the package writes them ({other name: name}), it is there under these too.
 
     Raises:
-      UserError: not a safetensors file, cut short, or with tensors of an unknown type.
+      UserError: not a safetensors file, cut short, or with tensors of a type that NumPy lacks.
     """
-    size = file.stat().st_size if file.is_file() else -1
-    if size < 8:
-        raise UserError(f'{file} is not a safetensors file (it is missing or empty).')
-    with file.open('rb') as stream:
-        length = int.from_bytes(stream.read(8), 'little')
-        if length > min(size - 8, _HEADER_BYTES):
-            raise UserError(f'{file} is not a safetensors file, or is cut short.')
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f'{file} is not a safetensors file: its header is no JSON.') from error
-    header.pop('__metadata__', None)
-    data = np.memmap(file, np.uint8, 'r', offset=8 + length) if size > 8 + length else np.empty(0)
+    try:
+        opened = safetensors.safe_open(file, 'numpy')
+        named = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata() or {}
+    except FileNotFoundError as error:
+        raise UserError(f'{file} is not there.') from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f'{file} is not a safetensors file, or is cut short: {error}.') from error
     tensors = {}
-    for name, entry in header.items():
-        if entry['dtype'] not in _DTYPES:
-            raise UserError(f"{file}: '{name}' has the unknown type {entry['dtype']}.")
-        dtype, shape = np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape'])
-        begin, end = entry['data_offsets']
-        if end - begin != dtype.itemsize * math.prod(shape) or not 0 <= begin <= end <= len(data):
-            raise UserError(
-                f"{file}: '{name}' lies outside the file or has another size; cut short?"
-            )
-        tensors[name] = np.asarray(data[begin:end]).view(dtype).reshape(shape)
-    return tensors
+    for name, part in named.items():
+        if part.get_dtype() not in _DTYPES:
+            raise UserError(f"{file}: '{name}' has type {part.get_dtype()}, which NumPy lacks.")
+        dtype = np.dtype(_DTYPES[part.get_dtype()])
+        tensors[name] = Tensor(name, tuple(part.get_shape()), dtype, opened)
+    others = {other: name for other, name in metadata.items() if name in named}
+    return {other: tensors[name] for other, name in others.items()} | tensors
 
 
 def restore(file: Path, abstract: Any) -> Any:
-    """The tree of a file, checked against the network it is for.
+    """The tree of a file, checked against the network it is for, read leaf by leaf.
 
     Args:
       file: written by `save`, or with the same names.
@@ -143,18 +156,41 @@ def restore(file: Path, abstract: Any) -> Any:
         for name, x in wanted.items()
         if name not in tensors or _shown(tensors[name]) != _shown(x)
     ]
+    used = {tensors[name].name for name in wanted if name in tensors}
     problems += [
-        f"'{name}' is {_shown(tensors[name])} in the file, nothing in the network"
-        for name in tensors
-        if name not in wanted
+        f"'{name}' is {_shown(tensor)} in the file, nothing in the network"
+        for name, tensor in tensors.items()
+        if tensor.name not in used
     ]
     if problems:
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
         raise UserError(f'{file} does not fit the network: {"; ".join(problems[:3])}{more}.')
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.device_put(tensors[path_name(path)], getattr(x, 'sharding', None)),
-        abstract,
+        lambda path, leaf: place(tensors[path_name(path)].read, leaf), abstract
     )
+
+
+def place(read: Callable[[Index], np.ndarray], leaf: Any) -> jax.Array:
+    """An array on its devices, each of which gets its part alone; on the host one at a time.
+
+    Args:
+      read: the part of the array that a slice per dimension names.
+      leaf: its shape, and its sharding if it has one; else it goes to the default device.
+    """
+    sharding = getattr(leaf, 'sharding', None)
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(read((slice(None),) * leaf.ndim)))
+    parts: dict[Any, np.ndarray] = {}
+
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
+        key = tuple((each.start, each.stop) for each in index)
+        if key not in parts:  # Devices that hold copies of one part share the reading.
+            parts[key] = read(index)
+        return parts[key]
+
+    # Transfers run on behind Python's back, and would hold the next leaves beside this one.
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 
 from kd.errors import UserError
 from kd.io import safetensors
-from kd.models.resnet import ResNet
 from kd.network import from_linen
 
 TREE = {
@@ -20,6 +20,15 @@ TREE = {
     },
     'batch_stats': {'count': np.int32(7), 'seen': np.array([True, False])},
 }
+
+
+class Normalised(nn.Module):
+    """A convolution and a batch normalisation before the head."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(not train, name='norm')(nn.Conv(2, (3, 3), name='conv')(x))
+        return nn.Dense(3, name='head')(x.mean((1, 2)))
 
 
 @pytest.fixture
@@ -50,7 +59,7 @@ def test_the_bytes_are_those_of_the_format(file):
 
 
 def test_a_network_comes_back_bit_for_bit_and_computes_the_same(tmp_path):
-    network = from_linen(ResNet(depth=8, num_classes=3), jax.ShapeDtypeStruct((1, 8, 8, 1), 'f4'))
+    network = from_linen(Normalised(), jax.ShapeDtypeStruct((1, 8, 8, 1), 'f4'))
     variables = network.init(jax.random.key(1))
     safetensors.save(tmp_path / 'net', variables)
     restored = safetensors.restore(
@@ -93,23 +102,122 @@ def test_a_network_that_does_not_fit_is_named(file, change, message):
         safetensors.restore(file, abstract)
 
 
-@pytest.mark.parametrize(
-    ('damage', 'message'),
-    [
-        (lambda raw: raw[:-1], 'cut short'),
-        (lambda raw: raw[:20], 'cut short'),
-        (lambda raw: b'', 'missing or empty'),
-        (lambda raw: raw[:8] + b'x' + raw[9:], 'no JSON'),
-        (lambda raw: raw.replace(b'BF16', b'BF17'), 'unknown type BF17'),
-    ],
-)
-def test_a_damaged_file_is_one_clear_line(file, damage, message):
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=message):
+def test_one_part_of_a_tensor_is_read_alone(file):
+    kernel = safetensors.load(file)['params/b/kernel']
+    assert (kernel.shape, kernel.dtype) == ((2, 3), np.float32)
+    part = kernel.read((slice(1, 2), slice(None)))
+    np.testing.assert_array_equal(part, [[3.0, 4.0, 5.0]])
+    np.testing.assert_array_equal(kernel, TREE['params']['b']['kernel'])
+
+
+def test_tensors_without_elements_come_back(tmp_path):
+    safetensors.save(tmp_path / 'x', {'none': np.zeros((0, 3), np.int8)})
+    mesh = jax.make_mesh((1,), ('x',), devices=jax.devices()[:1])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'x'))
+    abstract = {'none': jax.ShapeDtypeStruct((0, 3), 'int8', sharding=sharding)}
+    restored = safetensors.restore(tmp_path / 'x', abstract)['none']
+    assert (restored.shape, restored.dtype) == ((0, 3), np.int8)
+
+
+def raw(header, data=b''):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, 'little') + text + data
+
+
+def entry(dtype='F32', shape=(2,), offsets=(0, 8)):
+    return {'dtype': dtype, 'shape': shape, 'data_offsets': offsets}
+
+
+DATA = bytes(range(16))
+DAMAGED = {
+    'empty': b'',
+    'shorter than a length': b'abc',
+    'a length beyond the file': (2**62).to_bytes(8, 'little') + b'{}',
+    'no header': raw(b''),
+    'no JSON': raw(b'{x'),
+    'no UTF-8': raw(b'\xff\xfe{}'),
+    'deeply nested': raw(b'[' * 10_000),
+    'a list': raw([1, 2]),
+    'null': raw(b'null'),
+    'a number for a tensor': raw({'a': 3}),
+    'no type': raw({'a': {'shape': [2], 'data_offsets': [0, 8]}}, DATA[:8]),
+    'no shape': raw({'a': {'dtype': 'F32', 'data_offsets': [0, 8]}}, DATA[:8]),
+    'no offsets': raw({'a': {'dtype': 'F32', 'shape': [2]}}, DATA[:8]),
+    'an unknown type': raw({'a': entry('F33')}, DATA[:8]),
+    'a type that NumPy lacks': raw({'a': entry('F8_E4M3', (8,))}, DATA[:8]),
+    'a negative side': raw({'a': entry(shape=(-2, -1))}, DATA[:8]),
+    'a broken side': raw({'a': entry(shape=(2.0,))}, DATA[:8]),
+    'sides beyond all memory': raw({'a': entry(shape=(2**40, 2**40))}, DATA[:8]),
+    'one offset': raw({'a': entry(offsets=(0,))}, DATA[:8]),
+    'offsets in words': raw({'a': entry(offsets=('0', '8'))}, DATA[:8]),
+    'offsets backwards': raw({'a': entry(offsets=(8, 0))}, DATA[:8]),
+    'offsets of another size': raw({'a': entry(offsets=(0, 12))}, DATA[:12]),
+    'offsets beyond the file': raw({'a': entry(offsets=(8, 16))}, DATA[:8]),
+    'tensors that overlap': raw({'a': entry(), 'b': entry(offsets=(4, 12))}, DATA[:12]),
+    'a gap': raw({'a': entry(), 'b': entry(offsets=(12, 20))}, DATA + DATA[:4]),
+    'bytes of no tensor': raw({'a': entry()}, DATA),
+    'metadata of numbers': raw({'__metadata__': {'n': 1}, 'a': entry()}, DATA[:8]),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGED)
+def test_a_damaged_file_is_one_clear_line(tmp_path, case):
+    file = tmp_path / 'x.safetensors'
+    file.write_bytes(DAMAGED[case])
+    what = "'a' has type F8_E4M3, which NumPy lacks" if 'NumPy' in case else 'is not a safetensors'
+    with pytest.raises(UserError, match=rf'x\.safetensors:? {what}') as raised:
         safetensors.load(file)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_file_cut_short_anywhere_is_refused(file):
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match='is cut short'):
+            safetensors.load(file)
+
+
+def test_files_that_are_not_there_or_are_folders(tmp_path):
+    with pytest.raises(UserError, match='missing is not there'):
+        safetensors.load(tmp_path / 'missing')
+    with pytest.raises(UserError, match='is not a safetensors file'):
+        safetensors.load(tmp_path)
+
+
+def test_a_shared_tensor_is_found_under_its_other_names(tmp_path):
+    file = tmp_path / 'x'
+    safetensors.save(
+        file, {'shared': np.arange(3, dtype=np.int32)}, {'head': 'shared', 'note': 'of a test'}
+    )
+    tensors = safetensors.load(file)
+    assert set(tensors) == {'shared', 'head'}
+    np.testing.assert_array_equal(tensors['head'], [0, 1, 2])
+    leaf = jax.ShapeDtypeStruct((3,), 'int32')
+    restored = safetensors.restore(file, {'head': leaf})
+    np.testing.assert_array_equal(restored['head'], [0, 1, 2])
 
 
 def test_types_the_format_lacks_are_refused(tmp_path):
-    with pytest.raises(UserError, match="'x' has type complex64"):
-        safetensors.save(tmp_path / 'x', {'x': np.zeros(1, np.complex64)})
+    with pytest.raises(UserError, match="'x' has type complex128"):
+        safetensors.save(tmp_path / 'x', {'x': np.zeros(1, np.complex128)})
     assert not (tmp_path / 'x').exists()
+
+
+def test_a_folder_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').touch()
+    for file in (tmp_path / 'none' / 'x', tmp_path / 'file' / 'x'):
+        with pytest.raises(UserError, match=r'x cannot be written .* is its folder there'):
+            safetensors.save(file, TREE)
+    monkeypatch.setattr(safetensors, 'stage_variables', lambda *_: TREE)
+    monkeypatch.setattr('sys.argv', ['safetensors', 'stage', str(tmp_path / 'none' / 'x')])
+    assert safetensors.main() == 2
+    message = capsys.readouterr().err
+    assert message.startswith('kd: ')
+    assert message.count('\n') == 1
+
+
+def test_others_may_read_what_is_written(file, tmp_path):
+    (tmp_path / 'beside').touch()
+    assert file.stat().st_mode == (tmp_path / 'beside').stat().st_mode
+    assert {each.name for each in tmp_path.iterdir()} == {'x.safetensors', 'beside'}
