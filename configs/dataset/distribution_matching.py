@@ -25,7 +25,9 @@ width 128; channels standardised; 20,000 steps of SGD at 1.0 with momentum 0.5 o
 real images of every class a step; start from real images; siamese augmentation in training and
 evaluation; networks trained for 1,000 epochs at 0.01. Ours: 5,000 images of training are held out
 for validation, on which the best of ten evaluations is chosen (the paper takes the last step and
-trains on all); digits are not flipped; everything of `cpu` and `cpu_mnist`.
+trains on all); one set is judged by 5 networks (the release has 5 sets); evaluations of 1,000
+epochs lower the rate after 500 (1,001, and 502); all classes share a step's family of augmentation
+(the release draws one per class); digits are not flipped; everything of `cpu` and `cpu_mnist`.
 
 A step at full scale sees 256 images of every class at once; `--config.mesh.data=8` spreads them
 over 8 devices, which CIFAR-100 needs where one device has less than 80 GB.

@@ -28,8 +28,12 @@ pixels; 256 real images of every class a step; start from noise (DC), or from re
 siamese augmentation in training and evaluation, without flips on MNIST (DSA); networks trained at
 0.01 for 1,000 epochs, or for 300 where they see no augmentation (DC, but on MNIST crops, scales and
 rotations). Ours: 5,000 images of training are held out for validation, on which the best of ten
-evaluations is chosen (the papers take the last step and train on all); all classes share a step's
-family of augmentation; everything of `cpu` and `cpu_mnist`.
+evaluations is chosen (the papers take the last step and train on all, and the release evaluates
+after 0, 500 and 1,000 networks and then trains on one more); one set is judged by 5 networks (the
+release has 5 sets, each judged by 20); evaluations of 1,000 or 300 epochs lower the rate after half
+of them (1,001 after 502, 301 after 152); all classes share a step's family of augmentation (the
+release draws one per class); judges of DC on MNIST see crop, scale or rotation by up to 15 degrees,
+one of them per batch (one per image, up to 45 degrees); everything of `cpu` and `cpu_mnist`.
 
 A step at full scale sees 256 images of every class at once; `--config.mesh.data=8` spreads them
 over 8 devices, which CIFAR-100 needs.

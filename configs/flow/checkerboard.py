@@ -5,6 +5,11 @@
 
 The variant is a scale and, after a comma, an algorithm: lsd, esd, psd_uniform, psd_midpoint,
 meanflow, shortcut, consistency, fmm; or lmd, emd, pfmm, which distil the flow of the first stage.
+lsd, esd and psd are the paper's. The others are their losses in the paper's setting; in theirs,
+shortcut (arXiv:2410.12557) has an eighth of a batch on jumps (a quarter here), targets from
+averaged weights that are clipped at 4, and flow-matching times on the grid of its jumps; meanflow
+(arXiv:2505.13447) weights an error e by 1 / (e + 0.01), draws logit-normal times and trains with
+guidance.
 
 | scale | network, data | hardware | expected KL (nats) at 1, 2, 4, 8, 16 steps |
 |---|---|---|---|

@@ -397,6 +397,17 @@ def test_gradient_matching_compares_classes_and_trains_its_network(context):
     )
 
 
+def test_a_network_that_is_used_once_is_not_trained(context):
+    method = gradient_matching(
+        context, images_per_class=2, kind='squared', network_steps=3, network_lr=0.5,
+        restart_every=1,
+    )  # fmt: skip
+    state = method.init(jax.random.key(0), None)
+    new = jax.jit(method.step)(state, grouped(context))[0]
+    jax.tree.map(np.testing.assert_array_equal, new.extra['network'], state.extra['network'])
+    assert np.abs(new.params['images'] - state.params['images']).max() > 0
+
+
 def test_a_pass_in_small_batches_is_full_batch_descent_to_first_order(context):
     """Four batches of five of the twenty images, against four steps on all of them."""
     ends = []

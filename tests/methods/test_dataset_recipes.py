@@ -207,6 +207,32 @@ def test_variants_are_parsed_and_what_is_not_there_is_said():
     assert [(data.experts, k) for data, k in counts] == [(100, 10), (104, 8), (104, 8), (128, 64)]
 
 
+@pytest.mark.parametrize(
+    ('recipe', 'steps', 'start', 'epochs', 'batch', 'image_lr', 'rate_lr', 'rate'),
+    [
+        ('mtt.py:cifar10,ipc=10', 30, 20, 2, 0, 1e2, 1e-5, 1e-3),
+        ('mtt.py:tiny,ipc=1', 10, 10, 2, 0, 1e4, 1e-4, 1e-2),
+        ('mtt.py:tiny,ipc=10', 40, 20, 2, 200, 1e4, 1e-4, 1e-2),
+        ('mtt.py:tiny,ipc=50', 40, 20, 2, 300, 1e4, 1e-4, 1e-2),
+        # Half of the commands' rates: the released code applies half of the derivative.
+        ('mtt.py:tesla_cifar10,ipc=1', 50, 5, 2, 0, 5e2, 1e-7, 1e-2),
+        ('mtt.py:tesla_imagenet,ipc=1', 10, 10, 3, 100, 5e3, 1e-4, 1e-2),
+        ('smooth_experts.py:readme_cifar100,ipc=1', 20, 20, 3, 0, 1e3, 1e-5, 1e-2),
+    ],
+)
+def test_rows_have_the_published_numbers(
+    recipe, steps, start, epochs, batch, image_lr, rate_lr, rate
+):
+    config = kd_config.load(f'configs/dataset/{recipe}')
+    method, source = config.distilled.method, config.distilled.data.source
+    assert (method.student_steps, method.inner_batch) == (steps, batch)
+    assert (source.max_start_epoch, source.expert_epochs) == (start, epochs)
+    assert config.distilled.optimizer.lr == image_lr
+    assert (method.step_size_optimizer.lr, method.step_size) == (rate_lr, rate)
+    if 'tiny' in recipe:
+        assert (config.experts.network.depth, config.experts.network.width) == (4, 128)
+
+
 @pytest.mark.parametrize('name', ['mtt', 'ftd', 'smooth_experts'])
 @pytest.mark.parametrize(('variant', 'count'), [('cpu', 20 * 20), ('cpu_mnist', 220 * 12)])
 def test_experts_of_small_recipes_pass_over_all_the_data(name, variant, count):

@@ -39,7 +39,7 @@ def gradient_matching(
         loss = sum_c D( grad CE(synthetic of class c; theta), grad CE(real of class c; theta) )
 
     After every step the network theta is trained on the synthetic set; it begins anew after
-    `restart_every` steps. Both sides of a class are augmented alike.
+    `restart_every` steps (with 1, it is not trained). Both sides of a class are augmented alike.
 
     Args:
       context: the stage, whose data are `kd.data.distilled.groups.one_of_each_class`; a batch of m
@@ -131,9 +131,11 @@ def _along_training(base: Method, fresh, train, restart_every) -> Method:
         due = (state.step % restart_every == 0) & (state.step > 0)
         network = jax.lax.cond(due, lambda: fresh(key), lambda: state.extra['network'])
         state, metrics = base.step(state.replace(extra={**state.extra, 'network': network}), batch)
-        network = train(
-            network, state.params['images'], state.mutables['label'], jax.random.fold_in(key, 1)
-        )
+        # A network that is used once need not be trained.
+        if restart_every > 1:
+            network = train(
+                network, state.params['images'], state.mutables['label'], jax.random.fold_in(key, 1)
+            )
         return state.replace(extra={**state.extra, 'network': network}), metrics
 
     return Method(init, step)
