@@ -1,11 +1,11 @@
 """Data sources: random access to the examples of a split, by batch.
 
-Splits are written as in tfds: `train`, `train[:90%]`, `train[100:-50]`, `train+test`.
+Splits are written as in tfds, whose reader of them is used: `train`, `train[:2.5%]`,
+`train[100:-50]`, `train[:3shard]`, `train+test`, `all`.
 """
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -26,7 +26,11 @@ class DataError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """All splits of a data set: `sizes[split]` examples, read by `reader(split)`."""
+    """All splits of a data set: `sizes[split]` examples, read by `reader(split)`.
+
+    `shards[split]` are the examples in each file of a split, which slices by shard count; a split
+    without an entry is one file.
+    """
 
     name: str
     sizes: Mapping[str, int]
@@ -34,6 +38,7 @@ class DataSet:
     spec: Mapping[str, jax.ShapeDtypeStruct]
     num_classes: int | None
     class_names: tuple[str, ...] | None = None
+    shards: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 class Source:
@@ -53,7 +58,7 @@ class Source:
         self.num_classes = data.num_classes
         self.class_names = data.class_names
         self.spec = {**data.spec, 'index': jax.ShapeDtypeStruct((), np.int32)}
-        segments = parse_split(split, data.sizes, name=data.name)
+        segments = parse_split(split, data.sizes, name=data.name, shards=data.shards)
         readers = {base: data.reader(base) for base in {base for base, _, _ in segments}}
         self._segments = [(readers[base], start) for base, start, _ in segments]
         self._ends = np.cumsum([stop - start for _, start, stop in segments])
@@ -132,43 +137,53 @@ def example_spec(
     return spec
 
 
-_SPLIT = re.compile(r'(?P<base>\w[\w-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?')
-
-
 def parse_split(
-    split: str, sizes: Mapping[str, int], *, name: str = 'data set'
+    split: str,
+    sizes: Mapping[str, int],
+    *,
+    name: str = 'data set',
+    shards: Mapping[str, Sequence[int]] | None = None,
 ) -> list[tuple[str, int, int]]:
     """Resolves a tfds split to segments (named split, start, stop), in order, with stop >= start.
 
-    `a[i:j]` slices like a Python list, `%` counts hundredths of the split rounded to the nearest
-    example (halves to even), and `+` joins.
+    Args:
+      split: see https://www.tensorflow.org/datasets/splits: slices, sums, percent, shards, `all`.
+      sizes: examples of each named split.
+      name: of the data set, for messages.
+      shards: examples in each file of a split; one file where there is no entry.
 
     Raises:
-      DataError: a split that cannot be parsed, a name that is not in `sizes`, or, as in tfds, a
-        bound beyond the ends of the split.
+      DataError: what tfds refuses: a split that cannot be parsed, a name that is not in `sizes`, or
+        a bound beyond the ends of the split.
     """
+    if split in sizes:
+        return [(split, 0, sizes[split])]
+    # Takes most of a second to import: only for what needs it.
+    import tensorflow_datasets as tfds
+
+    lengths = {base: [size] for base, size in sizes.items()} | dict(shards or {})
+    infos = {
+        base: tfds.core.SplitInfo(name=base, shard_lengths=list(parts), num_bytes=0)
+        for base, parts in lengths.items()
+    }
     segments = []
     for part in split.replace(' ', '').split('+'):
-        match = _SPLIT.fullmatch(part)
-        if match is None or match['base'] not in sizes:
+        try:
+            found = tfds.core.ReadInstruction.from_spec(part).to_absolute(infos)
+        except (ValueError, NotImplementedError) as error:
+            base = part.partition('[')[0]
+            if base in sizes and 'incompatible' in str(error):
+                raise DataError(
+                    f'split {part!r} of data set {name!r} reaches beyond its {sizes[base]:,} '
+                    'examples'
+                ) from error
             have = ', '.join(f'{key!r} ({size:,} examples)' for key, size in sizes.items())
             raise DataError(
                 f'data set {name!r} has no split {part!r}: it has {have}, and their slices, '
-                "written like 'train[:90%]', 'train[100:-50]' or 'train+test'"
-            )
-        size = sizes[match['base']]
-        start, stop = (
-            default if text is None else _boundary(text, size)
-            for text, default in ((match['start'], 0), (match['stop'], size))
-        )
-        if max(abs(start), abs(stop)) > size:
-            raise DataError(
-                f'split {part!r} of data set {name!r} reaches beyond its {size:,} examples'
-            )
-        start, stop = (bound + size if bound < 0 else bound for bound in (start, stop))
-        segments.append((match['base'], start, max(start, stop)))
+                "written as in tfds: 'train[:90%]', 'train[100:-50]', 'train+test' or 'all'"
+            ) from error
+        for one in found:
+            start = one.from_ or 0
+            stop = sizes[one.splitname] if one.to is None else one.to
+            segments.append((one.splitname, start, max(start, stop)))
     return segments
-
-
-def _boundary(text: str, size: int) -> int:
-    return round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.evaluators.classification import negative_log_likelihood, predictor, top_k_correct
+from kd.losses import numerics
 from kd.metrics import divide, mean
 
 
@@ -56,9 +57,13 @@ def expected_calibration_error(bins: Bins) -> float:
 
 
 def brier_score(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """`sum_k (softmax(z)_k - onehot_k)^2`, in [0, 2]; logits [..., V], labels int [...]."""
+    """`sum_k (softmax(z)_k - onehot_k)^2`, in [0, 2]; logits [..., V], labels int [...].
+
+    A label that is none of 0 .. V - 1 is one more outcome, of probability 0.
+    """
     p = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
-    return jnp.sum((p - jax.nn.one_hot(labels, p.shape[-1])) ** 2, axis=-1)
+    score = jnp.sum((p - jax.nn.one_hot(labels, p.shape[-1])) ** 2, axis=-1)
+    return jnp.where(numerics.is_outcome(labels, p.shape[-1]), score, score + 1.0)
 
 
 def calibration(context: Context, *, weights: str = 'final', bins: int = 15) -> Evaluator:

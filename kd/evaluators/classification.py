@@ -15,6 +15,8 @@ from kd.metrics import Mean, divide, mean
 def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> jax.Array:
     """Whether the label is among the k largest logits; ties and NaN count against the label.
 
+    A label that is none of 0 .. V - 1 is never among them.
+
     Args:
       logits: [..., V].
       labels: int [...].
@@ -24,17 +26,22 @@ def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> jax.Array
       float32 [...] of 0 and 1.
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    others = jnp.arange(logits.shape[-1]) != labels[..., None]
+    size = logits.shape[-1]
+    of_label = numerics.take_outcomes(logits, labels[..., None], missing=jnp.nan)
+    others = jnp.arange(size) != labels[..., None]
     # Not `logits >= of_label`, which is false for NaN and would call a broken network right.
     ahead = ~(logits < of_label) & others
-    return (ahead.sum(-1) < k).astype(jnp.float32)
+    return ((ahead.sum(-1) < k) & numerics.is_outcome(labels, size)).astype(jnp.float32)
 
 
 def negative_log_likelihood(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """`-log softmax(logits)[label]` in nats; logits [..., V], labels int [...], float32 [...]."""
+    """`-log softmax(logits)[label]` in nats; logits [..., V], labels int [...], float32 [...].
+
+    +inf where a label is none of 0 .. V - 1.
+    """
     log_p = numerics.log_softmax(logits)
-    return -jnp.take_along_axis(log_p, jnp.asarray(labels)[..., None], axis=-1)[..., 0]
+    labels = jnp.asarray(labels)[..., None]
+    return -numerics.take_outcomes(log_p, labels, missing=-jnp.inf)[..., 0]
 
 
 def classification(context: Context, *, weights: str = 'final', top_k: int = 0) -> Evaluator:

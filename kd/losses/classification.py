@@ -36,7 +36,8 @@ def cross_entropy(
       where: bool, broadcasts against `logits`.
 
     Returns:
-      [...] nats; +inf where a label has an impossible outcome.
+      [...] nats; +inf where a label has an impossible outcome, as one outside 0 .. V - 1 does. What
+      is to be ignored (-1, -100) is taken out by `where`.
 
     Raises:
       ValueError: labels of another shape, label_smoothing out of range.
@@ -61,7 +62,10 @@ def cross_entropy(
     if where is not None:
         # A position that is taken out as a whole has a label but no outcome.
         targets = jnp.where(jnp.any(where, axis=-1, keepdims=True), targets, 0.0)
-    return -jnp.sum(targets * jnp.where(targets > 0, log_q, 0.0), axis=-1)
+    loss = -jnp.sum(targets * jnp.where(targets != 0, log_q, 0.0), axis=-1)
+    if is_index and smoothing < 1:
+        loss = jnp.where(_outside(labels, size, where), jnp.inf, loss)
+    return loss
 
 
 def soft_and_hard(
@@ -93,11 +97,19 @@ def soft_and_hard(
     Returns:
       [...] nats.
 
+    Raises:
+      ValueError: a divergence that is not one value per position; and as of `cross_entropy`.
+
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
-    soft = divergence(student_logits, teacher, temperature=temperature, where=where)
+    soft = divergences.per_position(
+        divergence, student_logits, teacher, temperature=temperature, where=where
+    )
     hard = cross_entropy(student_logits, labels, label_smoothing=label_smoothing, where=where)
     hard_weight, temperature = jnp.asarray(hard_weight), jnp.asarray(temperature)
+    # A part of weight 0 does not count, even where it is infinite.
+    soft = jnp.where(hard_weight == 1, 0.0, soft)
+    hard = jnp.where(hard_weight == 0, 0.0, hard)
     return (1 - hard_weight) * temperature**2 * soft + hard_weight * hard
 
 
@@ -119,7 +131,7 @@ def target_kl(
       where: bool, broadcasts against the logits.
 
     Returns:
-      [...] nats, in the teacher's direction KL(b_p || b_q).
+      [...] nats, in the teacher's direction KL(b_p || b_q); NaN where a label is none of 0 .. V - 1.
 
     Raises:
       TypeError: TopK or Sampled, float labels.
@@ -136,7 +148,8 @@ def target_kl(
         return jnp.stack([label, other], axis=-1)
 
     term = numerics.relative_entropy_term(binary(teacher_logits), binary(student_logits))
-    return jnp.sum(term, axis=-1)
+    outside = _outside(labels, teacher_logits.shape[-1], where)
+    return jnp.where(outside, jnp.nan, jnp.sum(term, axis=-1))
 
 
 def non_target_kl(
@@ -149,9 +162,8 @@ def non_target_kl(
 ) -> jax.Array:
     """NCKD: forward KL among the outcomes other than the label, each side renormalised over them.
 
-    Together they are the whole: KL(p || q) = target_kl + (1 - p_t) non_target_kl. Arguments and
-      errors
-    as of `target_kl`.
+    Together they are the whole: KL(p || q) = target_kl + (1 - p_t) non_target_kl. Arguments, errors
+    and NaN as of `target_kl`.
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eqs. 5-7.
     """
@@ -159,9 +171,10 @@ def non_target_kl(
     others = ~_is_label(teacher_logits, labels)
     if where is not None:
         others = others & where
-    return divergences.forward_kl(
+    value = divergences.forward_kl(
         student_logits, teacher_logits, temperature=temperature, where=others
     )
+    return jnp.where(_outside(labels, teacher_logits.shape[-1], where), jnp.nan, value)
 
 
 def decoupled_kd(
@@ -176,7 +189,7 @@ def decoupled_kd(
 ) -> jax.Array:
     """alpha TCKD + beta NCKD: the weight of the non-target part no longer falls with p_t.
 
-    T^2 is not applied. Arguments and errors as of `target_kl`; `alpha`, `beta` the two weights.
+    T^2 is not applied. Arguments, errors and NaN as of `target_kl`; `alpha`, `beta` the two weights.
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eq. 8.
     """
@@ -225,6 +238,12 @@ def logit_mse(
         mean = jnp.sum(difference, axis=-1, keepdims=True) / count
         difference = jnp.where(counted, difference - mean, 0.0)
     return jnp.sum(difference**2, axis=-1) / count[..., 0]
+
+
+def _outside(labels, size, where):
+    """bool [...]: labels that are none of 0 .. size - 1, at positions that `where` keeps."""
+    outside = ~numerics.is_outcome(labels, size)
+    return outside if where is None else outside & jnp.any(where, axis=-1)
 
 
 def _is_label(teacher_logits, labels):

@@ -17,7 +17,8 @@ functions share one signature and these conventions:
   of both distributions, exactly as a logit of -inf in both; a position with none left
   (`where=mask[..., None]`) is 0 with zero gradient. `TopK` and `Sampled` cannot be renormalised
   afterwards: record them from equally masked logits (an outcome they list outside `where` makes
-  the value +inf).
+  the value +inf). So does an outcome they list that is none of the student's 0 .. V - 1, as a
+  teacher with more tokens may: to the student it is impossible.
 - Returns [...] nats, one value per position, not reduced. An outcome impossible under both
   contributes exactly 0. Where the divergence is infinite (forward KL: the student excludes an
   outcome the teacher has) the value is +inf.
@@ -273,6 +274,38 @@ def renyi(
     return jnp.where(empty, 0.0, log_total / (alpha - 1))
 
 
+def per_position(
+    divergence: Callable[..., jax.Array],
+    student_logits: ArrayLike,
+    teacher: Teacher,
+    **options,
+) -> jax.Array:
+    """divergence(student_logits, teacher, **options), held to one value per position [...].
+
+    For divergences that others hand in: a scalar or [..., V] would broadcast into a loss of another
+    weight without a word.
+
+    Args:
+      divergence: a function of this module, or one of the same signature.
+      student_logits: [..., V].
+      teacher: any signal, or logits [..., V].
+      **options: of the divergence.
+
+    Raises:
+      ValueError: a value of another shape.
+    """
+    value = jnp.asarray(divergence(student_logits, teacher, **options))
+    leading = signal.positions(signal.as_signal(teacher))
+    wanted = jnp.broadcast_shapes(jnp.shape(student_logits)[:-1], leading)
+    if value.shape != wanted:
+        name = getattr(divergence, '__name__', repr(divergence))
+        raise ValueError(
+            f'{name} returned shape {value.shape} for logits {jnp.shape(student_logits)}; a '
+            f'divergence returns one value per position, {wanted}.'
+        )
+    return value
+
+
 def _forward_term(log_q, log_p):
     return numerics.relative_entropy_term(log_p, log_q)
 
@@ -341,14 +374,13 @@ def _outcomes(name, student_logits, teacher, temperature, axis, where, *, top_k=
 def _top_k_outcomes(log_q, teacher: signal.TopK, kept):
     """log q and log p of the k listed outcomes and of 'any other': [..., k + 1] each."""
     size = log_q.shape[-1]
-    listed = teacher.log_probs > -jnp.inf
     # An empty slot's index is sent out of range, where it neither lists an outcome nor reads one.
-    indices = jnp.where(listed, teacher.indices, size)
+    indices = jnp.where(teacher.log_probs > -jnp.inf, teacher.indices, size)
     others = jnp.where(signal.outcome_mask(indices, size), -jnp.inf, log_q)
     # Summed over the other outcomes: 1 - sum of the listed loses a small tail to rounding.
     tail_q = numerics.log_sum_exp(others, axis=-1, keepdims=True)
-    listed_q = jnp.take_along_axis(log_q, jnp.where(listed, indices, 0), axis=-1)
-    log_q = jnp.concatenate([jnp.where(listed, listed_q, -jnp.inf), tail_q], axis=-1)
+    listed_q = numerics.take_outcomes(log_q, indices, missing=-jnp.inf)
+    log_q = jnp.concatenate([listed_q, tail_q], axis=-1)
     tail = teacher.tail[..., None].astype(log_q.dtype)
     tail_p = jnp.where(tail > 0, jnp.log(jnp.where(tail > 0, tail, 1.0)), -jnp.inf)
     log_p = jnp.concatenate([teacher.log_probs.astype(log_q.dtype), tail_p], axis=-1)
@@ -358,7 +390,7 @@ def _top_k_outcomes(log_q, teacher: signal.TopK, kept):
 def _sampled_forward_kl(student_logits, teacher: signal.Sampled, temperature, axis, where):
     _check_temperature('forward_kl', teacher, temperature)
     log_q = _student_log_probs(student_logits, temperature, axis, where)
-    log_q = jnp.take_along_axis(log_q, teacher.tokens, axis=-1)
+    log_q = numerics.take_outcomes(log_q, teacher.tokens, missing=-jnp.inf)
     weights = teacher.weights.astype(log_q.dtype)
     kept = _kept_positions(where, axis, student_logits)
     counted = weights > 0 if kept is None else (weights > 0) & kept[..., None]

@@ -204,7 +204,7 @@ def psd_residual(
     jump = teacher or vfn
     first = jump(s, u, x_s)
     second = jump(u, t, x_s + expand_times(u - s, x_s) * first)
-    g = expand_times(jnp.asarray(fraction, x_s.dtype), x_s)
+    g = expand_times(jnp.asarray(fraction, s.dtype), x_s)
     target = (1.0 - g) * first + g * second
     if stop_gradient == 'convex':
         target = jax.lax.stop_gradient(target)

@@ -73,7 +73,8 @@ def fmm_residuals(
     arXiv 2406.07507, FMM.
     """
     back = flow_map(vfn, t, s, x_t)
-    t = jnp.broadcast_to(jnp.asarray(t, x_t.dtype), x_t.shape[:1])
+    # Not in the type of the points, which may have too few bits to tell times apart.
+    t = jnp.broadcast_to(jnp.asarray(t, jnp.promote_types(x_t.dtype, jnp.float32)), x_t.shape[:1])
     there, dt_there = jax.jvp(lambda t: flow_map(vfn, s, t, back), (t,), (jnp.ones_like(t),))
     return dt_there - dx_t, there - x_t
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -37,7 +38,11 @@ def log_softmax(
       [..., V] log-probabilities in nats, float32 (float64 for float64 input). The gradient is
       exactly 0 at impossible outcomes, and a row in which all are impossible is all -inf with zero
       gradient.
+
+    Raises:
+      ValueError: a concrete temperature that is not positive.
     """
+    check_positive('temperature', temperature)
     logits = jnp.asarray(logits)
     logits = logits.astype(accumulation_dtype(logits))
     possible = logits != -jnp.inf
@@ -91,6 +96,23 @@ def relative_entropy_term(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     return a * log_ratio
 
 
+def is_outcome(indices: ArrayLike, size: int) -> jax.Array:
+    """Whether int indices [...] name one of the outcomes 0 .. size - 1, bool [...]."""
+    indices = jnp.asarray(indices)
+    return (indices >= 0) & (indices < size)
+
+
+def take_outcomes(values: jax.Array, indices: ArrayLike, missing: float) -> jax.Array:
+    """values[..., indices] on the last axis, [..., V] and int [..., k] -> [..., k].
+
+    `missing` where an index is none of 0 .. V - 1: indexing as such would count a negative one from
+    the end and fill in NaN for one from V on.
+    """
+    inside = is_outcome(indices, values.shape[-1])
+    taken = jnp.take_along_axis(values, jnp.where(inside, indices, 0), axis=-1)
+    return jnp.where(inside, taken, missing)
+
+
 def norm(x: jax.Array, *, axis: int | tuple[int, ...], keepdims: bool = False) -> jax.Array:
     """The Euclidean norm, with gradient 0 (not NaN) at 0."""
     squares = jnp.sum(x * x, axis=axis, keepdims=keepdims)
@@ -106,3 +128,10 @@ def number_in(name: str, value: float, low: float, high: float) -> float:
     if not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f'{name} must be a Python number in [{low}, {high}], got {value!r}.')
     return float(value)
+
+
+def check_positive(name: str, value: ArrayLike) -> None:
+    """Raises ValueError unless a concrete number or array is positive; traced ones pass."""
+    # NumPy: under a jit trace even an operation on concrete arrays returns a traced one.
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f'{name} must be positive, got {value}.')

@@ -66,7 +66,7 @@ def anchored_log_policy(
             'log_p and anchor_log_p need the same candidates on the last axis, got shapes '
             f'{log_p.shape} and {anchor_log_p.shape}.'
         )
-    _check_positive('tau', tau)
+    numerics.check_positive('tau', tau)
     dtype = numerics.accumulation_dtype(log_p, anchor_log_p)
     possible = (log_p > -jnp.inf) & (anchor_log_p > -jnp.inf)
     if where is not None:
@@ -111,7 +111,8 @@ def anchored_cross_entropy(
     if where is not None:
         target = jnp.where(where, target, 0.0)
     _check_target(target, log_policy)
-    counted = target > 0
+    # Not `> 0`, which is false for NaN and would count a broken target as one that asks for nothing.
+    counted = target != 0
     return -jnp.sum(jnp.where(counted, target, 0.0) * jnp.where(counted, log_policy, 0.0), axis=-1)
 
 
@@ -128,7 +129,7 @@ def closed_form_policy(anchor_log_p: ArrayLike, target: ArrayLike, tau: ArrayLik
 
     Source: arXiv 2510.18913, the closed-form optimum on the candidates.
     """
-    _check_positive('tau', tau)
+    numerics.check_positive('tau', tau)
     anchor_log_p, target = jnp.asarray(anchor_log_p), jnp.asarray(target)
     dtype = numerics.accumulation_dtype(anchor_log_p, target)
     log_q = jnp.log(jnp.where(target > 0, target, 1.0).astype(dtype))
@@ -157,7 +158,7 @@ def target_from_rewards(
     Returns:
       [..., P] probabilities, stop-gradiented.
     """
-    _check_positive('temperature', temperature)
+    numerics.check_positive('temperature', temperature)
     rewards = lax.stop_gradient(jnp.asarray(rewards))
     dtype = numerics.accumulation_dtype(rewards)
     rewards = rewards.astype(dtype)
@@ -190,7 +191,7 @@ def kernel_density_scores(
     Returns:
       [..., P] scores, stop-gradiented.
     """
-    _check_positive('bandwidth', bandwidth)
+    numerics.check_positive('bandwidth', bandwidth)
     if not 0 < epsilon < 0.5:
         raise ValueError(f'epsilon must be in (0, 1/2), got {epsilon}.')
     rewards, buffer = lax.stop_gradient((jnp.asarray(rewards), jnp.asarray(buffer)))
@@ -293,12 +294,6 @@ def _check_mode(mode: str):
     modes = ('fixed', 'self', 'ema', 'on_policy')
     if mode not in modes:
         raise ValueError(f'anchor mode must be one of {modes}, got {mode!r}.')
-
-
-def _check_positive(name: str, value: ArrayLike):
-    # NumPy: under a jit trace even an operation on concrete arrays returns a traced one.
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
-        raise ValueError(f'{name} must be positive, got {value}.')
 
 
 def _check_target(target: jax.Array, log_policy: jax.Array):

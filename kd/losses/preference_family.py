@@ -35,6 +35,7 @@ def dpo(log_p: ArrayLike, anchor_log_p: ArrayLike, beta: ArrayLike = 0.1) -> jax
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7.
     """
+    numerics.check_positive('beta', beta)
     log_p = _pair('log_p', log_p)
     target = jnp.zeros(log_p.shape, numerics.accumulation_dtype(log_p)).at[..., 0].set(1.0)
     return preference.anchored_cross_entropy(log_p, anchor_log_p, target, 1 / jnp.asarray(beta))
@@ -58,6 +59,7 @@ def soft_dpo(
 
     Source: arXiv 2510.18913, pairwise soft targets.
     """
+    numerics.check_positive('beta', beta)
     target = preference.target_from_rewards(_pair('rewards', rewards), reward_temperature)
     return preference.anchored_cross_entropy(
         _pair('log_p', log_p), anchor_log_p, target, 1 / jnp.asarray(beta)
@@ -92,11 +94,15 @@ def supervised(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
       labels: int [...].
 
     Returns:
-      [...] nats.
+      [...] nats; +inf where a label is none of 0 .. P - 1.
     """
-    logits = jnp.asarray(logits)
-    target = jax.nn.one_hot(labels, logits.shape[-1], dtype=numerics.accumulation_dtype(logits))
-    return preference.anchored_cross_entropy(logits, jnp.zeros_like(logits), target)
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    known = numerics.is_outcome(labels, logits.shape[-1])
+    dtype = numerics.accumulation_dtype(logits)
+    # A distribution in any case, which the loss asks for.
+    target = jax.nn.one_hot(jnp.where(known, labels, 0), logits.shape[-1], dtype=dtype)
+    loss = preference.anchored_cross_entropy(logits, jnp.zeros_like(logits), target)
+    return jnp.where(known, loss, jnp.inf)
 
 
 def max_entropy(logits: ArrayLike, values: ArrayLike, temperature: ArrayLike = 1.0) -> jax.Array:

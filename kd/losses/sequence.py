@@ -83,7 +83,7 @@ def _fused(divergence, chunk, hidden, head, given):
 
     def sweep(_, i):
         h, teacher, options = slabs[i]
-        return None, divergence(_product(h, head), teacher, **options)
+        return None, divergences.per_position(divergence, _product(h, head), teacher, **options)
 
     return slabs.join(lax.scan(sweep, None, jnp.arange(slabs.count))[1])
 
@@ -124,7 +124,10 @@ def _value_and_gradients(divergence, chunk, hidden, head, given, weights):
 
     def sweep(to_head, i):
         h, teacher, options = slabs[i]
-        value, pull = jax.vjp(lambda z: divergence(z, teacher, **options), _product(h, head))
+        value, pull = jax.vjp(
+            lambda z: divergences.per_position(divergence, z, teacher, **options),
+            _product(h, head),
+        )
         (to_logits,) = pull(_Slabs.take(weights, i).astype(value.dtype))
         to_logits = to_logits.astype(head.dtype)
         to_head += jnp.matmul(h.T, to_logits, preferred_element_type=dtype)

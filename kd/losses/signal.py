@@ -120,6 +120,12 @@ def as_signal(teacher: TeacherSignal | ArrayLike) -> TeacherSignal:
     return Dense(jnp.asarray(teacher))
 
 
+def positions(teacher: TeacherSignal) -> tuple[int, ...]:
+    """The shape [...] of the positions that a signal speaks of."""
+    # The first array of every form has one more axis, of outcomes, features or draws.
+    return jnp.shape(jax.tree.leaves(teacher)[0])[:-1]
+
+
 def top_k(logits: ArrayLike, k: int, *, temperature: float = 1.0) -> TopK:
     """The k most probable outcomes of softmax(logits / temperature) and the mass of the rest.
 
@@ -185,6 +191,7 @@ def sample(
 
 
 def outcome_mask(indices: jax.Array, size: int) -> jax.Array:
-    """bool [..., size], True where `indices` [..., k] lists the outcome; >= size lists none."""
+    """bool [..., size], True where `indices` [..., k] lists it; one outside 0..size-1 lists none."""
     empty = jnp.zeros(indices.shape[:-1] + (size,), bool)
+    indices = jnp.where(numerics.is_outcome(indices, size), indices, size)
     return jnp.put_along_axis(empty, indices, True, axis=-1, inplace=False, mode='drop')

@@ -50,7 +50,7 @@ def class_features(
 
     The last column is the null class. Without a label a class-conditional network gets it, so that
     dropping the condition in training (label = num_classes) and guidance in sampling mean the same
-    input.
+    input. A label that is none of 0 .. num_classes is NaN.
 
     Raises:
       ValueError: a label for a network built without classes.
@@ -60,7 +60,9 @@ def class_features(
             raise ValueError('a label was given to an unconditional network; set num_classes.')
         return None
     index = jnp.broadcast_to(jnp.asarray(num_classes if label is None else label), (batch,))
-    return jax.nn.one_hot(index, num_classes + 1, dtype=dtype) * (num_classes + 1) ** 0.5
+    features = jax.nn.one_hot(index, num_classes + 1, dtype=dtype) * (num_classes + 1) ** 0.5
+    known = (index >= 0) & (index <= num_classes)
+    return jnp.where(known[:, None], features, jnp.nan)
 
 
 class TimeWeight(nn.Module):

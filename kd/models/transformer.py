@@ -70,7 +70,8 @@ class Transformer(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Symbols int [B, L] to float32 logits [B, L, num_classes] of the symbol that follows each.
 
-        Logits at position i depend on the symbols 0 .. i alone.
+        Logits at position i depend on the symbols 0 .. i alone. A symbol that is none of
+        0 .. num_classes - 1 makes them NaN.
 
         Raises:
           ValueError: an input that is not int [B, L], or longer than `max_length`.
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
         mask = nn.make_causal_mask(x)
         y = nn.Embed(
             self.num_classes, self.width, embedding_init=init, dtype=self.dtype, name='embed'
-        )(x)
+        )(jnp.where(x < 0, self.num_classes, x))  # A negative one would count from the end.
         positions = self.param('positions', init, (self.max_length, self.width))
         y = y + positions[:length].astype(y.dtype)
         hidden = int(self.width * self.mlp_ratio)

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits, make_moons
 
 from kd.data import catalogue, sources
-from kd.data.builders import digits, mnist1d, prepared, toys
+from kd.data.builders import described, digits, mnist1d, prepared, toys
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +124,7 @@ def test_slices_of_a_split_are_disjoint_and_complete(data_dir, name):
     batch = whole.fetch(np.arange(len(whole)))
     parts = [
         catalogue.load(name, split, data_dir=data_dir)
-        for split in ('train[:33%]', 'train[33%:67%]', 'train[67%:-7]', 'train[-7:]')
+        for split in ('train[:33%]', 'train[33%:67%]', 'train[67%:-7%]', 'train[-7%:]')
     ]
     assert sum(map(len, parts)) == len(whole)
     pieces = [part.fetch(np.arange(len(part))) for part in parts]
@@ -146,31 +146,49 @@ def test_sum_of_splits_is_their_concatenation(data_dir):
     np.testing.assert_array_equal(batch['index'], order)
 
 
-def test_split_boundaries_agree_with_tfds():
-    sizes = {'train': 1503, 'test': 297}
-    infos = {
-        name: tfds.core.SplitInfo(
-            name=name,
-            shard_lengths=[size],
-            num_bytes=0,
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir='/nowhere', dataset_name='x', split=name, filetype_suffix='array_record'
-            ),
-        )
-        for name, size in sizes.items()
-    }
-    table = tfds.core.splits.SplitDict(infos.values())
-    for split in (
-        *('train', 'train[:90%]', 'train[90%:]', 'train[33%:67%]', 'train[-10%:]', 'train[:-3]'),
-        *('train[7:100]', 'test[-5:]', 'train[:50%]', 'test[:10%]+train[99%:]', 'test[-297:297]'),
-        *('train[1%:99%]', 'train[:1%]', 'test[50%:]', 'train[3:]', 'test[17%:83%]'),
-    ):
-        ours = [(base, start, stop) for base, start, stop in sources.parse_split(split, sizes)]
-        theirs = [
-            (part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
-            for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(table)
-        ]
-        assert ours == theirs, split
+@pytest.mark.parametrize(
+    ('split', 'segments'),
+    [
+        ('train', [('train', 0, 1503)]),
+        ('train[:90%]', [('train', 0, 1353)]),  # 1352.7
+        ('train[90%:]', [('train', 1353, 1503)]),
+        ('train[-10%:]', [('train', 1353, 1503)]),
+        ('train[:-3]', [('train', 0, 1500)]),
+        ('test[-297:297]', [('test', 0, 297)]),
+        ('test[5:5]', [('test', 5, 5)]),
+        ('train[50%:10%]', [('train', 752, 752)]),  # 751.5, half to even
+        ('test[:10%]+train[99%:]', [('test', 0, 30), ('train', 1488, 1503)]),
+        ('train[:2.5%]', [('train', 0, 38)]),  # 37.575
+        ('train[33.3%:66.6%]', [('train', 500, 1001)]),
+        ('train[-12.5%:]', [('train', 1315, 1503)]),
+        ('train[:1_000]', [('train', 0, 1000)]),
+        ('train[10%:100]', [('train', 150, 1503)]),  # One unit for both ends.
+        ('all', [('train', 0, 1503), ('test', 0, 297)]),
+        ('test + train[2shard]', [('test', 0, 297), ('train', 1100, 1503)]),
+        ('train[1shard:2shard]', [('train', 600, 1100)]),
+        ('test[:1shard]', [('test', 0, 297)]),
+    ],
+)
+def test_splits_are_sliced_joined_and_rounded_as_in_tfds(split, segments):
+    sizes, shards = {'train': 1503, 'test': 297}, {'train': [600, 500, 403]}
+    assert sources.parse_split(split, sizes, shards=shards) == segments
+
+
+def test_shards_of_a_prepared_copy_are_its_files(folders, tmp_path):
+    info = json.loads((folders / 'mnist/1.2.0/dataset_info.json').read_text())
+    train = next(one for one in info['splits'] if one['name'] == 'train')
+    # Described only: nothing is read.
+    train['shardLengths'] = ['900', '600']
+    place = shutil.copytree(folders / 'mnist/1.2.0', tmp_path / 'mnist/1.2.0')
+    (place / 'dataset_info.json').write_text(json.dumps(info))
+    source = catalogue.load('mnist', 'train[1shard:]', data_dir=tmp_path)
+    assert len(source) == 600
+
+
+def test_described_data_have_every_split_that_is_asked_for():
+    for split, size in (('train[:1%]', 1), ('all', 100), ('train[:2.5%]+test', 102.5)):
+        source = catalogue.load('digits', split, data_dir=catalogue.DESCRIBED)
+        assert len(source) == size * described.EXAMPLES // 100
 
 
 class Records(list):
@@ -283,7 +301,7 @@ def test_data_set_without_fixed_shape_images_is_refused():
 
 
 @pytest.mark.parametrize('name', ['digits', 'rings', 'mnist1d'])
-@pytest.mark.parametrize('split', ['validation', 'train[', 'train[:ten]', ''])
+@pytest.mark.parametrize('split', ['validation', 'train[', 'train[:ten]', 'train[:101%]', 'all[:3]', ''])
 def test_wrong_split_is_told_the_splits_there_are(data_dir, name, split):
     text = message(catalogue.load, name, split, data_dir=data_dir)
     assert f'data set {name!r} has no split {split!r}' in text
@@ -294,7 +312,7 @@ def test_wrong_split_is_told_the_splits_there_are(data_dir, name, split):
 
 def test_empty_and_overreaching_slices_are_errors():
     assert 'has no examples' in message(catalogue.load, 'rings', 'train[50%:10%]')
-    for split in ('train[:100001]', 'train[-100001:]', 'train[:101%]'):
+    for split in ('train[:100001]', 'train[-100001:]'):
         assert 'reaches beyond its 100,000' in message(catalogue.load, 'rings', split)
 
 

@@ -93,6 +93,17 @@ def test_bins_of_parts_add_up_to_those_of_the_whole(predictions):
     )
 
 
+@pytest.mark.parametrize('label', [-1, 10])
+def test_a_label_that_is_no_class_is_wrong_in_every_bin_and_one_more_outcome_for_brier(label):
+    logits = np.array([np.log(9.0), *np.full(9, 0.0)], np.float32)[None]
+    bins = confidence_bins(logits, np.array([label]))
+    # p = (1/2, 1/18 x 9): sum p^2 = 1/4 + 1/36.
+    assert expected_calibration_error(bins) == pytest.approx(0.5, abs=1e-6)
+    np.testing.assert_allclose(
+        brier_score(logits, np.array([label])), [1 + 1 / 4 + 1 / 36], rtol=1e-6
+    )
+
+
 def test_brier_is_the_squared_distance_to_the_one_hot_label(predictions):
     logits, labels = predictions
     p = softmax(logits.astype(np.float64), axis=-1)

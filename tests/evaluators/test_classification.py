@@ -47,6 +47,17 @@ def test_ties_and_nan_count_against_the_label():
     np.testing.assert_array_equal(top_k_correct(logits, np.zeros(4, int), 2), [1, 1, 0, 1])
 
 
+@pytest.mark.parametrize('label', [-100, -1, 10, 11])
+def test_a_label_that_is_no_class_is_never_right(predictions, label):
+    logits, labels = predictions[0][:3], np.array([label, 0, label])
+    right = top_k_correct(logits, np.array([3, 0, 3]), 10)
+    np.testing.assert_array_equal(right, 1)
+    np.testing.assert_array_equal(top_k_correct(logits, labels, 10), [0, 1, 0])
+    nll = np.asarray(negative_log_likelihood(logits, labels))
+    assert np.isposinf(nll[[0, 2]]).all()
+    assert np.isfinite(nll[1])
+
+
 def test_leading_axes_are_positions(predictions):
     logits, labels = predictions
     cube, rows = logits.reshape(4, 50, 10), labels.reshape(4, 50)

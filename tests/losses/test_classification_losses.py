@@ -85,6 +85,47 @@ def test_soft_and_hard_carries_temperature_squared_on_the_soft_part_alone():
     np.testing.assert_array_equal(reverse, divergence.reverse_kl(STUDENT, TEACHER))
 
 
+@pytest.mark.parametrize('label', [-100, -1, 6, 7])
+def test_a_label_that_is_no_outcome_is_an_impossible_one(label):
+    labels = np.where(np.arange(5) == 1, label, LABELS)
+    rest = np.arange(5) != 1
+    for smoothing in (0.0, 0.2):
+        right = classification.cross_entropy(STUDENT, LABELS, label_smoothing=smoothing)
+        value = classification.cross_entropy(STUDENT, labels, label_smoothing=smoothing)
+        np.testing.assert_allclose(value, np.where(rest, right, np.inf), rtol=1e-12)
+    # Whole smoothing asks nothing of the labels.
+    uniform = classification.cross_entropy(STUDENT, labels, label_smoothing=1.0)
+    assert np.isfinite(uniform).all()
+    arguments = (STUDENT, TEACHER)
+    for f in (classification.target_kl, classification.non_target_kl, classification.decoupled_kd):
+        expected = np.where(rest, f(*arguments, LABELS), np.nan)
+        np.testing.assert_allclose(f(*arguments, labels), expected, rtol=1e-12)
+        # What is to be ignored is taken out.
+        ignored = f(*arguments, labels, where=rest[:, None])
+        np.testing.assert_allclose(ignored, np.where(rest, expected, 0.0), rtol=1e-12)
+    loss = lambda s: classification.cross_entropy(s, labels, where=rest[:, None]).sum()  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(STUDENT))
+    np.testing.assert_allclose(value, classification.cross_entropy(STUDENT, LABELS)[rest].sum())
+    assert np.isfinite(gradient).all()
+
+
+def test_labels_that_are_not_finite_make_a_loss_that_is_not():
+    onehot = np.eye(6)[LABELS]
+    onehot[2, 0] = np.nan
+    value = classification.cross_entropy(STUDENT, onehot)
+    np.testing.assert_array_equal(np.isnan(value), np.arange(5) == 2)
+
+
+def test_a_part_of_weight_zero_does_not_count_even_where_it_is_infinite():
+    unknown = np.full(5, -1)
+    soft = classification.soft_and_hard(STUDENT, TEACHER, unknown, temperature=2.0, hard_weight=0)
+    np.testing.assert_allclose(soft, 4 * divergence.forward_kl(STUDENT, TEACHER, temperature=2.0))
+    impossible = np.where(np.arange(6) == 0, -np.inf, STUDENT)
+    labels = np.array([1, 5, 2, 2, 3])
+    hard = classification.soft_and_hard(impossible, TEACHER, labels, temperature=2, hard_weight=1)
+    np.testing.assert_allclose(hard, classification.cross_entropy(impossible, labels), rtol=1e-12)
+
+
 def test_half_the_centred_logit_mse_is_the_high_temperature_limit_of_distillation():
     value = classification.logit_mse(STUDENT, TEACHER, center=True)
     limit = 1e8 * divergence.forward_kl(STUDENT, TEACHER, temperature=1e4)
@@ -138,6 +179,14 @@ def test_where_over_positions_gives_zero_value_and_gradient_whatever_is_there(f)
             lambda: classification.cross_entropy(STUDENT, LABELS, label_smoothing=1.2),
             ValueError,
             r'label_smoothing .* \[0, 1\]',
+        ),
+        (
+            lambda: classification.soft_and_hard(
+                STUDENT, TEACHER, LABELS, temperature=1.0, hard_weight=0.5,
+                divergence=lambda s, t, **_: (s - t) ** 2,
+            ),  # fmt: skip
+            ValueError,
+            r'<lambda> returned shape \(5, 6\) for logits \(5, 6\); .* per position, \(5,\)',
         ),
         (
             lambda: classification.target_kl(STUDENT, TEACHER, np.eye(6)[LABELS]),

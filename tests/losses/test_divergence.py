@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from kd.losses import divergence
+from kd.losses import divergence, signal
 
 GENERATOR = np.random.default_rng(1)
 STUDENT, TEACHER = GENERATOR.normal(size=(2, 4, 7)) * 2
@@ -214,6 +214,28 @@ def test_teacher_axes_broadcast_as_an_ensemble():
     ensemble = np.stack([TEACHER, TEACHER + STUDENT])
     value = divergence.forward_kl(STUDENT, ensemble)
     np.testing.assert_allclose(value[1], divergence.forward_kl(STUDENT, ensemble[1]), rtol=1e-12)
+
+
+@pytest.mark.parametrize('temperature', [0, -4.0, np.nan, np.array([[1.0], [0.0], [2.0], [1.0]])])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    for f in (divergence.forward_kl, divergence.total_variation):
+        with pytest.raises(ValueError, match='temperature must be positive'):
+            f(STUDENT, TEACHER, temperature=temperature)
+
+
+@pytest.mark.parametrize('size', [7, 4])
+def test_divergences_of_others_are_held_to_one_value_per_position(size):
+    # A square of logits too, in which a class and a position cannot be told by their number.
+    student, teacher = STUDENT[:, :size], TEACHER[:, :size]
+    ensemble = np.stack([teacher, teacher + student])
+    for given in (teacher, ensemble, signal.top_k(teacher, 2)):
+        value = divergence.per_position(divergence.forward_kl, student, given)
+        np.testing.assert_array_equal(value, divergence.forward_kl(student, given))
+    for wrong in (lambda s, t: jnp.mean(s), lambda s, t: s * t, lambda s, t: jnp.mean(s, 0)):
+        if size == 4 and wrong(student, teacher).shape == (4,):
+            continue  # One value per class then has the shape of one per position.
+        with pytest.raises(ValueError, match=r'returns one value per position, \(4,\)'):
+            divergence.per_position(wrong, student, teacher)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,23 @@ def test_supervised_is_the_cross_entropy_of_labels():
     np.testing.assert_allclose(preference_family.supervised(LOG_P, labels), exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize('label', [-1, P])
+def test_a_label_that_is_no_candidate_is_infinitely_unlikely(label):
+    labels = np.full(B, label)
+    for supervised in (preference_family.supervised, jax.jit(preference_family.supervised)):
+        assert np.isposinf(supervised(LOG_P, labels)).all()
+
+
+def test_rewards_that_are_not_finite_make_a_loss_that_is_not():
+    rewards = np.where(np.arange(P) == 1, np.nan, REWARDS)
+
+    def loss(log_p):
+        target = preference.target_from_rewards(rewards)
+        return preference.anchored_cross_entropy(log_p, ANCHOR, target)
+
+    assert np.isnan(jax.jit(loss)(LOG_P)).all()
+
+
 def test_max_entropy_is_minimal_at_the_maximum_entropy_policy():
     values, alpha = RNG.normal(size=(1, P)), 0.6
     slope = jax.grad(lambda z: jnp.sum(preference_family.max_entropy(z, values, alpha)))
@@ -244,6 +261,7 @@ def test_anchor_modes():
             'the loss is infinite',
         ),
         (lambda: preference_family.dpo(LOG_P, ANCHOR), 'needs two candidates'),
+        (lambda: preference_family.dpo(LOG_P[:, :2], ANCHOR[:, :2], 0.0), 'beta must be positive'),
         (
             lambda: preference.target_from_rewards(REWARDS, 1.0, 'rank'),
             "kind must be 'raw' or 'standardized'",

@@ -111,6 +111,28 @@ def test_empty_slots_of_top_k_say_nothing():
         assert_same(value_and_gradient(f, padded), value_and_gradient(f, k2))
 
 
+@pytest.mark.parametrize('outside', [-1, SIZE, SIZE + 3])
+def test_an_outcome_that_the_student_has_not_is_impossible_for_it(outside):
+    # The teacher's first outcome gets a name that the student does not know.
+    kept = signal.top_k(TEACHER, 2)
+    renamed = signal.TopK(kept.log_probs, kept.indices.at[:, 0].set(outside), kept.tail)
+    second = np.asarray(kept.indices)[:, 1]
+    p, rows = np.exp(kept.log_probs), np.arange(POSITIONS)
+    distance = p[:, 0] + abs(p[:, 1] - Q[rows, second])
+    distance = 0.5 * (distance + abs(kept.tail - (1 - Q[rows, second])))
+    np.testing.assert_allclose(divergence.total_variation(STUDENT, renamed), distance, rtol=1e-9)
+    assert np.isposinf(divergence.forward_kl(STUDENT, renamed)).all()
+    # Empty slots may have any index.
+    empty = signal.TopK(kept.log_probs.at[:, 0].set(-np.inf), renamed.indices, 1 - p[:, 1])
+    assert np.isfinite(divergence.forward_kl(STUDENT, empty)).all()
+
+    tokens = np.stack([second, np.full(POSITIONS, outside)], axis=-1)
+    for weight, wanted in ((0.5, np.inf), (0.0, -0.5 * np.log(Q[rows, second]))):
+        weights = np.broadcast_to([0.5, weight], tokens.shape)
+        value = divergence.forward_kl(STUDENT, signal.Sampled(tokens, jnp.asarray(weights)))
+        np.testing.assert_allclose(value, np.broadcast_to(wanted, value.shape), rtol=1e-12)
+
+
 def test_small_tails_keep_their_digits_in_float32():
     logits = jnp.asarray([[20.0, 0.0, -1.0, -2.0]], jnp.float32)
     teacher = signal.top_k(logits, 1)

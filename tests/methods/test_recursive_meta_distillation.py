@@ -165,6 +165,16 @@ def test_the_transformer_does_not_look_ahead(transformer, batch):
         assert (difference[place:] > 1e-6).all()
 
 
+def test_a_symbol_that_is_none_makes_the_logits_nan(transformer, batch):
+    module, variables = transformer
+    for symbol in (-1, SYMBOLS):
+        changed = batch['input'].copy()
+        changed[0, 0] = symbol
+        logits = module.apply(variables, changed)
+        assert np.isnan(logits[0]).all()
+        assert np.isfinite(logits[1:]).all()
+
+
 def test_the_transformer_refuses_what_is_no_sequence(transformer):
     module, variables = transformer
     for wrong, match in (

@@ -240,6 +240,8 @@ def test_class_features_have_unit_power_and_a_null_column():
     np.testing.assert_array_equal(features, [[0, 2, 0, 0], [0, 2, 0, 0]])
     np.testing.assert_array_equal(class_features(None, 3, 1, jnp.float32), [[0, 0, 0, 2]])
     assert class_features(None, None, 1, jnp.float32) is None
+    outside = class_features(jnp.array([-1, 3, 4]), 3, 3, jnp.float32)
+    np.testing.assert_array_equal(np.isnan(outside).all(1), [True, False, True])
     with pytest.raises(ValueError, match='unconditional network; set num_classes'):
         class_features(jnp.array([1]), None, 1, jnp.float32)
 

@@ -189,3 +189,33 @@ def test_bad_times_are_refused(noise):
         flow.flow_map_sample(exact, noise, flow.time_grid(2, start=1.0, end=0.0))
     with pytest.raises(ValueError, match=r'lies outside \[0, 1\]'):
         flow.adaptive_sample(exact, noise, end=-0.5)
+
+
+@pytest.mark.parametrize('name', sorted(flow.SAMPLERS))
+def test_states_of_bfloat16_are_carried_over_every_step_at_its_own_time(name):
+    start = jnp.full((1, 2), 2.0, jnp.bfloat16)
+    seen = []
+
+    def field(s, t, x):
+        assert x.dtype == jnp.bfloat16
+        jax.debug.callback(lambda t: seen.append(float(t)), t[0])
+        return jnp.broadcast_to(jnp.cos(s)[:, None], x.shape).astype(x.dtype)
+
+    end = flow.SAMPLERS[name](field, start, flow.time_grid(500))
+    jax.effects_barrier()
+    assert end.dtype == jnp.bfloat16
+    assert len(set(seen)) in (500, 501)
+    # dx/dt = cos t from 2: with times and states of eight bits it stops at 2 + .73 or before.
+    np.testing.assert_allclose(np.asarray(end, float), 2 + np.sin(1), rtol=2**-8)
+    states = flow.SAMPLERS[name](field, start, flow.time_grid(500), trajectory=True)
+    assert (states.dtype, states.shape) == (jnp.bfloat16, (501, 1, 2))
+
+
+def test_adaptive_solver_of_bfloat16_states_meets_its_tolerance():
+    def field(s, t, x):
+        return jnp.broadcast_to(jnp.cos(t)[:, None], x.shape).astype(x.dtype)
+
+    end, calls = flow.adaptive_sample(field, jnp.zeros((1, 2), jnp.bfloat16), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(np.asarray(end, float), np.sin(1), rtol=0.02)
+    assert end.dtype == jnp.bfloat16
+    assert int(calls) < 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NoReturn
 
 import numpy as np
@@ -33,12 +32,13 @@ def source(name: str, split: str) -> sources.Source:
       DataError: a data set whose shapes are not known, or images that differ in size.
     """
     spec, classes = _shapes(name)
-    names = re.findall(r'[A-Za-z_][\w-]*', split)
+    names = [part.partition('[')[0].strip() for part in split.split('+')]
 
     def reader(_: str) -> sources.Reader:
         return _unreadable
 
-    sizes = dict.fromkeys(names, EXAMPLES)
+    # Which splits `all` would be does not matter.
+    sizes = dict.fromkeys(['train' if base == 'all' else base for base in names], EXAMPLES)
     return sources.Source(sources.DataSet(name, sizes, reader, spec, classes), split)
 
 

@@ -71,6 +71,7 @@ def describe(name: str, builder: tfds.core.DatasetBuilder) -> sources.DataSet:
         spec=sources.example_spec(image.shape, labelled=classes is not None),
         num_classes=classes.num_classes if classes else None,
         class_names=tuple(classes.names) if classes else None,
+        shards={split: info.shard_lengths for split, info in builder.info.splits.items()},
     )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd import config as kd_config
 from kd.context import Context
 from kd.errors import UserError
+from kd.losses import divergence as divergences
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start, teacher
 from kd.metrics import mean, scalar
@@ -85,7 +86,9 @@ def paced(
         variables = {'params': params, **state.mutables}
         output = network.apply(variables, batch['input'], train=True, key=key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
-        positions = of_position(output.logits, teacher_logits, **divergence_arguments)
+        positions = divergences.per_position(
+            of_position, output.logits, teacher_logits, **divergence_arguments
+        )
         # Positions are averaged within a problem first, or long answers would dominate.
         kept = jnp.broadcast_to(batch.get('response_mask', True), positions.shape)
         lengths = jnp.maximum(kept.sum(-1), 1)

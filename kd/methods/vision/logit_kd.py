@@ -9,6 +9,7 @@ from kd.context import Context
 from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses import classification
+from kd.losses import divergence as divergences
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
 from kd.metrics import mean
@@ -58,8 +59,12 @@ def logit_kd(
         hard = classification.cross_entropy(
             output.logits, batch['label'], label_smoothing=label_smoothing
         )
-        soft = temperature**2 * soft_loss(
-            output.logits, teacher_logits, temperature=temperature, **divergence_arguments
+        soft = temperature**2 * divergences.per_position(
+            soft_loss,
+            output.logits,
+            teacher_logits,
+            temperature=temperature,
+            **divergence_arguments,
         )
         losses = (1.0 - soft_weight) * hard + soft_weight * soft
         metrics = {'hard_loss': mean(hard), 'soft_loss': mean(soft)}
