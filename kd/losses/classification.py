@@ -131,7 +131,7 @@ def target_kl(
       where: bool, broadcasts against the logits.
 
     Returns:
-      [...] nats, in the teacher's direction KL(b_p || b_q); NaN where a label is none of 0 .. V - 1.
+      [...] nats, in the teacher's direction KL(b_p || b_q); NaN where a label is outside 0..V-1.
 
     Raises:
       TypeError: TopK or Sampled, float labels.
@@ -189,7 +189,7 @@ def decoupled_kd(
 ) -> jax.Array:
     """alpha TCKD + beta NCKD: the weight of the non-target part no longer falls with p_t.
 
-    T^2 is not applied. Arguments, errors and NaN as of `target_kl`; `alpha`, `beta` the two weights.
+    T^2 is not applied. Arguments, errors and NaN as of `target_kl`; `alpha`, `beta` are weights.
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eq. 8.
     """

@@ -111,7 +111,7 @@ def anchored_cross_entropy(
     if where is not None:
         target = jnp.where(where, target, 0.0)
     _check_target(target, log_policy)
-    # Not `> 0`, which is false for NaN and would count a broken target as one that asks for nothing.
+    # Not `> 0`, which is false for NaN: a broken target would be one that asks for nothing.
     counted = target != 0
     return -jnp.sum(jnp.where(counted, target, 0.0) * jnp.where(counted, log_policy, 0.0), axis=-1)
 

@@ -191,7 +191,7 @@ def sample(
 
 
 def outcome_mask(indices: jax.Array, size: int) -> jax.Array:
-    """bool [..., size], True where `indices` [..., k] lists it; one outside 0..size-1 lists none."""
+    """bool [..., size], True where `indices` [..., k] lists the outcome; others list none."""
     empty = jnp.zeros(indices.shape[:-1] + (size,), bool)
     indices = jnp.where(numerics.is_outcome(indices, size), indices, size)
     return jnp.put_along_axis(empty, indices, True, axis=-1, inplace=False, mode='drop')

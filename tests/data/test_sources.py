@@ -301,7 +301,9 @@ def test_data_set_without_fixed_shape_images_is_refused():
 
 
 @pytest.mark.parametrize('name', ['digits', 'rings', 'mnist1d'])
-@pytest.mark.parametrize('split', ['validation', 'train[', 'train[:ten]', 'train[:101%]', 'all[:3]', ''])
+@pytest.mark.parametrize(
+    'split', ['validation', 'train[', 'train[:ten]', 'train[:101%]', 'all[:3]', '']
+)
 def test_wrong_split_is_told_the_splits_there_are(data_dir, name, split):
     text = message(catalogue.load, name, split, data_dir=data_dir)
     assert f'data set {name!r} has no split {split!r}' in text

@@ -182,9 +182,13 @@ def test_where_over_positions_gives_zero_value_and_gradient_whatever_is_there(f)
         ),
         (
             lambda: classification.soft_and_hard(
-                STUDENT, TEACHER, LABELS, temperature=1.0, hard_weight=0.5,
+                STUDENT,
+                TEACHER,
+                LABELS,
+                temperature=1.0,
+                hard_weight=0.5,
                 divergence=lambda s, t, **_: (s - t) ** 2,
-            ),  # fmt: skip
+            ),
             ValueError,
             r'<lambda> returned shape \(5, 6\) for logits \(5, 6\); .* per position, \(5,\)',
         ),
