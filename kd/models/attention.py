@@ -1,4 +1,6 @@
-"""Attention in plain jnp, differentiable in forward mode and in any precision."""
+"""Attention in plain jnp, differentiable in forward mode and in any precision, or fused."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +8,101 @@ import jax.numpy as jnp
 __all__ = ['attend']
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v, [B, N, heads, d] each -> [B, N, heads, d].
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    fused: bool = False,
+    edit: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v over the keys that each query sees.
 
     Logits and softmax in float32, or float64 for float64 input. Fused kernels have no forward-mode
     derivative, which flow-map losses need, and `jax.nn.dot_product_attention` rounds the logits of
     float64 input to float32, which hides errors from finite differences.
+
+    Args:
+      query: [B, N, H, d].
+      key: [B, M, K, d]; each of the K heads serves H / K consecutive ones of the queries
+        (grouped heads, arXiv:2305.13245).
+      value: [B, M, K, e].
+      mask: bool, of four dimensions that broadcast to [B, H, N, M]; True where a query sees a key.
+        A query that sees none gets zeros.
+      fused: lets a kernel that never holds the maps take over where there is one: cuDNN's, on GPUs,
+        for float16 and bfloat16. Elsewhere nothing changes.
+      edit: a change of the maps, [B, H, N, M] -> the same, after softmax and mask, before values.
+
+    Returns:
+      [B, N, H, e], in the type of the values.
+
+    Raises:
+      ValueError: heads that do not divide, a mask of another kind, an edit of fused attention,
+        which has no maps.
     """
+    heads, groups = query.shape[2], key.shape[2]
+    if heads % groups or value.shape[2] != groups:
+        raise ValueError(
+            f'attend: {heads} heads of queries over {groups} of keys and {value.shape[2]} of values;'
+            ' the last two must be one number, which divides the first.'
+        )
+    if mask is not None and (mask.dtype != jnp.bool_ or mask.ndim != 4):
+        raise ValueError(
+            f'attend: the mask is {mask.dtype}{list(mask.shape)}, expected bool that broadcasts to '
+            '[B, H, N, M], such as [B, 1, 1, M].'
+        )
+    if fused and edit is not None:
+        raise ValueError('attend: fused attention holds no maps that could be edited.')
+    kernel = _kernel(query) if fused else None
+    if kernel is not None:
+        return _fused(query, key, value, mask, kernel)
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
-    weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
-    return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+    logits = _logits(query, key, wide) * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0.0)
+    if edit is not None:
+        weights = edit(weights)
+    return _sum(weights.astype(value.dtype), value)
+
+
+def _logits(query: jax.Array, key: jax.Array, wide: jnp.dtype) -> jax.Array:
+    """Products [B, H, N, M] of queries [B, N, H, d] and keys [B, M, K, d]."""
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    if groups == heads:
+        return jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
+    query = query.reshape(batch, length, groups, -1, size)
+    logits = jnp.einsum('bqgrd,bkgd->bgrqk', query, key, preferred_element_type=wide)
+    return logits.reshape(batch, heads, length, -1)
+
+
+def _sum(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Values [B, M, K, e] summed by weights [B, H, N, M]: [B, N, H, e]."""
+    batch, heads, length, keys = weights.shape
+    groups, size = value.shape[2:]
+    if groups == heads:
+        return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+    weights = weights.reshape(batch, groups, -1, length, keys)
+    out = jnp.einsum('bgrqk,bkgd->bqgrd', weights, value)
+    return out.reshape(batch, length, heads, size)
+
+
+def _kernel(query: jax.Array) -> str | None:
+    """The fused implementation of `jax.nn.dot_product_attention` for such queries, if any."""
+    narrow = query.dtype in (jnp.float16, jnp.bfloat16)
+    return 'cudnn' if narrow and jax.default_backend() == 'gpu' else None
+
+
+def _fused(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, kernel: str
+) -> jax.Array:
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kernel)
+    if mask is not None:
+        out = jnp.where(mask.any(-1).swapaxes(1, 2)[..., None], out, 0)
+    return out
