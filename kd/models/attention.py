@@ -1,6 +1,7 @@
 """Attention in plain jnp, differentiable in forward mode and in any precision, or fused."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ def attend(
     heads, groups = query.shape[2], key.shape[2]
     if heads % groups or value.shape[2] != groups:
         raise ValueError(
-            f'attend: {heads} heads of queries over {groups} of keys and {value.shape[2]} of values;'
-            ' the last two must be one number, which divides the first.'
+            f'attend: {heads} heads of queries over {groups} of keys and {value.shape[2]} of '
+            'values; the last two must be one number, which divides the first.'
         )
     if mask is not None and (mask.dtype != jnp.bool_ or mask.ndim != 4):
         raise ValueError(
@@ -91,14 +92,18 @@ def _sum(weights: jax.Array, value: jax.Array) -> jax.Array:
     return out.reshape(batch, length, heads, size)
 
 
-def _kernel(query: jax.Array) -> str | None:
+def _kernel(query: jax.Array) -> Literal['cudnn'] | None:
     """The fused implementation of `jax.nn.dot_product_attention` for such queries, if any."""
     narrow = query.dtype in (jnp.float16, jnp.bfloat16)
     return 'cudnn' if narrow and jax.default_backend() == 'gpu' else None
 
 
 def _fused(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, kernel: str
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    kernel: Literal['cudnn'],
 ) -> jax.Array:
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))

@@ -88,11 +88,8 @@ def test_queries_that_see_nothing_have_finite_derivatives_in_both_modes():
         assert all(bool(jnp.isfinite(g).all()) for g in gradients)
         np.testing.assert_array_equal(gradients[0][0, 0], 0.0)
     h = 1e-2
-    ends = [
-        by_hand(*(np.float64(x) + s * h * np.float64(d) for x, d in zip(arrays, moved, strict=True)),
-                mask)
-        for s in (-2, -1, 1, 2)
-    ]  # fmt: skip
+    pairs = [(np.float64(x), np.float64(d)) for x, d in zip(arrays, moved, strict=True)]
+    ends = [by_hand(*(x + step * h * d for x, d in pairs), mask) for step in (-2, -1, 1, 2)]
     # The central difference of fourth order.
     difference = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * h)
     np.testing.assert_allclose(slope, difference, atol=2e-5)
