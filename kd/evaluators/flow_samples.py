@@ -49,7 +49,8 @@ def flow_samples(
 
     Metrics, each with the number of steps at its end, `sliced_wasserstein_4`:
       sliced_wasserstein: between samples and at most as many examples;
-      kl: for points in the plane, KL(data || samples) on a histogram, in nats;
+      kl: for points in the plane, KL(data || samples) on a histogram, in nats; `kl_floor` is that
+        of a perfect sampler, as many examples of the training split (its last);
       off_support: share of points outside `support`;
       frechet_CLASSIFIER: for a `classifier`, Frechet distance in its features; not FID;
       fid: for `inception`, Frechet distance in the features of Inception-v3. The paper's figures
@@ -87,8 +88,9 @@ def flow_samples(
     advance = jax.jit(_advance(network, sampler, guidance))
     inside = config_lib.resolve(support) if support else None
     judges = _judges(context, classifier, feature, inception)
-    # Of the features of the split, which no step changes: computed at the first evaluation.
+    # Of the split, which no step changes: computed at the first evaluation.
     moments: dict[str, distribution.Moments] = {}
+    floor: dict[str, float | Figure] = {}
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
         real, labels = _examples(batches, samples, state, judges, moments)
@@ -104,6 +106,9 @@ def flow_samples(
                     found = judge(state, generated)
                     values |= generation.frechet_metric(name, moments[name], found)
             scalars |= {f'{name}_{n}': value for name, value in values.items()}
+        if not floor:
+            floor.update(_floor(context, real, samples))
+        scalars |= floor
         page = _page(context, by_steps, real)
         return scalars | ({'samples': page} if page is not None else {})
 
@@ -275,6 +280,17 @@ def _compare(real: np.ndarray, generated: np.ndarray, inside) -> dict[str, float
     if inside is not None:
         values['off_support'] = distribution.off_support(generated, inside)
     return values
+
+
+def _floor(context: Context, real: np.ndarray, samples: int) -> dict[str, float]:
+    """What a perfect sampler scores; nothing where that is 0 or the training split is too small."""
+    if real.shape[1:] != (2,):
+        return {}
+    train = context.source('train')
+    if len(train) < samples:
+        return {}
+    fresh = train.fetch(np.arange(len(train) - samples, len(train)))['input']
+    return {'kl_floor': distribution.histogram_kl(real, fresh)}
 
 
 def _page(context: Context, by_steps: Mapping[int, np.ndarray], real: np.ndarray) -> Figure | None:

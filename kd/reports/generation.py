@@ -18,6 +18,8 @@ from kd.io import checkpoints
 # {metric: {steps: value}}
 ByStep = dict[str, dict[int, float]]
 _NUMBERED = re.compile(r'(?P<metric>\w+)_(?P<steps>\d+)')
+# The row of what a perfect sampler scores, where an evaluator says so by METRIC_floor.
+_PERFECT, _FLOOR = 'a perfect sampler', '_floor'
 _UNITS = {'kl': 'KL(data || samples), nats', 'off_support': 'share of samples off the support'}
 
 
@@ -43,13 +45,17 @@ def generation(
       Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
     """
     tables, others, results, pages = {}, {}, {}, []
+    perfect: ByStep = {}
     for title, stage in rows:
         done = checkpoints.read_done(workdir / stage) or {'metrics': {}, 'step': 0}
         results[title] = done['metrics']
-        tables[title], others[title] = _split(done['metrics'], samples)
+        tables[title], others[title], floors = _split(done['metrics'], samples)
+        perfect |= floors
         # Evaluators draw at the end of a stage, whichever step counts as its result.
         for file in sorted((workdir / stage / 'figures').glob(f'*_{config[stage].steps}.png')):
             pages.append((f'{title}: {file.stem.rpartition("_")[0]}', file.relative_to(workdir)))
+    if perfect:
+        tables[_PERFECT] = perfect
     folder = workdir / 'figures'
     folder.mkdir(exist_ok=True)
     page = metrics_by_steps(tables)
@@ -73,7 +79,10 @@ def metrics_by_steps(tables: Mapping[str, ByStep]) -> Figure | None:
         for colour, (title, table) in zip(figures.COLOURS, tables.items(), strict=False):
             if metric in table:
                 steps, values = zip(*sorted(table[metric].items()), strict=True)
-                axis.plot(steps, values, color=colour, marker='o', label=title)
+                style = dict(color=colour, marker='o')
+                if title == _PERFECT:
+                    style = dict(color='black', linestyle='--')
+                axis.plot(steps, values, label=title, **style)
         axis.set(xscale='log', xlabel='sampling steps', title=_UNITS.get(metric, metric))
         axis.set_ylim(bottom=0.0)
         ticks = sorted({n for table in tables.values() for n in table.get(metric, {})})
@@ -85,18 +94,23 @@ def metrics_by_steps(tables: Mapping[str, ByStep]) -> Figure | None:
     return figure
 
 
-def _split(metrics: Mapping[str, float], samples: str) -> tuple[ByStep, dict[str, float]]:
-    """Metrics of the samples by steps, and those of all other evaluators."""
+def _split(
+    metrics: Mapping[str, float], samples: str
+) -> tuple[ByStep, dict[str, float], ByStep]:
+    """Metrics of the samples by steps, those of all other evaluators, and a perfect sampler's."""
     table: ByStep = {}
-    others = {}
+    others, floors = {}, {}
     for name, value in metrics.items():
         evaluator, _, metric = name.partition('/')
         match = _NUMBERED.fullmatch(metric)
         if evaluator == samples and match:
             table.setdefault(match['metric'], {})[int(match['steps'])] = value
+        elif evaluator == samples and metric.endswith(_FLOOR):
+            floors[metric.removesuffix(_FLOOR)] = value
         elif evaluator not in ('train', 'time'):
             others[name] = value
-    return table, others
+    perfect = {metric: dict.fromkeys(table[metric], value) for metric, value in floors.items()}
+    return table, others, perfect
 
 
 def _markdown(

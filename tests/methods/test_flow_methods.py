@@ -418,6 +418,8 @@ def _stage():
 
 def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
     made, state, net = stage
+    train = catalogue.load('checkerboard', 'train')
+    made = dataclasses.replace(made, source=lambda split: train)
     batches = [{**batch, 'mask': jnp.arange(BATCH) < 10}]
     options = dict(steps=(1, 3), samples=40, batch=16)
     drawn = {}
@@ -432,6 +434,9 @@ def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
     found = drawn['slow', 'flow_map']
     assert found['sliced_wasserstein_1'] == pytest.approx(expected, rel=1e-5)
     assert found['samples'].axes
+    # As many points of the data itself are a perfect sampler.
+    fresh = train.fetch(np.arange(len(train) - 40, len(train)))['input']
+    assert found['kl_floor'] == flow_samples.distribution.histogram_kl(real, fresh) > 0.1
     # The final parameters are the initial ones: zero velocity, the noise itself.
     still = flow_samples.distribution.sliced_wasserstein(real, np.asarray(noise))
     assert drawn['final', 'flow_map']['sliced_wasserstein_3'] == pytest.approx(still, rel=1e-5)
@@ -541,6 +546,10 @@ def test_recipe_distils_the_average_of_its_first_stage_and_reports_by_steps(tmp_
         assert f'| {title} | {values[0]:.4f} | {values[1]:.4f} |' in text
         # 500 points of almost pure noise are nowhere near the board.
         assert min(values) > 0.5
+    floor = results['flow, Euler']['samples/kl_floor']
+    # With 500 points even a perfect sampler is far off.
+    assert 0.5 < floor < min(values)
+    assert f'| a perfect sampler | {floor:.4f} | {floor:.4f} |' in text
     assert (tmp_path / 'run/map/figures/samples_samples_4.png').stat().st_size > 5_000
     assert 'map/figures/samples_samples_4.png' in text
 
