@@ -22,10 +22,9 @@ guidance.
 | 24,000 steps, `--config.map.steps=24000` | .250 | .187 | .135 | .114 | .084 |
 | a perfect sampler | .058 | .058 | .058 | .058 | .058 |
 
-KL is that of histograms of 20,000 points and 60,000 samples, which is above zero for fresh points of
-the board too: reports have this floor beside every value. The paper's KL, .086 to .071, is by
-another estimator and not to be expected here. Ours at scale `paper`: 100,000 points instead of 10
-million.
+KL is that of histograms of 20,000 points and 60,000 samples, above zero for fresh points of the
+board too: reports have this floor beside every value. The paper's KL, .086 to .071, is by another
+estimator and not to be expected here. Ours at scale `paper`: 100,000 points instead of 10 million.
 """
 
 from kd.methods.flow import recipes

@@ -94,9 +94,7 @@ def metrics_by_steps(tables: Mapping[str, ByStep]) -> Figure | None:
     return figure
 
 
-def _split(
-    metrics: Mapping[str, float], samples: str
-) -> tuple[ByStep, dict[str, float], ByStep]:
+def _split(metrics: Mapping[str, float], samples: str) -> tuple[ByStep, dict[str, float], ByStep]:
     """Metrics of the samples by steps, those of all other evaluators, and a perfect sampler's."""
     table: ByStep = {}
     others, floors = {}, {}
