@@ -35,6 +35,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     'test': [
+        'import-linter>=2.5',
         'mnist1d>=0.0.2.post1',
         'mypy>=2.4',
         'pytest>=9.0',

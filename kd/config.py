@@ -1,16 +1,21 @@
 """Configs: what a recipe and a stage may say, and objects built from them by import path.
 
-A config file returns `recipe(...)` with one `stage(...)` per name in `stages`. Both functions list
-every key there is, with its default; a key they do not know is an error. A block with a `name`,
+A config file returns `recipe(...)` with one `stage(...)` per name in `stages`: an
+`ml_collections.ConfigDict` with every field of `Recipe` and `StageConfig`, which the command line
+may change. `parse` turns it into these frozen values once, when a run begins, and says what is
+wrong with it. A block with a `name`,
 
     {'name': 'kd.models.mlp.MLP', 'widths': (64, 64)}
 
-names a callable by its import path and gives its keyword arguments; `build` calls it. Your own
-code is named the same way: anything importable from where you start the run will do.
+names a callable by its import path and gives its keyword arguments; `build` calls it. Methods,
+evaluators, writers, sources and reports are called as `name(context, **arguments)`, each with the
+context of its kind. Your own code is named the same way: anything importable from where you start
+the run will do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -29,79 +34,16 @@ RUNTIME_FIELDS = (
     'report',
 )
 
-
-def recipe(
-    *,
-    stages: Iterable[str],
-    data: Mapping[str, Any],
-    report: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    data_dir: str = '',
-    on_nonfinite: str = 'stop',
-    mesh: Mapping[str, int] | None = None,
-    sharding: Iterable[tuple] = (),
-    frozen_sharding: Iterable[tuple] = (),
-    profile: Mapping[str, Any] | None = None,
-) -> ConfigDict:
-    """An experiment: stages in order, on one data set.
-
-    Args:
-      stages: names of the stages, run in this order; each is a block of the same name.
-      data: `name` of the data set and its `train`, `validation` and `test` splits; a stage may
-        bring its own.
-      report: block of the function that writes the report at the end; None for no report.
-      seed: seed of everything: initialisation, data order, augmentation, dropout.
-      data_dir: tfds data directory; '' means TFDS_DATA_DIR or ~/tensorflow_datasets.
-      on_nonfinite: 'stop' ends the run before a non-finite update; 'skip' leaves the update out
-        and counts it.
-      mesh: devices along the axes data, fsdp and tensor; -1 means all that are left.
-      sharding: (regular expression, spec) pairs, the first that matches a leaf of the trained
-        state decides; a spec is a tuple of mesh axes as in PartitionSpec, or 'fsdp' to shard the
-        largest dimension that divides. Leaves without a match are replicated.
-      frozen_sharding: the same for teachers and references.
-      profile: `start` and `steps` of a window in which a profiler trace is written (steps 0: none).
-    """
-    return ConfigDict(
-        {
-            'stages': tuple(stages),
-            'data': dict(data),
-            'report': dict(report or {}),
-            'seed': seed,
-            'data_dir': data_dir,
-            'on_nonfinite': on_nonfinite,
-            'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1} | dict(mesh or {}),
-            'sharding': tuple(sharding),
-            'frozen_sharding': tuple(frozen_sharding),
-            'profile': {'start': 10, 'steps': 0} | dict(profile or {}),
-        }
-    )
+# A mapping with a `name` and arguments, or {} where there is none.
+Block = Mapping[str, Any]
 
 
-def stage(
-    *,
-    method: Mapping[str, Any],
-    steps: int,
-    batch_size: int,
-    network: Mapping[str, Any] | None = None,
-    optimizer: Mapping[str, Any] | None = None,
-    teacher: str = '',
-    teacher_weights: str = 'final',
-    references: Mapping[str, str] | None = None,
-    writers: Mapping[str, Mapping[str, Any]] | None = None,
-    evaluators: Mapping[str, Mapping[str, Any]] | None = None,
-    ema: Mapping[str, float] | None = None,
-    data: Mapping[str, Any] | None = None,
-    log_every: int = 100,
-    eval_every: int = 0,
-    checkpoint_every: int = 1000,
-    keep: int = 2,
-    best: str = '',
-    final: str = 'last',
-) -> ConfigDict:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
     """One method run on one data source until done.
 
-    Args:
-      method: block of the method's builder, called as `name(context, **arguments)`.
+    Attributes:
+      method: block of the method's builder.
       steps: training steps.
       batch_size: global batch size, over all devices and hosts.
       network: block of the linen module that is trained.
@@ -119,28 +61,99 @@ def stage(
         is better; '' for none.
       final: 'last' or 'best', the checkpoint that counts as the stage's result.
     """
-    return ConfigDict(
-        {
-            'method': dict(method),
-            'network': dict(network or {}),
-            'optimizer': dict(optimizer or {}),
-            'teacher': teacher,
-            'teacher_weights': teacher_weights,
-            'references': dict(references or {}),
-            'writers': {name: dict(block) for name, block in (writers or {}).items()},
-            'evaluators': {name: dict(block) for name, block in (evaluators or {}).items()},
-            'ema': dict(ema or {}),
-            'data': dict(data or {}),
-            'steps': steps,
-            'batch_size': batch_size,
-            'log_every': log_every,
-            'eval_every': eval_every,
-            'checkpoint_every': checkpoint_every,
-            'keep': keep,
-            'best': best,
-            'final': final,
-        }
+
+    method: Block
+    steps: int
+    batch_size: int
+    network: Block = dataclasses.field(default_factory=dict)
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: str = ''
+    teacher_weights: str = 'final'
+    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    writers: Mapping[str, Block] = dataclasses.field(default_factory=dict)
+    evaluators: Mapping[str, Block] = dataclasses.field(default_factory=dict)
+    ema: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log_every: int = 100
+    eval_every: int = 0
+    checkpoint_every: int = 1000
+    keep: int = 2
+    best: str = ''
+    final: str = 'last'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An experiment: stages in order, on one data set.
+
+    Attributes:
+      stages: by name, in the order in which they run.
+      data: `name` of the data set and its `train`, `validation` and `test` splits, or a `source`
+        and its splits; a stage may bring its own.
+      report: block of the function that writes the report at the end; {} for no report.
+      seed: seed of everything: initialisation, data order, augmentation, dropout.
+      data_dir: tfds data directory; '' means TFDS_DATA_DIR or ~/tensorflow_datasets.
+      on_nonfinite: 'stop' ends the run before a non-finite update; 'skip' leaves the update out
+        and counts it.
+      mesh: devices along the axes data, fsdp and tensor; -1 means all that are left.
+      sharding: (regular expression, spec) pairs, the first that matches a leaf of the trained
+        state decides; a spec is a tuple of mesh axes as in PartitionSpec, or 'fsdp' to shard the
+        largest dimension that divides. Leaves without a match are replicated.
+      frozen_sharding: the same for teachers and references.
+      profile: `start` and `steps` of a window in which a profiler trace is written (steps 0: none).
+    """
+
+    stages: Mapping[str, StageConfig]
+    data: Mapping[str, Any]
+    report: Block = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    data_dir: str = ''
+    on_nonfinite: str = 'stop'
+    mesh: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {'data': -1, 'fsdp': 1, 'tensor': 1}
     )
+    sharding: tuple[tuple, ...] = ()
+    frozen_sharding: tuple[tuple, ...] = ()
+    profile: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {'start': 10, 'steps': 0}
+    )
+
+    def locate(self, reference: str, workdir: Path | None) -> Path:
+        """Directory of a stage, by its name in this recipe or its path in another run."""
+        return (workdir or Path()) / reference if reference in self.stages else Path(reference)
+
+    def plain(self) -> dict[str, Any]:
+        """The config that `parse` turns into this recipe, in plain dicts and tuples."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        blocks = {name: dataclasses.asdict(stage) for name, stage in self.stages.items()}
+        return {**fields, 'stages': tuple(self.stages), **blocks}
+
+
+def recipe(*, stages: Iterable[str], data: Mapping[str, Any], **fields: Any) -> ConfigDict:
+    """The config of an experiment, to which a config file adds a `stage` of each name.
+
+    Args:
+      stages: names of the stages, run in this order; each is a block of the same name.
+      data: see `Recipe`.
+      **fields: the other fields of `Recipe`; of `mesh` and `profile` only what differs from the
+        defaults. None leaves a field at its default.
+    """
+    default = Recipe(stages={}, data={})
+    given = _given(fields)
+    for name in ('mesh', 'profile'):
+        given[name] = getattr(default, name) | dict(given.get(name, {}))
+    made = Recipe(stages={}, data=to_plain(data), **given)
+    return ConfigDict({**made.plain(), 'stages': tuple(stages)})
+
+
+def stage(**fields: Any) -> ConfigDict:
+    """The config of a stage: fields of `StageConfig`; None leaves one at its default."""
+    return ConfigDict(dataclasses.asdict(StageConfig(**_given(fields))))
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    required = ('method', 'steps', 'batch_size')
+    return to_plain({k: v for k, v in fields.items() if v is not None or k in required})
 
 
 def load(path: str) -> ConfigDict:
@@ -181,41 +194,54 @@ def variant(argument: str, known: Mapping[str, Any]) -> Any:
     return known[argument]
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises `UserError` where a recipe or its stages have missing, unknown or impossible keys."""
-    known = set(recipe(stages=(), data={}))
-    missing = known - set(config)
-    if missing:
+def parse(config: ConfigDict | Mapping[str, Any]) -> Recipe:
+    """The recipe of a config, all of it checked that can be without building anything.
+
+    Raises:
+      UserError: missing, unknown or impossible keys.
+    """
+    plain = to_plain(config)
+    known = _names(Recipe)
+    if missing := known - set(plain):
         raise UserError(f'The config lacks {_list(missing)}; build it with kd.config.recipe.')
-    if not config.stages:
+    names = plain.pop('stages')
+    if not names:
         raise UserError('The config names no stages.')
-    if config.on_nonfinite not in ('stop', 'skip'):
-        raise UserError(f"on_nonfinite must be 'stop' or 'skip', got '{config.on_nonfinite}'.")
-    if set(config.profile) != {'start', 'steps'}:
-        raise UserError(f"profile has the keys 'start' and 'steps', not {_list(config.profile)}.")
-    for name in config:
-        if name not in known and name not in config.stages:
+    stages = {}
+    for name in names:
+        if name in known:
+            raise UserError(f"A stage cannot be called '{name}', which is a field of the recipe.")
+        if name not in plain:
+            raise UserError(f"stages names '{name}' but the config has no block of that name.")
+        stages[name] = _stage(name, plain.pop(name))
+    for name in plain:
+        if name not in known:
             raise UserError(
                 f"The config has an unknown key '{name}'.{did_you_mean(name, known)} "
-                f'A block for a stage must be named in stages={tuple(config.stages)}.'
+                f'A block for a stage must be named in stages={names}.'
             )
-    stage_keys = set(stage(method={}, steps=0, batch_size=0))
-    for name in config.stages:
-        if name not in config:
-            raise UserError(f"stages names '{name}' but the config has no block of that name.")
-        for key in config[name]:
-            if key not in stage_keys:
-                raise UserError(f"Unknown key '{name}.{key}'.{did_you_mean(key, stage_keys)}")
-        if stage_keys - set(config[name]):
-            raise UserError(f'{name} lacks {_list(stage_keys - set(config[name]))}.')
-        _validate_stage(config, name)
+    made = Recipe(stages=stages, **plain)
+    if made.on_nonfinite not in ('stop', 'skip'):
+        raise UserError(f"on_nonfinite must be 'stop' or 'skip', got '{made.on_nonfinite}'.")
+    if set(made.profile) != {'start', 'steps'}:
+        raise UserError(f"profile has the keys 'start' and 'steps', not {_list(made.profile)}.")
+    for name in stages:
+        _check_references(made, name)
+    return made
 
 
-def _validate_stage(config: ConfigDict, name: str) -> None:
-    stage = config[name]
+def _stage(name: str, plain: Mapping[str, Any]) -> StageConfig:
+    known = _names(StageConfig)
+    for key in plain:
+        if key not in known:
+            raise UserError(f"Unknown key '{name}.{key}'.{did_you_mean(key, known)}")
+    if known - set(plain):
+        raise UserError(f'{name} lacks {_list(known - set(plain))}.')
+    stage = StageConfig(**plain)
     for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
-        if not isinstance(stage[key], int) or stage[key] <= 0:
-            raise UserError(f'{name}.{key} must be a positive integer, got {stage[key]!r}.')
+        value = getattr(stage, key)
+        if not isinstance(value, int) or value <= 0:
+            raise UserError(f'{name}.{key} must be a positive integer, got {value!r}.')
     if not isinstance(stage.eval_every, int) or stage.eval_every < 0:
         raise UserError(f'{name}.eval_every must be an integer from 0, got {stage.eval_every!r}.')
     if stage.final not in ('last', 'best'):
@@ -229,21 +255,29 @@ def _validate_stage(config: ConfigDict, name: str) -> None:
             f"{name}.best='{stage.best}' names no evaluator of the stage."
             f'{did_you_mean(evaluator, stage.evaluators)} It has: {_list(stage.evaluators)}.'
         )
+    return stage
+
+
+def _check_references(recipe: Recipe, name: str) -> None:
+    stage, names = recipe.stages[name], tuple(recipe.stages)
     for key in stage.data if 'source' not in stage.data else ():
-        if key not in config.data:
+        if key not in recipe.data:
             raise UserError(
                 f"{name}.data changes '{key}', which config.data does not have."
-                f'{did_you_mean(key, config.data)}'
+                f'{did_you_mean(key, recipe.data)}'
             )
-    earlier = config.stages[: config.stages.index(name)]
+    earlier = names[: names.index(name)]
     named = {'teacher': stage.teacher}
     named |= {f'references.{label}': reference for label, reference in stage.references.items()}
     for field, reference in named.items():
-        if reference in config.stages and reference not in earlier:
+        if reference in names and reference not in earlier:
             raise UserError(
-                f"{name}.{field}='{reference}' must come before '{name}' in "
-                f'stages={tuple(config.stages)}.'
+                f"{name}.{field}='{reference}' must come before '{name}' in stages={names}."
             )
+
+
+def _names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def resolve(path: str) -> Any:
@@ -268,12 +302,12 @@ def build(block: Mapping[str, Any], *args: Any, where: str, **extra: Any) -> Any
     """Calls the callable that a block names with the block's other entries as keywords.
 
     Args:
-      block: mapping with 'name' and keyword arguments.
+      block: mapping with 'name' and keyword arguments, in plain values.
       *args: positional arguments that come before.
       where: place in the config, for messages.
       **extra: keyword arguments that the block must not set.
     """
-    arguments = to_plain(block)
+    arguments = dict(block)
     if 'name' not in arguments:
         raise UserError(f"{where} has no 'name'; it must be an import path.")
     function = resolve(arguments.pop('name'))

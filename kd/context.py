@@ -1,4 +1,4 @@
-"""What builders of methods and evaluators get to work with."""
+"""What builders of methods, evaluators, writers and reports get to work with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from kd.config import ConfigDict
+from kd.config import Recipe, StageConfig
 from kd.data import sources
+from kd.data.context import source_loader
 from kd.errors import UserError
 from kd.network import Network
 from kd.state import State
@@ -34,7 +36,8 @@ class Context:
       locate: directory of a stage of this recipe, or of another run, by its name or path; None
         while a recipe is only checked.
       references: further frozen networks by name; variables in `state.frozen[name]`.
-      config: the whole recipe, read-only.
+      config: what the recipe says of the stage.
+      recipe: the whole of it.
       optional_network, optional_teacher, optional_tx: None where the stage has none; a builder
         that needs them asks for `network`, `teacher`, `tx`.
     """
@@ -50,7 +53,8 @@ class Context:
     recipe_source: Callable[[str], sources.Source]
     locate: Callable[[str], Path] | None
     references: dict[str, Network]
-    config: ConfigDict
+    config: StageConfig
+    recipe: Recipe
     optional_network: Network | None
     optional_teacher: Network | None
     optional_tx: optax.GradientTransformation | None
@@ -74,6 +78,25 @@ class Context:
         if value is None:
             raise UserError(f'this needs {self.stage}.{what}, which is not set.')
         return value
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportContext:
+    """A finished run, seen by the function that reports on it.
+
+    Attributes:
+      recipe: what was run.
+      workdir: of the run; its stages lie in folders of their names.
+      mesh: devices to evaluate on.
+    """
+
+    recipe: Recipe
+    workdir: Path
+    mesh: Mesh
+
+    def source(self, split: str) -> sources.Source:
+        """A split of the recipe's own data."""
+        return source_loader(self.recipe.data, self.recipe, self.workdir)(split)
 
 
 class Evaluator(NamedTuple):

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from kd.evaluators.calibration import Bins, expected_calibration_error
-
 # Distinguishable without colour vision (Okabe and Ito).
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
@@ -43,15 +41,20 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
     return figure
 
 
-def reliability(rows: Mapping[str, Bins]) -> Figure:
-    """Accuracy over confidence, one panel per network, with the share of examples per bin."""
+def reliability(rows: Mapping[str, tuple[np.ndarray, np.ndarray, float]]) -> Figure:
+    """Accuracy over confidence, one panel per network, with the share of examples per bin.
+
+    Args:
+      rows: {title: (examples [bins], correct ones [bins], expected calibration error)}, for bins of
+        equal width on [0, 1].
+    """
     figure = new_figure(3.1 * len(rows), 3.4)
     axes = np.atleast_1d(figure.subplots(1, len(rows), sharey=True))
-    for axis, (title, bins) in zip(axes, rows.items(), strict=True):
-        count = np.asarray(bins.examples)
+    for axis, (title, (examples, correct, ece)) in zip(axes, rows.items(), strict=True):
+        count = np.asarray(examples)
         width = 1.0 / len(count)
         centres = (np.arange(len(count)) + 0.5) * width
-        accuracy = np.asarray(bins.correct) / np.maximum(count, 1)
+        accuracy = np.asarray(correct) / np.maximum(count, 1)
         shown = count > 0
         axis.plot([0, 1], [0, 1], color='black', linewidth=0.8, linestyle='--')
         axis.bar(
@@ -65,7 +68,6 @@ def reliability(rows: Mapping[str, Bins]) -> Figure:
         axis.step(
             centres, count / count.sum(), where='mid', color=COLOURS[1], label='share of examples'
         )
-        ece = expected_calibration_error(bins)
         axis.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence', title=f'{title}\nECE {ece:.3f}')
     axes[0].set_ylabel('accuracy in the bin')
     handles, labels = axes[0].get_legend_handles_labels()

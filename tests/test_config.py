@@ -47,15 +47,15 @@ def config():
     return config
 
 
-# validate
+# parse
 
 
 def test_a_recipe_and_its_stages_as_built_are_valid(config):
-    kd_config.validate(config)
+    kd_config.parse(config)
     with config.unlocked():
         del config.seed
     with pytest.raises(UserError, match="lacks 'seed'"):
-        kd_config.validate(config)
+        kd_config.parse(config)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_recipe_and_its_stages_as_built_are_valid(config):
 def test_what_is_wrong_with_a_config_is_said(config, change, message):
     change(config)
     with pytest.raises(UserError, match=message):
-        kd_config.validate(config)
+        kd_config.parse(config)
 
 
 @pytest.mark.parametrize('value', [1e3, '100', None])
@@ -104,16 +104,16 @@ def test_steps_of_a_wrong_type_are_refused(value):
     config = kd_config.recipe(stages=('only',), data={})
     config.only = a_stage(steps=value)
     with pytest.raises(UserError, match=r'only\.steps must be a positive integer'):
-        kd_config.validate(config)
+        kd_config.parse(config)
 
 
 def test_a_best_metric_of_an_evaluator_or_of_training_is_accepted(config):
     config.teacher.update(best='validation/accuracy', final='best')
     config.student.update(best='-train/loss')
-    kd_config.validate(config)
+    kd_config.parse(config)
     config.student.update(best='validaton/accuracy')
     with pytest.raises(UserError, match='validaton'):
-        kd_config.validate(config)
+        kd_config.parse(config)
 
 
 def test_defaults_are_filled_in_around_what_is_given():
@@ -224,9 +224,9 @@ def test_a_block_is_called_with_its_arguments():
     assert block.name  # The block is not used up.
 
 
-def test_lists_and_nested_dicts_arrive_as_tuples_and_dicts():
-    block = {'name': f'{__name__}.anything', 'a': [1, [2, 3]], 'b': {'c': [4]}}
-    built = kd_config.build(ml_collections.ConfigDict(block), where='here')
+def test_lists_and_nested_dicts_arrive_as_tuples_and_dicts(config):
+    config.report = {'name': f'{__name__}.anything', 'a': [1, [2, 3]], 'b': {'c': [4]}}
+    built = kd_config.build(kd_config.parse(config).report, where='here')
     assert built == {'a': (1, (2, 3)), 'b': {'c': (4,)}}
     assert type(built['b']) is dict
 

@@ -110,11 +110,11 @@ def test_a_missing_config_file_is_said_in_one_line(tmp_path, capsys):
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_first_difference(tmp_path, capsys):
-    from kd.config import load
+    from kd.config import load, parse
     from kd.io.workdir import Workdir
 
-    config = load(f'{ROOT}/tests/recipes/moons.py')
-    directory = Workdir(tmp_path / 'run', config)
+    recipe = parse(load(f'{ROOT}/tests/recipes/moons.py'))
+    directory = Workdir(tmp_path / 'run', recipe)
     directory.record()
     directory.close()
     assert main([MOONS, f'--workdir={tmp_path}/run', '--config.student.steps=5']) == EXIT_USER

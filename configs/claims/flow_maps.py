@@ -19,8 +19,8 @@ import numpy as np
 from kd import figures
 from kd.claims import seeds
 from kd.claims.claim import Check, Claim
-from kd.config import ConfigDict
 from kd.data.builders import toys
+from kd.data.context import SourceContext
 from kd.data.transforms.standardised import standardised
 from kd.evaluators import distribution
 from kd.evaluators.generation import image_grid
@@ -121,7 +121,7 @@ def run(say, smoke, arms, digits, shown):
 
 def run_digits(say, smoke, runs, arms, shown):
     """The same on whitened digits."""
-    source = standardised('train', ConfigDict(), None, of='digits', kind='zca', eps=0.1)
+    source = standardised(SourceContext('train'), of='digits', kind='zca', eps=0.1)
     data = source.fetch(np.arange(len(source)))
     say('digits, classifier')
     features = classifier_features(data, 20 if smoke else 1000)

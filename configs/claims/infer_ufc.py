@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from kd import figures
 from kd.claims import seeds
 from kd.claims.claim import Check, Claim
+from kd.data.context import SourceContext
 from kd.data.distilled import compensator, coreset
 from kd.data.transforms import pairs, standardised
 from kd.evaluators import compensated_set
@@ -71,10 +71,9 @@ def get_claim(smoke: bool = False) -> Claim:
 
 def run(say, runs, teaching, steps, epochs, arms, widths):
     """Trains teachers, then every set and a student on it, seed by seed."""
-    config = ConfigDict({'data_dir': '', 'seed': 0})
-    source = pairs.digit_pairs('train', config, None)
+    source = pairs.digit_pairs(SourceContext('train'))
     train = standardised.everything(source)
-    test = standardised.everything(pairs.digit_pairs('test', config, None))
+    test = standardised.everything(pairs.digit_pairs(SourceContext('test')))
     shape = jax.ShapeDtypeStruct((1, 8, 16, 1), jnp.float32)
     nets, frozen = {}, {}
     labelled = {name: train[name] for name in ('input', 'label')}
@@ -110,7 +109,6 @@ def builders(source, train, nets, frozen, steps):
         seeds.context(tx=tx, num_classes=100),
         recipe_source=lambda split: source,
         references=nets,
-        config=ConfigDict({'seed': 0}),
         locate=lambda reference: reference,
     )
     method = infer_ufc.infer_ufc(

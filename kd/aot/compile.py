@@ -130,14 +130,12 @@ def compile_stage(
 
     if not -1.0 <= effort <= 1.0:
         raise UserError(f'--effort must lie in [-1, 1], got {effort}.')
-
-    config_lib.validate(config)
-    _check_stage(config, name)
+    recipe = config_lib.parse(config)
+    recipe = dataclasses.replace(recipe, data_dir=catalogue.DESCRIBED)
+    _check_stage(recipe, name)
     devices, chip = topology.devices(target)
-    mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh), devices)
-    config = config.copy_and_resolve_references()
-    config.data_dir = catalogue.DESCRIBED
-    stage = prepare(config, name, mesh)
+    mesh = mesh_lib.make_mesh(recipe.mesh, devices)
+    stage = prepare(recipe, name, mesh)
     arguments = loop.abstract_arguments(stage)
     step: Any = loop.make_train_step(stage)
     traced = step.trace(*arguments)
@@ -175,9 +173,9 @@ def compile_stage(
     )
 
 
-def _check_stage(config: config_lib.ConfigDict, name: str) -> None:
-    if name not in config.stages:
-        raise UserError(f"There is no stage '{name}'; stages: {', '.join(config.stages)}.")
+def _check_stage(recipe: config_lib.Recipe, name: str) -> None:
+    if name not in recipe.stages:
+        raise UserError(f"There is no stage '{name}'; stages: {', '.join(recipe.stages)}.")
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -249,9 +247,9 @@ def from_json(plain: Mapping[str, Any]) -> Report:
 
 def raise_batch(config: config_lib.ConfigDict, name: str, target: str) -> None:
     """Raises a stage's batch to the next multiple of the devices that share it."""
-    _check_stage(config, name)
-    devices = topology.devices(target)[0]
-    mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh), devices)
+    recipe = config_lib.parse(config)
+    _check_stage(recipe, name)
+    mesh = mesh_lib.make_mesh(recipe.mesh, topology.devices(target)[0])
     ways = mesh.shape['data'] * mesh.shape['fsdp']
     config[name].batch_size = -(-config[name].batch_size // ways) * ways
 

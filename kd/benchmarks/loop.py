@@ -35,7 +35,7 @@ TARGETS = {'20 ms': (20.0, 0.95), '2 ms': (2.0, 0.85)}
 BATCH = 64
 
 
-def recipe(width: int, steps: int) -> kd_config.ConfigDict:
+def recipe(width: int, steps: int) -> kd_config.Recipe:
     """Supervised training of a two-layer MLP of a width on the digits."""
     config = kd_config.recipe(
         stages=('student',), data=dict(name='digits', train='train', test='test')
@@ -49,7 +49,7 @@ def recipe(width: int, steps: int) -> kd_config.ConfigDict:
         log_every=100,
         checkpoint_every=10**9,
     )
-    return config
+    return kd_config.parse(config)
 
 
 def bare(stage: Stage, steps: int) -> float:

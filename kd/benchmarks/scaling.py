@@ -285,7 +285,7 @@ def _parameters(config: config_lib.ConfigDict, stage: str) -> int:
     from kd.parallel import mesh
     from kd.training.stage import prepare
 
-    ready = prepare(config, stage, mesh.make_mesh({'data': 1}))
+    ready = prepare(config_lib.parse(config), stage, mesh.make_mesh({'data': 1}))
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(ready.abstract_state().params))
 
 

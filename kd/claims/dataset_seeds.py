@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from kd.claims import seeds as seeds_lib
-from kd.config import ConfigDict
 from kd.context import Context
 from kd.data import catalogue, sources
 from kd.data.distilled import synthetic
@@ -90,7 +89,6 @@ def context(task: Task, **rest: Any) -> Context:
         seeds_lib.context(num_classes=10, **{'network': task.network, **rest}),
         source=lambda split: source,
         recipe_source=lambda split: source,
-        config=ConfigDict({'seed': 0}),
         locate=lambda reference: Path(reference),
     )
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
+from kd.config import Recipe, StageConfig
 from kd.context import Context
 from kd.method import Method
 from kd.network import Network
@@ -129,7 +129,8 @@ def context(
         recipe_source=nothing,
         locate=None,
         references={},
-        config=ConfigDict(),
+        config=StageConfig(method={}, steps=steps, batch_size=batch_size),
+        recipe=Recipe(stages={}, data={}),
         optional_network=network,
         optional_teacher=teacher,
         optional_tx=tx,

@@ -5,6 +5,7 @@ Splits are written as in tfds, whose reader of them is used: `train`, `train[:2.
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -120,6 +121,16 @@ def default_data_dir(data_dir: str | os.PathLike | None = None) -> str:
     """`data_dir`, or TFDS_DATA_DIR, or ~/tensorflow_datasets, with ~ expanded."""
     chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
     return os.path.expanduser(os.fspath(chosen))
+
+
+def fingerprint(source: Source, examples: int = 64) -> str:
+    """A digest of a split: its name, size and types, and some of its examples, evenly spread."""
+    batch = source.fetch(np.unique(np.linspace(0, len(source) - 1, examples).astype(int)))
+    digest = hashlib.sha256(f'{source.name} {source.split} {len(source)}'.encode())
+    for name in sorted(batch):
+        digest.update(f'{name} {batch[name].dtype} {batch[name].shape}'.encode())
+        digest.update(np.ascontiguousarray(batch[name]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def in_memory(arrays: Batch) -> Reader:

@@ -72,7 +72,7 @@ def predictor(context: Context, weights: str = 'final'):
     network = context.network
     if context.num_classes is None:
         raise UserError('this needs data with class labels.')
-    averages = context.config[context.stage].ema
+    averages = context.config.ema
     if weights != 'final' and weights not in averages:
         raise UserError(f"{context.stage}.ema has no '{weights}', only {list(averages)}.")
 

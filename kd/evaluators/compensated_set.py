@@ -20,8 +20,8 @@ from kd.data.transforms import augment, standardised
 from kd.evaluators import synthetic_set
 from kd.losses import divergence
 from kd.network import Network
+from kd.networks import build_network
 from kd.state import State
-from kd.training.stage import build_network
 
 LABELS = ('static', 'dynamic')
 # A set, for training or testing, up to this size lies on the device.

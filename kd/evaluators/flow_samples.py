@@ -178,7 +178,7 @@ def flow_geometry(
 
 def check_weights(context: Context, weights: str) -> None:
     """Refuses the name of an average that the stage does not keep."""
-    averages = context.config[context.stage].ema
+    averages = context.config.ema
     if weights != 'final' and weights not in averages:
         raise UserError(f"{context.stage}.ema has no '{weights}', only {list(averages)}.")
 

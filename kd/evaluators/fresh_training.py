@@ -18,7 +18,7 @@ from kd.data.distilled import synthetic
 from kd.data.transforms import augment, standardised
 from kd.evaluators import synthetic_set
 from kd.network import Network
-from kd.training.stage import build_network
+from kd.networks import build_network
 
 
 def fresh_training(
@@ -49,7 +49,7 @@ def fresh_training(
     """
     block = network
     if block is None and context.optional_network is None:
-        block = context.config[context.stage].data.source.network
+        block = context.config.data['source']['network']
     chosen = (
         context.network
         if block is None

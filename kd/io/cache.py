@@ -29,7 +29,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from kd import config as config_lib
-from kd.data.sources import Source
 from kd.errors import UserError
 from kd.io import checkpoints
 from kd.io.workdir import write_whole
@@ -298,16 +297,6 @@ def tree_fingerprint(tree: Any) -> str:
         for (path, leaf), total in zip(leaves, sums, strict=True)
     ]
     return hashlib.sha256('\n'.join(text).encode()).hexdigest()[:16]
-
-
-def source_fingerprint(source: Source, examples: int = 64) -> str:
-    """A digest of a split: its name, size and types, and some of its examples, evenly spread."""
-    batch = source.fetch(np.unique(np.linspace(0, len(source) - 1, examples).astype(int)))
-    digest = hashlib.sha256(f'{source.name} {source.split} {len(source)}'.encode())
-    for name in sorted(batch):
-        digest.update(f'{name} {batch[name].dtype} {batch[name].shape}'.encode())
-        digest.update(np.ascontiguousarray(batch[name]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def training_fingerprint(directory: Path) -> str:

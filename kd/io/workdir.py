@@ -26,7 +26,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ten
 class Workdir:
     """A run's directory, held by one run at a time; of several processes the first holds it."""
 
-    def __init__(self, path: Path, config: config_lib.ConfigDict) -> None:
+    def __init__(self, path: Path, recipe: config_lib.Recipe) -> None:
         """Creates or opens the directory and takes its lock.
 
         Raises:
@@ -38,7 +38,7 @@ class Workdir:
             self._lock = open(path / '.lock', 'a+')  # noqa: SIM115  held until `close`
         except OSError as error:
             raise UserError(f'Cannot write to workdir {path}: {error.strerror}.') from error
-        self._config = config_lib.to_plain(config)
+        self._config = recipe.plain()
         try:
             if jax.process_index() == 0:
                 self._take_lock()

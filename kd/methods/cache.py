@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kd.context import Context
 from kd.context import Writer as StageWriter
-from kd.data import pipeline
+from kd.data import pipeline, sources
 from kd.data.sources import Source
 from kd.io import cache
 from kd.io.progress import say
@@ -113,7 +113,7 @@ def _writer(
     """A writer whose manifest names the teacher, its training and the data."""
     teacher = context.teacher
     assert context.locate is not None
-    located = context.locate(context.config[context.stage].teacher)
+    located = context.locate(context.config.teacher)
     logits = jax.eval_shape(lambda v, x: teacher.apply(v, x).logits, variables, *teacher.inputs)
     return cache.Writer(
         directory,
@@ -124,7 +124,7 @@ def _writer(
         made_of={
             'teacher': cache.tree_fingerprint(variables),
             'training of the teacher': cache.training_fingerprint(located),
-            'data': cache.source_fingerprint(source),
+            'data': sources.fingerprint(source),
         },
     )
 
@@ -152,7 +152,7 @@ def _rows(
             batch = {'input': batches[number]['input']}
             batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
             # By position, so that a cache that was cut off has the draws of one that was not.
-            key = jax.random.fold_in(jax.random.key(context.config.seed), number)
+            key = jax.random.fold_in(jax.random.key(context.recipe.seed), number)
             found = jax.device_get(compute(variables, batch['input'], key))
             count = min(size, len(source) - number * size)
             for name in writer.record.names or ():

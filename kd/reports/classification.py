@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd import config as config_lib
 from kd import figures
+from kd.config import Recipe
+from kd.context import ReportContext
 from kd.data import pipeline, sources
 from kd.evaluators import agreement, calibration
 from kd.evaluators import classification as metrics
@@ -21,8 +22,8 @@ from kd.io import checkpoints
 from kd.io.workdir import read_metrics
 from kd.losses import divergence
 from kd.network import Network, parameter_count
+from kd.networks import trained_network
 from kd.parallel import mesh as mesh_lib
-from kd.training.stage import source_loader, trained_network
 
 # A page of disagreements shows at most this many images.
 SHOWN = 24
@@ -39,9 +40,7 @@ class Row(NamedTuple):
 
 
 def classification(
-    config: config_lib.ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
+    context: ReportContext,
     *,
     rows: Sequence[tuple[str, str]],
     student: str = 'student',
@@ -52,9 +51,7 @@ def classification(
     """Compares classifiers on a split that no stage has trained or been chosen on.
 
     Args:
-      config: the recipe.
-      workdir: of the run, all stages done.
-      mesh: devices to evaluate on.
+      context: the run.
       rows: (title, stage) in the order of the table.
       student: the stage whose disagreements with the teacher are shown.
       teacher: the stage that agreement and KL refer to.
@@ -64,12 +61,13 @@ def classification(
     Returns:
       Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
     """
-    source = source_loader(config_lib.to_plain(config.data), config, workdir)(split)
+    recipe, workdir, mesh = context.recipe, context.workdir, context.mesh
+    source = context.source(split)
     data = source.fetch(np.arange(len(source)))
     labels = data['label']
     table = []
     for title, stage in rows:
-        trained = trained_network(config, stage, workdir, mesh, source, where='report')
+        trained = trained_network(recipe, stage, workdir, mesh, source, where='report')
         variables = trained.restore()
         logits = _logits(trained.network, variables, source, batch_size, mesh)
         done = checkpoints.read_done(workdir / stage) or {}
@@ -82,8 +80,8 @@ def classification(
     folder.mkdir(exist_ok=True)
     curves = {row.title: read_metrics(workdir / row.stage) for row in table}
     figures.learning_curves(curves).savefig(folder / 'learning_curves.png')
-    bins = {row.title: calibration.confidence_bins(row.logits, labels) for row in table}
-    figures.reliability(bins).savefig(folder / 'reliability.png')
+    rows_of_bins = {row.title: _bins(row, labels) for row in table}
+    figures.reliability(rows_of_bins).savefig(folder / 'reliability.png')
     shown = next((row for row in table if row.stage == student), None)
     pages = [('Learning curves', 'learning_curves.png'), ('Reliability', 'reliability.png')]
     if reference is not None and shown is not None and data['input'].ndim == 4:
@@ -95,7 +93,7 @@ def classification(
             )
     (workdir / 'report.json').write_text(json.dumps(results, indent=1))
     report = workdir / 'report.md'
-    report.write_text(_markdown(config, source, results, pages))
+    report.write_text(_markdown(recipe, source, results, pages))
     return report
 
 
@@ -132,6 +130,12 @@ def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, flo
     return {name: float(value) for name, value in values.items()}
 
 
+def _bins(row: Row, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    bins = calibration.confidence_bins(row.logits, labels)
+    error = calibration.expected_calibration_error(bins)
+    return np.asarray(bins.examples), np.asarray(bins.correct), error
+
+
 def _disagreements(source: sources.Source, data: dict, student: Row, teacher: Row):
     ours, theirs = student.logits.argmax(-1), teacher.logits.argmax(-1)
     where = np.flatnonzero(ours != theirs)
@@ -161,16 +165,16 @@ _COLUMNS = {
 
 
 def _markdown(
-    config: config_lib.ConfigDict,
+    recipe: Recipe,
     source: sources.Source,
     results: Mapping[str, Mapping[str, float]],
     pages: list[tuple[str, str]],
 ) -> str:
     columns = [c for c in _COLUMNS if any(c in row for row in results.values())]
     lines = [
-        f'# {config.data.name}: {", ".join(results)}',
+        f'# {recipe.data["name"]}: {", ".join(results)}',
         '',
-        f'{len(source)} examples of `{source.split}`, seed {config.seed}. '
+        f'{len(source)} examples of `{source.split}`, seed {recipe.seed}. '
         'The command and versions are in `manifest.json`.',
         '',
         '| network | ' + ' | '.join(_COLUMNS[c][0] for c in columns) + ' |',

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from kd import config as config_lib
-from kd.context import Context
+from kd.context import ReportContext
 from kd.data import sources
 from kd.data.distilled import coreset, export, synthetic
 from kd.data.transforms import standardised
@@ -25,14 +23,13 @@ from kd.evaluators.fresh_training import Protocol, page, pixels
 from kd.io import checkpoints
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
+from kd.networks import build_network
 from kd.state import State
-from kd.training.stage import Stage, build_network, prepare
+from kd.training.stage import Stage, prepare
 
 
 def dataset_distillation(
-    config: config_lib.ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
+    context: ReportContext,
     *,
     rows: Sequence[tuple[str, str, str]],
     network: Mapping[str, Any],
@@ -49,9 +46,7 @@ def dataset_distillation(
     validation split, per architecture; architectures other than the first do so for every set.
 
     Args:
-      config: the recipe.
-      workdir: of the run, all stages done.
-      mesh: devices.
+      context: the run.
       rows: (title, stage, average of its images or '') in the order of the table.
       network: block of the architecture of the first table.
       networks: further ones by title.
@@ -69,9 +64,8 @@ def dataset_distillation(
     """
     settings = dict(protocol or {})
     repeats = settings.pop('repeats', 5)
-    made = {title: restore(config, stage, workdir, mesh, average) for title, stage, average in rows}
-    context = prepare(config, rows[0][1], mesh, workdir).context
-    load = context.recipe_source
+    made = {title: restore(context, stage, average) for title, stage, average in rows}
+    load, workdir, seed = context.source, context.workdir, context.recipe.seed
     train = load('train')
     trial = Trial(
         jax.random.split(jax.random.key(1), repeats),
@@ -93,7 +87,7 @@ def dataset_distillation(
     plain = Protocol(built, **{**settings, 'augmentation': ''})
     soft = None
     if full is not None and baseline in made and any(_soft(one) for one in made.values()):
-        soft = _labelled_by_expert(config, context, built, made[baseline])
+        soft = _labelled_by_expert(context, rows[0][1], built, made[baseline])
     scores = _scores(results, made, trial, plain, judge, baseline, full, soft)
     for label, block in (networks or {}).items():
         other = Protocol(_built(block, train), **settings)
@@ -103,7 +97,7 @@ def dataset_distillation(
         results['all real images'] = {first: _summary(full)}
     for title, one in made.items():
         _write(workdir / 'synthetic', workdir / 'figures', title, one, train)
-    text = _markdown(results, scores, made, load(split), repeats, config.seed, baseline)
+    text = _markdown(results, scores, made, load(split), repeats, seed, baseline)
     return _report(workdir, text, accuracy=results, scores=scores)
 
 
@@ -138,9 +132,7 @@ class Trial(NamedTuple):
 
 
 def compensated_set(
-    config: config_lib.ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
+    context: ReportContext,
     *,
     stage: str,
     network: Mapping[str, Any],
@@ -157,7 +149,7 @@ def compensated_set(
     budget of storage holds. Every network takes the same number of steps.
 
     Args:
-      config, workdir, mesh: as of `dataset_distillation`.
+      context: the run.
       stage: of `kd.methods.dataset.infer_ufc`.
       network: block of the network that is trained.
       networks: further ones by title.
@@ -169,17 +161,16 @@ def compensated_set(
     Returns:
       Path of `report.md`; the set lies in `synthetic/` as NPZ and in the format of tfds.
     """
-    prepared = prepare(config, stage, mesh, workdir)
-    context = prepared.context
-    train, judged = (context.recipe_source(name) for name in ('train', split))
-    state = jax.device_get(restore_state(config, stage, workdir, mesh))
-    sets = _beside_real_images(config, prepared, state, train, low, high)
+    prepared = prepare(context.recipe, stage, context.mesh, context.workdir)
+    train, judged, workdir = context.source('train'), context.source(split), context.workdir
+    state = jax.device_get(restore_state(context, stage))
+    sets = _beside_real_images(prepared, state, train, low, high)
     test, keys = standardised.everything(judged), jax.random.split(jax.random.key(1), repeats)
     results: dict[str, dict[str, Any]] = {title: {} for title in sets}
     most = len(sets['compensated']['input'])
     for label, block in {_name(network): network, **(networks or {})}.items():
         training = compensator.SoftTraining(
-            _built(block, train), networks=context.references, **dict(protocol or {})
+            _built(block, train), networks=prepared.context.references, **dict(protocol or {})
         )
         for title, examples in sets.items():
             found = training(keys, examples, test, variables=prepared.frozen, of=most)
@@ -188,12 +179,11 @@ def compensated_set(
     probabilities = np.asarray(jax.nn.softmax(labelled['label']))
     made = synthetic.SyntheticSet(labelled['input'], probabilities, np.float32(np.nan))
     _write(workdir / 'synthetic', workdir / 'figures', 'compensated', made, train)
-    text = _markdown(results, {}, {'compensated': made}, judged, repeats, config.seed, '')
+    text = _markdown(results, {}, {'compensated': made}, judged, repeats, context.recipe.seed, '')
     return _report(workdir, text, accuracy=results)
 
 
 def _beside_real_images(
-    config: config_lib.ConfigDict,
     prepared: Stage,
     state: State,
     train: sources.Source,
@@ -207,9 +197,9 @@ def _beside_real_images(
 
     whole = labelled(compensator.unfolded(state, low, high))
     real = int(np.prod(state.mutables['groups'].shape[:2]))
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(prepared.seed)
     rows = coreset.random_subset(
-        rng, synthetic.labels_of(train), prepared.config.method.images_per_class
+        rng, synthetic.labels_of(train), prepared.config.method['images_per_class']
     )
     return {
         'compensated': whole,
@@ -218,20 +208,19 @@ def _beside_real_images(
     }
 
 
-def restore(
-    config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh, average: str = ''
-) -> synthetic.SyntheticSet:
+def restore(context: ReportContext, name: str, average: str = '') -> synthetic.SyntheticSet:
     """The set that a finished stage has made, on the host.
 
     Raises:
       UserError: the stage is not finished, or its checkpoint cannot be read.
     """
-    return jax.device_get(synthetic.of_state(restore_state(config, name, workdir, mesh), average))
+    return jax.device_get(synthetic.of_state(restore_state(context, name), average))
 
 
-def restore_state(config: config_lib.ConfigDict, name: str, workdir: Path, mesh: Mesh) -> State:
+def restore_state(context: ReportContext, name: str) -> State:
     """Variables of a finished stage's result; its optimiser's state stays abstract."""
-    stage = prepare(config, name, mesh, workdir)
+    workdir = context.workdir
+    stage = prepare(context.recipe, name, context.mesh, workdir)
     abstract = stage.abstract_state()
     done = checkpoints.read_done(workdir / name)
     if done is None:
@@ -247,12 +236,13 @@ def _soft(one: synthetic.SyntheticSet) -> bool:
 
 
 def _labelled_by_expert(
-    config: config_lib.ConfigDict, context: Context, network: Network, one: synthetic.SyntheticSet
+    context: ReportContext, stage: str, network: Network, one: synthetic.SyntheticSet
 ) -> np.ndarray | None:
     """Probabilities [N, classes] of a trained expert for the images of a set, if there is one."""
-    if 'experts' not in config.stages:
+    if 'experts' not in context.recipe.stages:
         return None
-    logits = expert_logits(context, 'experts', network, np.asarray(one.input))
+    prepared = prepare(context.recipe, stage, context.mesh, context.workdir)
+    logits = expert_logits(prepared.context, 'experts', network, np.asarray(one.input))
     return np.asarray(jax.nn.softmax(logits))
 
 

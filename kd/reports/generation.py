@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from kd import config as config_lib
 from kd import figures
+from kd.config import Recipe
+from kd.context import ReportContext
 from kd.io import checkpoints
 
 # {metric: {steps: value}}
@@ -24,9 +24,7 @@ _UNITS = {'kl': 'KL(data || samples), nats', 'off_support': 'share of samples of
 
 
 def generation(
-    config: config_lib.ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
+    context: ReportContext,
     *,
     rows: Sequence[tuple[str, str]],
     samples: str = 'samples',
@@ -34,9 +32,7 @@ def generation(
     """Compares generators by what their stages' evaluators found at the end.
 
     Args:
-      config: the recipe.
-      workdir: of the run, all stages done.
-      mesh: unused; nothing is evaluated again.
+      context: the run; nothing is evaluated again.
       rows: (title, stage) in the order of the tables.
       samples: name of the evaluator whose metrics end in a number of sampling steps, see
         `kd.evaluators.flow_samples.flow_samples`.
@@ -44,6 +40,7 @@ def generation(
     Returns:
       Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
     """
+    recipe, workdir = context.recipe, context.workdir
     tables, others, results, pages = {}, {}, {}, []
     perfect: ByStep = {}
     for title, stage in rows:
@@ -52,7 +49,9 @@ def generation(
         tables[title], others[title], floors = _split(done['metrics'], samples)
         perfect |= floors
         # Evaluators draw at the end of a stage, whichever step counts as its result.
-        for file in sorted((workdir / stage / 'figures').glob(f'*_{config[stage].steps}.png')):
+        for file in sorted(
+            (workdir / stage / 'figures').glob(f'*_{recipe.stages[stage].steps}.png')
+        ):
             pages.append((f'{title}: {file.stem.rpartition("_")[0]}', file.relative_to(workdir)))
     if perfect:
         tables[_PERFECT] = perfect
@@ -64,7 +63,7 @@ def generation(
         pages.insert(0, ('Metrics by sampling steps', Path('figures/metrics_by_steps.png')))
     (workdir / 'report.json').write_text(json.dumps(results, indent=1))
     report = workdir / 'report.md'
-    report.write_text(_markdown(config, tables, others, pages))
+    report.write_text(_markdown(recipe, tables, others, pages))
     return report
 
 
@@ -112,13 +111,13 @@ def _split(metrics: Mapping[str, float], samples: str) -> tuple[ByStep, dict[str
 
 
 def _markdown(
-    config: config_lib.ConfigDict,
+    recipe: Recipe,
     tables: Mapping[str, ByStep],
     others: Mapping[str, Mapping[str, float]],
     pages: list[tuple[str, Path]],
 ) -> str:
-    data = config.data.get('name', None) or config.data.source.get('of', 'data')
-    lines = [f'# {data}: {", ".join(tables)}', '', f'Seed {config.seed}. ']
+    data = recipe.data.get('name') or recipe.data['source'].get('of', 'data')
+    lines = [f'# {data}: {", ".join(tables)}', '', f'Seed {recipe.seed}. ']
     lines[-1] += 'The command and versions are in `manifest.json`.'
     for metric in dict.fromkeys(name for table in tables.values() for name in table):
         steps = sorted({n for table in tables.values() for n in table.get(metric, {})})

@@ -19,7 +19,8 @@ import numpy as np
 
 from kd import config as config_lib
 from kd import metrics as metrics_lib
-from kd.context import Probe
+from kd.config import Recipe
+from kd.context import Probe, ReportContext
 from kd.errors import NonFiniteError, Preempted, UserError
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
@@ -46,28 +47,28 @@ def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
     In a run of several processes all call this; see `kd.parallel.distributed`. The report is made
     by the first alone, on its own devices, and the path is its.
     """
-    config_lib.validate(config)
-    mesh = mesh_lib.make_mesh(config_lib.to_plain(config.mesh))
-    directory = distributed.agree(lambda: Workdir(Path(workdir).absolute(), config))
+    recipe = config_lib.parse(config)
+    mesh = mesh_lib.make_mesh(recipe.mesh)
+    directory = distributed.agree(lambda: Workdir(Path(workdir).absolute(), recipe))
     try:
-        for name in config.stages:
-            distributed.agree(partial(check, config, name, mesh))
+        for name in recipe.stages:
+            distributed.agree(partial(check, recipe, name, mesh))
         if distributed.is_first():
             directory.record()
         with watch.Sigterm() as stop:
-            for name in config.stages:
-                train_stage(config, name, directory, mesh, stop)
-        if not config.report or not distributed.is_first():
+            for name in recipe.stages:
+                train_stage(recipe, name, directory, mesh, stop)
+        if not recipe.report or not distributed.is_first():
             return None
         with doing('report', 'evaluating and drawing'):
-            local = mesh_lib.local_mesh(mesh)
-            return config_lib.build(config.report, config, directory.path, local, where='report')
+            context = ReportContext(recipe, directory.path, mesh_lib.local_mesh(mesh))
+            return config_lib.build(recipe.report, context, where='report')
     finally:
         directory.close()
 
 
 def train_stage(
-    config: config_lib.ConfigDict,
+    recipe: Recipe,
     name: str,
     workdir: Workdir,
     mesh: jax.sharding.Mesh,
@@ -79,7 +80,7 @@ def train_stage(
     if done is not None:
         say(name, f'done at step {done["step"]}')
         return
-    stage = prepare(config, name, mesh, workdir.path)
+    stage = prepare(recipe, name, mesh, workdir.path)
     saved = checkpoints.Checkpoints(directory, keep=stage.config.keep, best=stage.config.best)
     try:
         loop = Loop(stage, saved, directory, stop)
@@ -103,13 +104,13 @@ def _finish(directory: Path, step: int, parameters: int) -> None:
     checkpoints.mark_done(directory, record)
 
 
-def check(config: config_lib.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> None:
+def check(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     """Traces a stage's step and evaluators, computing nothing: what is wrong shows at once."""
-    stage = prepare(config, name, mesh)
+    stage = prepare(recipe, name, mesh)
     for split in (*stage.context.splits, *(split for split, _ in stage.evaluators.values())):
         stage.context.source(split)
     stage.batches()  # Raises where a batch does not fit the data.
-    where = f'the step of {stage.config.method.name}'
+    where = f'the step of {stage.config.method["name"]}'
     try:
         state, frozen, _, batch = abstract_arguments(stage)
         batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
@@ -220,10 +221,10 @@ class Loop:
         self.clock = watch.Clock()
 
     def _profile(self) -> watch.Profile:
-        wanted = self.stage.context.config.profile
+        wanted = self.stage.context.recipe.profile
         # Not the first step of a run, which is mostly compilation.
-        begin = max(wanted.start, self.start + 1)
-        end = min(begin + wanted.steps, self.stage.config.steps)
+        begin = max(wanted['start'], self.start + 1)
+        end = min(begin + wanted['steps'], self.stage.config.steps)
         return watch.Profile(self.directory / 'profile', begin, end)
 
     def run(self) -> None:

@@ -19,8 +19,8 @@ from kd.aot import hlo, topology
 from kd.aot import table as aot_table
 from kd.aot.__main__ import main
 from kd.data import catalogue, sources
+from kd.data.context import source_loader
 from kd.errors import UserError
-from kd.training import stage
 
 ROOT = Path(__file__).parents[2]
 TEACHER_WIDTH, WIDTH, CLASSES = 256, 16, 10
@@ -266,7 +266,8 @@ def test_the_command_compiles_without_data_and_without_a_word_too_many():
 def test_data_that_is_not_there_has_the_shapes_of_its_description(recipe, shape, classes):
     config = kd_config.load(f'{ROOT}/configs/{recipe}')
     config.data_dir = catalogue.DESCRIBED
-    source = stage.source_loader(kd_config.to_plain(config.data), config, None)('train')
+    made = kd_config.parse(config)
+    source = source_loader(made.data, made, None)('train')
     assert (source.spec['input'].shape, source.num_classes) == (shape, classes)
     assert ('label' in source.spec) == (classes is not None)
     with pytest.raises(sources.DataError, match='by its shapes alone'):

@@ -5,10 +5,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
+from kd.config import StageConfig
 from kd.context import Context
 from kd.network import from_linen
 from kd.state import State
@@ -38,7 +38,7 @@ def context():
             'num_classes': CLASSES,
             'optional_network': network,
             'optional_teacher': network,
-            'config': ml_collections.ConfigDict({'student': {'ema': {'slow': 0.9}}}),
+            'config': StageConfig(method={}, steps=1, batch_size=BATCH, ema={'slow': 0.9}),
         }
     )
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
-from kd.data import catalogue
+from kd.data import catalogue, sources
 from kd.errors import UserError
 from kd.io import cache, safetensors
 from kd.losses import divergence
@@ -185,11 +185,11 @@ def test_a_teachers_fingerprint_is_of_its_bits_and_not_of_their_place():
 def test_a_splits_fingerprint_is_of_its_examples():
     load = catalogue.load
     found = {
-        cache.source_fingerprint(load(name, split))
+        sources.fingerprint(load(name, split))
         for name, split in (('two_moons', 'train'), ('two_moons', 'test'), ('rings', 'train'))
     }
     assert len(found) == 3
-    assert cache.source_fingerprint(load('two_moons', 'test')) in found
+    assert sources.fingerprint(load('two_moons', 'test')) in found
 
 
 def _recipe(tmp_path, variant):

@@ -1,5 +1,6 @@
 """The recipe of dataset distillation, shrunk and run: buffer, resumption, probes, report."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 import scipy.special
 
 from kd import config as kd_config
+from kd.context import ReportContext
 from kd.data import catalogue
 from kd.data.distilled import export, synthetic
 from kd.errors import Preempted, UserError
@@ -15,10 +17,11 @@ from kd.evaluators.fresh_training import Protocol
 from kd.io import trajectories
 from kd.io.workdir import Workdir
 from kd.methods.dataset import recipes
+from kd.networks import build_network
 from kd.parallel.mesh import make_mesh
 from kd.reports import dataset
 from kd.training import loop
-from kd.training.stage import build_network
+from kd.training.stage import prepare
 
 ROUNDS, TOGETHER, EPOCHS, PER_EPOCH = 2, 2, 2, 3
 
@@ -81,16 +84,17 @@ def test_the_buffer_starts_every_expert_anew_and_moves_it(finished):
 def test_an_interrupted_buffer_is_resumed_at_its_expert_bit_for_bit(finished, tmp_path):
     config, whole, _ = finished
     mesh = make_mesh({'data': 1})
-    directory = Workdir(tmp_path / 'run', config)
+    recipe = kd_config.parse(config)
+    directory = Workdir(tmp_path / 'run', recipe)
     # Within the second round: its experts are half done.
     calls = iter(range(100))
     with pytest.raises(Preempted):
-        loop.train_stage(config, 'experts', directory, mesh, stop=lambda: next(calls) == 7)
+        loop.train_stage(recipe, 'experts', directory, mesh, stop=lambda: next(calls) == 7)
     with pytest.raises(UserError, match='holds no trajectories'):
         trajectories.Buffer(tmp_path / 'run' / 'experts')
     before = {f: f.stat().st_mtime_ns for f in directory.path.rglob('round_0000/*.npy')}
     assert len(before) == EPOCHS + 1
-    loop.train_stage(config, 'experts', directory, mesh)
+    loop.train_stage(recipe, 'experts', directory, mesh)
     directory.close()
     assert {f: f.stat().st_mtime_ns for f in before} == before
     ours, theirs = (trajectories.Buffer(p / 'experts') for p in (tmp_path / 'run', whole))
@@ -145,21 +149,21 @@ def test_every_further_architecture_learns_from_a_small_set(quick_compilation):
 
 def test_soft_sets_are_compared_under_the_labels_of_an_expert(finished):
     config, workdir, _ = finished
-    context = loop.prepare(config, 'random', make_mesh({'data': 1}), workdir).context
-    network = build_network(config.report.network, context.recipe_source('train'), where='network')
-    images = context.recipe_source('train').fetch(np.arange(7))['input']
+    recipe = kd_config.parse(config)
+    context = ReportContext(recipe, workdir, make_mesh({'data': 1}))
+    network = build_network(recipe.report['network'], context.source('train'), where='network')
+    images = context.source('train').fetch(np.arange(7))['input']
     one = synthetic.SyntheticSet(images, np.zeros(7, int), np.float32(0.1))
-    soft = dataset._labelled_by_expert(config, context, network, one)
+    soft = dataset._labelled_by_expert(context, 'random', network, one)
     last = trajectories.Buffer(workdir / 'experts').snapshot(0, EPOCHS)
     # Leaves by name: bias and kernel of the classifier, then of the hidden layer.
     b1, k1, b0, k0 = np.split(last, np.cumsum([10, 8 * 10, 8]))
     hidden = np.maximum(images.reshape(7, 64) @ k0.reshape(64, 8) + b0, 0)
     expected = scipy.special.softmax(hidden @ k1.reshape(8, 10) + b1, axis=-1)
     np.testing.assert_allclose(soft, expected, atol=1e-6)
-    alone = config.copy_and_resolve_references()
-    with alone.unlocked():
-        alone.stages = ('random',)
-    assert dataset._labelled_by_expert(alone, context, network, one) is None
+    alone = dataclasses.replace(recipe, stages={'random': recipe.stages['random']})
+    context = dataclasses.replace(context, recipe=alone)
+    assert dataset._labelled_by_expert(context, 'random', network, one) is None
 
 
 def test_the_probe_judged_the_set_and_drew_it(finished):
@@ -179,12 +183,12 @@ def test_a_buffer_serves_another_run_and_the_wrong_steps_are_said(finished):
         other.stages = ('distilled',)
         del other['experts'], other['random']
         other.distilled.data.source.experts = str(workdir / 'experts')
-    source = loop.prepare(other, 'distilled', make_mesh({'data': 1}), workdir / 'new')
+    source = prepare(kd_config.parse(other), 'distilled', make_mesh({'data': 1}), workdir / 'new')
     assert len(source.context.source('train')) == 8
     wrong = config.copy_and_resolve_references()
     wrong.experts.steps = 5
     with pytest.raises(UserError, match='with 3 steps take 12'):
-        loop.prepare(wrong, 'experts', make_mesh({'data': 1}))
+        prepare(kd_config.parse(wrong), 'experts', make_mesh({'data': 1}))
 
 
 def test_variants_are_parsed_and_what_is_not_there_is_said():
@@ -250,7 +254,7 @@ def test_a_sharded_recipe_places_images_and_experts_over_the_devices():
     small = kd_config.load('configs/dataset/mtt.py:cpu,ipc=10,shards=4')
     mesh = make_mesh({'data': 1, 'tensor': 4})
     for name, leaf in (('experts', 'hidden0'), ('distilled', 'images')):
-        stage = loop.prepare(small, name, mesh)
+        stage = prepare(kd_config.parse(small), name, mesh)
         where = stage.abstract_state().params[leaf]
         where = jax.tree.leaves(where)[0].sharding
         assert where.spec[0] in ('tensor', ('data', 'tensor'))

@@ -14,6 +14,7 @@ from flax import linen as nn
 from kd import config as kd_config
 from kd.claims import seeds
 from kd.data import catalogue, sources
+from kd.data.context import SourceContext
 from kd.data.transforms import mapped, standardised
 from kd.errors import UserError
 from kd.evaluators import flow_samples
@@ -384,10 +385,12 @@ def test_a_teacher_of_another_path_is_refused(change, message):
         for block, values in change.items():
             config.map[block].update(values)
     made = context(network(), network())
+    recipe = kd_config.parse(config)
     student = dataclasses.replace(
         made,
         stage='map',
-        config=config,
+        config=recipe.stages['map'],
+        recipe=recipe,
         optional_network=from_linen(
             VelocityMLP(width=8, depth=1, data_scale=config.map.network.data_scale),
             *velocity_inputs(SPEC),
@@ -409,8 +412,10 @@ def test_a_teacher_of_another_path_is_refused(change, message):
 def _stage():
     """A context whose stage keeps an average, and a state in which the two differ."""
     net = network()
-    config = kd_config.load('configs/flow/checkerboard.py:cpu,lsd')
-    made = dataclasses.replace(context(net), stage='map', config=config)
+    recipe = kd_config.parse(kd_config.load('configs/flow/checkerboard.py:cpu,lsd'))
+    made = dataclasses.replace(
+        context(net), stage='map', config=recipe.stages['map'], recipe=recipe
+    )
     state = flow_map(made).init(jax.random.key(0))
     average = random_variables(net, 9)['params']
     return made, state.replace(ema={'slow': average}), net
@@ -511,19 +516,19 @@ def test_whitened_and_resized_sources(monkeypatch):
     load = lambda name, split, data_dir: sources.Source(data, split)  # noqa: E731
     monkeypatch.setattr(catalogue, 'load', load)
 
-    config, rows = kd_config.ConfigDict(), np.arange(300)
-    white = standardised.standardised('train', config, None, of='images', kind='zca', eps=0.0)
+    context, rows = SourceContext('train'), np.arange(300)
+    white = standardised.standardised(context, of='images', kind='zca', eps=0.0)
     found = white.fetch(rows)['input']
     np.testing.assert_allclose(white.to_pixels(found), images, atol=1e-3)
     # Sixteen directions have unit variance, the others none.
     variances = np.linalg.eigvalsh(np.cov(found.reshape(300, 64).T))
     np.testing.assert_allclose(variances, [0.0] * 48 + [1.0] * 16, atol=1e-3)
-    small = mapped.resized('train[:5]', config, None, of='images', crop=6, size=3)
+    small = mapped.resized(SourceContext('train[:5]'), of='images', crop=6, size=3)
     blocks = images[:5, 1:7, 1:7].reshape(5, 3, 2, 3, 2, 1).mean((2, 4))
     np.testing.assert_allclose(small.fetch(np.arange(5))['input'], blocks, atol=1e-5)
     assert small.spec['input'].shape == (3, 3, 1)
     with pytest.raises(ValueError, match='must satisfy size <= crop <= 8'):
-        mapped.resized('train', config, None, of='images', crop=9, size=3)
+        mapped.resized(context, of='images', crop=9, size=3)
 
 
 def test_recipe_distils_the_average_of_its_first_stage_and_reports_by_steps(tmp_path):

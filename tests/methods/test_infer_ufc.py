@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from kd.claims import seeds
 from kd.data import sources
@@ -55,7 +54,6 @@ def context(network):
         seeds.context(tx=optax.sgd(RATE), num_classes=CLASSES),
         recipe_source=lambda split: sources.Source(data, split),
         references={'a': network},
-        config=ConfigDict({'seed': 0}),
         locate=lambda reference: reference,
     )
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 import scipy.special
 
-from kd import config as kd_config
 from kd.claims import seeds
 from kd.data import sources
 from kd.data.builders import verifiable
@@ -185,11 +184,7 @@ def test_wrong_mixes_and_splits_are_said():
 
 
 def test_exact_match_counts_answers_by_family(network, batch):
-    config = kd_config.recipe(stages=('stage',), data={})
-    config.stage = kd_config.stage(method={}, steps=1, batch_size=1)
-    context = dataclasses.replace(
-        seeds.context(network=network, tx=optax.sgd(LR), num_classes=V), config=config
-    )
+    context = seeds.context(network=network, tx=optax.sgd(LR), num_classes=V)
     state = jax.jit(paced(context).init)(jax.random.key(0))
     labels = np.asarray(network.apply(state.variables(), batch['input']).logits.argmax(-1))
     labels = labels.copy()

@@ -10,7 +10,6 @@ import optax
 import pytest
 import scipy.special
 
-from kd import config as kd_config
 from kd.claims import seeds
 from kd.data import catalogue
 from kd.data.builders import characters
@@ -129,10 +128,7 @@ def test_without_an_earlier_student_only_the_base_teacher_can_be_learnt(network,
 
 
 def test_evaluators_count_every_position_of_the_examples_that_count(network, frozen, batch):
-    config = kd_config.recipe(stages=('stage',), data={})
-    config.stage = kd_config.stage(method={}, steps=1, batch_size=1)
-    made = dataclasses.replace(context(network), config=config)
-    evaluator = calibration(made)
+    evaluator = calibration(context(network))
     state = recursive_meta_distillation(context(network)).init(jax.random.key(0), frozen)
     mask = np.array([True, True, False, True])
     means, bins = jax.jit(evaluator.update)(state, batch | {'mask': mask})

@@ -9,9 +9,9 @@ import optax
 import pytest
 import scipy.special
 
-from kd import config as kd_config
 from kd.claims import seeds
 from kd.data import catalogue, sources
+from kd.data.context import SourceContext
 from kd.data.transforms import label_noise
 from kd.errors import UserError
 from kd.methods.vision import self_distillation as module
@@ -133,10 +133,8 @@ def test_the_norms_have_a_finite_gradient_at_zero():
 
 
 def test_label_noise_is_of_its_rate_and_leaves_the_test_split_and_inputs_alone():
-    config = kd_config.ConfigDict({'data_dir': ''})
-
     def labels(split, **options):
-        return label_noise.noisy_labels(split, config, None, dataset='mnist1d', **options)
+        return label_noise.noisy_labels(SourceContext(split), dataset='mnist1d', **options)
 
     source = catalogue.load('mnist1d', 'train')
     rows = np.arange(len(source))

@@ -269,7 +269,7 @@ def a_recipe(
 def a_stage(mesh, *, frozen_sharding=(), teacher='', **options):
     """A stage on a mesh; without the name of a teacher, it gets one that is drawn at random."""
     config = a_recipe(mesh, frozen_sharding=frozen_sharding, teacher=teacher, **options)
-    stage = prepare(config, 'student', mesh_lib.make_mesh(kd_config.to_plain(config.mesh)))
+    stage = prepare(kd_config.parse(config), 'student', mesh_lib.make_mesh(mesh))
     if teacher:
         return stage
     rng = np.random.default_rng(7)
@@ -400,7 +400,7 @@ def test_what_is_wrong_with_a_stage_is_found_before_anything_runs(change, messag
         for name, value in change.items():
             config.student[name] = value
     with pytest.raises(UserError, match=message):
-        loop.check(config, 'student', make(data=1))
+        loop.check(kd_config.parse(config), 'student', make(data=1))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_best_metric_must_be_one_there_is(best, message, tmp_path):
     evaluators = {'test': {'name': ACCURACY, 'split': 'test'}}
     with config.ignore_type():
         config.student.update(best=best, evaluators=evaluators)
-    stage = prepare(config, 'student', make(data=1))
+    stage = prepare(kd_config.parse(config), 'student', make(data=1))
     evaluate, state = Evaluation(stage), loop.initial_state(stage)
     if message is None:
         assert set(evaluate(state, 0, tmp_path)) == {'test/accuracy', 'test/nll'}

@@ -11,13 +11,12 @@ rewards. Three kinds of noise, at levels 1/2, 1 and 2 as a rule:
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from kd.config import ConfigDict
 from kd.data import sources
+from kd.data.context import SourceContext
 
 DIMENSION, CANDIDATES = 8, 4
 NOISES = ('none', 'gaussian', 'cauchy', 'flip')
@@ -83,20 +82,16 @@ def corrupt(rng: np.random.Generator, rewards: np.ndarray, noise: str, level: fl
 
 
 def candidates(
-    split: str,
-    config: ConfigDict,
-    workdir: Path | None,
+    context: SourceContext,
     *,
     noise: str = 'gaussian',
     level: float = 1.0,
 ) -> sources.Source:
     """`make` as a source, for the key `source` of a recipe's or a stage's data."""
-    del workdir
-    arrays = make(split, noise=noise, level=level, seed=config.seed)
+    arrays = make(context.split, noise=noise, level=level, seed=context.recipe.seed)
     spec = {
         name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in arrays.items()
     }
-    data = sources.DataSet(
-        'bandit', {split: SIZES[split]}, lambda _: sources.in_memory(arrays), spec, CANDIDATES
-    )  # fmt: skip
-    return sources.Source(data, split)
+    sizes = {context.split: SIZES[context.split]}
+    data = sources.DataSet('bandit', sizes, lambda _: sources.in_memory(arrays), spec, CANDIDATES)
+    return sources.Source(data, context.split)

@@ -9,13 +9,12 @@ confident and incoherent: its answers there have nothing to do with the problem.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from kd.config import ConfigDict
 from kd.data import sources
+from kd.data.context import SourceContext
 
 DIMENSION, FAMILIES, DIGITS, VALUES = 12, 6, 3, 5
 NONLINEARITY = (0.0, 0.15, 0.35, 0.6, 0.9, 1.0)
@@ -89,22 +88,19 @@ def make(
 
 
 def problems(
-    split: str,
-    config: ConfigDict,
-    workdir: Path | None,
+    context: SourceContext,
     *,
     mix: tuple[float, ...] = DISTILLATION_MIX,
     size: int = 0,
     coherent: bool = False,
 ) -> sources.Source:
     """`make` as a source, for the key `source` of a recipe's or a stage's data."""
-    del workdir
-    arrays = make(split, tuple(mix), size=size, seed=config.seed, coherent=coherent)
+    arrays = make(context.split, tuple(mix), size=size, seed=context.recipe.seed, coherent=coherent)
     spec = {
         name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in arrays.items()
     }
-    sizes = {split: len(arrays['input'])}
+    sizes = {context.split: len(arrays['input'])}
     data = sources.DataSet(
         'verifiable', sizes, lambda _: sources.in_memory(arrays), spec, VALUES
     )  # fmt: skip
-    return sources.Source(data, split)
+    return sources.Source(data, context.split)

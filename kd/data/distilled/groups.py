@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from kd import config as config_lib
 from kd.data import sources
+from kd.data.context import SourceContext
 from kd.data.distilled import synthetic
-from kd.training.stage import source_loader
 
 
-def one_of_each_class(
-    split: str, config: config_lib.ConfigDict, workdir: Path | None
-) -> sources.Source:
+def one_of_each_class(context: SourceContext) -> sources.Source:
     """The recipe's data in groups: example i has `input` float32 [C, ...], image i of every class.
 
     A batch of m groups is a class-balanced batch of m images per class. The number of examples is
     the size of the smallest class. For the key `source` of a stage's data.
 
     Args:
-      split: of the recipe's data set.
-      config: the recipe.
-      workdir: of the run; None while the recipe is only checked.
+      context: of a split of the recipe's data set.
 
     Raises:
       DataError: data without class labels.
     """
-    data = config_lib.to_plain(config.data) | {'train': split}
-    source = source_loader(data, config, workdir)('train')
+    source = context.recipe_data(context.split)
     classes = source.num_classes
     if classes is None:
         raise sources.DataError(f'data set {source.name!r} has no classes to make groups of')
@@ -49,7 +42,7 @@ def one_of_each_class(
         images = source.fetch(positions.reshape(-1))['input']
         return {'input': images.reshape(*positions.shape, *images.shape[1:])}
 
-    size = len(source) // classes if workdir is None else len(members())
+    size = len(source) // classes if context.workdir is None else len(members())
     spec = source.spec['input']
     grouped = jax.ShapeDtypeStruct((classes, *spec.shape), spec.dtype)
     return sources.Source(

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from kd import config as config_lib
+from kd.config import Recipe, StageConfig
 from kd.data import sources
+from kd.data.context import SourceContext
 from kd.errors import UserError
 from kd.io import trajectories
 from kd.losses import segments as segments_lib
-from kd.training import stage as stage_lib
+from kd.networks import build_network
 
 
 def segments(
-    split: str,
-    config: config_lib.ConfigDict,
-    workdir: Path | None,
+    context: SourceContext,
     *,
     network: Mapping[str, Any],
     max_start_epoch: int,
@@ -37,9 +36,8 @@ def segments(
     through the experts one after another.
 
     Args:
-      split: 'train' or a slice of it.
-      config: the recipe, whose data the experts must have been trained on.
-      workdir: of the run; None while the recipe is only checked.
+      context: of the split 'train' or a slice of it; the recipe's data must be what the experts
+        were trained on.
       network: block of the network whose parameters these are.
       max_start_epoch: bound of t, exclusive.
       expert_epochs: M, at least 1.
@@ -51,20 +49,20 @@ def segments(
 
     Source: arXiv 2203.11932, algorithm 1.
     """
-    real = stage_lib.source_loader(config_lib.to_plain(config.data), config, workdir)('train')
+    real = context.recipe_data(context.recipe.data['train'])
     count, buffer = 1, None
-    if workdir is not None:
-        buffer = trajectories.Buffer(stage_lib.locate(config, experts, workdir))
-        expected = trajectories.fingerprint(network=network, data=training_data(config))
+    if context.workdir is not None:
+        buffer = trajectories.Buffer(context.locate(experts))
+        expected = trajectories.fingerprint(network=network, data=training_data(context.recipe))
         buffer.check(expected, 'data.source')
         segments_lib.check(buffer.manifest.epochs, max_start_epoch, expert_epochs)
         count = buffer.manifest.experts
-    elif experts in config.stages:
-        planned = config[experts].method
-        _check_network(config, experts, network)
-        segments_lib.check(planned.epochs, max_start_epoch, expert_epochs)
-        count = planned.experts
-    built = stage_lib.build_network(network, real, where='data.source.network')
+    elif experts in context.recipe.stages:
+        planned = context.recipe.stages[experts]
+        _check_network(planned, experts, network)
+        segments_lib.check(planned.method['epochs'], max_start_epoch, expert_epochs)
+        count = planned.method['experts']
+    built = build_network(network, real, where='data.source.network')
     if built is None:
         raise UserError('data.source.network must name the network of the trajectories.')
     abstract = jax.eval_shape(built.init, jax.random.key(0))
@@ -93,12 +91,12 @@ def segments(
         num_classes=real.num_classes,
         class_names=real.class_names,
     )
-    return sources.Source(data, split)
+    return sources.Source(data, context.split)
 
 
-def _check_network(config: config_lib.ConfigDict, experts: str, network: Mapping[str, Any]) -> None:
+def _check_network(stage: StageConfig, experts: str, network: Mapping[str, Any]) -> None:
     """Refuses segments of another network than a stage is going to train."""
-    planned = trajectories.fingerprint(network=config[experts].network)
+    planned = trajectories.fingerprint(network=stage.network)
     difference = config_lib.first_difference(planned, trajectories.fingerprint(network=network))
     if difference:
         raise UserError(
@@ -106,7 +104,6 @@ def _check_network(config: config_lib.ConfigDict, experts: str, network: Mapping
         )
 
 
-def training_data(config: config_lib.ConfigDict) -> dict[str, Any]:
+def training_data(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe's data that training sees."""
-    data = config_lib.to_plain(config.data)
-    return {key: data[key] for key in ('name', 'source', 'train') if key in data}
+    return {key: recipe.data[key] for key in ('name', 'source', 'train') if key in recipe.data}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from kd import config as config_lib
+from kd.config import Recipe
 from kd.data import sources
+from kd.data.context import SourceContext
 from kd.errors import UserError
 from kd.io import cache
-from kd.methods import cache as cache_method
-from kd.training import stage as stage_lib
+
+_WRITER = 'kd.methods.cache.teacher_outputs'
 
 
 class CachedSource(sources.Source):
@@ -47,57 +47,44 @@ class CachedSource(sources.Source):
         return {**batch, **self._stored.fetch(batch['index'])}
 
 
-def cached(
-    split: str,
-    config: config_lib.ConfigDict,
-    workdir: Path | None,
-    *,
-    stage: str = 'cache',
-) -> sources.Source:
+def cached(context: SourceContext, *, stage: str = 'cache') -> sources.Source:
     """The recipe's data with a cached teacher; splits that are not in the cache stay as they are.
 
     For the key `source` of a stage's data.
 
     Args:
-      split: of the recipe's data set.
-      config: the recipe.
-      workdir: of the run; None while the recipe is only checked.
+      context: a split of the recipe's data set.
       stage: the stage of this recipe that wrote the cache.
 
     Raises:
       UserError: no such stage, or a cache of other data, of another teacher or in another form.
     """
-    if stage not in config.stages:
-        raise UserError(f"data.source.stage='{stage}' is no stage of {tuple(config.stages)}.")
-    arguments = _arguments(config, stage)
-    data = config_lib.to_plain(config.data)
-    source = stage_lib.source_loader({**data, 'this': split}, config, workdir)('this')
-    if data[arguments.pop('split')] != split:
+    recipe = context.recipe
+    if stage not in recipe.stages:
+        raise UserError(f"data.source.stage='{stage}' is no stage of {tuple(recipe.stages)}.")
+    split, form = _written(recipe, stage)
+    source = context.recipe_data(context.split)
+    if recipe.data[split] != context.split:
         return source
-    arguments.pop('per_file')
-    form = cache.Form(**arguments)
-    if workdir is None:
+    if context.workdir is None:
         if source.num_classes is None:
             raise UserError(f"data set '{source.name}' has no classes for a teacher to name.")
         return CachedSource(source, form, (source.num_classes,), None)
-    directory = stage_lib.locate(config, stage, workdir)
-    teacher = stage_lib.locate(config, config[stage].teacher, workdir)
     made_of = {
-        'data': cache.source_fingerprint(source),
-        'training of the teacher': cache.training_fingerprint(teacher),
+        'data': sources.fingerprint(source),
+        'training of the teacher': cache.training_fingerprint(
+            context.locate(recipe.stages[stage].teacher)
+        ),
     }
-    stored = cache.Cache(directory, form, made_of)
+    stored = cache.Cache(context.locate(stage), form, made_of)
     return CachedSource(source, form, stored.shape, stored)
 
 
-def _arguments(config: config_lib.ConfigDict, stage: str) -> dict:
-    """The keywords of the stage's writer, with its defaults."""
-    for block in config_lib.to_plain(config[stage].writers).values():
-        if config_lib.resolve(block['name']) is cache_method.teacher_outputs:
-            parameters = inspect.signature(cache_method.teacher_outputs).parameters
-            return {
-                name: block.get(name, parameter.default)
-                for name, parameter in parameters.items()
-                if name != 'context'
-            }
-    raise UserError(f"stage '{stage}' has no writer kd.methods.cache.teacher_outputs.")
+def _written(recipe: Recipe, stage: str) -> tuple[str, cache.Form]:
+    """Name of the split that the stage's writer records, and in which form."""
+    for block in recipe.stages[stage].writers.values():
+        if block['name'] == _WRITER:
+            fields = {field.name for field in dataclasses.fields(cache.Form)}
+            form = {name: value for name, value in block.items() if name in fields - {'name'}}
+            return block.get('split', 'train'), cache.Form(**form)
+    raise UserError(f"stage '{stage}' has no writer {_WRITER}.")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
 
 import numpy as np
 
-from kd.config import ConfigDict
-from kd.data import catalogue, sources
+from kd.data import sources
+from kd.data.context import SourceContext
 
 
 def noisy_labels(
-    split: str,
-    config: ConfigDict,
-    workdir: Path | None,
+    context: SourceContext,
     *,
     dataset: str,
     fraction: float,
@@ -27,9 +24,7 @@ def noisy_labels(
     split, its length and the seed, so every stage sees the same wrong labels.
 
     Args:
-      split: a split of `dataset`, such as 'train[:80%]'.
-      config: the recipe, for its `data_dir`.
-      workdir: not used.
+      context: of a split of `dataset`, such as 'train[:80%]'.
       dataset: name for `kd.data.catalogue.load`.
       fraction: probability in [0, 1] that a label is drawn anew; of these 1 / K are right again.
       seed: of the noise.
@@ -38,12 +33,12 @@ def noisy_labels(
     Raises:
       DataError: a fraction outside [0, 1], or data without labels.
     """
-    del workdir
     if not 0 <= fraction <= 1:
         raise sources.DataError(f'label noise: fraction must lie in [0, 1], got {fraction}')
-    source = catalogue.load(dataset, split, data_dir=config.data_dir or None)
+    source = context.load(dataset)
     if source.num_classes is None:
         raise sources.DataError(f'label noise: data set {dataset!r} has no labels')
+    split = context.split
     if split in clean:
         return source
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])

@@ -7,13 +7,12 @@ A recipe names it as `data=dict(source=dict(name='kd.data.transforms.mapped.resi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from kd.config import ConfigDict
-from kd.data import catalogue, sources
+from kd.data import sources
+from kd.data.context import SourceContext
 
 
 class MappedSource(sources.Source):
@@ -47,9 +46,7 @@ class MappedSource(sources.Source):
 
 
 def resized(
-    split: str,
-    config: ConfigDict,
-    workdir: Path | None,
+    context: SourceContext,
     *,
     of: str,
     crop: int,
@@ -58,17 +55,14 @@ def resized(
     """The central crop x crop pixels of each image, resized to size x size by area.
 
     Args:
-      split: of the data set.
-      config: the recipe, for its `data_dir`.
-      workdir: unused; sources made from the files of a stage need it.
+      context: of a split of the data set.
       of: name of an image data set, see `kd.data.catalogue.load`.
       crop, size: in pixels, `size` at most `crop`.
 
     Raises:
       ValueError: sizes that do not fit in each other or in the images.
     """
-    del workdir
-    source = catalogue.load(of, split, data_dir=config.get('data_dir', None) or None)
+    source = context.load(of)
     height, width, channels = source.spec['input'].shape
     if not 0 < size <= crop <= min(height, width):
         raise ValueError(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import numpy as np
 
-from kd.config import ConfigDict
-from kd.data import catalogue, sources
+from kd.data import sources
+from kd.data.context import SourceContext
 from kd.data.transforms import standardised
 
 # Digits that a split draws from, number of pairs, and seed.
@@ -19,24 +17,19 @@ _SPLITS = {
 }
 
 
-def digit_pairs(split: str, config: ConfigDict, workdir: Path | None) -> sources.Source:
+def digit_pairs(context: SourceContext) -> sources.Source:
     """Images [8, 16, 1] in [-1, 1] of two digits a and b, with the label 10 a + b.
 
     Every class has equally many pairs; the digits of the splits are disjoint. For the key `source`
     of a recipe's data.
 
     Args:
-      split: 'train' (8,000), 'validation' or 'test' (1,500 each), or slices of them.
-      config: the recipe, for its `data_dir`.
-      workdir: unused.
+      context: of 'train' (8,000), 'validation' or 'test' (1,500 each), or slices of them.
     """
-    del workdir
 
     def reader(name: str) -> sources.Reader:
         of, count, seed = _SPLITS[name]
-        digits = standardised.everything(
-            catalogue.load('digits', of, data_dir=config.data_dir or None)
-        )
+        digits = standardised.everything(context.load('digits', of))
         rng = np.random.default_rng(seed)
         label = np.arange(count, dtype=np.int32) % 100
         members = [np.flatnonzero(digits['label'] == k) for k in range(10)]
@@ -56,4 +49,4 @@ def digit_pairs(split: str, config: ConfigDict, workdir: Path | None) -> sources
         },
         100,
     )
-    return sources.Source(data, split)
+    return sources.Source(data, context.split)

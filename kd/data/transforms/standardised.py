@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 
-from kd.config import ConfigDict
-from kd.data import catalogue, sources
+from kd.data import sources
+from kd.data.context import SourceContext
 from kd.data.transforms import whitening
 from kd.data.transforms.mapped import MappedSource
 
@@ -64,9 +63,7 @@ class StandardisedSource(MappedSource):
 
 
 def standardised(
-    split: str,
-    config: ConfigDict,
-    workdir: Path | None,
+    context: SourceContext,
     *,
     of: str,
     kind: str,
@@ -81,9 +78,7 @@ def standardised(
         none:      x in [-1, 1]
 
     Args:
-      split: of the data set.
-      config: the recipe, for its `data_dir`.
-      workdir: unused.
+      context: of a split of the data set.
       of: name of an image data set, see `kd.data.catalogue.load`.
       kind: one of the above.
       fit_on: the split whose statistics are used.
@@ -92,11 +87,10 @@ def standardised(
     Raises:
       ValueError: on another kind.
     """
-    del workdir
     if kind not in KINDS:
         raise ValueError(f'Data is standardised by one of {", ".join(KINDS)}, got {kind!r}.')
-    load = functools.partial(catalogue.load, of, data_dir=config.get('data_dir', None) or None)
-    return StandardisedSource(load(split), load(fit_on), kind, eps)
+    load = functools.partial(context.load, of)
+    return StandardisedSource(load(), load(fit_on), kind, eps)
 
 
 def everything(source: sources.Source) -> sources.Batch:

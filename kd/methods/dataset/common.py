@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import config as config_lib
+from kd import networks
 from kd.context import Context
 from kd.data.distilled import synthetic
 from kd.data.transforms import standardised
@@ -18,25 +18,24 @@ from kd.errors import UserError
 from kd.io import trajectories
 from kd.network import Network
 from kd.state import PyTree, State
-from kd.training import stage as stage_lib
 
 
 def student(context: Context) -> Network:
     """The network that the inner loop trains: the stage's, or that of its trajectories."""
     if context.optional_network is not None:
         return context.optional_network
-    data = context.config[context.stage].data
-    if 'source' not in data or 'network' not in data.source:
+    source = context.config.data.get('source', {})
+    if 'network' not in source:
         raise UserError(
             f'{context.stage}.data.source must be kd.data.distilled.trajectories.segments '
             'and name the network of the trajectories.'
         )
-    return build_network(context, data.source.network, where=f'{context.stage}.data.source.network')
+    return build_network(context, source['network'], where=f'{context.stage}.data.source.network')
 
 
 def build_network(context: Context, block: Mapping[str, Any], *, where: str) -> Network:
     """A network for the recipe's data from its config block."""
-    network = stage_lib.build_network(block, context.recipe_source('train'), where=where)
+    network = networks.build_network(block, context.recipe_source('train'), where=where)
     if network is None:
         raise UserError(f'{where} names no network.')
     return network
@@ -91,7 +90,7 @@ def real_start(
     shape = (len(labels), *source.spec['input'].shape)
     if context.locate is None:  # A recipe that is only checked.
         return np.zeros(shape, np.float32), labels
-    seed = context.config.get('seed', 0)
+    seed = context.recipe.seed
     if kind == 'noise':
         return np.random.default_rng(seed).standard_normal(shape, np.float32), labels
     features = None
@@ -132,7 +131,7 @@ def optimiser(
     if not step_size_optimizer:
         return context.tx
     kinds = {name: 'step_size' if 'step_size' in name else 'images' for name in params}
-    rate = context.optimizer(**config_lib.to_plain(step_size_optimizer))
+    rate = context.optimizer(**step_size_optimizer)
     return optax.partition({'images': context.tx, 'step_size': rate}, kinds)
 
 

@@ -23,7 +23,6 @@ import optax
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
-from kd import config as config_lib
 from kd.context import Context, Evaluator, Writer
 from kd.data.distilled import trajectories as data_lib
 from kd.data.transforms.siamese import siamese
@@ -211,16 +210,15 @@ def snapshots(context: Context) -> Writer:
     it.
     """
     per_epoch = epoch_steps(context)
-    stage = context.config[context.stage]
-    block = config_lib.to_plain(stage.method)
+    stage = context.config
+    block = dict(stage.method)
     del block['name']
     bound = inspect.signature(expert_trajectories).bind(context, **block)
     bound.apply_defaults()
     experts, together, epochs = (
         bound.arguments[name] for name in ('experts', 'together', 'epochs')
     )
-    every = config_lib.to_plain(stage.writers)
-    for label, writer in every.items():
+    for label, writer in stage.writers.items():
         if writer['name'].endswith('.snapshots') and writer.get('every') != per_epoch:
             raise UserError(
                 f'{context.stage}.writers.{label}.every is {writer.get("every")}, but an epoch of '
@@ -238,11 +236,11 @@ def snapshots(context: Context) -> Writer:
             size = sum(x.size for x in jax.tree.leaves(state.params)) // together
             made = trajectories.fingerprint(
                 network=stage.network,
-                data=data_lib.training_data(context.config),
+                data=data_lib.training_data(context.recipe),
                 method=stage.method,
                 optimizer=stage.optimizer,
                 batch_size=stage.batch_size,
-                seed=context.config.seed,
+                seed=context.recipe.seed,
             )
             trajectories.write_manifest(
                 directory, trajectories.Manifest(experts, together, epochs, size, made)

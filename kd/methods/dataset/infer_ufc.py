@@ -152,7 +152,7 @@ def real_groups(
         count = groups or compensator.group_count(images_per_class, networks, classes)
         if context.locate is None:  # A recipe that is only checked.
             return np.broadcast_to(np.float32(0), (count, classes, *source.spec['input'].shape))
-        rng = np.random.default_rng(context.config.get('seed', 0))
+        rng = np.random.default_rng(context.recipe.seed)
         chosen = compensator.group_indices(rng, synthetic.labels_of(source), count)
     except ValueError as error:
         raise UserError(f'{context.stage}: {error}') from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,11 +165,11 @@ def _depends(jaxpr: core.Jaxpr, inputs: list[bool]) -> list[bool]:
 def check_teacher(context: Context, interpolant: Interpolant, *, two_times: bool) -> None:
     """Refuses a teacher that is no flow, or one of another interpolant or noise."""
     check_network(context.teacher, two_times=two_times, where=f'{context.stage}.teacher')
-    stage = context.config.get(context.stage)
-    block: Any = context.config.get(stage.teacher) if stage else None
+    stage = context.config
     # Of a teacher from another run nothing is known but its network.
-    if block is None:
+    if stage.teacher not in context.recipe.stages:
         return
+    block = context.recipe.stages[stage.teacher]
     try:
         name = block.method.get('interpolant', 'linear')
         check_same_interpolant(interpolant, get_interpolant(name))

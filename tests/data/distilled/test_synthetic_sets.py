@@ -5,13 +5,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from kd import config as kd_config
-from kd.config import ConfigDict
+from kd.config import Recipe
 from kd.data import catalogue
+from kd.data.context import SourceContext
 from kd.data.distilled import export, groups, synthetic
 from kd.data.transforms import pairs, standardised
-
-CONFIG = ConfigDict({'data_dir': ''})
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +60,7 @@ def test_a_set_can_be_loaded_by_tfds_and_by_our_sources(tmp_path):
 @pytest.mark.parametrize('kind', standardised.KINDS)
 def test_standardisation_has_the_moments_it_promises_and_an_inverse(raw, kind):
     source = standardised.standardised(
-        'train[:300]', CONFIG, None, of='digits', kind=kind, fit_on='train[:300]'
+        SourceContext('train[:300]'), of='digits', kind=kind, fit_on='train[:300]'
     )
     images = standardised.everything(source)['input']
     np.testing.assert_allclose(source.to_pixels(images), raw, atol=2e-4)
@@ -82,18 +80,18 @@ def test_standardisation_has_the_moments_it_promises_and_an_inverse(raw, kind):
 
 def test_other_splits_are_standardised_by_the_training_split(raw):
     source = standardised.standardised(
-        'test', CONFIG, None, of='digits', kind='mean', fit_on='train[:300]'
+        SourceContext('test'), of='digits', kind='mean', fit_on='train[:300]'
     )
     plain = catalogue.load('digits', 'test').fetch([0, 1])['input']
     np.testing.assert_allclose(source.fetch([0, 1])['input'], plain - raw.mean(0), atol=1e-5)
     assert source.num_classes == 10
     with pytest.raises(ValueError, match='standardised by one of zca'):
-        standardised.standardised('test', CONFIG, None, of='digits', kind='pca')
+        standardised.standardised(SourceContext('test'), of='digits', kind='pca')
 
 
 def test_groups_hold_one_image_of_each_class(tmp_path):
-    config = kd_config.recipe(stages=(), data=dict(name='digits', train='train[:300]'))
-    source = groups.one_of_each_class('train[:300]', config, tmp_path)
+    recipe = Recipe(stages={}, data=dict(name='digits', train='train[:300]'))
+    source = groups.one_of_each_class(SourceContext('train[:300]', recipe, tmp_path))
     real = standardised.everything(catalogue.load('digits', 'train[:300]'))
     assert len(source) == np.bincount(real['label']).min()
     batch = source.fetch([2, 0])
@@ -101,12 +99,12 @@ def test_groups_hold_one_image_of_each_class(tmp_path):
         for k in range(10):
             wanted = real['input'][real['label'] == k][number]
             np.testing.assert_array_equal(batch['input'][place, k], wanted)
-    abstract = groups.one_of_each_class('train[:300]', config, None)
+    abstract = groups.one_of_each_class(SourceContext('train[:300]', recipe))
     assert abstract.spec == source.spec
 
 
 def test_pairs_are_two_digits_of_their_own_split():
-    source = pairs.digit_pairs('test', CONFIG, None)
+    source = pairs.digit_pairs(SourceContext('test'))
     batch = standardised.everything(source)
     assert np.bincount(batch['label']).tolist() == [15] * 100
     digits = standardised.everything(catalogue.load('digits', 'test'))

@@ -1,9 +1,12 @@
 """Buffers of trajectories and their segments, written by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from kd import config as kd_config
+from kd.data.context import SourceContext
 from kd.data.distilled import trajectories as source_lib
 from kd.errors import UserError
 from kd.io import trajectories
@@ -19,7 +22,7 @@ def config(**experts):
     )
     method = dict(name='x', experts=EXPERTS, together=TOGETHER, epochs=EPOCHS, **experts)
     made.experts = kd_config.stage(method=method, steps=1, batch_size=1, network=NETWORK)
-    return made
+    return kd_config.parse(made)
 
 
 def value(expert, epoch):
@@ -45,7 +48,7 @@ def buffer(tmp_path):
 
 def opened(buffer, split='train', recipe=None, **options):
     options = dict(network=NETWORK, max_start_epoch=2, expert_epochs=2) | options
-    return source_lib.segments(split, recipe or config(), buffer, **options)
+    return source_lib.segments(SourceContext(split, recipe or config(), buffer), **options)
 
 
 def test_examples_are_all_segments_of_all_experts(buffer):
@@ -94,7 +97,7 @@ def test_a_buffer_of_another_network_or_data_set_is_refused(buffer):
     with pytest.raises(UserError, match=r'made with another network: network\.widths was \[\]'):
         opened(buffer, network=NETWORK | dict(widths=(3,)))
     other = config()
-    other.data.train = 'train[:1000]'
+    other = dataclasses.replace(other, data={**other.data, 'train': 'train[:1000]'})
     with pytest.raises(UserError, match=r"made with another data: data\.train was 'train' and is"):
         opened(buffer, recipe=other)
 

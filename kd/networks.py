@@ -1,0 +1,147 @@
+"""Networks built from their blocks, and the trained ones of other stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from kd import config as config_lib
+from kd.config import Block, Recipe
+from kd.errors import UserError, did_you_mean
+from kd.io import checkpoints
+from kd.network import Network, from_linen
+from kd.parallel.sharding import tree_shardings
+
+
+class Described(Protocol):
+    """What a network needs to know of data: a `kd.data.sources.Source`, for example."""
+
+    @property
+    def spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each field of an example."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """None where there are no labels."""
+
+
+def build_network(block: Block, source: Described, *, where: str) -> Network | None:
+    """A network for the inputs of a data source, or None for {}.
+
+    `num_classes` is filled in from the data where the module takes it and the block is silent.
+
+    A module that takes more than `input` says so by a method `example_inputs(spec)`, which returns
+    the shapes of a batch of one.
+    """
+    if not block:
+        return None
+    block = dict(block)
+    factory = config_lib.resolve(block.get('name', ''))
+    if 'num_classes' in inspect.signature(factory).parameters:
+        block.setdefault('num_classes', source.num_classes)
+    module = config_lib.build(block, where=where)
+    if hasattr(module, 'example_inputs'):
+        inputs = module.example_inputs(source.spec)
+    else:
+        spec = source.spec['input']
+        inputs = (jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),)
+    network = from_linen(module, *inputs)
+    try:
+        jax.eval_shape(network.init, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{where}: {error}') from error
+    return network
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The network that a stage trains or has trained.
+
+    Attributes:
+      network: the network.
+      abstract: its variables, with shardings, nothing read.
+      restore: reads the variables; raises `UserError` unless the stage is finished and its
+        checkpoint fits.
+    """
+
+    network: Network
+    abstract: Any
+    restore: Callable[[], Any]
+
+
+def trained_network(
+    recipe: Recipe,
+    reference: str,
+    workdir: Path | None,
+    mesh: Mesh,
+    source: Described,
+    *,
+    weights: str = 'final',
+    where: str,
+) -> Trained:
+    """Finds the network of a stage.
+
+    Args:
+      recipe: the recipe.
+      reference: name of a stage of this recipe, or the directory of a stage of another run.
+      workdir: of this run; None if nothing will be restored.
+      mesh: where the variables go, by the recipe's `frozen_sharding`.
+      source: data the network is applied to.
+      weights: 'final', or the name of an average that the stage keeps.
+      where: place in the config, for messages.
+    """
+    directory = recipe.locate(reference, workdir)
+    if reference in recipe.stages:
+        stage = recipe.stages[reference]
+        block, averages = stage.network, stage.ema
+    else:
+        stored = _stored_stage(directory, where, recipe)
+        block, averages = stored['network'], stored['ema']
+    network = build_network(block, source, where=f'{where} ({reference})')
+    if network is None:
+        raise UserError(f"{where}: stage '{reference}' trains no network.")
+    if weights != 'final' and weights not in averages:
+        raise UserError(
+            f"{where}_weights is '{weights}'; stage '{reference}' has: {['final', *averages]}."
+        )
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    shardings = tree_shardings(abstract, recipe.frozen_sharding, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+    def restore() -> Any:
+        done = checkpoints.read_done(directory)
+        if done is None:
+            raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
+        mutables = dict(abstract)
+        params = mutables.pop('params')
+        wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
+        if mutables:
+            wanted['mutables'] = mutables
+        restored = checkpoints.restore_variables(directory, done['step'], wanted, where)
+        params = restored['params'] if weights == 'final' else restored['ema'][weights]
+        return {'params': params, **restored.get('mutables', {})}
+
+    return Trained(network, abstract, restore)
+
+
+def _stored_stage(directory: Path, where: str, recipe: Recipe) -> dict[str, Any]:
+    file = directory.parent / 'config.json'
+    if not file.exists():
+        raise UserError(
+            f"{where}='{directory}' is neither a stage of this recipe ({list(recipe.stages)}) nor "
+            'the directory of a stage of another run (such as runs/teacher/teacher).'
+            f'{did_you_mean(str(directory), recipe.stages)}'
+        )
+    stored = json.loads(file.read_text())
+    if directory.name not in stored:
+        raise UserError(f"{where}: the run in {directory.parent} has no stage '{directory.name}'.")
+    return stored[directory.name]
