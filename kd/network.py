@@ -27,19 +27,32 @@ class Output(NamedTuple):
 
 
 class Network(NamedTuple):
-    """`init(key) -> variables`; `apply(variables, *inputs, train=, key=, capture=) -> Output`."""
+    """`init(key) -> variables`; `apply(variables, *inputs, train=, key=, capture=) -> Output`.
+
+    Attributes:
+      init, apply: as above.
+      module: the linen module.
+      inputs: shapes and dtypes of a batch of one.
+      fields: names of the fields of a batch that are the inputs, in order.
+    """
 
     init: Callable[[jax.Array], PyTree]
     apply: Callable[..., Output]
     module: nn.Module
     inputs: tuple[jax.ShapeDtypeStruct, ...]
+    fields: tuple[str, ...] = ('input',)
+
+    def of(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """The inputs in a batch: `network.apply(variables, *network.of(batch))`."""
+        return tuple(batch[name] for name in self.fields)
 
 
 def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
     """Wraps a linen module whose `__call__` takes `*inputs` and the keyword `train`.
 
     Args:
-      module: the linen module.
+      module: the linen module. One that takes other fields of a batch than `input` names them, in
+        the order of its arguments, in an attribute `fields`: ('input', 'positions', 'segments').
       *inputs: shapes and dtypes of a batch of one, e.g. `ShapeDtypeStruct((1, 8, 8, 1), f32)`.
     """
 
@@ -76,7 +89,7 @@ def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
             )
         return Output(outputs, updated, {name: features[name] for name in capture})
 
-    return Network(init, apply, module, inputs)
+    return Network(init, apply, module, inputs, tuple(getattr(module, 'fields', ('input',))))
 
 
 def feature_names(network: Network) -> tuple[str, ...]:

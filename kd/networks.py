@@ -37,8 +37,9 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
 
     `num_classes` is filled in from the data where the module takes it and the block is silent.
 
-    A module that takes more than `input` says so by a method `example_inputs(spec)`, which returns
-    the shapes of a batch of one.
+    A module takes the field `input` of the data, or those that its attribute `fields` names. One
+    that takes what no field gives, such as times, says so by a method `example_inputs(spec)`, which
+    returns the shapes of a batch of one.
     """
     if not block:
         return None
@@ -50,14 +51,26 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     if hasattr(module, 'example_inputs'):
         inputs = module.example_inputs(source.spec)
     else:
-        spec = source.spec['input']
-        inputs = (jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype),)
+        inputs = tuple(
+            jax.ShapeDtypeStruct((1, *field.shape), field.dtype)
+            for field in _fields(module, source, where)
+        )
     network = from_linen(module, *inputs)
     try:
         jax.eval_shape(network.init, jax.random.key(0))
     except (ValueError, TypeError) as error:
         raise UserError(f'{where}: {error}') from error
     return network
+
+
+def _fields(module: Any, source: Described, where: str) -> list[jax.ShapeDtypeStruct]:
+    names = getattr(module, 'fields', ('input',))
+    if missing := [name for name in names if name not in source.spec]:
+        raise UserError(
+            f'{where}: {type(module).__name__} takes the fields {list(names)}, and the data has no '
+            f'{missing}, only {list(source.spec)}.'
+        )
+    return [source.spec[name] for name in names]
 
 
 @dataclasses.dataclass(frozen=True)

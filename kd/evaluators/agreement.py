@@ -35,7 +35,7 @@ def agreement(context: Context, *, weights: str = 'final') -> Evaluator:
 
     def update(state, batch):
         student_logits = predict(state, batch)
-        teacher_logits = teacher.apply(state.frozen['teacher'], batch['input']).logits
+        teacher_logits = teacher.apply(state.frozen['teacher'], *teacher.of(batch)).logits
         values = {
             'top_1': top_1_agreement(student_logits, teacher_logits),
             'kl': divergence.forward_kl(student_logits, teacher_logits),

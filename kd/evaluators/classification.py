@@ -78,6 +78,6 @@ def predictor(context: Context, weights: str = 'final'):
 
     def predict(state, batch):
         variables = state.variables(None if weights == 'final' else weights)
-        return network.apply(variables, batch['input']).logits
+        return network.apply(variables, *network.of(batch)).logits
 
     return predict

@@ -40,7 +40,7 @@ def nothing(context: Context) -> Method:
         return State.create(key, {'none': jnp.zeros(())}, (), frozen=dict(frozen or {}))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        examples = mean(jnp.zeros(batch['input'].shape[0]))
+        examples = mean(jnp.zeros(len(jax.tree.leaves(batch)[0])))
         return state.replace(step=state.step + 1), {'loss': examples}
 
     return Method(init, step)
@@ -114,7 +114,7 @@ def _writer(
     teacher = context.teacher
     assert context.locate is not None
     located = context.locate(context.config.teacher)
-    logits = jax.eval_shape(lambda v, x: teacher.apply(v, x).logits, variables, *teacher.inputs)
+    logits = jax.eval_shape(lambda v, *x: teacher.apply(v, *x).logits, variables, *teacher.inputs)
     return cache.Writer(
         directory,
         kept,
@@ -137,8 +137,8 @@ def _rows(
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def outputs(variables, inputs, key):
-        return kept.signal(teacher.apply(variables, inputs).logits, key)
+    def outputs(variables, batch, key):
+        return kept.signal(teacher.apply(variables, *teacher.of(batch)).logits, key)
 
     compute = jax.jit(outputs, out_shardings=everywhere)
     part, parts = mesh_lib.batch_part(mesh)
@@ -149,11 +149,11 @@ def _rows(
         for number in numbers:
             if number >= len(batches):
                 break
-            batch = {'input': batches[number]['input']}
+            batch = {name: batches[number][name] for name in teacher.fields}
             batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
             # By position, so that a cache that was cut off has the draws of one that was not.
             key = jax.random.fold_in(jax.random.key(context.recipe.seed), number)
-            found = jax.device_get(compute(variables, batch['input'], key))
+            found = jax.device_get(compute(variables, batch, key))
             count = min(size, len(source) - number * size)
             for name in writer.record.names or ():
                 rows.setdefault(name, []).append(getattr(found, name)[:count])

@@ -64,12 +64,12 @@ def recursive_meta_distillation(
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         variables = {'params': params, **state.mutables}
-        output = network.apply(variables, batch['input'], train=True, key=dropout_key)
+        output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         base = soften(teacher.teacher_logits(context, state, batch))
         target = base
         if lam < 1:
             previous = context.references['student']
-            student = soften(previous.apply(state.frozen['student'], batch['input']).logits)
+            student = soften(previous.apply(state.frozen['student'], *previous.of(batch)).logits)
             target = meta_distillation.anchor(student, base, lam, power)
         student_log_p = soften(output.logits)
         losses = divergence.forward_kl(student_log_p, jax.lax.stop_gradient(target))

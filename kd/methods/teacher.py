@@ -12,7 +12,7 @@ from kd.state import State
 
 
 def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | TeacherSignal:
-    """The frozen teacher's logits [B, V] for `batch['input']`.
+    """The frozen teacher's logits [B, V] for the batch.
 
     A batch that brings fields of a cache (`kd.data.transforms.cached`) is taken at its word, and no
     teacher is run; such a cache holds for inputs that are not augmented. One of top-k or sampled
@@ -21,7 +21,8 @@ def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | 
     if cache.PREFIX + 'logits' in batch:
         return batch[cache.PREFIX + 'logits']
     if not any(name.startswith(cache.PREFIX) for name in batch):
-        return context.teacher.apply(state.frozen['teacher'], batch['input']).logits
+        teacher = context.teacher
+        return teacher.apply(state.frozen['teacher'], *teacher.of(batch)).logits
     temperature = getattr(context.source('train'), 'signal_temperature', 1.0)
     signal = cache.signal_in(batch, temperature)
     assert signal is not None

@@ -103,12 +103,12 @@ def _logits(
     """float32 [N, V] over the whole split, in its order."""
     ways = mesh.shape['data'] * mesh.shape['fsdp']
     size = -(-min(batch_size, len(source)) // ways) * ways
-    apply = jax.jit(lambda variables, x: network.apply(variables, x).logits)
+    apply = jax.jit(lambda variables, *inputs: network.apply(variables, *inputs).logits)
     outputs = []
     for batch in pipeline.eval_batches(source, size):
-        mask = batch['mask']
-        arrays = mesh_lib.put_batch({'input': batch['input']}, mesh_lib.batch_sharding(mesh))
-        outputs.append(np.asarray(apply(variables, arrays['input']))[mask])
+        inputs = {name: batch[name] for name in network.fields}
+        inputs = mesh_lib.put_batch(inputs, mesh_lib.batch_sharding(mesh))
+        outputs.append(np.asarray(apply(variables, *network.of(inputs)))[batch['mask']])
     return np.concatenate(outputs)
 
 
@@ -172,7 +172,7 @@ def _markdown(
 ) -> str:
     columns = [c for c in _COLUMNS if any(c in row for row in results.values())]
     lines = [
-        f'# {recipe.data["name"]}: {", ".join(results)}',
+        f'# {source.name}: {", ".join(results)}',
         '',
         f'{len(source)} examples of `{source.split}`, seed {recipe.seed}. '
         'The command and versions are in `manifest.json`.',

@@ -66,7 +66,7 @@ def paced(
 
     def collect(state, batch, key):
         if 'pass_rate' not in batch:
-            logits = network.apply(state.variables(), batch['input']).logits
+            logits = network.apply(state.variables(), *network.of(batch)).logits
             where = batch.get('response_mask')
             rate = sampled_pass_rate(key, logits, batch['label'], rollouts, where=where)
             batch = {**batch, 'pass_rate': rate}
@@ -84,7 +84,7 @@ def paced(
 
     def loss(params, state, batch, key) -> Objective:
         variables = {'params': params, **state.mutables}
-        output = network.apply(variables, batch['input'], train=True, key=key)
+        output = network.apply(variables, *network.of(batch), train=True, key=key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
         positions = divergences.per_position(
             of_position, output.logits, teacher_logits, **divergence_arguments

@@ -71,16 +71,16 @@ def adpo(
             reference = jnp.zeros_like(batch['rewards'])
         elif anchor == 'fixed':
             source = context.references['anchor']
-            reference = source.apply(state.frozen['anchor'], batch['input']).logits
+            reference = source.apply(state.frozen['anchor'], *source.of(batch)).logits
         else:
             variables = {'params': state.extra['anchor'], **state.mutables}
-            reference = network.apply(variables, batch['input']).logits
+            reference = network.apply(variables, *network.of(batch)).logits
         first, second = _random_pair(key, *batch['rewards'].shape)
         return {**batch, 'anchor_logits': reference, 'first': first, 'second': second}
 
     def loss(params, state, batch, key) -> Objective:
         variables = {'params': params, **state.mutables}
-        output = network.apply(variables, batch['input'], train=True, key=key)
+        output = network.apply(variables, *network.of(batch), train=True, key=key)
         logits, rewards, reference = output.logits, batch['rewards'], batch['anchor_logits']
         if target in ('listwise', 'standardized'):
             kind: Literal['raw', 'standardized']

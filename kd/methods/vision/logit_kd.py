@@ -54,7 +54,7 @@ def logit_kd(
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         variables = {'params': params, **state.mutables}
-        output = network.apply(variables, batch['input'], train=True, key=dropout_key)
+        output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
         hard = classification.cross_entropy(
             output.logits, batch['label'], label_smoothing=label_smoothing

@@ -73,13 +73,15 @@ def self_distillation(
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, num_classes)
         variables = {'params': params, **state.mutables}
-        output = network.apply(variables, batch['input'], train=True, key=dropout_key)
+        output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         targets = jax.nn.one_hot(batch['label'], output.logits.shape[-1])
         if context.optional_teacher is None:
             weight, taught = jnp.float32(1.0), jnp.zeros_like(output.logits)
         else:
             weight = state.extra['alpha']
-            taught = context.teacher.apply(state.frozen['teacher'], batch['input']).logits
+            taught = context.teacher.apply(
+                state.frozen['teacher'], *context.teacher.of(batch)
+            ).logits
         losses = kernel_regression.self_distillation_loss(output.logits, targets, taught, weight)
         correct = output.logits.argmax(-1) == batch['label']
         metrics = {'mse': mean(losses), 'accuracy': mean(correct), 'alpha': scalar(weight)}
@@ -130,16 +132,17 @@ def estimate_alpha(context: Context, frozen: PyTree, split: str) -> jax.Array:
         batch = batches[int(index)]
         return {name: batch[name] for name in fields}
 
-    def probabilities(name, x):
-        logits = context.references[name].apply(frozen[name], x).logits
+    def probabilities(name, batch):
+        network = context.references[name]
+        logits = network.apply(frozen[name], *network.of(batch)).logits
         return jnp.exp(numerics.log_softmax(logits))
 
     def add(sums, index):
         # Read when the stage starts, not when a recipe is only checked; nor does the split have to
         # fit into the compiled program.
         batch = jax.pure_callback(read, shape, index)
-        pure = probabilities('pure', batch['input'])
-        direction = probabilities('first', batch['input']) - pure
+        pure = probabilities('pure', batch)
+        direction = probabilities('first', batch) - pure
         residual = jax.nn.one_hot(batch['label'], pure.shape[-1]) - pure
         direction = jnp.where(batch['mask'][:, None], direction, 0.0)
         along, square = sums
