@@ -1,5 +1,7 @@
 """Diffusion transformer with two times, as a flow map."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,33 +11,60 @@ from flax.typing import Dtype
 from kd.models.attention import attend
 from kd.models.conditioning import TimeWeight, class_features, positional_embedding, velocity_inputs
 
-__all__ = ['DiT', 'grid_embedding']
+__all__ = ['BRANCHES', 'Block', 'DiT', 'grid_embedding']
+
+# What a block adds to its tokens, in this order; gates have an entry for each.
+BRANCHES = ('attention', 'mlp')
 
 
 def grid_embedding(height: int, width: int, size: int) -> np.ndarray:
     """Fixed sine-cosine embedding of a grid of patches, [height * width, size] float32.
 
-    Half of the features encode the row, half the column. Source: arXiv 2212.09748.
+    The first half of the features encodes the column, the second the row, each by sines and then
+    cosines: the order of the released weights of DiT (arXiv:2212.09748) and MAE (arXiv:2111.06377).
     """
     if size % 4:
         raise ValueError(f'grid_embedding: size={size}, expected a multiple of 4.')
     frequency = 1e4 ** (-np.arange(size // 4) / (size // 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing='ij')
-    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
+    angles = [axis.reshape(-1, 1) * frequency for axis in (columns, rows)]
     parts = [f(angle) for angle in angles for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 class Block(nn.Module):
-    """Transformer block modulated by the condition, [B, N, D] -> [B, N, D]; starts as identity."""
+    """Transformer block modulated by the condition, [B, N, D] -> [B, N, D]; starts as identity.
+
+    Attributes:
+      heads, mlp_ratio, dropout, qk_norm, fused, dtype: as in `DiT`.
+    """
 
     heads: int
     mlp_ratio: int
     dropout: float
+    qk_norm: bool
+    fused: bool
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        condition: jax.Array,
+        train: bool = False,
+        *,
+        gates: jax.Array | None = None,
+        edit: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Tokens from tokens and the condition [B, D].
+
+        Args:
+          x: tokens.
+          condition: of each example.
+          train: whether dropout acts.
+          gates: [2], what the branches (see `BRANCHES`) are multiplied by; None for ones.
+          edit: of the attention's maps, see `kd.models.attention.attend`.
+        """
         size = x.shape[-1]
         modulation = nn.Dense(
             6 * size,
@@ -44,22 +73,90 @@ class Block(nn.Module):
             name='modulation',
         )(nn.silu(condition))[:, None]
         shift0, scale0, gate0, shift1, scale1, gate1 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate0 * self._attend(_norm(x, self.dtype) * (1.0 + scale0) + shift0)
+        if gates is not None:
+            gates = gates.astype(gate0.dtype)
+            gate0, gate1 = gates[0] * gate0, gates[1] * gate1
+        x = x + gate0 * self._attend(_norm(x, self.dtype) * (1.0 + scale0) + shift0, edit)
         hidden = _norm(x, self.dtype) * (1.0 + scale1) + shift1
         hidden = nn.gelu(nn.Dense(self.mlp_ratio * size, dtype=self.dtype, name='mlp0')(hidden))
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
         return x + gate1 * nn.Dense(size, dtype=self.dtype, name='mlp1')(hidden)
 
-    def _attend(self, x: jax.Array) -> jax.Array:
+    def _attend(self, x: jax.Array, edit: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
         batch, length, size = x.shape
         qkv = nn.Dense(3 * size, dtype=self.dtype, name='qkv')(x)
         q, k, v = jnp.split(qkv.reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
-        # Normalised queries and keys bound the logits, hence the derivatives in time.
-        q, k = (
-            nn.RMSNorm(dtype=self.dtype, name=name)(a) for name, a in (('q_norm', q), ('k_norm', k))
-        )
-        y = attend(q, k, v)
+        if self.qk_norm:
+            q = nn.RMSNorm(dtype=self.dtype, name='q_norm')(q)
+            k = nn.RMSNorm(dtype=self.dtype, name='k_norm')(k)
+        y = attend(q, k, v, fused=self.fused, edit=edit)
         return nn.Dense(size, dtype=self.dtype, name='projection')(y.reshape(x.shape))
+
+
+class _Embed(nn.Module):
+    """Tokens and condition of the times, images and labels; see `DiT`, whose scope it shares."""
+
+    patch: int
+    width: int
+    data_scale: float
+    num_classes: int | None
+    time_weight: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, s: jax.Array, t: jax.Array, x: jax.Array, label: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        if self.time_weight and self.is_initializing():
+            TimeWeight(self.time_weight, name='time_weight')(s, t)
+        batch, height, width, channels = x.shape
+        rows, columns = height // self.patch, width // self.patch
+        tokens = (x / self.data_scale).astype(self.dtype)
+        tokens = tokens.reshape(batch, rows, self.patch, columns, self.patch, channels)
+        tokens = tokens.swapaxes(2, 3).reshape(batch, rows * columns, -1)
+        tokens = nn.Dense(self.width, dtype=self.dtype, name='patches')(tokens)
+        tokens = tokens + grid_embedding(rows, columns, self.width).astype(self.dtype)
+        return tokens, self._condition(s, t, label)
+
+    def _condition(self, s: jax.Array, t: jax.Array, label: jax.Array | None) -> jax.Array:
+        total = jnp.zeros((s.shape[0], self.width), self.dtype)
+        for name, time in (('start', s), ('jump', t - s)):
+            hidden = positional_embedding(time, self.width).astype(self.dtype)
+            hidden = nn.silu(nn.Dense(self.width, dtype=self.dtype, name=f'{name}0')(hidden))
+            total = total + nn.Dense(self.width, dtype=self.dtype, name=f'{name}1')(hidden)
+        classes = class_features(label, self.num_classes, s.shape[0], self.dtype)
+        if classes is not None:
+            embed = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='label')
+            total = total + embed(classes)
+        return total
+
+
+class _Head(nn.Module):
+    """Velocity like x of tokens and condition; see `DiT`, whose scope it shares."""
+
+    patch: int
+    data_scale: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, condition: jax.Array, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        modulation = nn.Dense(
+            2 * tokens.shape[-1],
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name='modulation',
+        )(nn.silu(condition))[:, None]
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        out = nn.Dense(
+            self.patch**2 * channels,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name='out',
+        )(_norm(tokens, self.dtype) * (1.0 + scale) + shift)
+        rows, columns = height // self.patch, width // self.patch
+        out = out.reshape(batch, rows, columns, self.patch, self.patch, channels)
+        return out.swapaxes(2, 3).reshape(x.shape).astype(x.dtype) * self.data_scale
 
 
 class DiT(nn.Module):
@@ -68,6 +165,13 @@ class DiT(nn.Module):
     Patches, fixed grid embedding, blocks modulated by the sum of the embeddings of s, t - s and
     the class (adaptive layer norm, zero-initialised gates). Every layer has a forward-mode
     derivative. Dropout needs the 'dropout' key and acts only with train=True.
+
+    It is `head` after the blocks after `embed`, which are methods to `apply`:
+
+        tokens, condition = network.apply(variables, s, t, x, method='embed')
+        for layer in range(network.depth):
+            tokens = network.apply(variables, layer, tokens, condition, method='block')
+        velocity = network.apply(variables, tokens, condition, x, method='head')
 
     Source: Peebles & Xie, arXiv 2212.09748, with a second time and normalised queries and keys.
 
@@ -82,6 +186,9 @@ class DiT(nn.Module):
       num_classes: None for unconditional networks.
       time_weight: channels of the learned log-variance w(s, t) that is initialised beside the
         network (see `kd.models.conditioning.log_variance`); 0 for none.
+      qk_norm: normalises queries and keys, which bounds the logits, hence the derivatives in time;
+        the released networks do without.
+      fused: attention by a fused kernel where there is one; it has no forward-mode derivative.
       dtype: compute type; parameters are float32, the velocity has the type of x.
     """
 
@@ -94,13 +201,35 @@ class DiT(nn.Module):
     data_scale: float = 0.5
     num_classes: int | None = None
     time_weight: int = 0
+    qk_norm: bool = True
+    fused: bool = False
     dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f'DiT: width {self.width} is not divisible by {self.heads} heads.')
+        self.embedding = _Embed(
+            self.patch,
+            self.width,
+            self.data_scale,
+            self.num_classes,
+            self.time_weight,
+            self.dtype,
+        )
+        self.last = _Head(self.patch, self.data_scale, self.dtype)
+        # Their parameters are the network's own.
+        nn.share_scope(self, self.embedding)
+        nn.share_scope(self, self.last)
+        for layer in range(self.depth):
+            block = Block(
+                self.heads, self.mlp_ratio, self.dropout, self.qk_norm, self.fused, self.dtype
+            )
+            setattr(self, f'block{layer}', block)
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of a batch of one, from those of one example by name."""
         return velocity_inputs(spec)
 
-    @nn.compact
     def __call__(
         self,
         s: jax.Array,
@@ -109,54 +238,62 @@ class DiT(nn.Module):
         *,
         label: jax.Array | None = None,
         train: bool = False,
+        gates: jax.Array | None = None,
     ) -> jax.Array:
-        """Velocity [B, H, W, C] like x from times [B], images [B, H, W, C] and labels int [B]."""
-        if self.time_weight and self.is_initializing():
-            TimeWeight(self.time_weight, name='time_weight')(s, t)
-        batch, height, width, channels = x.shape
-        if height % self.patch or width % self.patch:
+        """Velocity [B, H, W, C] like x.
+
+        Args:
+          s, t: times [B].
+          x: images [B, H, W, C].
+          label: classes int [B]; None for the null class.
+          train: whether dropout acts.
+          gates: [depth, 2], what the branches (see `BRANCHES`) of each block are multiplied by;
+            None for ones. A block with zeros is the identity.
+        """
+        tokens, condition = self.embed(s, t, x, label=label)
+        for layer in range(self.depth):
+            tokens = self.block(
+                layer, tokens, condition, train=train, gates=None if gates is None else gates[layer]
+            )
+        return self.head(tokens, condition, x)
+
+    def embed(
+        self,
+        s: jax.Array,
+        t: jax.Array,
+        x: jax.Array,
+        *,
+        label: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens [B, N, width] and condition [B, width], the input of the first block."""
+        del train
+        if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(
-                f'DiT with patch {self.patch} got images of {height}x{width}; '
+                f'DiT with patch {self.patch} got images of {x.shape[1]}x{x.shape[2]}; '
                 'the sides must be divisible by the patch.'
             )
-        if self.width % self.heads:
-            raise ValueError(f'DiT: width {self.width} is not divisible by {self.heads} heads.')
-        rows, columns = height // self.patch, width // self.patch
-        condition = self._condition(s, t, label)
-        tokens = (x / self.data_scale).astype(self.dtype)
-        tokens = tokens.reshape(batch, rows, self.patch, columns, self.patch, channels)
-        tokens = tokens.swapaxes(2, 3).reshape(batch, rows * columns, -1)
-        tokens = nn.Dense(self.width, dtype=self.dtype, name='patches')(tokens)
-        tokens = tokens + grid_embedding(rows, columns, self.width).astype(self.dtype)
-        for layer in range(self.depth):
-            block = Block(
-                self.heads, self.mlp_ratio, self.dropout, self.dtype, name=f'block{layer}'
-            )
-            tokens = block(tokens, condition, train)
-        modulation = nn.Dense(
-            2 * self.width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='modulation'
-        )(nn.silu(condition))[:, None]
-        shift, scale = jnp.split(modulation, 2, axis=-1)
-        out = nn.Dense(
-            self.patch**2 * channels,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.zeros,
-            name='out',
-        )(_norm(tokens, self.dtype) * (1.0 + scale) + shift)
-        out = out.reshape(batch, rows, columns, self.patch, self.patch, channels)
-        return out.swapaxes(2, 3).reshape(x.shape).astype(x.dtype) * self.data_scale
+        return self.embedding(s, t, x, label)
 
-    def _condition(self, s: jax.Array, t: jax.Array, label: jax.Array | None) -> jax.Array:
-        total = jnp.zeros((s.shape[0], self.width), self.dtype)
-        for name, time in (('start', s), ('jump', t - s)):
-            hidden = positional_embedding(time, self.width).astype(self.dtype)
-            hidden = nn.silu(nn.Dense(self.width, dtype=self.dtype, name=f'{name}0')(hidden))
-            total = total + nn.Dense(self.width, dtype=self.dtype, name=f'{name}1')(hidden)
-        classes = class_features(label, self.num_classes, s.shape[0], self.dtype)
-        if classes is not None:
-            embed = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='label')
-            total = total + embed(classes)
-        return total
+    def block(
+        self,
+        layer: int,
+        tokens: jax.Array,
+        condition: jax.Array,
+        *,
+        train: bool = False,
+        gates: jax.Array | None = None,
+        edit: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Tokens after block `layer`, whose gates are [2]; see `Block`."""
+        return getattr(self, f'block{layer}')(tokens, condition, train, gates=gates, edit=edit)
+
+    def head(
+        self, tokens: jax.Array, condition: jax.Array, x: jax.Array, *, train: bool = False
+    ) -> jax.Array:
+        """Velocity of the shape and type of x, of the last block's tokens."""
+        del train
+        return self.last(tokens, condition, x)
 
 
 def _norm(x: jax.Array, dtype: Dtype) -> jax.Array:

@@ -15,7 +15,7 @@ from kd.losses.flow_map import flow_map, squared_error
 from kd.losses.flow_map_checks import check_velocity_function
 from kd.models import magnitude_preserving as mp
 from kd.models.conditioning import TimeWeight, class_features, positional_embedding
-from kd.models.dit import DiT, grid_embedding
+from kd.models.dit import DiT
 from kd.models.unet import Block, UNet
 from kd.models.velocity_mlp import VelocityMLP
 
@@ -356,32 +356,6 @@ def test_unet_attends_where_asked_and_at_the_bottleneck():
 
     assert attending(()) == ['middle0']
     assert attending((4,)) == ['decoder1_0', 'decoder1_1', 'encoder1_0', 'middle0']
-
-
-def test_dit_without_blocks_is_local_to_patches():
-    network = DiT(patch=2, width=8, depth=0, heads=1, dtype=jnp.float64)
-    s, t, x = jnp.array([0.2]), jnp.array([0.8]), jnp.zeros((1, 4, 6, 3), jnp.float64)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), s, t, x)
-    params = jax.tree.map(lambda p: np.asarray(rng.standard_normal(p.shape)), shapes)
-    apply = jax.jit(network.apply)
-    change = apply(params, s, t, x.at[0, 3, 2, 1].set(1.0)) - apply(params, s, t, x)
-    touched = np.abs(np.asarray(change[0])).max(axis=-1) > 1e-6
-    wanted = np.zeros((4, 6), bool)
-    wanted[2:4, 2:4] = True
-    np.testing.assert_array_equal(touched, wanted)
-
-
-def test_grid_embedding_tells_patches_apart():
-    table = grid_embedding(3, 5, 8)
-    assert table.shape == (15, 8)
-    np.testing.assert_allclose(np.sum(table**2, axis=1), 4.0, rtol=1e-6)
-    assert np.unique(table.round(6), axis=0).shape[0] == 15
-    # Rows and columns use their own halves.
-    np.testing.assert_array_equal(table[0, 4:], table[5, 4:])
-    np.testing.assert_array_equal(table[0, :4], table[1, :4])
-    with pytest.raises(ValueError, match='multiple of 4'):
-        grid_embedding(2, 2, 6)
 
 
 def test_time_weight_is_one_layer_of_unit_norm_on_the_sum_of_embeddings():
