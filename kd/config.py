@@ -237,7 +237,9 @@ def _stage(name: str, plain: Mapping[str, Any]) -> StageConfig:
             raise UserError(f"Unknown key '{name}.{key}'.{did_you_mean(key, known)}")
     if known - set(plain):
         raise UserError(f'{name} lacks {_list(known - set(plain))}.')
-    stage = StageConfig(**plain)
+    # An emptied block is none.
+    labelled = {key: _named(plain[key]) for key in ('evaluators', 'writers')}
+    stage = StageConfig(**{**plain, **labelled})
     for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
         value = getattr(stage, key)
         if not isinstance(value, int) or value <= 0:
@@ -256,6 +258,10 @@ def _stage(name: str, plain: Mapping[str, Any]) -> StageConfig:
             f'{did_you_mean(evaluator, stage.evaluators)} It has: {_list(stage.evaluators)}.'
         )
     return stage
+
+
+def _named(blocks: Mapping[str, Block]) -> dict[str, Block]:
+    return {label: block for label, block in blocks.items() if block}
 
 
 def _check_references(recipe: Recipe, name: str) -> None:

@@ -71,7 +71,8 @@ def parse(argv: Sequence[str]) -> tuple[config_lib.ConfigDict, str, str]:
     )  # fmt: skip
     known, rest = parser.parse_known_args(argv)
     config = config_lib.load(known.config)
-    override(config, overrides(rest))
+    for told in override(config, overrides(rest)):
+        print(f'kd: {told}', file=sys.stderr)
     if known.data_dir is not None:
         config.data_dir = known.data_dir
     return config, known.workdir, known.distributed

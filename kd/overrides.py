@@ -11,43 +11,92 @@ from kd.config import ConfigDict, resolve
 from kd.errors import UserError, did_you_mean
 
 
-def override(config: ConfigDict, assignments: Mapping[str, str]) -> None:
+def override(config: ConfigDict, assignments: Mapping[str, str]) -> list[str]:
     """Sets fields from text, in place: `override(config, {'student.optimizer.lr': '1e-3'})`.
 
     A field takes the type of the value it has. A block that names a callable also takes arguments
-    of it that the config leaves at their defaults.
+    of it that the config leaves at their defaults; named another one, it loses the arguments that
+    the other does not take. Where names are free (`ema`, `references`, `data`, labels of
+    `evaluators` and `writers`) new ones may be given. The empty text empties a block:
+    `{'report': ''}` is no report.
+
+    Returns:
+      Sentences to be told: arguments that were lost.
 
     Raises:
       UserError: no such field, or text that is not of the field's type.
     """
-    for path, text in assignments.items():
+    told = []
+    # Names first: they decide which arguments there are.
+    for path in sorted(assignments, key=lambda path: not path.endswith('.name')):
+        text = assignments[path]
         *parents, field = path.split('.')
-        block = config
-        for depth, name in enumerate(parents):
-            if name not in block or not isinstance(block[name], ConfigDict):
-                blocks = [key for key, value in block.items() if isinstance(value, ConfigDict)]
+        block = _block(config, parents)
+        if field in block and isinstance(block[field], ConfigDict):
+            if text:
                 raise UserError(
-                    f'config.{".".join(parents[: depth + 1])} is no block of the config.'
-                    f'{did_you_mean(name, blocks)}'
+                    f'config.{path} is a block; set one of: {", ".join(block[field])}. '
+                    f'To empty it, write --config.{path}= and nothing behind it.'
                 )
-            block = block[name]
-        if field in block:
-            if isinstance(block[field], ConfigDict):
-                raise UserError(f'config.{path} is a block; set one of: {", ".join(block[field])}.')
+            value: Any = ConfigDict()
+        elif field in block:
             value = _parse(path, text, block[field])
         else:
-            named, more = _arguments(block, parents)
-            known = {*block, *named}
-            near = did_you_mean(field, known)
-            # What goes on to another function is checked there, unless it looks like a slip.
-            if field not in known and (near or not more):
-                raise UserError(
-                    f"The config has no field '{path}'.{near} "
-                    f'{".".join(parents) or "It"} has: {", ".join(sorted(known))}.'
-                )
+            _check_new(block, parents, field)
             value = _literal(text)
         with block.unlocked(), block.ignore_type():
+            if field == 'name' and block.get('name', value) != value and '.' in value:
+                told += _renamed(block, parents, value)
             block[field] = value
+    return told
+
+
+def _block(config: ConfigDict, parents: list[str]) -> ConfigDict:
+    """The block at a path; an empty one is made where its name is free."""
+    block = config
+    for depth, name in enumerate(parents):
+        if name not in block and _free(parents[:depth]):
+            with block.unlocked():
+                block[name] = ConfigDict()
+        if name not in block or not isinstance(block[name], ConfigDict):
+            blocks = [key for key, value in block.items() if isinstance(value, ConfigDict)]
+            raise UserError(
+                f'config.{".".join(parents[: depth + 1])} is no block of the config.'
+                f'{did_you_mean(name, blocks)}'
+            )
+        block = block[name]
+    return block
+
+
+def _free(parents: list[str]) -> bool:
+    """Whether a block takes any name."""
+    return parents[-1:] in (['ema'], ['references'], ['data'], ['evaluators'], ['writers'])
+
+
+def _check_new(block: ConfigDict, parents: list[str], field: str) -> None:
+    """Refuses a field that the block neither has nor may take."""
+    if _free(parents) or (field == 'name' and not block and parents):
+        return
+    named, more = _arguments(block, parents)
+    known = {*block, *named}
+    near = did_you_mean(field, known)
+    # What goes on to another function is checked there, unless it looks like a slip.
+    if field not in known and (near or not more):
+        raise UserError(
+            f"The config has no field '{'.'.join([*parents, field])}'.{near} "
+            f'{".".join(parents) or "It"} has: {", ".join(sorted(known))}.'
+        )
+
+
+def _renamed(block: ConfigDict, parents: list[str], name: str) -> list[str]:
+    """Drops the arguments that the callable does not take; says which."""
+    named, more = _arguments(ConfigDict({'name': name}), parents)
+    # An evaluator's split and a writer's period are their stage's.
+    kept = {'name', 'split', 'every', *named}
+    lost = [] if more else [key for key in block if key not in kept]
+    for key in lost:
+        del block[key]
+    return [f'{".".join(parents)}: {name} does not take {", ".join(lost)}.'] if lost else []
 
 
 def _arguments(block: ConfigDict, parents: list[str]) -> tuple[list[str], bool]:

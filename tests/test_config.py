@@ -203,7 +203,11 @@ def test_an_argument_left_at_its_default_can_be_set(config):
         ('student.steps', 'True', "takes a value of type int, such as 10; got 'True'"),
         ('student.optimizer.lr', 'fast', 'takes a value of type float'),
         ('student.network.widths', '4', 'takes a value of type tuple'),
-        ('student.optimizer', '3', r'config\.student\.optimizer is a block; set one of: '),
+        (
+            'student.optimizer',
+            '3',
+            r'config\.student\.optimizer is a block; .*write --config\.student\.optimizer= ',
+        ),
         ('steps', '3', "The config has no field 'steps'"),
     ],
 )
@@ -212,6 +216,41 @@ def test_an_override_that_does_not_fit_is_refused(config, path, text, message):
     with pytest.raises(UserError, match=message):
         override(config, {path: text})
     assert config.to_json() == before
+
+
+def test_free_names_can_be_added_to_empty_blocks(config):
+    override(
+        config,
+        {
+            'student.ema.slow': '0.99',
+            'student.references.base': 'teacher',
+            'student.data.train': 'train[:10]',
+            'student.evaluators.more.split': 'test',
+            'student.evaluators.more.name': f'{__name__}.anything',
+        },
+    )
+    stage = kd_config.parse(config).stages['student']
+    assert (stage.ema, stage.references) == ({'slow': 0.99}, {'base': 'teacher'})
+    assert stage.data == {'train': 'train[:10]'}
+    assert stage.evaluators['more'] == {'name': f'{__name__}.anything', 'split': 'test'}
+
+
+def test_an_emptied_block_is_none(config):
+    config.report = {'name': f'{__name__}.anything'}
+    override(config, {'report': '', 'teacher.evaluators.validation': ''})
+    recipe = kd_config.parse(config)
+    assert recipe.report == {}
+    assert recipe.stages['teacher'].evaluators == {}
+
+
+def test_another_name_keeps_the_arguments_that_it_takes(config):
+    config.student.method = {'name': f'{__name__}.anything', 'factor': 2.0, 'other': 1}
+    told = override(
+        config, {'student.method.offset': '4.0', 'student.method.name': f'{__name__}.scale'}
+    )
+    scaled = {'name': f'{__name__}.scale', 'factor': 2.0, 'offset': 4.0}
+    assert kd_config.parse(config).stages['student'].method == scaled
+    assert told == [f'student.method: {__name__}.scale does not take other.']
 
 
 # resolve and build
