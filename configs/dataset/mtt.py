@@ -25,10 +25,11 @@ Data sets are tfds's; `imagefruit` and `tiny_imagenet` are folders of these name
 in the format of tfds. With more than one device, write `shards=N` to spread the synthetic set, and
 with it the inner loop, over N of them.
 
-The papers', for all but `cpu`, `cpu_mnist` and `mnist`: experts, networks, augmentation, whitening,
-and the numbers of `ROWS`, of which those of CIFAR-10 at IPC 10 are the authors' later commands, the
-learning rates of Tiny ImageNet those of FTD (arXiv 2211.11004), and the pixels' of TESLA half of
-its commands', since its released code applies half of the derivative. Ours:
+The papers', for all but `cpu`, `cpu_mnist` and `mnist`: experts, networks, augmentation, whitening
+or the released mean and deviation of channels, and the numbers of `ROWS`, of which those of
+CIFAR-10 at IPC 10 are the authors' later commands, the learning rates of Tiny ImageNet those of FTD
+(arXiv 2211.11004), and the pixels' of TESLA half of its commands', since its released code applies
+half of the derivative. Ours:
 
 - Some training images, 5,000 of CIFAR's 50,000, are held out for validation, and the set that is
   kept is the best there, of evaluations every 500 steps (TESLA: 100). The release trains on all,

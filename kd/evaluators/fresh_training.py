@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from kd.data.transforms import augment, standardised
 from kd.evaluators import synthetic_set
 from kd.network import Network
 from kd.networks import build_network
+
+log = logging.getLogger('kd')
 
 
 def fresh_training(
@@ -127,6 +130,12 @@ class Protocol:
 
     def __call__(self, keys, examples, test, rate) -> np.ndarray:
         """Accuracies [K] of networks trained on `examples`."""
+        if rate < 0:
+            log.warning(
+                'The learned step size is %.3g: networks trained with it climb their loss. Lower '
+                'the lr of step_size_optimizer, or set log_step_size=True.',
+                rate,
+            )
         tested = {name: jnp.asarray(test[name]) for name in ('input', 'label')}
         examples = {name: jnp.asarray(x) for name, x in examples.items()}
         return np.asarray(self.evaluate(keys, examples, tested, rate))

@@ -237,6 +237,31 @@ def test_rows_have_the_published_numbers(
         assert (config.experts.network.depth, config.experts.network.width) == (4, 128)
 
 
+def test_channels_are_divided_by_what_the_releases_divide_by():
+    for recipe, deviation in (
+        ('mtt.py:cifar10,ipc=50', (0.2023, 0.1994, 0.2010)),
+        ('gradient_matching.py:dc_cifar10,ipc=1', (0.2023, 0.1994, 0.2010)),
+        ('ftd.py:tiny,ipc=1', (0.229, 0.224, 0.225)),
+    ):
+        source = kd_config.load(f'configs/dataset/{recipe}').data.source
+        assert (source.kind, tuple(source.deviation)) == ('channels', deviation)
+    assert 'deviation' not in kd_config.load('configs/dataset/mtt.py:cifar10,ipc=10').data.source
+
+
+def test_a_negative_step_size_is_told(finished, caplog):
+    _, workdir, _ = finished
+    one = export.read_npz(workdir / 'synthetic' / 'distilled.npz')
+    digits = catalogue.load('digits', 'train[:10]')
+    network = build_network(dict(name='kd.models.mlp.MLP', widths=()), digits, where='network')
+    judge = Protocol(network, epochs=2, batch_size=10)
+    keys, test = jax.random.split(jax.random.key(0), 1), digits.fetch(np.arange(10))
+    judge.best(keys, one._replace(step_size=np.float32(-0.02)), test)
+    assert 'The learned step size is -0.02: networks trained with it climb' in caplog.text
+    caplog.clear()
+    judge.best(keys, one._replace(step_size=np.float32(0.02)), test)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize('name', ['mtt', 'ftd', 'smooth_experts'])
 @pytest.mark.parametrize(('variant', 'count'), [('cpu', 20 * 20), ('cpu_mnist', 220 * 12)])
 def test_experts_of_small_recipes_pass_over_all_the_data(name, variant, count):

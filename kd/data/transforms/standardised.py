@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,10 +21,15 @@ class StandardisedSource(MappedSource):
     """A source of standardised images; see `standardised`."""
 
     def __init__(
-        self, source: sources.Source, fit_on: sources.Source, kind: str, eps: float
+        self,
+        source: sources.Source,
+        fit_on: sources.Source,
+        kind: str,
+        eps: float,
+        moments: tuple[np.ndarray, np.ndarray] | None,
     ) -> None:
         super().__init__(source, self.from_pixels, source.spec['input'].shape)
-        self.fit_on, self.kind, self.eps = fit_on, kind, eps
+        self.fit_on, self.kind, self.eps, self.moments = fit_on, kind, eps, moments
 
     def from_pixels(self, images: np.ndarray) -> np.ndarray:
         """Images [N, H, W, C] in [-1, 1] as networks see them, float32."""
@@ -46,6 +52,8 @@ class StandardisedSource(MappedSource):
         size = int(np.prod(shape))
         if self.kind == 'none':
             return np.zeros(size, np.float32), *2 * (np.ones(size, np.float32),)
+        if self.moments is not None:
+            return _per_channel(*self.moments, shape)
         images = everything(self.fit_on)['input']
         if self.kind == 'zca':
             fitted = whitening.fit(images, self.eps)
@@ -56,10 +64,17 @@ class StandardisedSource(MappedSource):
             return mean, *2 * (np.ones(size, np.float32),)
         channels = rows.reshape(-1, shape[-1])
         mean, deviation = channels.mean(0, dtype=np.float64), channels.std(0, dtype=np.float64)
-        shift, scale = (
-            np.broadcast_to(x, shape).reshape(-1).astype(np.float32) for x in (mean, deviation)
-        )
-        return shift, 1 / scale, scale
+        return _per_channel(mean, deviation, shape)
+
+
+def _per_channel(
+    mean: np.ndarray, deviation: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shift, scale and inverse of every pixel, [d], from those of its channel."""
+    shift, scale = (
+        np.broadcast_to(x, shape).reshape(-1).astype(np.float32) for x in (mean, deviation)
+    )
+    return shift, 1 / scale, scale
 
 
 def standardised(
@@ -69,6 +84,8 @@ def standardised(
     kind: str,
     fit_on: str = 'train',
     eps: float = 0.4,
+    mean: Sequence[float] = (),
+    deviation: Sequence[float] = (),
 ) -> StandardisedSource:
     """For the key `source` of a recipe's data: a split seen through a linear map.
 
@@ -83,14 +100,25 @@ def standardised(
       kind: one of the above.
       fit_on: the split whose statistics are used.
       eps: added to the variances of 'zca', see `kd.data.transforms.whitening.fit`.
+      mean, deviation: for 'channels', one number per channel of pixels in [0, 1], instead of those
+        of `fit_on`.
 
     Raises:
-      ValueError: on another kind.
+      ValueError: on another kind, on a mean or deviation for it, or on other than one per channel.
     """
     if kind not in KINDS:
         raise ValueError(f'Data is standardised by one of {", ".join(KINDS)}, got {kind!r}.')
     load = functools.partial(context.load, of)
-    return StandardisedSource(load(), load(fit_on), kind, eps)
+    source, moments = load(), None
+    if len(mean) or len(deviation):
+        channels = source.spec['input'].shape[-1]
+        if kind != 'channels' or (len(mean), len(deviation)) != (channels, channels):
+            raise ValueError(
+                f"mean and deviation are those of kind='channels', {channels} numbers each; got "
+                f'{len(mean)} and {len(deviation)} for kind={kind!r}.'
+            )
+        moments = 2 * np.asarray(mean) - 1, 2 * np.asarray(deviation)
+    return StandardisedSource(source, load(fit_on), kind, eps, moments)
 
 
 def everything(source: sources.Source) -> sources.Batch:

@@ -89,6 +89,19 @@ def test_other_splits_are_standardised_by_the_training_split(raw):
         standardised.standardised(SourceContext('test'), of='digits', kind='pca')
 
 
+def test_channels_are_standardised_by_given_moments_of_pixels_from_0_to_1(raw):
+    given = dict(of='digits', mean=(0.3,), deviation=(0.2,))
+    context = SourceContext('train[:300]')
+    source = standardised.standardised(context, kind='channels', **given)
+    images = source.fetch(np.arange(300))['input']
+    np.testing.assert_allclose(images, ((raw + 1) / 2 - 0.3) / 0.2, atol=1e-5)
+    np.testing.assert_allclose(source.to_pixels(images), raw, atol=1e-5)
+    with pytest.raises(ValueError, match="kind='channels', 1 numbers each; got 1 and 1 for kind="):
+        standardised.standardised(context, kind='mean', **given)
+    with pytest.raises(ValueError, match='got 0 and 1'):
+        standardised.standardised(context, kind='channels', of='digits', deviation=(0.2,))
+
+
 def test_groups_hold_one_image_of_each_class(tmp_path):
     recipe = Recipe(stages={}, data=dict(name='digits', train='train[:300]'))
     source = groups.one_of_each_class(SourceContext('train[:300]', recipe, tmp_path))
