@@ -1,8 +1,10 @@
 """Eight virtual CPU devices and a persistent compilation cache for every test."""
 
 import contextlib
+import gc
 from pathlib import Path
 
+import budget
 import jax
 import pytest
 
@@ -12,6 +14,22 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def pytest_configure(config):
+    budget.register(config)
+
+
+def pytest_collection_modifyitems(items):
+    budget.longest_first(items)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_compiled_programs():
+    """Else a worker keeps every program that it has compiled: 4 GB after half of the suite."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='session')
