@@ -1,4 +1,4 @@
-"""Every recipe, at its full scale, is traced through every stage: nothing is computed."""
+"""Every recipe of the index is traced at its full scale, stage by stage: nothing is computed."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 
 from kd import config as kd_config
 from kd.data import catalogue, sources
+from kd.papers import index
 from kd.parallel.mesh import make_mesh
 from kd.training import loop
 
@@ -31,14 +32,12 @@ LARGE = (
 )
 
 
-def _variants():
-    for file in sorted((ROOT / 'configs').rglob('*.py')):
-        if 'claims' not in file.parts:
-            module = kd_config.load_module(file)
-            for variant in module.VARIANTS:
-                path = f'{file.relative_to(ROOT)}:{variant}'
-                large = file.name in LARGE or f'{file.name}:{variant}' in LARGE
-                yield pytest.param(path, marks=pytest.mark.slow) if large else path
+def _recipes():
+    papers = index.load(ROOT).values()
+    for recipe in sorted({recipe for paper in papers for recipe in paper.recipes(ROOT)}):
+        name = Path(recipe).name
+        large = name in LARGE or name.partition(':')[0] in LARGE
+        yield pytest.param(recipe, marks=pytest.mark.slow) if large else recipe
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(catalogue, 'load', loaded)
 
 
-@pytest.mark.parametrize('path', list(_variants()))
+@pytest.mark.parametrize('path', list(_recipes()))
 def test_every_recipe_traces(path, stand_ins, tmp_path):
     config = kd_config.load(path)
     config.data_dir = str(tmp_path)

@@ -1,10 +1,9 @@
 """Claims: a paper's headline as an experiment of arms and seeds, with a verdict.
 
+    python -m kd.claims                      all claims with the verdicts measured so far
     python -m kd.claims logit_kd             run one, write results/logit_kd.json and .png
     python -m kd.claims logit_kd --smoke     a tiny version that only shows that it runs
     python -m kd.claims mtt --data_dir=DIR   with tfds data that lies in DIR
-    python -m kd.claims --list               all claims with the verdicts measured so far
-    python -m kd.claims --readme             rewrite the table of claims in README.md
 
 See `kd.claims.claim` for what a claim is.
 """
@@ -17,8 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.claims.claim import RESULTS, names, results, run, text, write_readme
-from kd.errors import UserError
+from kd.claims import results
+from kd.claims.claim import names, run, text
+from kd.errors import UserError, closed_output_is_an_end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,22 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='where tfds data lies; default: TFDS_DATA_DIR, then ~/tensorflow_datasets',
     )  # fmt: skip
     parser.add_argument('--output', type=Path, help='where results go; default: results/')
-    parser.add_argument('--list', action='store_true')
-    parser.add_argument('--readme', action='store_true')
+    parser.add_argument('--list', action='store_true', help='all claims, as without a name')
     arguments = parser.parse_args(argv)
     if arguments.data_dir:
         # What `kd.data.sources.load` goes by where no directory is named.
         os.environ['TFDS_DATA_DIR'] = arguments.data_dir
     try:
-        if arguments.list:
-            known = {result['claim']: result['verdict'] for result in results()}
-            for name in names():
-                print(f'{name:32s} {known.get(name, "not measured")}')
+        if arguments.list or not arguments.names:
+            measured = results.measured()
+            with closed_output_is_an_end():
+                for name in names():
+                    print(f'{name:32s} {results.verdict(name, measured)}')
         for name in arguments.names:
-            default = Path('runs/claims') if arguments.smoke else RESULTS
+            default = Path('runs/claims') if arguments.smoke else results.RESULTS
             print(text(run(name, smoke=arguments.smoke, output=arguments.output or default)))
-        if arguments.readme:
-            write_readme()
     except UserError as error:
         print(f'kd: {error}', file=sys.stderr)
         return 2

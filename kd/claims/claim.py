@@ -21,14 +21,11 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from kd import config as config_lib
+from kd.claims.results import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RESULTS
 from kd.errors import UserError, did_you_mean
 from kd.io.workdir import commit
 
-REPRODUCED, NOT_REPRODUCED = 'reproduced', 'not reproduced at this scale'
-INCONCLUSIVE = 'inconclusive'
 CLAIMS = Path('configs/claims')
-RESULTS = Path('results')
-_BEGIN, _END = '<!-- claims: begin -->', '<!-- claims: end -->'
 
 # {arm: {metric: one value per seed}}
 Measured = Mapping[str, Mapping[str, Sequence[float]]]
@@ -174,55 +171,6 @@ def text(result: Mapping[str, Any]) -> str:
             f'{check["difference"]:+.4f} [{low:+.4f}, {high:+.4f}]'
         )
     return '\n'.join([*lines, '', f'Verdict: {result["verdict"]} ({result["seconds"]} s)'])
-
-
-def results() -> list[dict[str, Any]]:
-    """All results measured so far."""
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob('*.json'))]
-
-
-def readme_table() -> str:
-    """The table of claims, as it stands in the README.
-
-    Beside the number of checks that hold: the others, or, where all hold, the one that is closest
-    to zero in units of its interval.
-    """
-    lines = ['| claim | verdict | checks that hold | and |', '|---|---|---:|---|']
-    for result in results():
-        held = [check for check in result['checks'] if check['verdict'] == REPRODUCED]
-        others = [check for check in result['checks'] if check['verdict'] != REPRODUCED]
-        if others:
-            told = 'open' if result['verdict'] == INCONCLUSIVE else 'not'
-            rest = f'{told}: ' + '; '.join(map(_shown, others))
-        else:
-            rest = f'closest: {_shown(min(held, key=_clearance))}'
-        lines.append(
-            f'| [{result["claim"]}](configs/claims/{result["claim"]}.py): {result["statement"]} '
-            f'({result["paper"]}) | [{result["verdict"]}](results/{result["claim"]}.json) '
-            f'| {len(held)} of {len(result["checks"])} | {rest} |'
-        )
-    return '\n'.join(lines)
-
-
-def _shown(check: Mapping[str, Any]) -> str:
-    low, high = check['interval']
-    return f'{check["check"]} {check["difference"]:+.3g} [{low:+.3g}, {high:+.3g}]'
-
-
-def _clearance(check: Mapping[str, Any]) -> float:
-    """By how many half widths of its interval the difference lies above zero."""
-    low, high = check['interval']
-    return check['difference'] / max((high - low) / 2, 1e-12)
-
-
-def write_readme(path: Path = Path('README.md')) -> None:
-    """Replaces the table of claims in the README."""
-    readme = path.read_text()
-    if _BEGIN not in readme or _END not in readme:
-        raise UserError(f'{path} needs the lines {_BEGIN} and {_END}.')
-    before, rest = readme.split(_BEGIN)
-    after = rest.split(_END)[1]
-    path.write_text(f'{before}{_BEGIN}\n{readme_table()}\n{_END}{after}')
 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:

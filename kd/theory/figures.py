@@ -281,7 +281,7 @@ def trust_region() -> Figure:
 
 
 DRAWINGS: dict[str, tuple[Drawing, ...]] = {
-    'even-your-teacher': (
+    'even_your_teacher': (
         Drawing(
             'filter_decay',
             'Self-distillation filters per eigen-direction (λ = 0.2). Without the truth all decay '
@@ -295,7 +295,7 @@ DRAWINGS: dict[str, tuple[Drawing, ...]] = {
             effective_regularisation,
         ),
     ),
-    'recursive-meta-distillation': (
+    'recursive_meta_distillation': (
         Drawing(
             'trajectories',
             'Distances to the base teacher per operator, with the proven rates. The geometric and '

@@ -1,7 +1,7 @@
 """Checks every assertable statement of the theory papers, in float64.
 
     python -m kd.theory.verify                          all papers
-    python -m kd.theory.verify even-your-teacher adpo   some
+    python -m kd.theory.verify even_your_teacher adpo   some
     python -m kd.theory.verify --list                   what there is
     python -m kd.theory.verify --output=results/theory  and a report, rows.json and figures
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
+import pkgutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,25 +26,19 @@ from pathlib import Path
 import jax
 
 from kd.errors import did_you_mean
-from kd.theory import figures
-
-# Importing the two modules of operators and refits registers their statements with their paper.
-from kd.theory.statements import (
-    adpo,
-    even_your_teacher,
-    meta_operators,
-    meta_refits,
-    paced,
-    recursive_meta_distillation,
-)
+from kd.theory import figures, statements
 from kd.theory.statements.rows import Paper, Row
 
-assert meta_refits.PAPER is meta_operators.PAPER is recursive_meta_distillation.PAPER
 
-PAPERS: dict[str, Paper] = {
-    module.PAPER.slug: module.PAPER
-    for module in (even_your_teacher, recursive_meta_distillation, paced, adpo)
-}
+def _registered() -> dict[str, Paper]:
+    """The papers of all modules of statements; several modules may have one paper."""
+    names = [module.name for module in pkgutil.iter_modules(statements.__path__)]
+    modules = [importlib.import_module(f'{statements.__name__}.{name}') for name in names]
+    papers = [module.PAPER for module in modules if hasattr(module, 'PAPER')]
+    return {paper.slug: paper for paper in papers}
+
+
+PAPERS = _registered()
 
 
 def verify(papers: Iterable[str] = tuple(PAPERS), seed: int = 0) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Verdicts of claims, and that every claim and the README's table are what they should be."""
+"""Verdicts of claims, and that the claim of every paper of the index starts."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,10 @@ import scipy.stats
 from kd.claims import claim as claims
 from kd.claims.__main__ import main
 from kd.claims.claim import Check
+from kd.papers import index
 
 ROOT = Path(__file__).parents[2]
+PAPERS = index.load(ROOT).values()
 
 
 def test_a_check_is_the_paired_t_interval_of_scipy():
@@ -64,11 +66,7 @@ def test_every_result_belongs_to_a_claim_and_has_its_figure():
             assert check['seeds'] >= 3
 
 
-def test_the_table_in_the_readme_is_generated_from_the_results():
-    assert claims.readme_table() in (ROOT / 'README.md').read_text()
-
-
-@pytest.mark.parametrize('name', claims.names())
+@pytest.mark.parametrize('name', [paper.claim_name for paper in PAPERS if paper.claim])
 def test_every_claim_starts(name, tmp_path, capsys):
     assert main([name, '--smoke', f'--output={tmp_path}']) == 0
     assert 'Verdict:' in capsys.readouterr().out
@@ -90,3 +88,17 @@ def test_data_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch, c
 def test_an_unknown_claim_is_said_with_the_nearest(capsys):
     assert main(['logit_kdd']) == 2
     assert "Did you mean 'logit_kd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments', [[], ['--list']])
+def test_without_a_name_the_claims_are_listed_with_their_verdicts(arguments, capsys):
+    assert main(arguments) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed == {
+        paper.claim_name: _verdict(paper.claim_name) for paper in PAPERS if paper.claim
+    }
+
+
+def _verdict(name):
+    file = ROOT / 'results' / f'{name}.json'
+    return json.loads(file.read_text())['verdict'] if file.exists() else 'not measured'

@@ -19,8 +19,8 @@ from kd.theory.statements.rows import Paper, Row, at_least, at_most, counter_exa
 
 # (statements, rows) that each paper has at least: none may drop out unnoticed.
 EXPECTED = {
-    'even-your-teacher': (13, 63),
-    'recursive-meta-distillation': (17, 78),
+    'even_your_teacher': (13, 63),
+    'recursive_meta_distillation': (17, 78),
     'paced': (12, 67),
     'adpo': (9, 40),
 }
@@ -65,27 +65,27 @@ WRONG_LOSSES = {0.25: (0.16477, 0.15309, 0.14958, 0.14903, 0.14947, 0.15011, 0.1
 # name: (paper, statement that must fail, module, attribute, wrong value)
 MUTATIONS = {
     'weights swapped': (
-        *('even-your-teacher', 'T1: every step is diagonal in the eigenbasis'),
+        *('even_your_teacher', 'T1: every step is diagonal in the eigenbasis'),
         *(kr, 'spectral_filter_path', swapped_weights),
     ),
     'a golden number off by one digit': (
-        *('even-your-teacher', 'golden numbers: the toy of the official notebook'),
+        *('even_your_teacher', 'golden numbers: the toy of the official notebook'),
         *(even_your_teacher, 'TOY_LOSSES', WRONG_LOSSES),
     ),
     'limit with lam instead of lam / alpha': (
-        *('even-your-teacher', 'T3: the limit is one ridge fit with lam / alpha'),
+        *('even_your_teacher', 'T3: the limit is one ridge fit with lam / alpha'),
         *(kr, 'spectral_filter_limit', lambda d, lam, alpha: d / (d + lam)),
     ),
     'anchored a little less': (
         *(
-            'recursive-meta-distillation',
+            'recursive_meta_distillation',
             'T3: the geometric operator contracts the Hilbert metric exactly',
         ),
         *(recursive_meta_distillation, '_anchor', nearly_linear),
     ),
     'a counter-example that is none': (
         *(
-            'recursive-meta-distillation',
+            'recursive_meta_distillation',
             'T3: KL(M, T) <= (1 - lam) KL(S, T) is false for the geometric operator',
         ),
         *(
@@ -95,7 +95,7 @@ MUTATIONS = {
         ),
     ),
     'a pool with other weights': (
-        *('recursive-meta-distillation', 'T10: bounds for several teachers'),
+        *('recursive_meta_distillation', 'T10: bounds for several teachers'),
         *(meta_operators, '_aggregate', tilted_pool),
     ),
     'a bound too tight': (
@@ -140,9 +140,9 @@ def test_an_error_inside_a_statement_is_a_failed_row_that_says_why(monkeypatch, 
     def refuse(gram, lam):
         raise ValueError('the Gram matrix is bad')
 
-    only(monkeypatch, 'even-your-teacher', 'T1: every step is diagonal in the eigenbasis')
+    only(monkeypatch, 'even_your_teacher', 'T1: every step is diagonal in the eigenbasis')
     monkeypatch.setattr(kr, 'ridge_smoother', refuse)
-    assert verify.main(['even-your-teacher']) == 1
+    assert verify.main(['even_your_teacher']) == 1
     assert 'the Gram matrix is bad' in capsys.readouterr().out
 
 

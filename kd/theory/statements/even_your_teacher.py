@@ -12,7 +12,7 @@ from kd.theory import kernel_regression as kr
 from kd.theory.statements.rows import Paper, at_least, at_most, counter_example, equal, run
 
 PAPER = Paper(
-    'even-your-teacher',
+    'even_your_teacher',
     'Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by '
     'Self-Distillation',
     '2102.13088',

@@ -15,7 +15,7 @@ from kd.theory import meta_distillation as md
 from kd.theory.statements.rows import Paper, at_least, at_most, counter_example, equal, run
 
 PAPER = Paper(
-    'recursive-meta-distillation',
+    'recursive_meta_distillation',
     'Recursive Meta-Distillation: An Axiomatic Framework for Iterative Knowledge Refinement',
     '2601.13100',
 )

@@ -1,0 +1,138 @@
+"""What is made of the index and of the results: the README's table and two pages under docs/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kd.claims import results
+from kd.claims.results import Result
+from kd.errors import UserError
+from kd.papers import index
+from kd.papers.index import Paper
+
+BEGIN, END = '<!-- papers: begin -->', '<!-- papers: end -->'
+_MADE = '<!-- Made by `python -m kd.papers --readme`. -->'
+
+
+def write(root: Path = Path()) -> list[Path]:
+    """Writes the table into the README, and the pages; returns the files."""
+    texts = made(root)
+    for file, text in texts.items():
+        file.write_text(text, encoding='utf-8')
+    return list(texts)
+
+
+def made(root: Path = Path()) -> dict[Path, str]:
+    """What `write` writes."""
+    papers, measured = index.load(root), results.measured(root)
+    readme, docs = root / 'README.md', root / 'docs'
+    return {
+        readme: with_table(readme.read_text(encoding='utf-8'), table(papers, measured)),
+        docs / 'recipes.md': recipes_page(papers, root),
+        docs / 'claims.md': claims_page(papers, measured),
+    }
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with the table between its two markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f'README.md needs the lines {BEGIN} and {END}.')
+    return f'{before}{BEGIN}\n{table}\n{END}{after}'
+
+
+def table(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> str:
+    """A row per paper with a claim; the others are named below."""
+    lines = ['| paper | says that | recipe | verdict |', '|---|---|---|---|']
+    others = []
+    for paper in papers.values():
+        if not paper.claim:
+            others.append(f'[{paper.slug}]({paper.url})')
+            continue
+        verdict = results.verdict(paper.claim_name, measured)
+        if paper.claim_name in measured:
+            held = results.held(measured[paper.claim_name])
+            verdict = f'[{verdict}](results/{paper.claim_name}.json), {held}'
+        lines.append(
+            f'| [{paper.slug}]({paper.url}), {paper.cited} | {paper.line} '
+            f'| {_links(paper.config_files)} | {verdict} |'
+        )
+    if others:
+        lines += ['', f'Besides, without a claim of their own: {", ".join(others)}.']
+    return '\n'.join(lines)
+
+
+def recipes_page(papers: Mapping[str, Paper], root: Path = Path()) -> str:
+    """docs/recipes.md: every config file, its variants and its papers."""
+    lines = [
+        '# Recipes',
+        '',
+        _MADE,
+        '',
+        '`python -m kd.main --config=configs/vision/logit_kd.py:cpu --workdir=runs/mine` runs one;',
+        'what stands after the colon is the variant, and without one it is the scale of the paper.',
+        'Each file says what it needs and what to expect. `python -m kd.papers show SLUG` prints',
+        'the commands of a paper.',
+        '',
+        '| recipe | what it is | variants | papers |',
+        '|---|---|---|---|',
+    ]
+    users: dict[str, list[str]] = {}
+    for paper in papers.values():
+        for file in paper.config_files:
+            users.setdefault(file, []).append(f'[{paper.slug}]({paper.url})')
+    for file in sorted(users):
+        variants = ' '.join(f'`{variant}`' for variant in index.variants(root / file))
+        lines.append(
+            f'| {_links([file], "../")} | {index.summary(root / file)} | {variants} '
+            f'| {", ".join(users[file])} |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def claims_page(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> str:
+    """docs/claims.md: every claim, its verdict, and the checks that decide it."""
+    lines = [
+        '# Claims',
+        '',
+        _MADE,
+        '',
+        'A claim is the headline of a paper as an experiment on two cores: arms with equal tuning,',
+        'several seeds, a paired 95 % interval, and a verdict that is what the seeds said.',
+        '`python -m kd.claims NAME` runs one. Differences are those beyond the margin that a check',
+        'names; it holds where the interval lies above 0. The last column has what does not hold,',
+        'or else the check closest to 0.',
+        '',
+        '| claim | verdict | checks that hold | took | and |',
+        '|---|---|---:|---:|---|',
+    ]
+    for paper in papers.values():
+        name = paper.claim_name
+        if name in measured:
+            result = measured[name]
+            told = f'[{result["verdict"]}](../results/{name}.json), [figure](../results/{name}.png)'
+            lines.append(
+                f'| [{name}](../{paper.claim}): {result["statement"]} ({result["paper"]}) '
+                f'| {told} | {results.held(result)} | {results.took(result)} '
+                f'| {results.rest(result)} |'
+            )
+        elif name:
+            lines.append(f'| [{name}](../{paper.claim}) | {results.NOT_MEASURED} | | | |')
+    return '\n'.join(lines) + '\n'
+
+
+def short(config: str) -> str:
+    """'vision/logit_kd' of 'configs/vision/logit_kd.py'."""
+    return config.removeprefix('configs/').removesuffix('.py')
+
+
+def _links(files: tuple[str, ...] | list[str], up: str = '') -> str:
+    """Links to config files; those in the folder of the first go by their own name."""
+    folder = Path(files[0]).parent if files else None
+    names = [
+        Path(file).stem if i and Path(file).parent == folder else short(file)
+        for i, file in enumerate(files)
+    ]
+    return ', '.join(f'[{name}]({up}{file})' for name, file in zip(names, files, strict=True))
