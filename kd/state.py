@@ -25,6 +25,7 @@ class State(flax.struct.PyTreeNode):
       frozen: variables that are read and never written (teachers, references), by name. They are
         not part of a checkpoint: the stage that trained them has saved them.
       extra: whatever else a method keeps, by name.
+      guard: 'stop' or 'skip' where updates are guarded, see `kd.method.guard`; no array.
     """
 
     step: jax.Array
@@ -35,6 +36,7 @@ class State(flax.struct.PyTreeNode):
     ema: dict[str, PyTree] = flax.struct.field(default_factory=dict)
     frozen: dict[str, PyTree] = flax.struct.field(default_factory=dict)
     extra: dict[str, PyTree] = flax.struct.field(default_factory=dict)
+    guard: str = flax.struct.field(pytree_node=False, default='')
 
     @classmethod
     def create(cls, key, params, opt_state, **rest) -> State:

@@ -19,11 +19,12 @@ from kd.context import Context, Evaluator, Probe, Writer
 from kd.data import pipeline
 from kd.data.context import source_loader, splits
 from kd.errors import UserError
-from kd.method import Method, State, with_ema, with_nonfinite_guard
+from kd.method import Method, with_ema, with_nonfinite_guard
 from kd.network import Network
 from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import tree_shardings
+from kd.state import State
 from kd.training import optimizer as optim
 
 
