@@ -26,7 +26,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kd import ranges
 from kd.errors import UserError, did_you_mean
+from kd.ranges import Count, Fraction, Seed, Size, Whole
 
 # Fields that may differ between a run and its resumption.
 RUNTIME_FIELDS = (
@@ -63,8 +65,8 @@ class StageConfig:
     """
 
     method: Block
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Count
     network: Block = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     teacher: str = ''
@@ -72,12 +74,12 @@ class StageConfig:
     references: Mapping[str, str] = dataclasses.field(default_factory=dict)
     writers: Mapping[str, Block] = dataclasses.field(default_factory=dict)
     evaluators: Mapping[str, Block] = dataclasses.field(default_factory=dict)
-    ema: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ema: Mapping[str, Fraction] = dataclasses.field(default_factory=dict)
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    log_every: int = 100
-    eval_every: int = 0
-    checkpoint_every: int = 1000
-    keep: int = 2
+    log_every: Count = 100
+    eval_every: Size = 0
+    checkpoint_every: Count = 1000
+    keep: Count = 2
     best: str = ''
     final: str = 'last'
 
@@ -106,15 +108,15 @@ class Recipe:
     stages: Mapping[str, StageConfig]
     data: Mapping[str, Any]
     report: Block = dataclasses.field(default_factory=dict)
-    seed: int = 0
+    seed: Seed = 0
     data_dir: str = ''
     on_nonfinite: str = 'stop'
-    mesh: Mapping[str, int] = dataclasses.field(
+    mesh: Mapping[str, Whole] = dataclasses.field(
         default_factory=lambda: {'data': -1, 'fsdp': 1, 'tensor': 1}
     )
     sharding: tuple[tuple, ...] = ()
     frozen_sharding: tuple[tuple, ...] = ()
-    profile: Mapping[str, int] = dataclasses.field(
+    profile: Mapping[str, Size] = dataclasses.field(
         default_factory=lambda: {'start': 10, 'steps': 0}
     )
 
@@ -220,6 +222,7 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Recipe:
                 f"The config has an unknown key '{name}'.{did_you_mean(name, known)} "
                 f'A block for a stage must be named in stages={names}.'
             )
+    ranges.check(Recipe, plain, where='')
     made = Recipe(stages=stages, **plain)
     if made.on_nonfinite not in ('stop', 'skip'):
         raise UserError(f"on_nonfinite must be 'stop' or 'skip', got '{made.on_nonfinite}'.")
@@ -239,13 +242,8 @@ def _stage(name: str, plain: Mapping[str, Any]) -> StageConfig:
         raise UserError(f'{name} lacks {_list(known - set(plain))}.')
     # An emptied block is none.
     labelled = {key: _named(plain[key]) for key in ('evaluators', 'writers')}
+    ranges.check(StageConfig, plain, where=name)
     stage = StageConfig(**{**plain, **labelled})
-    for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
-        value = getattr(stage, key)
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f'{name}.{key} must be a positive integer, got {value!r}.')
-    if not isinstance(stage.eval_every, int) or stage.eval_every < 0:
-        raise UserError(f'{name}.eval_every must be an integer from 0, got {stage.eval_every!r}.')
     if stage.final not in ('last', 'best'):
         raise UserError(f"{name}.final must be 'last' or 'best', got '{stage.final}'.")
     if stage.final == 'best' and not stage.best:
@@ -318,6 +316,7 @@ def build(block: Mapping[str, Any], *args: Any, where: str, **extra: Any) -> Any
         raise UserError(f"{where} has no 'name'; it must be an import path.")
     function = resolve(arguments.pop('name'))
     check_arguments(function, arguments, where=where, reserved=(*extra,))
+    ranges.check(function, arguments, where=where)
     try:
         return function(*args, **arguments, **extra)
     except UserError:

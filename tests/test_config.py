@@ -73,7 +73,10 @@ def test_a_recipe_and_its_stages_as_built_are_valid(config):
         (lambda c: c.profile.update(stop=3), "keys 'start' and 'steps', not 'start', 'steps', 's"),
         (lambda c: c.student.update(step=1), r"key 'student\.step'\. Did you mean 'steps'\?"),
         (lambda c: c.student.__delitem__('keep'), "student lacks 'keep'"),
-        (lambda c: c.student.update(steps=0), r'student\.steps must be a positive integer, got 0'),
+        (
+            lambda c: c.student.update(steps=0),
+            r'student\.steps must be an integer from 1 .*, got 0',
+        ),
         (lambda c: c.student.update(batch_size=-8), r'student\.batch_size must .* got -8'),
         (lambda c: c.teacher.update(final='first'), "final must be 'last' or 'best', got 'first'"),
         (lambda c: c.teacher.update(final='best'), r'teacher\.best must name a metric'),
@@ -103,7 +106,7 @@ def test_what_is_wrong_with_a_config_is_said(config, change, message):
 def test_steps_of_a_wrong_type_are_refused(value):
     config = kd_config.recipe(stages=('only',), data={})
     config.only = a_stage(steps=value)
-    with pytest.raises(UserError, match=r'only\.steps must be a positive integer'):
+    with pytest.raises(UserError, match=r'only\.steps must be an integer from 1'):
         kd_config.parse(config)
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from kd.context import Context, Evaluator
 from kd.evaluators.classification import predictor, top_k_correct
 from kd.metrics import divide, mean
+from kd.ranges import Size
 
 
 def answers(
-    context: Context, *, weights: str = 'final', groups: int = 0, field: str = 'family'
+    context: Context, *, weights: str = 'final', groups: Size = 0, field: str = 'family'
 ) -> Evaluator:
     """Exact match: the share of answers right in every symbol, most likely symbols taken.
 

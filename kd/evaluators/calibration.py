@@ -13,6 +13,7 @@ from kd.context import Context, Evaluator
 from kd.evaluators.classification import negative_log_likelihood, predictor, top_k_correct
 from kd.losses import numerics
 from kd.metrics import divide, mean
+from kd.ranges import Count
 
 
 class Bins(NamedTuple):
@@ -66,7 +67,7 @@ def brier_score(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     return jnp.where(numerics.is_outcome(labels, p.shape[-1]), score, score + 1.0)
 
 
-def calibration(context: Context, *, weights: str = 'final', bins: int = 15) -> Evaluator:
+def calibration(context: Context, *, weights: str = 'final', bins: Count = 15) -> Evaluator:
     """ECE, NLL, Brier score and accuracy of the stage's network."""
     predict = predictor(context, weights)
 

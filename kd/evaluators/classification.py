@@ -10,6 +10,7 @@ from kd.context import Context, Evaluator
 from kd.errors import UserError
 from kd.losses import numerics
 from kd.metrics import Mean, divide, mean
+from kd.ranges import Size
 
 
 def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> jax.Array:
@@ -44,7 +45,7 @@ def negative_log_likelihood(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     return -numerics.take_outcomes(log_p, labels, missing=-jnp.inf)[..., 0]
 
 
-def classification(context: Context, *, weights: str = 'final', top_k: int = 0) -> Evaluator:
+def classification(context: Context, *, weights: str = 'final', top_k: Size = 0) -> Evaluator:
     """Accuracy and NLL of the stage's network.
 
     Args:

@@ -21,6 +21,7 @@ from kd.evaluators import synthetic_set
 from kd.losses import divergence
 from kd.network import Network
 from kd.networks import build_network
+from kd.ranges import Count, Finite, NonNegative, Positive, held
 from kd.state import State
 
 LABELS = ('static', 'dynamic')
@@ -62,17 +63,18 @@ class SoftTraining:
     step also runs the M networks).
     """
 
+    @held
     def __init__(
         self,
         network: Network,
         *,
-        lr: float = 1e-3,
-        epochs: int = 400,
-        batch_size: int = 64,
-        temperature: float = 30.0,
-        gradient_scale: float = 1.0,
-        mixup: float = 0.8,
-        weight_decay: float = 0.01,
+        lr: NonNegative = 1e-3,
+        epochs: Count = 400,
+        batch_size: Count = 64,
+        temperature: Positive = 30.0,
+        gradient_scale: Positive = 1.0,
+        mixup: NonNegative = 0.8,
+        weight_decay: NonNegative = 0.01,
         augmentation: Sequence[Any] = (),
         labels: str = 'static',
         networks: Mapping[str, Network] | None = None,
@@ -168,10 +170,10 @@ def compensated_training(
     *,
     network: Mapping[str, Any],
     data: str = 'validation',
-    repeats: int = 5,
+    repeats: Count = 5,
     controls: bool = True,
-    low: float = -np.inf,
-    high: float = np.inf,
+    low: Finite = -np.inf,
+    high: Finite = np.inf,
     **training: Any,
 ) -> Probe:
     """Trains networks on the stage's images, compensated and not, under soft labels.

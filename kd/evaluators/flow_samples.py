@@ -18,6 +18,7 @@ from kd.evaluators import distribution, generation
 from kd.evaluators.inception import inception_features
 from kd.losses.flow_map import flow_map, sample_triangle
 from kd.network import Network
+from kd.ranges import Count, Finite, Positive, Seed
 from kd.sampling.flow import draw_noise, time_grid
 from kd.sampling.velocity import noise_scale, velocity_function
 from kd.state import State
@@ -32,18 +33,18 @@ _Judge = Callable[[State, np.ndarray], distribution.Moments]
 def flow_samples(
     context: Context,
     *,
-    steps: tuple[int, ...] = (1, 2, 4, 8, 16),
+    steps: tuple[Count, ...] = (1, 2, 4, 8, 16),
     sampler: str = 'flow_map',
     weights: str = 'final',
-    samples: int = 2000,
-    batch: int = 500,
-    guidance: float = 1.0,
-    scale: float | None = None,
+    samples: Count = 2000,
+    batch: Count = 500,
+    guidance: Finite = 1.0,
+    scale: Positive | None = None,
     support: str = '',
     classifier: str = '',
     feature: str = 'features',
     inception: str = '',
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Probe:
     """Samples in each number of steps, against the examples of the split.
 
@@ -119,10 +120,10 @@ def flow_geometry(
     context: Context,
     *,
     weights: str = 'final',
-    samples: int = 512,
-    steps: int = 32,
-    scale: float | None = None,
-    seed: int = 0,
+    samples: Count = 512,
+    steps: Count = 32,
+    scale: Positive | None = None,
+    seed: Seed = 0,
 ) -> Probe:
     """How straight the flow is, and how far its map is from being one, unconditionally.
 

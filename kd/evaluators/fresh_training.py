@@ -20,6 +20,7 @@ from kd.data.transforms import augment, standardised
 from kd.evaluators import synthetic_set
 from kd.network import Network
 from kd.networks import build_network
+from kd.ranges import Count, Decay, NonNegative, Positive, held
 
 log = logging.getLogger('kd')
 
@@ -29,9 +30,9 @@ def fresh_training(
     *,
     network: Mapping[str, Any] | None = None,
     data: str = 'validation',
-    repeats: int = 5,
+    repeats: Count = 5,
     average: str = '',
-    step_sizes: Sequence[float] = (),
+    step_sizes: Sequence[Positive] = (),
     images: bool = True,
     **protocol: Any,
 ) -> Probe:
@@ -85,17 +86,18 @@ def fresh_training(
 class Protocol:
     """How a network is trained on a synthetic set: batches, schedule, augmentation."""
 
+    @held
     def __init__(
         self,
         network: Network,
         *,
-        epochs: int = 1000,
-        batch_size: int = 256,
+        epochs: Count = 1000,
+        batch_size: Count = 256,
         augmentation: str = '',
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        drop: float = 0.1,
-        late_momentum: float | None = None,
+        momentum: Decay = 0.9,
+        weight_decay: NonNegative = 5e-4,
+        drop: NonNegative = 0.1,
+        late_momentum: Decay | None = None,
     ) -> None:
         """See `synthetic_set.sgd_phases`; `augmentation` are families joined by '_', '' none."""
         transform = augment.compose((('siamese', augmentation),)) if augmentation else None

@@ -28,6 +28,7 @@ from kd.method import Batch, Method
 from kd.metrics import Metrics, mean
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
+from kd.ranges import Count, Positive, Size
 from kd.state import PyTree, State
 
 
@@ -51,11 +52,11 @@ def teacher_outputs(
     *,
     split: str = 'train',
     form: str = 'top_k',
-    size: int = 0,
-    temperature: float = 1.0,
-    proposal_temperature: float | None = None,
+    size: Size = 0,
+    temperature: Positive = 1.0,
+    proposal_temperature: Positive | None = None,
     dtype: str = 'float16',
-    per_file: int = 4096,
+    per_file: Count = 4096,
 ) -> StageWriter:
     """Writes the teacher's signal of every example of a split to `DIRECTORY/teacher/`.
 

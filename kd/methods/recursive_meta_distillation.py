@@ -16,17 +16,18 @@ from kd.losses import divergence, numerics
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
 from kd.metrics import mean
+from kd.ranges import Count, Fraction, Positive
 from kd.theory import meta_distillation
 
 
 def recursive_meta_distillation(
     context: Context,
     *,
-    lam: float = 0.3,
-    power: float = 1.0,
-    temperature: float = 1.0,
+    lam: Fraction = 0.3,
+    power: Fraction = 1.0,
+    temperature: Positive = 1.0,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """A generation trained on a meta-teacher anchored to the base teacher.
 

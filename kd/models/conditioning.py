@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from kd.models.magnitude_preserving import MPDense, mp_sum
+from kd.ranges import Count
 
 __all__ = [
     'TimeWeight',
@@ -76,7 +77,7 @@ class TimeWeight(nn.Module):
     or wider: it is tiny and exponentiated. Source: arXiv 2505.18825, as released.
     """
 
-    channels: int = 128
+    channels: Count = 128
 
     @nn.compact
     def __call__(self, s: jax.Array, t: jax.Array) -> jax.Array:

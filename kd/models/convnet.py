@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.models import layers
+from kd.ranges import Count
 
 MNIST = (28, 28, 1)
 # None is `nn.Conv`'s own choice, `lax.conv_general_dilated`.
@@ -61,9 +62,9 @@ class ConvNet(nn.Module):
     Features: `block0`, ..., and `features`, the flattened output of the last block.
     """
 
-    depth: int = 3
-    width: int = 128
-    num_classes: int = 10
+    depth: Count = 3
+    width: Count = 128
+    num_classes: Count = 10
     norm: str = 'instance'
     conv: str = 'direct'
     dtype: Any = jnp.float32

@@ -10,6 +10,7 @@ from flax.typing import Dtype
 
 from kd.models.attention import attend
 from kd.models.conditioning import TimeWeight, class_features, positional_embedding, velocity_inputs
+from kd.ranges import Count, Decay, Positive, Size
 
 __all__ = ['BRANCHES', 'Block', 'DiT', 'grid_embedding']
 
@@ -192,15 +193,15 @@ class DiT(nn.Module):
       dtype: compute type; parameters are float32, the velocity has the type of x.
     """
 
-    patch: int = 2
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: int = 4
-    dropout: float = 0.0
-    data_scale: float = 0.5
-    num_classes: int | None = None
-    time_weight: int = 0
+    patch: Count = 2
+    width: Count = 384
+    depth: Count = 12
+    heads: Count = 6
+    mlp_ratio: Count = 4
+    dropout: Decay = 0.0
+    data_scale: Positive = 0.5
+    num_classes: Count | None = None
+    time_weight: Size = 0
     qk_norm: bool = True
     fused: bool = False
     dtype: Dtype = jnp.float32

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.models import layers
+from kd.ranges import Count, Decay, Positive
 
 # Expansion, kernel, channels, blocks, and stride of the first block: table 1 of the paper.
 STAGES = (
@@ -85,12 +86,12 @@ class EfficientNet(nn.Module):
     Features: `stem`, `block0`, ..., `block15`, `last`, and `features`, the pooled output.
     """
 
-    num_classes: int = 1000
-    width: float = 1.0
-    depth: float = 1.0
+    num_classes: Count = 1000
+    width: Positive = 1.0
+    depth: Positive = 1.0
     stem: str = 'imagenet'
-    dropout: float = 0.2
-    drop_path: float = 0.2
+    dropout: Decay = 0.2
+    drop_path: Decay = 0.2
     dtype: Any = jnp.float32
 
     def __post_init__(self):

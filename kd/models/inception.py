@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kd.ranges import Count
+
 # Side of the images that the published weights were trained on.
 RESOLUTION = 299
 
@@ -23,7 +25,7 @@ class InceptionV3(nn.Module):
         port does; None leaves them as they are (at least 75 pixels).
     """
 
-    resolution: int | None = RESOLUTION
+    resolution: Count | None = RESOLUTION
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.models import layers
+from kd.ranges import Count
 
 ACTIVATIONS = ('relu', 'gelu', 'silu', 'tanh', 'elu', 'leaky_relu', 'sigmoid', 'softplus')
 
@@ -24,8 +25,8 @@ class MLP(nn.Module):
     Features: `hidden0`, `hidden1`, ... before the activation, and `features`, the head's input.
     """
 
-    widths: Sequence[int] = (256, 256)
-    num_classes: int = 10
+    widths: Sequence[Count] = (256, 256)
+    num_classes: Count = 10
     activation: str = 'relu'
     dtype: Any = jnp.float32
 

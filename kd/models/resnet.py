@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.models import layers
+from kd.ranges import Count
 
 CIFAR_WIDTHS = (16, 32, 64)
 IMAGENET_WIDTHS = (64, 128, 256, 512)
@@ -140,9 +141,9 @@ class ResNet(nn.Module):
     Features: `stem`, `stage1`, `stage1/block0`, ..., `stage3`, and `features`, the pooled output.
     """
 
-    depth: int = 20
-    num_classes: int = 10
-    widen: int = 1
+    depth: Count = 20
+    num_classes: Count = 10
+    widen: Count = 1
     norm: str = 'batch'
     dtype: Any = jnp.float32
 
@@ -192,8 +193,8 @@ class ImageNetResNet(nn.Module):
     Features: `stem`, `stage1`, `stage1/block0`, ..., `stage4`, and `features`, the pooled output.
     """
 
-    depth: int = 18
-    num_classes: int = 1000
+    depth: Count = 18
+    num_classes: Count = 1000
     stem: str = 'imagenet'
     norm: str = 'batch'
     dtype: Any = jnp.float32
@@ -237,9 +238,9 @@ class WideResNet(nn.Module):
     Features: `stem`, `stage1`, `stage1/block0`, ..., `stage3`, and `features`, the pooled output.
     """
 
-    depth: int = 16
-    num_classes: int = 10
-    widen: int = 2
+    depth: Count = 16
+    num_classes: Count = 10
+    widen: Count = 2
     norm: str = 'batch'
     dtype: Any = jnp.float32
 

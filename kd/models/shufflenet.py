@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.models import layers
+from kd.ranges import Count
 
 # Channels of the first stage by groups (table 1 of the paper), doubled in each later one.
 WIDTHS = {1: 144, 2: 200, 3: 240}
@@ -71,8 +72,8 @@ class ShuffleNet(nn.Module):
     Features: `stem`, `block0`, ..., `block15`, and `features`, the pooled output.
     """
 
-    num_classes: int = 1000
-    groups: int = 2
+    num_classes: Count = 1000
+    groups: Count = 2
     stem: str = 'imagenet'
     dtype: Any = jnp.float32
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kd.models import layers
 from kd.models.mlp import MLP
+from kd.ranges import Count
 
 
 class AnswerMLP(nn.Module):
@@ -20,9 +21,9 @@ class AnswerMLP(nn.Module):
       widths, activation, dtype: as in `kd.models.mlp.MLP`.
     """
 
-    length: int = 3
-    num_classes: int = 5
-    widths: Sequence[int] = (96, 96)
+    length: Count = 3
+    num_classes: Count = 5
+    widths: Sequence[Count] = (96, 96)
     activation: str = 'relu'
     dtype: Any = jnp.float32
 
@@ -41,7 +42,7 @@ class CandidateScorer(nn.Module):
       widths, activation, dtype: as in `kd.models.mlp.MLP`.
     """
 
-    widths: Sequence[int] = (64, 64)
+    widths: Sequence[Count] = (64, 64)
     activation: str = 'relu'
     dtype: Any = jnp.float32
 

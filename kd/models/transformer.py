@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kd.models import layers
 from kd.models.vit import MlpBlock
+from kd.ranges import Count, Decay, Positive
 
 
 class DecoderBlock(nn.Module):
@@ -50,13 +51,13 @@ class Transformer(nn.Module):
     Features: `embed`, `block0`, ..., `final_norm` and `features`, the head's input, [B, L, width].
     """
 
-    num_classes: int = 27
-    width: int = 64
-    depth: int = 2
-    heads: int = 4
-    max_length: int = 1024
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
+    num_classes: Count = 27
+    width: Count = 64
+    depth: Count = 2
+    heads: Count = 4
+    max_length: Count = 1024
+    mlp_ratio: Positive = 4.0
+    dropout: Decay = 0.0
     dtype: Any = jnp.float32
 
     def __post_init__(self):

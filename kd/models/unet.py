@@ -8,6 +8,7 @@ from flax.typing import Dtype
 from kd.models.attention import attend
 from kd.models.conditioning import TimeWeight, class_features, positional_embedding, velocity_inputs
 from kd.models.magnitude_preserving import MPConv, MPDense, mp_concat, mp_silu, mp_sum, unit_norm
+from kd.ranges import Count, Decay, Positive, Size
 
 __all__ = ['UNet']
 
@@ -87,15 +88,15 @@ class UNet(nn.Module):
       dtype: compute type; parameters are float32, the velocity has the type of x.
     """
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (2, 2, 2)
-    blocks: int = 4
-    attention: tuple[int, ...] = (16,)
-    dropout: float = 0.0
-    data_scale: float = 0.5
-    num_classes: int | None = None
-    time_weight: int = 0
-    channels_per_head: int = 64
+    channels: Count = 128
+    multipliers: tuple[Count, ...] = (2, 2, 2)
+    blocks: Count = 4
+    attention: tuple[Count, ...] = (16,)
+    dropout: Decay = 0.0
+    data_scale: Positive = 0.5
+    num_classes: Count | None = None
+    time_weight: Size = 0
+    channels_per_head: Count = 64
     dtype: Dtype = jnp.float32
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:

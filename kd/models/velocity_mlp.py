@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from kd.models.conditioning import TimeWeight, class_features, velocity_inputs
+from kd.ranges import Count, Positive, Size, Whole
 
 __all__ = ['VelocityMLP']
 
@@ -29,12 +30,12 @@ class VelocityMLP(nn.Module):
       dtype: compute type; parameters are float32.
     """
 
-    width: int = 512
-    depth: int = 5
-    data_scale: float = 1.0
-    frequencies: tuple[int, ...] = ()
-    num_classes: int | None = None
-    time_weight: int = 0
+    width: Count = 512
+    depth: Count = 5
+    data_scale: Positive = 1.0
+    frequencies: tuple[Whole, ...] = ()
+    num_classes: Count | None = None
+    time_weight: Size = 0
     dtype: Dtype = jnp.float32
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:

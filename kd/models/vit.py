@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.models import layers
+from kd.ranges import Count, Positive
 
 POOLS = ('gap', 'cls')
 
@@ -68,12 +69,12 @@ class ViT(nn.Module):
     [B, H / patch, W / patch, width]), and `features`, the pooled [B, width].
     """
 
-    patch: int = 4
-    width: int = 192
-    depth: int = 12
-    heads: int = 3
-    num_classes: int = 10
-    mlp_ratio: float = 4.0
+    patch: Count = 4
+    width: Count = 192
+    depth: Count = 12
+    heads: Count = 3
+    num_classes: Count = 10
+    mlp_ratio: Positive = 4.0
     pool: str = 'gap'
     dtype: Any = jnp.float32
 

@@ -24,6 +24,7 @@ from kd.losses import divergence
 from kd.network import Network, parameter_count
 from kd.networks import trained_network
 from kd.parallel import mesh as mesh_lib
+from kd.ranges import Count
 
 # A page of disagreements shows at most this many images.
 SHOWN = 24
@@ -46,7 +47,7 @@ def classification(
     student: str = 'student',
     teacher: str = 'teacher',
     split: str = 'test',
-    batch_size: int = 256,
+    batch_size: Count = 256,
 ) -> Path:
     """Compares classifiers on a split that no stage has trained or been chosen on.
 

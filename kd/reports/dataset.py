@@ -24,6 +24,7 @@ from kd.io import checkpoints
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
 from kd.networks import build_network
+from kd.ranges import Count, Finite, Positive, Size
 from kd.state import State
 from kd.training.stage import Stage, prepare
 
@@ -34,9 +35,9 @@ def dataset_distillation(
     rows: Sequence[tuple[str, str, str]],
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
-    step_sizes: Sequence[float] = (),
+    step_sizes: Sequence[Positive] = (),
     protocol: Mapping[str, Any] | None = None,
-    full_epochs: int = 0,
+    full_epochs: Size = 0,
     baseline: str = 'random',
     split: str = 'test',
 ) -> Path:
@@ -138,10 +139,10 @@ def compensated_set(
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
     protocol: Mapping[str, Any] | None = None,
-    repeats: int = 5,
+    repeats: Count = 5,
     split: str = 'test',
-    low: float = -1.0,
-    high: float = 1.0,
+    low: Finite = -1.0,
+    high: Finite = 1.0,
 ) -> Path:
     """The report of compensators: their set beside real images, all under the same soft labels.
 

@@ -12,20 +12,26 @@ import optax
 
 from kd.config import check_arguments
 from kd.errors import UserError, did_you_mean
+from kd.ranges import Count, Decay, Finite, Fraction, NonNegative, Size, check_value, held
 
 SCHEDULES = ('constant', 'cosine', 'linear', 'step', 'rsqrt')
+# What the arguments of optax may be, whose names are the same in all its optimisers.
+_FURTHER: dict[str, Any] = {}
+_FURTHER |= dict.fromkeys(('b1', 'b2', 'b3', 'decay', 'decay_rate', 'momentum'), Decay | None)
+_FURTHER |= dict.fromkeys(('eps', 'eps_root', 'weight_decay_rate'), NonNegative | None)
 
 
+@held
 def schedule(
     name: str,
-    lr: float,
-    steps: int,
+    lr: NonNegative,
+    steps: Count,
     *,
-    warmup_steps: int = 0,
-    end: float = 0.0,
-    boundaries: tuple[float, ...] = (),
-    factor: float = 0.1,
-    timescale: int = 1,
+    warmup_steps: Size = 0,
+    end: NonNegative = 0.0,
+    boundaries: tuple[Fraction, ...] = (),
+    factor: NonNegative = 0.1,
+    timescale: Count = 1,
 ) -> Callable[[jax.Array], jax.Array]:
     """Learning rate as a function of the step.
 
@@ -73,16 +79,17 @@ def schedule(
     return rate
 
 
+@held
 def optimizer(
-    steps: int,
+    steps: Count,
     *,
     name: str = 'adamw',
-    lr: float,
+    lr: NonNegative,
     schedule: str = 'constant',
     schedule_args: dict[str, Any] | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float = 0.0,
+    warmup_steps: Size = 0,
+    weight_decay: NonNegative = 0.0,
+    clip_norm: NonNegative = 0.0,
     **arguments: Any,
 ) -> optax.GradientTransformation:
     """An optax optimiser with clipping, weight decay and a schedule.
@@ -106,6 +113,7 @@ def optimizer(
         _schedule, options, where='optimizer.schedule_args', reserved=('name', 'lr', 'steps')
     )
     check_arguments(factory, arguments, where='optimizer', reserved=('learning_rate',))
+    _check_further(arguments)
     rate = _schedule(schedule, lr, steps, **options)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     takes = inspect.signature(factory).parameters
@@ -118,6 +126,12 @@ def optimizer(
 
 
 _schedule = schedule
+
+
+def _check_further(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        a_number = isinstance(value, int | float) and not isinstance(value, bool)
+        check_value(_FURTHER.get(name, Finite if a_number else Any), value, where=name)
 
 
 def _is_matrix(params: Any) -> Any:

@@ -24,6 +24,7 @@ from kd.network import Network
 from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import tree_shardings
+from kd.ranges import Count, check_value
 from kd.state import State
 from kd.training import optimizer as optim
 
@@ -184,8 +185,7 @@ def _writers(stage: StageConfig, context: Context) -> dict[str, tuple[int, Any]]
     for label, block in stage.writers.items():
         block, where = dict(block), f'{context.stage}.writers.{label}'
         every = block.pop('every', stage.steps)
-        if every <= 0:
-            raise UserError(f'{where}.every must be positive, got {every}.')
+        check_value(Count, every, where=f'{where}.every')
         made[label] = (every, config_lib.build(block, context, where=where))
     return made
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.context import SourceContext
+from kd.ranges import NonNegative
 
 DIMENSION, CANDIDATES = 8, 4
 NOISES = ('none', 'gaussian', 'cauchy', 'flip')
@@ -85,7 +86,7 @@ def candidates(
     context: SourceContext,
     *,
     noise: str = 'gaussian',
-    level: float = 1.0,
+    level: NonNegative = 1.0,
 ) -> sources.Source:
     """`make` as a source, for the key `source` of a recipe's or a stage's data."""
     arrays = make(context.split, noise=noise, level=level, seed=context.recipe.seed)

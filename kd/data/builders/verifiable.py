@@ -15,6 +15,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.context import SourceContext
+from kd.ranges import Fraction, Size
 
 DIMENSION, FAMILIES, DIGITS, VALUES = 12, 6, 3, 5
 NONLINEARITY = (0.0, 0.15, 0.35, 0.6, 0.9, 1.0)
@@ -90,8 +91,8 @@ def make(
 def problems(
     context: SourceContext,
     *,
-    mix: tuple[float, ...] = DISTILLATION_MIX,
-    size: int = 0,
+    mix: tuple[Fraction, ...] = DISTILLATION_MIX,
+    size: Size = 0,
     coherent: bool = False,
 ) -> sources.Source:
     """`make` as a source, for the key `source` of a recipe's or a stage's data."""

@@ -16,14 +16,15 @@ from kd.errors import UserError
 from kd.io import trajectories
 from kd.losses import segments as segments_lib
 from kd.networks import build_network
+from kd.ranges import Count
 
 
 def segments(
     context: SourceContext,
     *,
     network: Mapping[str, Any],
-    max_start_epoch: int,
-    expert_epochs: int,
+    max_start_epoch: Count,
+    expert_epochs: Count,
     experts: str = 'experts',
 ) -> sources.Source:
     """Every segment of M epochs that starts before `max_start_epoch`, of every expert.

@@ -8,14 +8,15 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.context import SourceContext
+from kd.ranges import Fraction, Seed
 
 
 def noisy_labels(
     context: SourceContext,
     *,
     dataset: str,
-    fraction: float,
-    seed: int = 0,
+    fraction: Fraction,
+    seed: Seed = 0,
     clean: tuple[str, ...] = ('test',),
 ) -> sources.Source:
     """A split in which labels are replaced by uniformly drawn ones.

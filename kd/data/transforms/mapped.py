@@ -13,6 +13,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.context import SourceContext
+from kd.ranges import Count
 
 
 class MappedSource(sources.Source):
@@ -49,8 +50,8 @@ def resized(
     context: SourceContext,
     *,
     of: str,
-    crop: int,
-    size: int,
+    crop: Count,
+    size: Count,
 ) -> MappedSource:
     """The central crop x crop pixels of each image, resized to size x size by area.
 

@@ -11,6 +11,7 @@ from kd.data import sources
 from kd.data.context import SourceContext
 from kd.data.transforms import whitening
 from kd.data.transforms.mapped import MappedSource
+from kd.ranges import Finite, NonNegative, Positive
 
 KINDS = ('zca', 'channels', 'mean', 'none')
 # Images from which the mean and deviation of channels are taken at a time.
@@ -83,9 +84,9 @@ def standardised(
     of: str,
     kind: str,
     fit_on: str = 'train',
-    eps: float = 0.4,
-    mean: Sequence[float] = (),
-    deviation: Sequence[float] = (),
+    eps: NonNegative = 0.4,
+    mean: Sequence[Finite] = (),
+    deviation: Sequence[Positive] = (),
 ) -> StandardisedSource:
     """For the key `source` of a recipe's data: a split seen through a linear map.
 

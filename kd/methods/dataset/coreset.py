@@ -6,11 +6,12 @@ from kd.context import Context
 from kd.method import Batch, Method
 from kd.methods.dataset import common
 from kd.metrics import Metrics, scalar
+from kd.ranges import Count
 from kd.state import State
 
 
 def coreset(
-    context: Context, *, images_per_class: int, kind: str = 'random', experts: str = ''
+    context: Context, *, images_per_class: Count, kind: str = 'random', experts: str = ''
 ) -> Method:
     """Chooses real images once; a step leaves them as they are.
 

@@ -14,12 +14,13 @@ from kd.losses.distribution_matching import mean_embedding_distance
 from kd.method import Method, Objective, minimize
 from kd.methods.dataset import common
 from kd.metrics import mean
+from kd.ranges import Count
 
 
 def distribution_matching(
     context: Context,
     *,
-    images_per_class: int,
+    images_per_class: Count,
     network: Mapping[str, Any] | None = None,
     embedding: str = 'features',
     start: str = 'random',

@@ -32,25 +32,26 @@ from kd.losses import classification, segments, sharpness
 from kd.method import Batch, Method
 from kd.metrics import Metrics, mean
 from kd.network import Network
+from kd.ranges import Count, NonNegative, Size, Whole
 from kd.state import PyTree, State
 
 
 def expert_trajectories(
     context: Context,
     *,
-    experts: int = 100,
-    together: int = 10,
-    epochs: int = 50,
+    experts: Count = 100,
+    together: Count = 10,
+    epochs: Count = 50,
     augmentation: str = '',
-    weight_decay: float = 0.0,
-    rho: float = 0.0,
-    alpha: float = 0.0,
+    weight_decay: NonNegative = 0.0,
+    rho: NonNegative = 0.0,
+    alpha: NonNegative = 0.0,
     adaptive: bool = True,
-    ramp_epochs: int = 0,
-    penalty: float = 0.0,
-    penalty_axis: int | tuple[int, ...] = -1,
-    drop_epoch: int = 0,
-    drop_factor: float = 1.0,
+    ramp_epochs: Size = 0,
+    penalty: NonNegative = 0.0,
+    penalty_axis: Whole | tuple[Whole, ...] = -1,
+    drop_epoch: Size = 0,
+    drop_factor: NonNegative = 1.0,
 ) -> Method:
     """Trains rounds of experts; each is the same whatever the others of its round are.
 

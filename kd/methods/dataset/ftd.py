@@ -7,11 +7,12 @@ from typing import Any
 from kd.context import Context
 from kd.method import Method, with_ema
 from kd.methods.dataset.matching import Matching, trajectory_matching
+from kd.ranges import Fraction
 
 AVERAGE = 'average'
 
 
-def ftd(context: Context, *, ema: float, **matching: Any) -> Method:
+def ftd(context: Context, *, ema: Fraction, **matching: Any) -> Method:
     """Matches trajectories of flat experts and keeps an average of the images.
 
         average <- ema average + (1 - ema) images      after every step, from the first images on

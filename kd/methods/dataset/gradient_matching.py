@@ -18,19 +18,20 @@ from kd.losses.segments import inner_batches
 from kd.method import Batch, Method, Objective, minimize
 from kd.methods.dataset import common
 from kd.metrics import Metrics, mean
+from kd.ranges import Count, NonNegative, Size
 from kd.state import PyTree, State
 
 
 def gradient_matching(
     context: Context,
     *,
-    images_per_class: int,
+    images_per_class: Count,
     network: Mapping[str, Any] | None = None,
     kind: str = 'units',
-    restart_every: int = 10,
-    network_steps: int = 50,
-    network_lr: float = 0.01,
-    network_batch: int = 0,
+    restart_every: Count = 10,
+    network_steps: Size = 50,
+    network_lr: NonNegative = 0.01,
+    network_batch: Size = 0,
     start: str = 'random',
     augmentation: str = '',
 ) -> Method:

@@ -20,19 +20,20 @@ from kd.losses.batch_statistics import LayerStatistics
 from kd.method import Batch, Method
 from kd.metrics import Metrics, mean, scalar
 from kd.network import Network
+from kd.ranges import Count, NonNegative, Size
 from kd.state import PyTree, State
 
 
 def infer_ufc(
     context: Context,
     *,
-    images_per_class: int,
-    statistics_weight: float = 1.0,
-    first_weight: float = 10.0,
-    shift: int = 4,
+    images_per_class: Count,
+    statistics_weight: NonNegative = 1.0,
+    first_weight: NonNegative = 10.0,
+    shift: Size = 4,
     augmentation: Sequence[Any] = (),
-    groups: int = 0,
-    together: int = 0,
+    groups: Size = 0,
+    together: Size = 0,
 ) -> Method:
     """Trains one additive image per group of real images and per network, shared by all classes.
 

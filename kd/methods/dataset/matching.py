@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kd import ranges
 from kd.context import Context
 from kd.data.distilled import synthetic
 from kd.data.transforms.siamese import siamese
@@ -17,6 +18,7 @@ from kd.losses import classification, segments, sharpness, trajectory
 from kd.method import Method, Objective, minimize
 from kd.methods.dataset import common
 from kd.metrics import Mean, scalar
+from kd.ranges import Count, Decay, NonNegative, Positive, Size
 
 LABELS = ('hard', 'learned', 'expert')
 GRADIENTS = ('exact', 'tesla')
@@ -46,10 +48,10 @@ class Matching:
       unroll: of the inner loop; True where XLA for CPU is slow with convolutions in loops.
     """
 
-    images_per_class: int
-    student_steps: int
-    step_size: float
-    inner_batch: int = 0
+    images_per_class: Count
+    student_steps: Count
+    step_size: Positive
+    inner_batch: Size = 0
     log_step_size: bool = False
     step_size_optimizer: Mapping[str, Any] | None = None
     labels: str = 'hard'
@@ -57,13 +59,14 @@ class Matching:
     start_experts: str = ''
     augmentation: str = ''
     gradient: str = 'exact'
-    momentum: float = 0.0
-    balance_epochs: int = 0
-    perturbation: float = 0.0
+    momentum: Decay = 0.0
+    balance_epochs: Size = 0
+    perturbation: NonNegative = 0.0
     intermediate: str = 'end'
-    unroll: int | bool = 1
+    unroll: Count | bool = 1
 
     def __post_init__(self) -> None:
+        ranges.check(Matching, vars(self), where='')
         if self.labels not in LABELS:
             raise UserError(f'labels must be one of {", ".join(LABELS)}, got {self.labels!r}.')
         if self.gradient not in GRADIENTS:

@@ -8,22 +8,23 @@ from typing import Any
 from kd.context import Context
 from kd.method import Method
 from kd.methods.dataset.matching import Matching, trajectory_matching
+from kd.ranges import Count, Positive, Size
 
 
 def mtt(
     context: Context,
     *,
-    images_per_class: int,
-    student_steps: int,
-    step_size: float,
-    inner_batch: int = 0,
+    images_per_class: Count,
+    student_steps: Count,
+    step_size: Positive,
+    inner_batch: Size = 0,
     log_step_size: bool = False,
     step_size_optimizer: Mapping[str, Any] | None = None,
     labels: str = 'hard',
     start: str = 'random',
     augmentation: str = '',
     gradient: str = 'exact',
-    unroll: int | bool = 1,
+    unroll: Count | bool = 1,
 ) -> Method:
     """Matches the end of an expert's segment by plain descent on the synthetic set.
 

@@ -7,14 +7,15 @@ from typing import Any
 from kd.context import Context
 from kd.method import Method
 from kd.methods.dataset.matching import Matching, trajectory_matching
+from kd.ranges import Decay, NonNegative, Size
 
 
 def smooth_experts(
     context: Context,
     *,
-    momentum: float = 0.9,
-    balance_epochs: int = 0,
-    perturbation: float = 1.0,
+    momentum: Decay = 0.9,
+    balance_epochs: Size = 0,
+    perturbation: NonNegative = 1.0,
     intermediate: str = 'all',
     start: str = 'kmeans',
     start_experts: str = 'experts',

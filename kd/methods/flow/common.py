@@ -20,6 +20,7 @@ from kd.metrics import mean
 from kd.models.conditioning import log_variance
 from kd.models.magnitude_preserving import effective_weights, normalize_weights
 from kd.network import Network
+from kd.ranges import Count, Fraction, Positive
 from kd.sampling.velocity import noise_scale, num_classes, velocity_function
 from kd.state import PyTree, State
 
@@ -33,12 +34,12 @@ def flow_method(
     context: Context,
     *,
     algorithm: Algorithm,
-    diagonal_fraction: float,
+    diagonal_fraction: Fraction,
     interpolant: Interpolant,
-    noise: float | None,
-    label_dropout: float,
+    noise: Positive | None,
+    label_dropout: Fraction,
     augmentation: tuple,
-    micro_batches: int,
+    micro_batches: Count,
     teacher: Teacher | None = None,
 ) -> Method:
     """Minimises the batch loss of `kd.losses.flow_map_algorithms.flow_map_errors`.

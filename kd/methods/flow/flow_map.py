@@ -8,19 +8,20 @@ from kd.losses.flow_map_algorithms import ALGORITHMS, get_algorithm
 from kd.losses.interpolant import get_interpolant
 from kd.method import Method
 from kd.methods.flow import common
+from kd.ranges import Count, Fraction, Positive
 
 
 def flow_map(
     context: Context,
     *,
     algorithm: str = 'lsd',
-    diagonal_fraction: float = 0.75,
+    diagonal_fraction: Fraction = 0.75,
     stop_gradient: str | None = None,
     interpolant: str = 'linear',
-    noise_scale: float | None = None,
-    label_dropout: float = 0.1,
+    noise_scale: Positive | None = None,
+    label_dropout: Fraction = 0.1,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """One network that is a velocity field on its diagonal and jumps off it, without a teacher.
 

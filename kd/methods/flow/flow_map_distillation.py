@@ -9,6 +9,7 @@ from kd.losses.flow_map_algorithms import get_algorithm
 from kd.losses.interpolant import get_interpolant
 from kd.method import Method
 from kd.methods.flow import common
+from kd.ranges import Count, Finite, Fraction, Positive
 from kd.sampling.velocity import num_classes, velocity_function
 
 # Algorithms whose teacher makes jumps; the others read its diagonal.
@@ -19,15 +20,15 @@ def flow_map_distillation(
     context: Context,
     *,
     algorithm: str = 'lmd',
-    diagonal_fraction: float = 0.0,
+    diagonal_fraction: Fraction = 0.0,
     stop_gradient: str | None = None,
     teacher_jumps: str = 'map',
-    guidance: float = 1.0,
+    guidance: Finite = 1.0,
     interpolant: str = 'linear',
-    noise_scale: float | None = None,
-    label_dropout: float = 0.1,
+    noise_scale: Positive | None = None,
+    label_dropout: Fraction = 0.1,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """A student map X of a frozen teacher's flow b.
 

@@ -7,16 +7,17 @@ from kd.losses.flow_map_algorithms import get_algorithm
 from kd.losses.interpolant import get_interpolant
 from kd.method import Method
 from kd.methods.flow import common
+from kd.ranges import Count, Fraction, Positive
 
 
 def flow_matching(
     context: Context,
     *,
     interpolant: str = 'linear',
-    noise_scale: float | None = None,
-    label_dropout: float = 0.1,
+    noise_scale: Positive | None = None,
+    label_dropout: Fraction = 0.1,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """Regression of the interpolant's velocity: the field of a flow, and nothing else.
 

@@ -10,6 +10,7 @@ from kd.losses.flow_map_algorithms import get_algorithm
 from kd.losses.interpolant import get_interpolant
 from kd.method import Batch, Method, with_collect
 from kd.methods.flow import common
+from kd.ranges import Count, Finite, Fraction, Positive
 from kd.sampling.flow import SAMPLERS, time_grid
 from kd.sampling.velocity import noise_scale as scale_of
 from kd.sampling.velocity import velocity_function
@@ -20,12 +21,12 @@ def reflow(
     context: Context,
     *,
     sampler: str = 'heun',
-    sampler_steps: int = 16,
-    guidance: float = 1.0,
+    sampler_steps: Count = 16,
+    guidance: Finite = 1.0,
     unroll: bool = False,
-    noise_scale: float | None = None,
-    label_dropout: float = 0.1,
-    micro_batches: int = 1,
+    noise_scale: Positive | None = None,
+    label_dropout: Fraction = 0.1,
+    micro_batches: Count = 1,
 ) -> Method:
     """Flow matching between noise and the samples that the teacher makes of it.
 

@@ -17,6 +17,7 @@ from kd.losses import divergence as divergences
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start, teacher
 from kd.metrics import mean, scalar
+from kd.ranges import Count, NonNegative
 from kd.theory import competence
 
 WEIGHTINGS = ('beta', 'hard', 'uniform')
@@ -27,11 +28,11 @@ def paced(
     *,
     divergence: str = 'kd.losses.divergence.forward_kl',
     weighting: str = 'beta',
-    a: float = 1.0,
-    b: float = 1.0,
-    rollouts: int = 8,
+    a: NonNegative = 1.0,
+    b: NonNegative = 1.0,
+    rollouts: Count = 8,
     normalise: bool = True,
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
     **divergence_arguments,
 ) -> Method:
     """Distils every problem by a weight of the student's pass rate on it.

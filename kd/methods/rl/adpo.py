@@ -13,6 +13,7 @@ from kd.losses import numerics, preference
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start
 from kd.metrics import mean
+from kd.ranges import Count, Fraction, Positive
 
 ANCHORS = ('uniform', 'fixed', 'self', 'ema', 'on_policy')
 TARGETS = ('listwise', 'standardized', 'pairs', 'soft_pairs', 'pair', 'soft_pair')
@@ -23,11 +24,11 @@ def adpo(
     *,
     anchor: str = 'self',
     target: str = 'listwise',
-    tau: float = 0.8,
-    reward_temperature: float = 0.5,
-    decay: float = 0.99,
-    refresh_every: int = 1,
-    micro_batches: int = 1,
+    tau: Positive = 0.8,
+    reward_temperature: Positive = 0.5,
+    decay: Fraction = 0.99,
+    refresh_every: Count = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """Fits the student's policy relative to an anchor to a target made of rewards.
 

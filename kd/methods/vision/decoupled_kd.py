@@ -10,18 +10,19 @@ from kd.losses import classification
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
 from kd.metrics import mean
+from kd.ranges import Count, NonNegative, Positive, Size
 
 
 def decoupled_kd(
     context: Context,
     *,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
-    hard_weight: float = 1.0,
-    warmup_steps: int = 0,
+    alpha: NonNegative = 1.0,
+    beta: NonNegative = 8.0,
+    temperature: Positive = 4.0,
+    hard_weight: NonNegative = 1.0,
+    warmup_steps: Size = 0,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """Weights the target and the non-target part of the KL apart.
 

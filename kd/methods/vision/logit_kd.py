@@ -13,17 +13,18 @@ from kd.losses import divergence as divergences
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
 from kd.metrics import mean
+from kd.ranges import Count, Fraction, Positive
 
 
 def logit_kd(
     context: Context,
     *,
     divergence: str = 'kd.losses.divergence.forward_kl',
-    temperature: float = 4.0,
-    soft_weight: float = 0.9,
-    label_smoothing: float = 0.0,
+    temperature: Positive = 4.0,
+    soft_weight: Fraction = 0.9,
+    label_smoothing: Fraction = 0.0,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
     **divergence_arguments,
 ) -> Method:
     """A mixture of the hard labels and of a divergence to the teacher's outputs.

@@ -20,6 +20,7 @@ from kd.errors import UserError
 from kd.losses import numerics
 from kd.method import Method, Objective, minimize
 from kd.metrics import mean, scalar
+from kd.ranges import Count, Finite, NonNegative
 from kd.state import PyTree
 from kd.theory import kernel_regression
 
@@ -30,12 +31,12 @@ _EPSILON = 1e-12
 def self_distillation(
     context: Context,
     *,
-    alpha: float | Literal['auto'] = 'auto',
-    bounds: tuple[float, float] = (0.0, 1.0),
-    penalty: float = 1e-4,
+    alpha: Finite | Literal['auto'] = 'auto',
+    bounds: tuple[Finite, Finite] = (0.0, 1.0),
+    penalty: NonNegative = 1e-4,
     split: str = 'validation',
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """A generation of self-distillation by squares of probabilities.
 

@@ -9,14 +9,15 @@ from kd.data.transforms import augment
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
 from kd.metrics import mean
+from kd.ranges import Count, Fraction
 
 
 def supervised(
     context: Context,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: Fraction = 0.0,
     augmentation: tuple = (),
-    micro_batches: int = 1,
+    micro_batches: Count = 1,
 ) -> Method:
     """Cross-entropy with the labels.
 
