@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -23,7 +24,11 @@ class NonFiniteError(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop (SIGTERM), has saved a checkpoint and can be resumed."""
+    """A signal asked the run to stop; it can be resumed, from a checkpoint if it had begun."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -4,8 +4,8 @@ Every field of the config can be changed on the command line: `--config.student.
 Running the same command again resumes, or says that all is done.
 
 Exit status: 0 done; 2 something to correct (config, data, work directory); 3 a loss became
-non-finite; 75 stopped by SIGTERM with a checkpoint written, run again to go on; 76 another process
-of the run has died.
+non-finite; 75 stopped by SIGTERM or SIGHUP, run again to go on from the checkpoint that it wrote;
+130 the same by Ctrl-C; 76 another process of the run has died.
 
 On several hosts the same command runs on each with `--distributed=auto` (Slurm, TPU pods, Open MPI)
 or `--distributed=HOST:PORT,COUNT,INDEX`; see launch/.
@@ -19,44 +19,61 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-
-from kd import config as config_lib
+from kd import files, process
 from kd.errors import NonFiniteError, Preempted, UserError, did_you_mean
-from kd.overrides import override
 
-EXIT_USER, EXIT_NONFINITE, EXIT_PREEMPTED = 2, 3, 75
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+EXIT_USER, EXIT_NONFINITE, EXIT_PREEMPTED = process.EXIT_USER, 3, process.EXIT_STOPPED
 _PREFIX = '--config.'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors meant for people become one line."""
+    with process.output(), process.signals(own=__name__ == '__main__'):
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            return process.told(str(error), EXIT_USER)
+        except NonFiniteError as error:
+            return process.told(str(error), EXIT_NONFINITE)
+        except Preempted as error:
+            return process.told(str(error), process.exit_status(error.number))
+        except process.Stopped as stop:
+            return process.told(f'{stop}.', process.exit_status(stop.number))
+        except KeyboardInterrupt:
+            return process.told('interrupted.', process.EXIT_INTERRUPTED)
+        except OSError as error:
+            line = process.trouble(error)
+            if line is None:
+                raise
+            return process.told(line, EXIT_USER)
+
+
+def _main(argv: Sequence[str]) -> int:
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     # TensorFlow writes TensorBoard events and tfds copies, and would have much to say of itself.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    try:
-        config, workdir, processes = parse(sys.argv[1:] if argv is None else argv)
-        enable_compilation_cache()
-        # Importing the loop takes a second; a mistyped flag is told before.
-        from kd.parallel import distributed
-        from kd.training import loop
+    config, workdir, processes = parse(argv)
+    enable_compilation_cache()
+    # Importing takes seconds: a mistyped flag is told before, and a signal finds its handler.
+    import jax
 
-        with distributed.session(processes):
-            report = loop.run(config, workdir)
-    except UserError as error:
-        return _told(error, EXIT_USER)
-    except NonFiniteError as error:
-        return _told(error, EXIT_NONFINITE)
-    except Preempted as error:
-        return _told(error, EXIT_PREEMPTED)
+    from kd.parallel import distributed
+    from kd.training import loop
+
+    with distributed.session(processes):
+        report = loop.run(config, workdir)
     if jax.process_index() == 0:
         print(f'Done. Report: {report}' if report else f'Done: {workdir}')
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[config_lib.ConfigDict, str, str]:
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, str]:
     """The config with its overrides, the work directory, and how processes are joined."""
     parser = argparse.ArgumentParser(
         prog='python -m kd.main', description=__doc__, allow_abbrev=False,
@@ -70,6 +87,11 @@ def parse(argv: Sequence[str]) -> tuple[config_lib.ConfigDict, str, str]:
         help='joins the processes of several hosts; also by the variable KD_DISTRIBUTED',
     )  # fmt: skip
     known, rest = parser.parse_known_args(argv)
+    files.local(known.workdir, '--workdir')
+    files.local(known.data_dir or '', '--data_dir')
+    from kd import config as config_lib
+    from kd.overrides import override
+
     config = config_lib.load(known.config)
     for told in override(config, overrides(rest)):
         print(f'kd: {told}', file=sys.stderr)
@@ -95,14 +117,15 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless JAX was told where already."""
-    if getattr(jax.config, 'jax_compilation_cache_dir', None) is None:
+    import jax
+
+    if getattr(jax.config, 'jax_compilation_cache_dir', None) is not None:
+        return
+    try:
         cache = Path.home() / '.cache' / 'kd' / 'jax'
-        jax.config.update('jax_compilation_cache_dir', str(cache))
-
-
-def _told(error: Exception, status: int) -> int:
-    print(f'kd: {error}', file=sys.stderr)
-    return status
+    except RuntimeError:
+        return  # A user without a home, in a container as a rule.
+    jax.config.update('jax_compilation_cache_dir', str(cache))
 
 
 if __name__ == '__main__':

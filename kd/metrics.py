@@ -6,6 +6,7 @@ by adding, so a metric does not depend on how a batch was cut into micro-batches
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,17 @@ def mean(values: ArrayLike, where: ArrayLike | None = None) -> Mean:
 def scalar(value: jax.Array | float) -> Mean:
     """A value counted once per step, such as a gradient norm."""
     return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1.0))
+
+
+def best(values: Iterable[float | None], *, lower: bool = False) -> int | None:
+    """The place of the best of some values: the first that is largest, or smallest if `lower`.
+
+    What is absent (None) or not finite is never the best; None if nothing else is there.
+    """
+    found = [(i, float(v)) for i, v in enumerate(values) if v is not None and np.isfinite(v)]
+    if not found:
+        return None
+    return (min if lower else max)(found, key=lambda pair: pair[1])[0]
 
 
 def merge(first: Metrics, second: Metrics) -> Metrics:

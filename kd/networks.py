@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd import config as config_lib
+from kd import files
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean
 from kd.io import checkpoints
@@ -154,7 +154,7 @@ def _stored_stage(directory: Path, where: str, recipe: Recipe) -> dict[str, Any]
             'the directory of a stage of another run (such as runs/teacher/teacher).'
             f'{did_you_mean(str(directory), recipe.stages)}'
         )
-    stored = json.loads(file.read_text())
+    stored = files.read_json(file, 'the lines of manifest.json beside it hold it too')
     if directory.name not in stored:
         raise UserError(f"{where}: the run in {directory.parent} has no stage '{directory.name}'.")
     return stored[directory.name]

@@ -1,5 +1,7 @@
 """Metrics are (sum, count) pairs: exact against NumPy, whatever the cut of the data."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,20 @@ def test_merging_unequal_parts_is_one_pass_over_everything(values):
 def test_a_metric_that_was_never_counted_is_left_out():
     nothing = metrics.mean(np.ones(4), np.zeros(4, bool))
     assert metrics.divide({'seen': metrics.scalar(3.0), 'unseen': nothing}) == {'seen': 3.0}
+
+
+@pytest.mark.parametrize(
+    ('values', 'lower', 'place'),
+    [
+        ((0.9, 0.3, math.nan, 0.7, 0.8), True, 1),
+        ((math.nan, 0.5, 0.7), False, 2),
+        ((math.nan, 0.5, 0.7), True, 1),
+        ((0.5, math.inf, None, 0.6), False, 3),
+        ((-math.inf, 0.5, 0.4), True, 2),
+        ((0.5, 0.5), False, 0),
+        ((math.nan, None, math.inf), False, None),
+        ((), True, None),
+    ],
+)
+def test_the_best_is_a_number_that_is_there(values, lower, place):
+    assert metrics.best(values, lower=lower) == place

@@ -157,8 +157,8 @@ def test_two_processes_killed_and_resumed_equal_one_process(context, data_dir, s
     ours, theirs = (json.loads((r.workdir / 'report.json').read_text()) for r in (run, single))
     for title, row in ours.items():
         assert row['nll'] == pytest.approx(theirs[title]['nll'], abs=1e-4)
-    manifest = json.loads((run.workdir / 'manifest.json').read_text())
-    assert (manifest['hosts'], manifest['devices']) == (2, 4)
+    starts = [json.loads(x) for x in (run.workdir / 'manifest.json').read_text().splitlines()]
+    assert [(start['hosts'], start['devices']) for start in starts] == [(2, 4)] * 2
 
 
 def test_a_run_of_one_process_goes_on_in_two_with_sharded_parameters(
@@ -191,25 +191,33 @@ def test_a_run_of_one_process_goes_on_in_two_with_sharded_parameters(
     _assert_close(run, single)
 
 
-def test_a_stop_that_falls_on_the_last_step_of_a_stage_is_obeyed_by_the_next(monkeypatch, tmp_path):
+def test_a_stop_that_falls_on_the_last_step_of_a_stage_saves_and_looks_when_resumed(
+    monkeypatch, tmp_path
+):
     asked = []
 
     def reached(call):  # As JAX's: yes at one call only.
         asked.append(call)
-        return call == 3
+        return call == 4
 
     monkeypatch.setattr(distributed.multihost_utils, 'reached_preemption_sync_point', reached)
     config = kd_config.load(RECIPE)
-    config.stages = ('teacher', 'baseline')
-    del config['student']
+    config.stages = ('teacher',)
+    del config['student'], config['baseline']
     config.report = {}
-    for name in config.stages:
-        config[name].update(steps=4, log_every=2, checkpoint_every=4, eval_every=0)
-    monkeypatch.setattr(watch.Sigterm, '__enter__', lambda self: distributed.preemption())
-    monkeypatch.setattr(watch.Sigterm, '__exit__', lambda *_: None)
-    with pytest.raises(Preempted, match='baseline: stopped at step 1'):
-        loop.run(config, tmp_path / 'run')
-    assert asked == [0, 1, 2, 3]
+    config.teacher.update(steps=4, log_every=2, checkpoint_every=4, eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, 'asking', distributed.preemption)
+        with pytest.raises(Preempted, match='teacher: stopped at step 4; a checkpoint is written'):
+            loop.run(config, tmp_path / 'run')
+    # Before the stage and after each step.
+    assert asked == [0, 1, 2, 3, 4]
+    log = tmp_path / 'run' / 'teacher' / 'metrics.jsonl'
+    assert [json.loads(line)['step'] for line in log.read_text().splitlines()] == [2]
+    loop.run(config, tmp_path / 'run')
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last['step'] == 4
+    assert {'train/loss', 'validation/accuracy'} <= set(last)
 
 
 def test_probes_of_two_processes_tell_what_those_of_one_do(context, data_dir, tmp_path):

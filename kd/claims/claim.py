@@ -10,7 +10,6 @@ a claim is a paired difference over seeds, with a 95 % t interval. The verdict i
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from kd import config as config_lib
+from kd import files
 from kd.claims.results import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RESULTS
 from kd.errors import UserError, did_you_mean
-from kd.io.workdir import commit
+from kd.io.manifest import commit
 
 CLAIMS = Path('configs/claims')
 
@@ -152,7 +152,7 @@ def run(name: str, *, smoke: bool = False, output: Path = RESULTS) -> dict[str, 
         'commit': commit(),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / f'{name}.json').write_text(json.dumps(result, indent=1) + '\n')
+    files.write_json(output / f'{name}.json', result)
     claim.draw(measured).savefig(output / f'{name}.png')
     return result
 

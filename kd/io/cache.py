@@ -29,9 +29,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from kd import config as config_lib
+from kd import files
 from kd.errors import UserError
 from kd.io import checkpoints
-from kd.io.workdir import write_whole
 from kd.losses import signal as signal_lib
 from kd.parallel.sharding import path_name
 
@@ -177,7 +177,7 @@ class Writer:
         if file.exists():
             _check(_read(file), self.manifest, self.folder)
         else:
-            write_whole(file, json.dumps(self.manifest, indent=1))
+            files.write_json(file, self.manifest)
         count = -(-self.examples // self.per_file)
         return [index for index in range(count) if not _shard(self.folder, index).exists()]
 
@@ -197,14 +197,12 @@ class Writer:
                     f'{name} of the teacher reach {np.abs(fields[name][finite]).max():.3g}, more '
                     "than float16 holds; set the method's dtype to 'float32'."
                 )
-        target = _shard(self.folder, index)
-        partial = target.with_name(target.name + '.partial')
-        # Groups of one are read no faster, and take 64 bytes more an example.
-        writer = ArrayRecordWriter(str(partial), 'group_size:16')
-        for row in rows:
-            writer.write(row.tobytes())
-        writer.close()
-        partial.rename(target)
+        with files.replacing(_shard(self.folder, index)) as partial:
+            # Groups of one are read no faster, and take 64 bytes more an example.
+            writer = ArrayRecordWriter(str(partial), 'group_size:16')
+            for row in rows:
+                writer.write(row.tobytes())
+            writer.close()
 
     def finish(self) -> dict[str, Any]:
         """Marks the cache as complete; returns the manifest with its sizes in bytes an example.
@@ -219,7 +217,7 @@ class Writer:
             'dense_bytes_per_example': 4 * int(np.prod(self.manifest['shape'])),
             'complete': True,
         }
-        write_whole(self.folder / 'manifest.json', json.dumps(self.manifest | sizes, indent=1))
+        files.write_json(self.folder / 'manifest.json', self.manifest | sizes)
         return self.manifest | sizes
 
 
@@ -351,10 +349,7 @@ def _check(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) 
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f'{file} is not readable JSON; delete the cache it belongs to.') from error
+    manifest = files.read_json(file, f'delete {file.parent.parent} and run its recipe again')
     needed = {f.name for f in dataclasses.fields(Form)} | {'shape', 'examples', 'per_file'}
     if missing := sorted((needed | {'made_of'}) - set(manifest)):
         raise UserError(f'{file} lacks {", ".join(missing)}; delete the cache it belongs to.')

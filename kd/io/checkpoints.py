@@ -3,6 +3,7 @@
     <stage>/checkpoints/<step>/variables   params, mutables, ema: what later stages need
                               /training    key, step, optimiser state, the open metric window
                               /data        position of the data iterator
+    <stage>/merits.json                    what was measured at each, by which one of them is best
     <stage>/done.json                      the stage is finished, and which step is its result
 
 Saving is asynchronous. Frozen trees (teachers) are never part of a checkpoint.
@@ -10,9 +11,9 @@ Saving is asynchronous. Frozen trees (teachers) are never part of a checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from kd import files
+from kd import metrics as metrics_lib
 from kd.errors import UserError
-from kd.io.workdir import write_whole
 from kd.parallel import distributed
 from kd.parallel.sharding import path_name
 from kd.state import State
@@ -32,11 +34,25 @@ log = logging.getLogger('kd')
 # Orbax narrates every save at INFO and warns about things that are as we want them.
 logging.getLogger('absl').setLevel(logging.ERROR)
 
+_MERITS = 'merits.json'
+
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         # The loop alone asks JAX's preemption service, with a count of its own.
         return False
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint that `best_of` names."""
+
+    def __init__(self, best_of: Callable[[Sequence[int]], int | None]) -> None:
+        self._best_of = best_of
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        best = self._best_of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -51,43 +67,54 @@ class Checkpoints:
           best: metric whose best checkpoint is kept too, prefixed '-' if lower is better.
         """
         self.directory = directory
-        self._best = best.lstrip('-')
-        sign = -1.0 if best.startswith('-') else 1.0
-        policies: list = [checkpoint_managers.LatestN(keep)]
-        options: dict[str, Any] = {}
-        if best:
-            score = self._score(sign)
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
-                )
-            )
-            options = {'best_fn': score, 'best_mode': 'max'}
+        self._best, self._lower = best.lstrip('-'), best.startswith('-')
+        self._merits = _read_merits(directory)
+        policies = [checkpoint_managers.LatestN(keep), _Best(self.best_of)]
         self._manager = _Manager(
             directory / 'checkpoints',
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                **options,
             ),
         )
-
-    def _score(self, sign: float):
-        return lambda metrics: sign * metrics[self._best]
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int:
-        """The step that is best by the metric, the latest if there is none."""
-        step = self._manager.best_step() if self._best else self._manager.latest_step()
-        if step is None:
+        """The step that is best by the metric; the latest, with a warning, if none has a number."""
+        steps = self.steps()
+        if not steps:
             raise UserError(f'{self.directory} has no checkpoint.')
-        return step
+        best = self.best_of(steps)
+        if best is None and self._best:
+            log.warning(
+                'No checkpoint in %s has a finite %s: the last one counts as the best.',
+                self.directory, self._best,
+            )  # fmt: skip
+        return steps[-1] if best is None else best
 
-    def save(self, state: State, window: Any, data: Any, metrics: Mapping[str, float]) -> None:
-        """Starts saving; returns once the arrays are copied."""
+    def best_of(self, steps: Sequence[int]) -> int | None:
+        """The best of some steps by their metric, None if none has a finite one."""
+        merits = [self._merits.get(step, {}).get(self._best) for step in steps]
+        place = metrics_lib.best(merits, lower=self._lower)
+        return None if place is None else steps[place]
+
+    def rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Notes what was measured at a step; it may have been saved before."""
+        kept = {step, *self.steps()}
+        self._merits = {old: merit for old, merit in self._merits.items() if old in kept}
+        self._merits[step] = dict(metrics)
+        if distributed.is_first():
+            files.write_json(self.directory / _MERITS, self._merits)
+
+    def save(
+        self, state: State, window: Any, data: Any, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts saving; returns once the arrays are copied. `metrics` as of `rank`."""
+        if metrics:
+            self.rank(int(state.step), metrics)
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -95,8 +122,6 @@ class Checkpoints:
                 training=ocp.args.StandardSave(_training(state, window)),
                 data=ocp.args.JsonSave(data),
             ),
-            # Orbax keeps a checkpoint's place in the order of merit only if it has metrics.
-            metrics=dict(metrics) if self._best in metrics else None,
         )
 
     def restore_latest(self, state: State, window: Any) -> tuple[State, Any, Any] | None:
@@ -210,13 +235,35 @@ def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> 
 
 def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
     """Writes the marker of a finished stage, atomically."""
-    write_whole(directory / 'done.json', json.dumps(record, indent=1))
+    files.write_json(directory / 'done.json', record)
 
 
 def read_done(directory: Path) -> dict[str, Any] | None:
-    """The marker of a finished stage, or None."""
+    """The marker of a finished stage, or None.
+
+    Raises:
+      UserError: it is damaged.
+    """
     marker = directory / 'done.json'
-    return json.loads(marker.read_text()) if marker.exists() else None
+    if not marker.exists():
+        return None
+    advice = 'delete it, and run the recipe of that stage again: it goes on from its checkpoint'
+    done = files.read_json(marker, advice)
+    if not isinstance(done.get('step'), int) or not isinstance(done.get('metrics'), dict):
+        raise UserError(f'{marker} is damaged: it lacks the step or the metrics; {advice}.')
+    metrics = done['metrics'].items()
+    return {**done, 'metrics': {n: math.nan if value is None else value for n, value in metrics}}
+
+
+def _read_merits(directory: Path) -> dict[int, dict[str, float]]:
+    file = directory / _MERITS
+    if not file.exists():
+        return {}
+    advice = 'delete it, and the best checkpoint is chosen among those to come'
+    try:
+        return {int(step): dict(merit) for step, merit in files.read_json(file, advice).items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{file} is damaged: {error}; {advice}.') from error
 
 
 def _variables(state: State) -> dict[str, Any]:

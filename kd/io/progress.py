@@ -12,17 +12,25 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on a terminal, a line now and then in a log file."""
+    """A bar on a terminal, a line now and then in a log file.
+
+    Rates count from `begin`, which comes after the first step, mostly compilation.
+    """
 
     def __init__(self, stage: str, *, start: int, total: int, every: float = 5.0) -> None:
         self._stage, self._total, self._every = stage, total, every
         self._first = self._step = start
         self._began = self._said = time.monotonic()
-        self._bar = (
-            tqdm(initial=start, total=total, desc=stage, unit='step', dynamic_ncols=True)
-            if sys.stderr.isatty() and not jax.process_index()
-            else None
-        )
+        self._bar: tqdm | None = None
+
+    def begin(self, step: int) -> None:
+        """The first step is over."""
+        self._first = self._step = step
+        self._began = self._said = time.monotonic()
+        if sys.stderr.isatty() and not jax.process_index():
+            self._bar = tqdm(
+                initial=step, total=self._total, desc=self._stage, unit='step', dynamic_ncols=True
+            )
 
     def update(self, step: int, **shown: float) -> None:
         """Tells of a finished step and the latest metrics."""
@@ -33,9 +41,11 @@ class Progress:
         now = time.monotonic()
         self._step = step
         if self._bar is None and (now - self._said > self._every or step == self._total):
-            rate = (step - self._first) / max(now - self._began, 1e-9)
-            eta = (self._total - step) / max(rate, 1e-9)
-            say(self._stage, f'{step}/{self._total}  {text}  {rate:.1f} steps/s  ETA {eta:.0f} s')
+            line = f'{step}/{self._total}  {text}'
+            if step > self._first:
+                rate = (step - self._first) / max(now - self._began, 1e-9)
+                line += f'  {rate:.1f} steps/s  ETA {(self._total - step) / rate:.0f} s'
+            say(self._stage, line)
             self._said = now
 
     def close(self) -> None:
@@ -47,7 +57,9 @@ def say(stage: str, text: str) -> None:
     """One line about a stage, from the first process."""
     if jax.process_index():
         return
-    tqdm.write(f'[{stage}] {text}', file=sys.stderr)
+    # A reader that is gone or a full disk is no reason to stop training.
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(f'[{stage}] {text}', file=sys.stderr)
 
 
 @contextlib.contextmanager

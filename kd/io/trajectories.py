@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd import config as config_lib
+from kd import files
 from kd.errors import UserError
-from kd.io.workdir import write_whole
 
 _FOLDER = 'trajectories'
 
@@ -52,17 +52,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes the manifest of the buffer in a stage's directory."""
     folder = directory / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / 'manifest.json', json.dumps(manifest._asdict(), indent=1))
+    files.write_json(folder / 'manifest.json', manifest._asdict())
 
 
 def write_snapshot(directory: Path, number: int, epoch: int, values: np.ndarray) -> None:
     """Writes the parameters [k, P] of the experts of round `number` after `epoch` epochs."""
     file = _file(directory, number, epoch)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix('.partial')
-    with partial.open('wb') as stream:
+    with files.replacing(file) as partial, partial.open('wb') as stream:
         np.save(stream, np.ascontiguousarray(values, np.float32))
-    partial.rename(file)
 
 
 class Buffer:

@@ -1,38 +1,41 @@
-"""The directory of a run: lock, config, manifest, metrics."""
+"""The directory of a run: lock, config, metrics."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
+import math
 import os
-import platform
-import shlex
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from kd import config as config_lib
+from kd import files
 from kd.errors import UserError
+from kd.io import manifest
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets')
+log = logging.getLogger('kd')
+
+# What flock answers on file systems that have no locks: Lustre without the option, some NFS.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Workdir:
     """A run's directory, held by one run at a time; of several processes the first holds it."""
 
-    def __init__(self, path: Path, recipe: config_lib.Recipe) -> None:
+    def __init__(self, path: str | os.PathLike, recipe: config_lib.Recipe) -> None:
         """Creates or opens the directory and takes its lock.
 
         Raises:
-          UserError: not writable, in use by another run, or made with another config.
+          UserError: an address, not writable, in use by another run, or made with another config.
         """
-        self.path = path
+        path = self.path = files.local(path, '--workdir').absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / '.lock', 'a+')  # noqa: SIM115  held until `close`
@@ -42,20 +45,25 @@ class Workdir:
         try:
             if jax.process_index() == 0:
                 self._take_lock()
-            self._check_config(json.loads(json.dumps(self._config)))
+            self._check_config(json.loads(files.json_text(self._config)))
         except UserError:
             self.close()
             raise
 
     def record(self) -> None:
         """Writes config and manifest; from now on the directory belongs to this config."""
-        write_whole(self.path / 'config.json', json.dumps(self._config, indent=1))
-        self._write_manifest(self._config)
+        files.write_json(self.path / 'config.json', self._config)
+        manifest.record(self.path, self._config)
 
     def stage(self, name: str) -> Path:
         """Directory of a stage."""
         directory = self.path / name
-        directory.mkdir(exist_ok=True)
+        try:
+            directory.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(
+                f"{directory} is a file, and stage '{name}' needs a folder there; move it away."
+            ) from error
         return directory
 
     def close(self) -> None:
@@ -70,6 +78,13 @@ class Workdir:
             raise UserError(
                 f'{self.path} is in use by {holder}; wait for it or choose another workdir.'
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise UserError(f'Cannot lock workdir {self.path}: {error.strerror}.') from error
+            log.warning(
+                'The file system of %s has no locks: see to it that no other run uses it.',
+                self.path,
+            )
         self._lock.truncate(0)
         self._lock.write(f'process {os.getpid()} on {socket.gethostname()}')
         self._lock.flush()
@@ -78,10 +93,10 @@ class Workdir:
         file = self.path / 'config.json'
         if not file.exists():
             return
-        try:
-            old = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f'{file} is not readable JSON; choose another workdir.') from error
+        old = files.read_json(
+            file, 'if the run there is of this very command, delete the file; else choose another '
+            'workdir'
+        )  # fmt: skip
         for field in config_lib.RUNTIME_FIELDS:
             old.pop(field, None)
             new = {key: value for key, value in new.items() if key != field}
@@ -91,37 +106,6 @@ class Workdir:
                 f'{self.path} holds a run with another config: {difference}. '
                 'Choose another workdir, or delete this one.'
             )
-
-    def _write_manifest(self, config: dict[str, Any]) -> None:
-        device = jax.devices()[0]
-        manifest = {
-            'command': shlex.join([sys.executable, '-m', 'kd.main', *sys.argv[1:]]),
-            'cwd': os.getcwd(),
-            'commit': commit(),
-            'python': platform.python_version(),
-            'packages': {name: metadata.version(name) for name in _PACKAGES},
-            'device': device.device_kind,
-            'platform': device.platform,
-            'devices': jax.device_count(),
-            'hosts': jax.process_count(),
-            'host': socket.gethostname(),
-            'config': config,
-        }
-        write_whole(self.path / 'manifest.json', json.dumps(manifest, indent=1))
-
-
-def commit() -> str:
-    """The commit of the source tree, '+' appended if it has changes; '' outside a repository."""
-    root = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ['git', '-C', str(root), *arguments], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else ''
-
-    head = git('rev-parse', 'HEAD')
-    return head + ('+' if head and git('status', '--porcelain', '-uno') else '')
 
 
 class MetricLog:
@@ -140,8 +124,8 @@ class MetricLog:
         if not self._writes:
             return
         self._file = directory / 'metrics.jsonl'
-        kept = [line for line in _lines(self._file) if json.loads(line)['step'] <= resume_step]
-        write_whole(self._file, ''.join(kept))
+        kept = [line for line in read_metrics(directory) if line['step'] <= resume_step]
+        files.write_whole(self._file, ''.join(files.json_text(line) + '\n' for line in kept))
         # Imports TensorFlow, which takes seconds: only where something is written.
         from clu import metric_writers
 
@@ -153,7 +137,7 @@ class MetricLog:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         if not self._writes:
             return
-        self._stream.write(json.dumps({'step': step, **scalars}) + '\n')
+        self._stream.write(files.json_text({'step': step, **scalars}) + '\n')
         self._stream.flush()
         self._writer.write_scalars(step, dict(scalars))
 
@@ -165,19 +149,24 @@ class MetricLog:
         self._writer.close()
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that a process that dies meanwhile leaves the old one."""
-    partial = file.with_name(file.name + '.partial')
-    partial.write_text(text)
-    partial.rename(file)
-
-
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """The lines of a stage's `metrics.jsonl`."""
-    return [json.loads(line) for line in _lines(directory / 'metrics.jsonl')]
+    """The lines of a stage's `metrics.jsonl`; what was not finite, `null` there, is NaN.
+
+    Raises:
+      UserError: a line that is damaged. A last line without its end is left out: a process that
+        dies while it writes leaves one.
+    """
+    file = directory / 'metrics.jsonl'
+    content = file.read_bytes().decode(errors='replace') if file.exists() else ''
+    return [_metrics(file, i, line) for i, line in enumerate(content.split('\n')[:-1], 1)]
 
 
-def _lines(file: Path) -> list[str]:
-    # A process that dies while it writes leaves a last line without its end.
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [line for line in lines if line.endswith('\n')]
+def _metrics(file: Path, number: int, line: str) -> dict[str, float]:
+    try:
+        values = json.loads(line)
+        int(values['step'])
+        return {name: math.nan if value is None else value for name, value in values.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f'{file} is damaged: line {number} is not the JSON that was written; delete the line.'
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd import figures
+from kd import figures, files
 from kd.config import Recipe
 from kd.context import ReportContext
 from kd.data import pipeline, sources
@@ -92,9 +91,9 @@ def classification(
             pages.append(
                 (f'Where {shown.title} and teacher disagree, surest first', 'disagreements.png')
             )
-    (workdir / 'report.json').write_text(json.dumps(results, indent=1))
+    files.write_json(workdir / 'report.json', results)
     report = workdir / 'report.md'
-    report.write_text(_markdown(recipe, source, results, pages))
+    files.write_whole(report, _markdown(recipe, source, results, pages))
     return report
 
 

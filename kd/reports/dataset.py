@@ -4,7 +4,6 @@ in files that others can load.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kd import files
 from kd.context import ReportContext
 from kd.data import sources
 from kd.data.distilled import coreset, export, synthetic
@@ -309,9 +309,9 @@ def _summary(accuracies: np.ndarray) -> dict[str, float]:
 
 def _report(workdir: Path, text: str, **record: Any) -> Path:
     """Writes `report.json` and `report.md`; the path of the latter."""
-    (workdir / 'report.json').write_text(json.dumps(record, indent=1))
+    files.write_json(workdir / 'report.json', record)
     report = workdir / 'report.md'
-    report.write_text(text)
+    files.write_whole(report, text)
     return report
 
 

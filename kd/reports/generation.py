@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from kd import figures
+from kd import figures, files
 from kd.config import Recipe
 from kd.context import ReportContext
 from kd.io import checkpoints
@@ -61,9 +60,9 @@ def generation(
     if page is not None:
         page.savefig(folder / 'metrics_by_steps.png')
         pages.insert(0, ('Metrics by sampling steps', Path('figures/metrics_by_steps.png')))
-    (workdir / 'report.json').write_text(json.dumps(results, indent=1))
+    files.write_json(workdir / 'report.json', results)
     report = workdir / 'report.md'
-    report.write_text(_markdown(recipe, tables, others, pages))
+    files.write_whole(report, _markdown(recipe, tables, others, pages))
     return report
 
 

@@ -18,14 +18,18 @@ from kd.errors import UserError
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.state import State
+from kd.training import watch
 from kd.training.stage import Stage, replicated
 
 
 class Evaluation:
     """The evaluators of a stage, compiled once."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, stop: Callable[[], bool] = lambda: False) -> None:
+        """`stop` is asked between batches and probes in a run of several processes."""
         self.stage = stage
+        # One process is interrupted wherever it is.
+        self.stop = stop if jax.process_count() > 1 else lambda: False
         self.updates = {
             name: self._summed(evaluator)
             for name, (_, evaluator) in stage.evaluators.items()
@@ -45,6 +49,7 @@ class Evaluation:
         }
         probed = self._alone(state) if probes else state
         for label, (split, probe) in probes.items():
+            watch.obey(self.stop)
             found: dict[str, float] = {}
             for name, value in probe.run(probed, self._whole(split)).items():
                 if isinstance(value, Figure):
@@ -81,6 +86,7 @@ class Evaluation:
 
     def _batches(self, split: str) -> Iterator[dict[str, jax.Array]]:
         for batch in self.stage.eval_batches(split):
+            watch.obey(self.stop)
             yield mesh_lib.put_batch(batch, self.stage.batch_sharding())
 
     def _whole(self, split: str) -> Iterator[dict[str, jax.Array]]:

@@ -7,7 +7,7 @@ the host waits for the device only where something is logged, evaluated or saved
 
 from __future__ import annotations
 
-import json
+import signal
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from kd import config as config_lib
+from kd import files, process
 from kd import metrics as metrics_lib
 from kd.config import Recipe
 from kd.context import Probe, ReportContext
@@ -36,30 +37,34 @@ from kd.training.stage import Stage, prepare, replicated
 PREFETCH = 2
 
 
+@watch.stoppable()
 def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
     """Runs a recipe in a work directory; returns the path of the report, if it has one.
 
     Raises:
       UserError: the config, the data or the work directory needs a correction.
       NonFiniteError: a loss became infinite or NaN.
-      Preempted: SIGTERM came; a checkpoint has been written.
+      Preempted: a signal asked the run to stop; the same call goes on from there.
 
     In a run of several processes all call this; see `kd.parallel.distributed`. The report is made
     by the first alone, on its own devices, and the path is its.
     """
     recipe = config_lib.parse(config)
     mesh = mesh_lib.make_mesh(recipe.mesh)
-    directory = distributed.agree(lambda: Workdir(Path(workdir).absolute(), recipe))
+    directory = distributed.agree(lambda: Workdir(workdir, recipe))
     try:
         for name in recipe.stages:
             distributed.agree(partial(check, recipe, name, mesh))
         if distributed.is_first():
             directory.record()
-        with watch.Sigterm() as stop:
-            for name in recipe.stages:
-                train_stage(recipe, name, directory, mesh, stop)
+        stop = watch.asking()
+        for name in recipe.stages:
+            watch.obey(stop)
+            train_stage(recipe, name, directory, mesh, stop)
+        watch.obey(stop)
         if not recipe.report or not distributed.is_first():
             return None
+        process.active().alone()
         with doing('report', 'evaluating and drawing'):
             context = ReportContext(recipe, directory.path, mesh_lib.local_mesh(mesh))
             return config_lib.build(recipe.report, context, where='report')
@@ -97,7 +102,7 @@ def _finish(directory: Path, step: int, parameters: int) -> None:
     logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
     record = {
         'step': step,
-        'steps_per_s': logged.pop('time/steps_per_s'),
+        'steps_per_s': logged.pop('time/steps_per_s', None),
         'metrics': {name: value for name, value in logged.items() if name != 'step'},
         'parameters': parameters,
     }
@@ -196,8 +201,8 @@ class Loop:
         stop: Callable[[], bool],
     ) -> None:
         self.stage, self.saved, self.directory, self.stop = stage, saved, directory, stop
-        self.name = stage.name
-        self.evaluation = Evaluation(stage)
+        self.name, self.signals = stage.name, process.active()
+        self.evaluation = Evaluation(stage, stop)
         self.iterator = stage.batches()
         abstract, _, window, _ = abstract_arguments(stage)
         self.frozen = stage.frozen
@@ -212,7 +217,7 @@ class Loop:
             self.state, self.window, position = restored
             self.iterator.set_state(position)
             say(self.name, f'resuming from step {int(self.state.step)}')
-        self.start = self.logged = int(self.state.step)
+        self.start = self.logged = self.saved_at = int(self.state.step)
         self.train_step = make_train_step(stage)
         # Batches on their way to the device, each with the iterator's position before it.
         self.queue: deque[tuple[Any, dict[str, jax.Array]]] = deque()
@@ -228,43 +233,99 @@ class Loop:
         return watch.Profile(self.directory / 'profile', begin, end)
 
     def run(self) -> None:
-        config, steps = self.stage.config, self.stage.config.steps
-        log = MetricLog(self.directory, resume_step=self.start)
-        progress = Progress(self.name, start=self.start, total=steps)
+        steps = self.stage.config.steps
+        self.log = MetricLog(self.directory, resume_step=self.start)
+        self.progress = Progress(self.name, start=self.start, total=steps)
         profile = self._profile()
         try:
-            if self.start == 0:
-                self._write_files(0)
-            for step in range(self.start, steps):
-                with profile(step, lambda: jax.block_until_ready(self.window)):
-                    self._step(first=step == self.start)
-                now, scalars = step + 1, {}
-                last, stopping = now == steps, self.stop()
-                if now % config.log_every == 0 or last:
-                    scalars = self._close_window(now)
-                    progress.update(now, **_shown(scalars))
-                if last or (config.eval_every and now % config.eval_every == 0):
-                    with self.clock.paused():
-                        scalars |= self.evaluation(
-                            self.state.replace(frozen=self.frozen), now, self.directory
-                        )
-                self._write_files(now)
-                if scalars:
-                    log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
-                ranked = bool(config.best) and config.best.lstrip('-') in scalars
-                if now % config.checkpoint_every == 0 or last or stopping or ranked:
-                    with self.clock.paused():
-                        self._save(now, scalars)
-                if stopping and not last:
-                    raise Preempted(f'{self.name}: stopped at step {now}; a checkpoint is written.')
+            self._resume()
+            with self.signals.deferred():
+                for step in range(self.start, steps):
+                    with profile(step, lambda: jax.block_until_ready(self.window)):
+                        self._step(first=step == self.start)
+                    self._after(step + 1)
+        except process.Stopped as stop:
+            at = f'step {self.saved_at}; a checkpoint is written' if self.saved_at else 'its start'
+            raise Preempted(f'{self.name}: stopped at {at}.', stop.number) from stop
         except jax.errors.JaxRuntimeError as error:
             # Here, because closing the checkpoints would wait for the other processes.
             distributed.leave_if_lost(error)
             raise
         finally:
-            progress.close()
-            log.close()
+            self.progress.close()
+            self.log.close()
             self.saved.wait()
+
+    def _resume(self) -> None:
+        """Does what was due at the step to start from and is not in the log."""
+        logged = any(line['step'] == self.start for line in read_metrics(self.directory))
+        if distributed.from_first(lambda: logged):
+            if self._closes(self.start):
+                self.window = jax.tree.map(lambda x: x * 0, self.window)
+            self._write_files(self.start)
+        else:
+            self._look(self.start)
+
+    def _after(self, now: int) -> None:
+        """Saves, if it is time or the run is to stop, and then looks at the state.
+
+        A checkpoint is written before the look, which may take long: whoever resumes from it looks
+        again. So its window is open, with the metrics up to its step.
+        """
+        config, stopping = self.stage.config, self.stop()
+        due = now % config.checkpoint_every == 0 or now == config.steps
+        if due or stopping or self._ranks(now):
+            self._save(now)
+        if stopping:
+            raise process.Stopped(self.signals.came or signal.SIGTERM)
+        window = self.window
+
+        def rescue() -> None:
+            self.window = window
+            self._save(now)
+            self.saved.wait()
+
+        try:
+            with self.signals.at_once(rescue):
+                self._look(now)
+        except process.Stopped:
+            rescue()
+            raise
+
+    def _look(self, now: int) -> None:
+        """Closes the window, evaluates, writes files and logs, as far as it is due at a step."""
+        scalars: dict[str, float] = {}
+        if self._closes(now):
+            scalars = self._close_window(now)
+            self.progress.update(now, **_shown(scalars))
+        if self._evaluates(now):
+            with self.clock.paused():
+                scalars |= self.evaluation(
+                    self.state.replace(frozen=self.frozen), now, self.directory
+                )
+        self._write_files(now)
+        if self._ranks(now):
+            self.saved.rank(now, scalars)
+        if scalars and (speed := self.clock.speed()):
+            scalars['time/steps_per_s'] = speed
+        if scalars:
+            self.log.write(now, scalars)
+
+    def _closes(self, step: int) -> bool:
+        """Whether the metrics of a window are written at a step."""
+        config = self.stage.config
+        return step > 0 and (step % config.log_every == 0 or step == config.steps)
+
+    def _evaluates(self, step: int) -> bool:
+        config = self.stage.config
+        every = config.eval_every and step % config.eval_every == 0
+        return step > 0 and (bool(every) or step == config.steps)
+
+    def _ranks(self, step: int) -> bool:
+        """Whether the metric by which a checkpoint is best is measured at a step."""
+        best = self.stage.config.best.lstrip('-')
+        of_training = best.startswith('train/')
+        return bool(best) and (self._closes(step) if of_training else self._evaluates(step))
 
     def _step(self, *, first: bool) -> None:
         while len(self.queue) <= PREFETCH:
@@ -275,9 +336,11 @@ class Loop:
         self.positions.append(position)
         arguments = (self.state, self.frozen, self.window, batch)
         if first:
-            with doing(self.name, 'compiling the training step'):
+            # Nothing is lost yet, and compiling may take minutes.
+            with self.signals.at_once(), doing(self.name, 'compiling the training step'):
                 self.state, self.window = jax.block_until_ready(self.train_step(*arguments))
             self.clock.start()
+            self.progress.begin(self.start + 1)
         else:
             self.state, self.window = self.train_step(*arguments)
             self.clock.steps += 1
@@ -296,10 +359,14 @@ class Loop:
         self.positions, self.logged = [], step
         return scalars
 
-    def _save(self, step: int, scalars: dict[str, float]) -> None:
-        self._check_finite(step)
-        position = self.queue[0][0] if self.queue else self.iterator.get_state()
-        self.saved.save(self.state, self.window, position, scalars)
+    def _save(self, step: int) -> None:
+        if step == self.saved_at:
+            return
+        with self.clock.paused():
+            self._check_finite(step)
+            position = self.queue[0][0] if self.queue else self.iterator.get_state()
+            self.saved.save(self.state, self.window, position)
+        self.saved_at = step
 
     def _check_finite(self, step: int) -> None:
         """Ends the run if the guard halted it: saves the last good state and the bad batch."""
@@ -313,11 +380,11 @@ class Loop:
         dump.mkdir(exist_ok=True)
         process = jax.process_index()
         np.savez(dump / (f'batch_{process}.npz' if process else 'batch.npz'), **batch)
-        (dump / 'step.json').write_text(json.dumps({'step': bad, 'stage': self.name}))
+        files.write_json(dump / 'step.json', {'step': bad, 'stage': self.name})
         if bad not in self.saved.steps():
             zero = jax.tree.map(lambda x: x * 0, self.window)
             extra = {**self.state.extra, 'halted': self.state.extra['halted'] & False}
-            self.saved.save(self.state.replace(extra=extra), zero, position, {})
+            self.saved.save(self.state.replace(extra=extra), zero, position)
             self.saved.wait()
         raise NonFiniteError(
             f'{self.name}: the loss or its gradient became non-finite at step {bad}. The state '

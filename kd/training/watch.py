@@ -1,10 +1,10 @@
-"""What watches the training loop: a clock, the profiler, and the signal that asks it to stop."""
+"""What watches the training loop: a clock, the profiler, and the signals that ask it to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from kd import process
+from kd.errors import Preempted
 from kd.parallel import distributed
 
 
@@ -35,10 +37,10 @@ class Clock:
         self.began = time.monotonic()
 
     def speed(self) -> float:
-        """Steps per second."""
-        running = time.monotonic() - self.began if self.began is not None else 0.0
-        total = self.seconds + running
-        return self.steps / total if total else 0.0
+        """Steps per second; 0 before there are any."""
+        if self.began is None:
+            return 0.0
+        return self.steps / (self.seconds + time.monotonic() - self.began)
 
 
 class Profile:
@@ -57,25 +59,31 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-class Sigterm:
-    """Turns SIGTERM into a question the loop asks after every step."""
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, a signal ends in `Preempted`."""
+    with process.signals():
+        try:
+            yield
+        except process.Stopped as stop:
+            text = f'{stop}; run the same command to go on.'
+            raise Preempted(text[0].upper() + text[1:], stop.number) from stop
 
-    def __init__(self) -> None:
-        self.came = False
 
-    def __enter__(self) -> Callable[[], bool]:
-        if jax.process_count() > 1:
-            self.handles = False
-            return distributed.preemption()
-        # Python takes signal handlers in the main thread only.
-        self.handles = threading.current_thread() is threading.main_thread()
-        if self.handles:
-            self.previous = signal.signal(signal.SIGTERM, self._note)
-        return lambda: self.came
+def asking() -> Callable[[], bool]:
+    """A question to ask after every step: is the run to stop here?
 
-    def __exit__(self, *_: Any) -> None:
-        if self.handles:
-            signal.signal(signal.SIGTERM, self.previous)
+    In a run of several processes, a signal to one of them stops all, at one step.
+    """
+    signals = process.active()
+    if jax.process_count() == 1:
+        return signals.asked
+    # Of SIGTERM JAX's preemption service knows by itself.
+    signals.forward = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    return distributed.preemption()
 
-    def _note(self, *_: Any) -> None:
-        self.came = True
+
+def obey(stop: Callable[[], bool]) -> None:
+    """Raises `Stopped` if the run is to stop here."""
+    if stop():
+        raise process.Stopped(process.active().came or signal.SIGTERM)

@@ -135,7 +135,7 @@ def test_a_cache_of_something_else_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r'manifest\.json lacks dtype; delete'):
         cache.Cache(tmp_path)
     manifest.write_text('{')
-    with pytest.raises(UserError, match='not readable JSON'):
+    with pytest.raises(UserError, match=r'manifest\.json is damaged: it is not the JSON'):
         cache.Cache(tmp_path)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kd import files
 from kd.data.distilled.synthetic import SyntheticSet
 
 VERSION = '1.0.0'
@@ -23,8 +24,7 @@ def write_npz(file: Path, made: SyntheticSet, images: np.ndarray) -> None:
       made: the set.
       images: [n, H, W, C], its pixels before standardisation, around [-1, 1].
     """
-    partial = file.with_suffix('.partial')
-    with partial.open('wb') as stream:
+    with files.replacing(file) as partial, partial.open('wb') as stream:
         np.savez(
             stream,
             image=np.asarray(images, np.float32),
@@ -32,7 +32,6 @@ def write_npz(file: Path, made: SyntheticSet, images: np.ndarray) -> None:
             label=np.asarray(made.label),
             step_size=np.asarray(made.step_size),
         )
-    partial.rename(file)
 
 
 def read_npz(file: Path) -> SyntheticSet:

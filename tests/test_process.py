@@ -1,0 +1,140 @@
+"""Signals and output of a process: in this one where they can be, in real ones where not."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from kd import process
+from kd.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def kill(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_what_is_done_now_and_is_only_noted_where_it_is_deferred(number):
+    before = signal.getsignal(number)
+    with process.signals() as signals:
+        with pytest.raises(process.Stopped) as stop:
+            kill(number)
+        assert stop.value.number == number
+        assert process.active() is signals
+    assert signal.getsignal(number) is before
+    with process.signals() as signals, signals.deferred():
+        assert not signals.asked()
+        kill(number)
+        assert signals.asked()
+        with pytest.raises(process.Stopped), signals.at_once():
+            pytest.fail('it came before')
+
+
+def test_of_several_signals_the_first_counts_and_a_second_ctrl_c_ends_at_once():
+    with process.signals() as signals, signals.deferred():
+        kill(signal.SIGTERM)
+        kill(signal.SIGHUP)
+        assert signals.came == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            kill(signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
+    try:
+        with process.signals() as signals:
+            kill(signal.SIGHUP)
+            assert not signals.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_statuses():
+    assert process.exit_status(signal.SIGTERM) == process.exit_status(signal.SIGHUP) == 75
+    assert process.exit_status(signal.SIGINT) == 130
+
+
+def test_a_process_that_sits_in_a_call_is_ended_by_a_thread_which_saves_first(tmp_path):
+    code = f"""
+        import hashlib
+        from pathlib import Path
+        from kd import process
+        process._GRACE_S = 0.2
+        def rescue():
+            Path({str(tmp_path)!r}, 'saved').write_text('x')
+        with process.signals(own=True) as signals, signals.deferred(), signals.at_once(rescue):
+            print('ready', flush=True)
+            hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10 ** 9)  # Minutes in C.
+    """
+    child = subprocess.Popen(
+        [sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    )
+    assert child.stdout.readline() == 'ready\n'
+    child.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    said = child.communicate(timeout=20)[1]
+    assert child.returncode == 75
+    assert time.monotonic() - began < 15
+    assert said == 'kd: stopped by SIGTERM; run the same command to go on.\n'
+    assert (tmp_path / 'saved').exists()
+
+
+class Gone(io.StringIO):
+    """A stream that fails in one of the ways in which they do."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    'error',
+    [OSError(errno.ENOSPC, 'full'), BrokenPipeError(errno.EPIPE, 'gone'), ValueError('closed')],
+)
+def test_what_cannot_be_said_is_not(monkeypatch, error):
+    monkeypatch.setattr(sys, 'stdout', Gone(error))
+    monkeypatch.setattr(sys, 'stderr', Gone(error))
+    with process.output():
+        print('a word', flush=True)
+        print('a word', file=sys.stderr)
+    assert isinstance(sys.stdout, Gone)
+
+
+@pytest.mark.parametrize(
+    ('error', 'status', 'said'),
+    [
+        (UserError('wrong'), 2, 'kd: wrong\n'),
+        (KeyboardInterrupt(), 130, 'kd: interrupted.\n'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 2, 'kd: No space left on device.\n'),
+        (FileNotFoundError(errno.ENOENT, 'No such file', '/x'), 2, 'kd: No such file: /x.\n'),
+    ],
+)
+def test_errors_for_people_are_one_line_and_a_status(capsys, error, status, said):
+    def main():
+        raise error
+
+    assert process.entry(main) == status
+    assert capsys.readouterr().err == said
+
+
+def test_other_errors_keep_their_trace():
+    def main():
+        raise OSError('a slip of ours')
+
+    with pytest.raises(OSError, match='a slip of ours'):
+        process.entry(main)
