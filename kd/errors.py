@@ -31,6 +31,12 @@ class Preempted(RuntimeError):
         self.number = number
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what a library's error says, not too long; its name if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

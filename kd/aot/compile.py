@@ -15,7 +15,7 @@ import numpy as np
 from kd import config as config_lib
 from kd.aot import hlo, hlo_traffic, topology
 from kd.data import catalogue
-from kd.errors import UserError
+from kd.errors import UserError, reason
 from kd.parallel import mesh as mesh_lib
 
 
@@ -160,7 +160,7 @@ def compile_stage(
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        return dataclasses.replace(report, refused=str(error).strip().splitlines()[0])
+        return dataclasses.replace(report, refused=reason(error))
     memory, program = compiled.memory_analysis(), compiled.as_text()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return dataclasses.replace(

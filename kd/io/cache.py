@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -33,7 +32,6 @@ from kd import files
 from kd.errors import UserError
 from kd.io import checkpoints
 from kd.losses import signal as signal_lib
-from kd.parallel.sharding import path_name
 
 PREFIX = 'teacher_'
 _FOLDER = 'teacher'
@@ -282,48 +280,11 @@ class Cache:
         return fields
 
 
-def tree_fingerprint(tree: Any) -> str:
-    """A digest of the names, shapes, types and bits of a tree of arrays.
-
-    The bits enter through sums of integers modulo 2^32, which do not depend on how the arrays are
-    cut into shards, so a teacher has one fingerprint on every mesh.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
-    text = [
-        f'{path_name(path)} {leaf.dtype} {leaf.shape} {total.tolist()}'
-        for (path, leaf), total in zip(leaves, sums, strict=True)
-    ]
-    return hashlib.sha256('\n'.join(text).encode()).hexdigest()[:16]
-
-
 def training_fingerprint(directory: Path) -> str:
     """A digest of how the training of a stage ended: its step and metrics, not its speed."""
     done = checkpoints.read_done(directory) or {}
     record = {name: value for name, value in done.items() if name != 'steps_per_s'}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
-    def checksum(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.bool_):
-            bits = x.astype(jnp.uint32)
-        else:
-            unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-            bits = jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]).astype(jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        # Odd factors lose no bit; two of them, so that chance agreement takes 64 bits.
-        mixed = (bits ^ (bits >> 16)) * (place ^ jnp.uint32(0x9E3779B1))
-        return jnp.stack(
-            [(bits * (2 * place + 1)).sum(dtype=jnp.uint32), mixed.sum(dtype=jnp.uint32)]
-        )
-
-    return [checksum(x) for x in arrays]
 
 
 def _rescale(fields: dict[str, np.ndarray]) -> None:

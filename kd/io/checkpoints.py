@@ -3,6 +3,7 @@
     <stage>/checkpoints/<step>/variables   params, mutables, ema: what later stages need
                               /training    key, step, optimiser state, the open metric window
                               /data        position of the data iterator
+                              /checksums.json  of these files: what differs is damaged
     <stage>/merits.json                    what was measured at each, by which one of them is best
     <stage>/done.json                      the stage is finished, and which step is its result
 
@@ -24,7 +25,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from kd import files
 from kd import metrics as metrics_lib
-from kd.errors import UserError
+from kd.errors import UserError, reason
+from kd.io import checksums
 from kd.parallel import distributed
 from kd.parallel.sharding import path_name
 from kd.state import State
@@ -34,7 +36,7 @@ log = logging.getLogger('kd')
 # Orbax narrates every save at INFO and warns about things that are as we want them.
 logging.getLogger('absl').setLevel(logging.ERROR)
 
-_MERITS = 'merits.json'
+_MERITS, _CHECKSUMS = 'merits.json', 'checksums.json'
 
 
 class _Manager(ocp.CheckpointManager):
@@ -70,10 +72,14 @@ class Checkpoints:
         self._best, self._lower = best.lstrip('-'), best.startswith('-')
         self._merits = _read_merits(directory)
         policies = [checkpoint_managers.LatestN(keep), _Best(self.best_of)]
+        self._saving = 0
         self._manager = _Manager(
             directory / 'checkpoints',
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._write_checksums
+                ),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             ),
         )
@@ -115,20 +121,22 @@ class Checkpoints:
         """Starts saving; returns once the arrays are copied. `metrics` as of `rank`."""
         if metrics:
             self.rank(int(state.step), metrics)
+        self.wait()
+        self._saving = int(state.step)
         self._manager.save(
-            int(state.step),
+            self._saving,
             args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(_variables(state)),
+                variables=ocp.args.StandardSave(variables(state)),
                 training=ocp.args.StandardSave(_training(state, window)),
                 data=ocp.args.JsonSave(data),
             ),
         )
 
     def restore_latest(self, state: State, window: Any) -> tuple[State, Any, Any] | None:
-        """The newest checkpoint that can be read, as (state, window, data position).
+        """The newest checkpoint that is whole, as (state, window, data position).
 
-        A checkpoint that cannot be read is moved to `broken_checkpoints` and the one before it is
-        tried.
+        A checkpoint whose files are not what was written is moved to `broken_checkpoints`, and the
+        one before it is tried. Whatever else goes wrong leaves it where it is.
 
         Args:
           state: abstract state with shardings; its `frozen` must be concrete and is kept.
@@ -138,17 +146,17 @@ class Checkpoints:
           None if there is no checkpoint at all.
 
         Raises:
-          UserError: there are checkpoints but none can be read, or their trees do not match.
+          UserError: there are checkpoints but all are damaged, one cannot be read now, or its tree
+            does not match.
         """
         tried = self.steps()
         for step in reversed(tried):
-            self._check_tree(step, _variables(state))
-            try:
-                restored = distributed.agree(partial(self._restore, step, state, window))
-            except UserError as error:
-                distributed.from_first(partial(self._set_aside, step, error))
+            if found := self._damage(step):
+                distributed.from_first(partial(self._set_aside, step, found))
                 self._manager.reload()
                 continue
+            self._check_tree(step, variables(state))
+            restored = distributed.agree(partial(self._restore, step, state, window))
             training = restored['training']
             state = state.replace(
                 **restored['variables'],
@@ -157,24 +165,68 @@ class Checkpoints:
             return state, training['window'], restored['data']
         if tried:
             raise UserError(
-                f'None of the checkpoints {tried} in {self.directory} can be read; they were moved '
+                f'All of the checkpoints {tried} in {self.directory} are damaged; they were moved '
                 'to broken_checkpoints. Start again in another workdir, or run the command again '
                 'to train this stage from its beginning.'
             )
         return None
+
+    def _damage(self, step: int) -> str:
+        """What is damaged in a checkpoint, as far as can be known; the same in all processes."""
+        folder = self.directory / 'checkpoints' / str(step)
+        part = (jax.process_index(), jax.process_count())
+
+        def verify() -> str:
+            file = folder / _CHECKSUMS
+            if not file.exists():
+                return ''
+            try:
+                expected = files.read_json(file, '')
+            except UserError:
+                return f'{_CHECKSUMS} is not what was written'
+            try:
+                return checksums.damage(folder, expected, part)
+            except OSError as error:
+                raise UserError(self._trouble(step, error)) from error
+
+        return next(filter(None, distributed.gather(distributed.agree(verify))), '')
+
+    def _trouble(self, step: int, error: Exception) -> str:
+        folder = self.directory / 'checkpoints' / str(step)
+        whole = (folder / _CHECKSUMS).exists()
+        return (
+            f'{self.directory}: checkpoint {step} cannot be read ({reason(error)}). '
+            + ('It is not damaged' if whole else 'Whether it is damaged cannot be known')
+            + ' and stays where it is: run the command again once this is put right, or delete '
+            f'{folder} to go on from the checkpoint before it.'
+        )
+
+    def _write_checksums(self) -> None:
+        """Puts the checksums of its files into a checkpoint that is about to be renamed whole."""
+        if not distributed.is_first():
+            return
+        folder = self.directory / 'checkpoints'
+        [*unnamed] = folder.glob(f'{self._saving}.*tmp*')
+        place = unnamed[0] if unnamed else folder / str(self._saving)
+        found = {
+            f'{item}/{name}': value
+            for item in ('variables', 'training', 'data')
+            for name, value in checksums.of_files(place / item).items()
+        }
+        files.write_json(place / _CHECKSUMS, found)
 
     def _restore(self, step: int, state: State, window: Any) -> Any:
         try:
             return self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    variables=ocp.args.StandardRestore(_variables(state)),
+                    variables=ocp.args.StandardRestore(variables(state)),
                     training=ocp.args.StandardRestore(_training(state, window)),
                     data=ocp.args.JsonRestore(),
                 ),
             )
         except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
-            raise UserError(str(error).strip().splitlines()[0][:200]) from error
+            raise UserError(self._trouble(step, error)) from error
 
     def restore_variables(self, step: int, abstract: Mapping[str, Any], where: str) -> Any:
         """`{'params', 'mutables', 'ema'}` of one checkpoint, as far as `abstract` asks for it.
@@ -188,13 +240,13 @@ class Checkpoints:
         path = self.directory / 'checkpoints' / str(step) / 'variables'
         _check_tree(path, abstract, str(self.directory))
 
-    def _set_aside(self, step: int, error: UserError) -> None:
+    def _set_aside(self, step: int, found: str) -> None:
         target = self.directory / 'broken_checkpoints' / str(step)
         target.parent.mkdir(exist_ok=True)
         while target.exists():
             target = target.with_name(target.name + '_')
         (self.directory / 'checkpoints' / str(step)).rename(target)
-        log.warning('Checkpoint %s cannot be read (%s); moved to %s.', step, error, target)
+        log.warning('Checkpoint %s is damaged (%s); moved to %s.', step, found, target)
 
     def wait(self) -> None:
         """Waits for the save in progress."""
@@ -220,7 +272,7 @@ def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> 
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         try:
-            return checkpointer.restore(
+            restored = checkpointer.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
                     item=abstract,
@@ -229,8 +281,27 @@ def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> 
                 ),
             )
         except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f'{where}: checkpoint {path} cannot be read: {reason}') from error
+            raise UserError(
+                f'{where}: checkpoint {path} cannot be read: {reason(error)}'
+            ) from error
+
+    done = read_done(directory)
+    if done is not None and done['step'] == step:
+        _check_weights(restored, done.get('weights', {}), where, path)
+    return restored
+
+
+def _check_weights(restored: Any, expected: Mapping[str, str], where: str, path: Path) -> None:
+    """Holds what was read to the checksums with which the stage ended."""
+    for name, found in checksums.of_tree(restored).items():
+        wanted = expected.get(name, found)
+        # Read as another type, the same numbers have other bits.
+        if found != wanted and found.split()[0] == wanted.split()[0]:
+            raise UserError(
+                f'{where}: {name} in {path} is not what the stage ended with: the checkpoint is '
+                'damaged or another. Bring back a copy, or delete the folder of that stage and run '
+                'its recipe again.'
+            )
 
 
 def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
@@ -266,7 +337,8 @@ def _read_merits(directory: Path) -> dict[int, dict[str, float]]:
         raise UserError(f'{file} is damaged: {error}; {advice}.') from error
 
 
-def _variables(state: State) -> dict[str, Any]:
+def variables(state: State) -> dict[str, Any]:
+    """What later stages need of a state."""
     return {'params': state.params, 'mutables': state.mutables, 'ema': state.ema}
 
 

@@ -22,7 +22,7 @@ from kd.context import Context
 from kd.context import Writer as StageWriter
 from kd.data import pipeline, sources
 from kd.data.sources import Source
-from kd.io import cache
+from kd.io import cache, checksums
 from kd.io.progress import say
 from kd.method import Batch, Method
 from kd.metrics import Metrics, mean
@@ -123,7 +123,7 @@ def _writer(
         examples=len(source),
         per_file=per_file,
         made_of={
-            'teacher': cache.tree_fingerprint(variables),
+            'teacher': checksums.fingerprint(variables),
             'training of the teacher': cache.training_fingerprint(located),
             'data': sources.fingerprint(source),
         },

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kd.errors import UserError
+from kd.errors import UserError, reason
 
 ENVIRONMENT = 'KD_DISTRIBUTED'
 # Exit status of a process that lost the others.
@@ -99,7 +99,7 @@ def agree(action: Callable[[], T]) -> T:
     except UserError as caught:
         error, problem = caught, str(caught)
     if jax.process_count() > 1:
-        problems = _gather(problem)
+        problems = gather(problem)
         for process, told in enumerate(problems):
             if told and error is None:
                 error = UserError(f'process {process}: {told}')
@@ -116,7 +116,7 @@ def from_first(action: Callable[[], T]) -> T:
     result = agree(action if is_first() else lambda: None)
     if jax.process_count() == 1:
         return result  # type: ignore[return-value]
-    return json.loads(_gather(json.dumps(result))[0])
+    return json.loads(gather(json.dumps(result))[0])
 
 
 def preemption() -> Callable[[], bool]:
@@ -139,10 +139,9 @@ def preemption() -> Callable[[], bool]:
 def leave_if_lost(error: jax.errors.JaxRuntimeError) -> None:
     """Ends this process, and says why, if `error` comes of another one's death."""
     if jax.process_count() > 1 and _NETWORK.search(str(error)):
-        reason = str(error).strip().splitlines()[0][:200]
         _leave(
             f'process {jax.process_index()} of {jax.process_count()} lost the others, one of which '
-            f'has probably died ({reason}).'
+            f'has probably died ({reason(error)}).'
         )
 
 
@@ -167,15 +166,16 @@ def _join(spec: str) -> None:
             **arguments,
         )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--distributed={spec}: the processes do not come together: {reason} 'auto' needs "
-            'Slurm, a TPU pod or Open MPI; elsewhere give HOST:PORT,COUNT,INDEX.'
+            f'--distributed={spec}: the processes do not come together: {reason(error)} '
+            "'auto' needs Slurm, a TPU pod or Open MPI; elsewhere give HOST:PORT,COUNT,INDEX."
         ) from error
 
 
-def _gather(text: str) -> list[str]:
+def gather(text: str) -> list[str]:
     """The texts of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [text]
     data = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
     # Few lengths, so that few programs are compiled.

@@ -22,14 +22,14 @@ from kd import files, process
 from kd import metrics as metrics_lib
 from kd.config import Recipe
 from kd.context import Probe, ReportContext
-from kd.errors import NonFiniteError, Preempted, UserError
+from kd.errors import NonFiniteError, Preempted, UserError, reason
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir, read_metrics
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.state import State
-from kd.training import watch
+from kd.training import ending, watch
 from kd.training.evaluation import Evaluation
 from kd.training.stage import Stage, prepare, replicated
 
@@ -83,30 +83,20 @@ def train_stage(
     directory = workdir.stage(name)
     done = distributed.from_first(lambda: checkpoints.read_done(directory))
     if done is not None:
-        say(name, f'done at step {done["step"]}')
-        return
+        lost = distributed.from_first(lambda: ending.lost(directory, done))
+        if not lost:
+            say(name, f'done at step {done["step"]}')
+            return
+        say(name, f'{lost[0]} is missing or cut short and is made again')
+        distributed.from_first(lambda: ending.discard(directory, lost))
     stage = prepare(recipe, name, mesh, workdir.path)
     saved = checkpoints.Checkpoints(directory, keep=stage.config.keep, best=stage.config.best)
     try:
         loop = Loop(stage, saved, directory, stop)
         loop.run()
-        step = saved.best_step() if stage.config.final == 'best' else stage.config.steps
-        parameters = sum(x.size for x in jax.tree.leaves(loop.state.params))
-        distributed.from_first(lambda: _finish(directory, step, parameters))
+        ending.finish(stage, directory, saved, loop.state)
     finally:
         saved.close()
-
-
-def _finish(directory: Path, step: int, parameters: int) -> None:
-    # From the log and not from this process, which may have come after the last step.
-    logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
-    record = {
-        'step': step,
-        'steps_per_s': logged.pop('time/steps_per_s', None),
-        'metrics': {name: value for name, value in logged.items() if name != 'step'},
-        'parameters': parameters,
-    }
-    checkpoints.mark_done(directory, record)
 
 
 def check(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
@@ -126,8 +116,7 @@ def check(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'{name}: {where} fails: {reason}') from error
+        raise UserError(f'{name}: {where} fails: {reason(error)}') from error
 
 
 def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
@@ -208,6 +197,8 @@ class Loop:
         self.frozen = stage.frozen
         restored = saved.restore_latest(abstract, window)
         if restored is None:
+            if (directory / 'broken_checkpoints').exists() or read_metrics(directory):
+                say(self.name, 'no checkpoint to go on from: training begins anew')
             with doing(self.name, 'initialising'):
                 self.state, self.window = (
                     jax.block_until_ready(initial_state(stage)),

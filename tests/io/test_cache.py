@@ -11,7 +11,7 @@ import scipy.special
 from kd import config as kd_config
 from kd.data import catalogue, sources
 from kd.errors import UserError
-from kd.io import cache, safetensors
+from kd.io import cache, checksums, safetensors
 from kd.losses import divergence
 from kd.training import loop
 
@@ -171,15 +171,15 @@ def test_a_teachers_fingerprint_is_of_its_bits_and_not_of_their_place():
     mesh = jax.make_mesh((8,), ('x',))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
     sharded = tree | {'a': jax.device_put(tree['a'], split)}
-    found = cache.tree_fingerprint(tree)
-    assert cache.tree_fingerprint(sharded) == found
+    found = checksums.fingerprint(tree)
+    assert checksums.fingerprint(sharded) == found
     changed = [
         tree | {'a': tree['a'].at[3, 1].set(np.nextafter(np.float32(7), np.float32(8)))},
         tree | {'a': tree['a'][::-1]},
         tree | {'a': tree['a'].reshape(2, 8)},
         {'A': tree['a'], 'b': tree['b']},
     ]
-    assert len({found, *map(cache.tree_fingerprint, changed)}) == 5
+    assert len({found, *map(checksums.fingerprint, changed)}) == 5
 
 
 def test_a_splits_fingerprint_is_of_its_examples():

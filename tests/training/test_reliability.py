@@ -194,7 +194,7 @@ def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(
         else:
             file.unlink()
     assert command.run() == 0, command.said()
-    assert f'Checkpoint {steps[-1]} cannot be read' in command.said()
+    assert f'Checkpoint {steps[-1]} is damaged' in command.said()
     assert f'resuming from step {steps[-2]}' in command.said()
     assert (student / 'broken_checkpoints' / str(steps[-1])).is_dir()
     _assert_same_run(uninterrupted, command.workdir)

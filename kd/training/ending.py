@@ -1,0 +1,81 @@
+"""The end of a stage: what it leaves behind, and whether that is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kd.errors import UserError
+from kd.io import checkpoints, checksums
+from kd.io.workdir import read_metrics
+from kd.parallel import distributed
+from kd.state import State
+from kd.training.stage import Stage
+
+# What a stage's directory holds beside the files of its writers.
+_OWN = ('checkpoints', 'broken_checkpoints', 'tensorboard', 'figures', 'profile')
+
+
+def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state: State) -> None:
+    """Marks a stage as done, with the checksums of its result and the files that it wrote.
+
+    Raises:
+      UserError: files that it wrote before are gone, and its last state does not make them again.
+    """
+    step, last = stage.config.steps, stage.config.steps
+    variables = checkpoints.variables(state)
+    if stage.config.final == 'best' and (step := saved.best_step()) != last:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables
+        )
+        variables = saved.restore_variables(step, abstract, stage.name)
+    weights = checksums.of_tree(variables)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+
+    def mark() -> None:
+        # From the log and not from this process, which may have come after the last step.
+        logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
+        record = {
+            'step': step,
+            'steps_per_s': logged.pop('time/steps_per_s', None),
+            'metrics': {name: value for name, value in logged.items() if name != 'step'},
+            'parameters': parameters,
+            'weights': weights,
+            'files': _products(directory) if stage.writers else {},
+        }
+        gone = lost(directory, checkpoints.read_done(directory) or {})
+        if gone:
+            raise UserError(
+                f'{directory / gone[0]} is gone, and the last checkpoint does not hold what made '
+                f'it: bring it back, or delete {directory} to run the stage from its beginning.'
+            )
+        checkpoints.mark_done(directory, record)
+
+    distributed.from_first(mark)
+
+
+def lost(directory: Path, done: dict[str, Any]) -> list[str]:
+    """Files of a finished stage that are missing, or cut short."""
+    return [
+        name
+        for name, size in done.get('files', {}).items()
+        if not (directory / name).exists() or (directory / name).stat().st_size != size
+    ]
+
+
+def discard(directory: Path, names: list[str]) -> None:
+    """Removes what was left of such files, so that their writers make them again."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _products(directory: Path) -> dict[str, int]:
+    """{path: bytes} of the files that writers made."""
+    found = {}
+    for path in sorted(directory.rglob('*/*')):
+        inside = path.relative_to(directory)
+        if path.is_file() and inside.parts[0] not in _OWN and path.suffix != '.partial':
+            found[str(inside)] = path.stat().st_size
+    return found
