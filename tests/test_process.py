@@ -65,14 +65,14 @@ def test_statuses():
 
 def test_a_process_that_sits_in_a_call_is_ended_by_a_thread_which_saves_first(tmp_path):
     code = f"""
-        import hashlib
+        import hashlib, threading
         from pathlib import Path
         from kd import process
         process._GRACE_S = 0.2
         def rescue():
             Path({str(tmp_path)!r}, 'saved').write_text('x')
         with process.signals(own=True) as signals, signals.deferred(), signals.at_once(rescue):
-            print('ready', flush=True)
+            threading.Timer(0.5, print, ['ready'], {{'flush': True}}).start()
             hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10 ** 9)  # Minutes in C.
     """
     child = subprocess.Popen(
