@@ -33,6 +33,8 @@ class Report:
       traffic: bytes between each chip and its memory, see `kd.aot.hlo_traffic`.
       collectives: of one step on one device.
       refused: what the compiler said where the program does not fit, else ''.
+      loops: whose length nothing tells. Each is counted once, so that operations, traffic and
+        collectives are too small.
       effort: of the compiler, -1 to 1. Below 0 the program moves, and as a rule holds, more than
         need be.
     """
@@ -49,6 +51,7 @@ class Report:
     traffic: int
     collectives: list[hlo.Collective]
     refused: str = ''
+    loops: int = 0
     effort: float = 0.0
 
     @property
@@ -62,8 +65,8 @@ class Report:
         return not self.refused and (self.chip is None or self.peak <= self.chip.memory)
 
     def times(self) -> dict[str, float]:
-        """Seconds of one step for each resource alone; {} for CPU."""
-        if self.chip is None or self.refused:
+        """Seconds of one step for each resource alone; {} for CPU, and where loops hide them."""
+        if self.chip is None or self.refused or self.loops:
             return {}
         return {
             'arithmetic': self.flops / self.devices / self.chip.flops,
@@ -87,27 +90,37 @@ class Report:
 
     def verdict(self) -> str:
         """Whether it fits, what bounds it, and what to change if it does not."""
+        if self.loops:
+            return (
+                f'loop of unknown length ({self.loops}, counted once): operations, traffic and '
+                f'collectives are too small; change: a scan of blocks, each under lax.cond; '
+                f'{self._memory()}'
+            )
+        bound = f'; bound by {self.bound()[0]}' if self.fits and self.times() else ''
+        return self._memory() + bound
+
+    def _memory(self) -> str:
+        """Whether it fits, and what to change if it does not."""
         if self.chip is None:
             return 'compiles'
-        if not self.fits:
-            advice = (
-                '--config.mesh.fsdp=N with sharding rules such as (".*", "fsdp"), also as '
-                'frozen_sharding for the teacher'
-                if self.arguments > self.chip.memory / 2
-                else f'a smaller {self.stage}.batch_size, micro_batches of the method, or '
-                '--config.mesh.fsdp=N'
-            )
-            if self.refused or self.arguments > self.chip.memory:
-                needed = re.search(r'\(([\d.]+[KMG])\) exceeds', self.refused)
-                needs = f' (temporaries {needed[1]})' if needed else ''
-                if self.effort < 0:
-                    return f'uncertain: does not fit with less effort{needs}; change: {advice}'
-                return f'does not fit {self.chip.name}{needs}; change: {advice}'
-            # The compiler looks at what lives at one time, and refuses what does not fit.
-            share = 100 * self.peak / self.chip.memory
-            return f'uncertain: compiles, with a sum of {share:.0f} % of memory; change: {advice}'
+        if self.fits:
+            return f'fits, {100 * self.peak / self.chip.memory:.0f} % of memory'
+        advice = (
+            '--config.mesh.fsdp=N with sharding rules such as (".*", "fsdp"), also as '
+            'frozen_sharding for the teacher'
+            if self.arguments > self.chip.memory / 2
+            else f'a smaller {self.stage}.batch_size, micro_batches of the method, or '
+            '--config.mesh.fsdp=N'
+        )
+        if self.refused or self.arguments > self.chip.memory:
+            needed = re.search(r'\(([\d.]+[KMG])\) exceeds', self.refused)
+            needs = f' (temporaries {needed[1]})' if needed else ''
+            if self.effort < 0:
+                return f'uncertain: does not fit with less effort{needs}; change: {advice}'
+            return f'does not fit {self.chip.name}{needs}; change: {advice}'
+        # The compiler looks at what lives at one time, and refuses what does not fit.
         share = 100 * self.peak / self.chip.memory
-        return f'fits, {share:.0f} % of memory; bound by {self.bound()[0]}'
+        return f'uncertain: compiles, with a sum of {share:.0f} % of memory; change: {advice}'
 
 
 def compile_stage(
@@ -149,6 +162,7 @@ def compile_stage(
         temporaries=0,
         peak=0,
         flops=hlo.jaxpr_flops(traced.jaxpr.jaxpr),
+        loops=hlo.while_loops(traced.jaxpr.jaxpr),
         traffic=0,
         collectives=[],
         effort=effort,
@@ -169,6 +183,7 @@ def compile_stage(
         temporaries=memory.temp_size_in_bytes,
         peak=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         traffic=hlo_traffic.traffic(program),
+        loops=max(report.loops, hlo.parse(program).loops_of_unknown_length()),
         collectives=hlo.collectives(program),
     )
 

@@ -74,10 +74,20 @@ class Program(NamedTuple):
                 if ops is None or each.op in ops:
                     turns = _turns(each, within, self.computations) if each.op == 'while' else 1
                     for called in each.called:
-                        count(called, times * turns)
+                        count(called, times * (1 if turns is None else turns))
 
         count(self.entry, 1)
         return found
+
+    def loops_of_unknown_length(self) -> int:
+        """How many loops do not tell how often they run; `runs` takes each of them once."""
+        runs = self.runs()
+        return sum(
+            each.op == 'while' and _turns(each, within, self.computations) is None
+            for name, within in self.computations.items()
+            if runs[name]
+            for each in within.values()
+        )
 
 
 class Collective(NamedTuple):
@@ -162,14 +172,17 @@ def flops(function: Any, *arguments: Any) -> int:
     """Operations in the matrix products and convolutions of a function, over all devices.
 
     Counted on the jaxpr, where the length of a loop is known: XLA's own analysis counts the body
-    of a loop once. A multiply-add is two. Of a conditional the dearest branch counts; a while loop
-    of unknown length counts once. The body of a `shard_map` counts for one device.
+    of a loop once. A multiply-add is two. Of a conditional the dearest branch counts; the body of a
+    while loop, whose length a jaxpr does not tell, counts once (see `while_loops`). The body of a
+    `shard_map` counts for one device.
     """
     return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _turns(loop: Instruction, within: Computation, computations: dict[str, Computation]) -> int:
-    """How often a loop runs: as it says, or by its counter; 1 where neither tells.
+def _turns(
+    loop: Instruction, within: Computation, computations: dict[str, Computation]
+) -> int | None:
+    """How often a loop runs: as it says, or by its counter; None where neither tells.
 
     Programs for TPUs do not say it. There the condition is `counter < bound`, and the body adds a
     constant to the counter.
@@ -192,14 +205,14 @@ def _turns(loop: Instruction, within: Computation, computations: dict[str, Compu
 
     test = next(reversed(condition.values()))
     if test.op != 'compare' or 'direction=LT' not in test.rest:
-        return 1
+        return None
     counter = _origin(test.operands[0], condition)
     first, bound = (value(name, condition) for name in test.operands)
     if counter is None or counter.op != 'get-tuple-element' or first is None or bound is None:
-        return 1
+        return None
     after = _origin(next(reversed(body.values())).operands[_place(counter)], body)
     step = value(after.operands[1], body) if after is not None and after.op == 'add' else None
-    return max(-(-(bound - first) // (step or 1)), 0)
+    return max(-(-(bound - first) // step), 0) if step else None
 
 
 def _origin(name: str, within: Computation) -> Instruction | None:
@@ -296,6 +309,16 @@ def jaxpr_flops(jaxpr: Any) -> int:
         else:
             total += sum(inner)
     return total
+
+
+def while_loops(jaxpr: Any) -> int:
+    """How many while loops have operations that `jaxpr_flops` counts once."""
+    return sum(
+        (equation.primitive.name == 'while' and any(map(jaxpr_flops, inner)))
+        + sum(map(while_loops, inner))
+        for equation in jaxpr.eqns
+        for inner in [_inner(equation.params)]
+    )
 
 
 def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:

@@ -21,6 +21,7 @@ from kd.aot.__main__ import main
 from kd.data import catalogue, sources
 from kd.data.context import source_loader
 from kd.errors import UserError
+from kd.losses import divergence
 
 ROOT = Path(__file__).parents[2]
 TEACHER_WIDTH, WIDTH, CLASSES = 256, 16, 10
@@ -193,6 +194,46 @@ def test_what_does_not_fit_says_what_to_change():
     assert not refused.fits
     assert 'does not fit TPU v5e (temporaries 40.1G)' in refused.verdict()
     assert 'RESOURCE_EXHAUSTED' in aot.text(refused)
+
+
+def test_loops_of_unknown_length_are_refused_in_the_verdict(monkeypatch):
+    hidden = dataclasses.replace(REPORT, loops=2)
+    assert hidden.verdict() == (
+        'loop of unknown length (2, counted once): operations, traffic and collectives are too '
+        'small; change: a scan of blocks, each under lax.cond; fits, 12 % of memory'
+    )
+    assert hidden.times() == {}
+    assert 'roofline' not in aot.text(hidden)
+    assert aot.from_json(json.loads(json.dumps(aot.as_json(hidden)))) == hidden
+    assert aot_table.table([('x', hidden)]).splitlines()[2].count('|') == 11
+    # A teacher that decodes until it is done.
+    whole = divergence.forward_kl
+
+    def until_done(student, teacher, **options):
+        mixing = jnp.eye(CLASSES)
+        teacher = jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ mixing + 1, teacher)
+        return whole(student, teacher, **options)
+
+    monkeypatch.setattr(divergence, 'forward_kl', until_done)
+    report = _compile(devices=1)
+    assert report.loops == 1
+    assert report.verdict().startswith('loop of unknown length (1, counted once)')
+    assert report.verdict().endswith('compiles')
+
+
+def test_products_in_a_while_loop_are_told_to_count_once():
+    def loop(x):
+        return jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))
+
+    def within(x):
+        return jax.lax.scan(lambda c, _: (loop(c)[1], None), x, None, length=3)
+
+    x = jnp.zeros((4, 4))
+    for function, times in ((loop, 1), (jax.jit(loop), 1), (within, 3)):
+        assert hlo.flops(function, x) == times * 2 * 4**3
+        assert hlo.while_loops(jax.make_jaxpr(function)(x).jaxpr) == 1
+    draws = jax.make_jaxpr(lambda x: jax.random.gamma(jax.random.key(0), x))(x).jaxpr
+    assert hlo.while_loops(draws) == 0
 
 
 @pytest.mark.parametrize(

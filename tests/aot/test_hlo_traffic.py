@@ -113,13 +113,27 @@ def test_loops_of_programs_for_tpus_run_as_often_as_their_counter_says(start, bo
     assert hlo_traffic.traffic(text) == turns * (2 * size + 9 + 12) + 8
 
 
-def test_a_loop_that_does_not_tell_counts_once():
+@pytest.mark.parametrize(
+    ('place', 'other'),
+    [
+        ('direction=LT', 'direction=NE'),
+        ('compare(%i, %n), direction=LT', 'custom-call(%i), custom_call_target="any"'),
+        ('s32[]{:T(128)} add(', 's32[]{:T(128)} multiply('),
+        ('s32[]{:T(128)} constant(0)', 's32[]{:T(128)} custom-call()'),
+    ],
+)
+def test_a_loop_that_does_not_tell_counts_once_and_is_named(place, other):
     text = LOOP.replace('START', '0').replace('BOUND', '20').replace('STEP', '1')
-    [found] = hlo.collectives(text.replace('direction=LT', 'direction=NE'))
+    assert hlo.parse(text).loops_of_unknown_length() == 0
+    assert place in text
+    silent = text.replace(place, other)
+    [found] = hlo.collectives(silent)
     assert found.times == 1
-    told = text.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"6"}}')
+    assert hlo.parse(silent).loops_of_unknown_length() == 1
+    told = silent.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"6"}}')
     [found] = hlo.collectives(told)
     assert found.times == 6
+    assert hlo.parse(told).loops_of_unknown_length() == 0
 
 
 PIECES = """HloModule step
