@@ -7,12 +7,9 @@ text alone; a stack trace is kept for our own mistakes.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
 import signal
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -41,14 +38,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ''
-
-
-@contextlib.contextmanager
-def closed_output_is_an_end() -> Iterator[None]:
-    """Ends the block without a trace where nobody reads what it prints, as after `| head -1`."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still held back would be written when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from kd.claims import results
 from kd.claims.claim import names, run, text
-from kd.errors import UserError, closed_output_is_an_end
+from kd.process import entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; exit status 0 whatever the verdict, 2 for an unknown claim or absent data."""
+    """0 whatever the verdict; raises `UserError` for an unknown claim or absent data."""
     parser = argparse.ArgumentParser(
         prog='python -m kd.claims',
         description=__doc__,
@@ -40,20 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.data_dir:
         # What `kd.data.sources.load` goes by where no directory is named.
         os.environ['TFDS_DATA_DIR'] = arguments.data_dir
-    try:
-        if arguments.list or not arguments.names:
-            measured = results.measured()
-            with closed_output_is_an_end():
-                for name in names():
-                    print(f'{name:32s} {results.verdict(name, measured)}')
-        for name in arguments.names:
-            default = Path('runs/claims') if arguments.smoke else results.RESULTS
-            print(text(run(name, smoke=arguments.smoke, output=arguments.output or default)))
-    except UserError as error:
-        print(f'kd: {error}', file=sys.stderr)
-        return 2
+    if arguments.list or not arguments.names:
+        measured = results.measured()
+        for name in names():
+            print(f'{name:32s} {results.verdict(name, measured)}')
+    for name in arguments.names:
+        default = Path('runs/claims') if arguments.smoke else results.RESULTS
+        print(text(run(name, smoke=arguments.smoke, output=arguments.output or default)))
     return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(entry(main))

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kd.claims import results
 from kd.claims.results import Result
-from kd.errors import UserError, closed_output_is_an_end
 from kd.papers import citations, index, pages
 from kd.papers.index import Paper
+from kd.process import entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; exit status 2 for an unknown paper or family and for a wrong index."""
+    """Entry point; raises `UserError` for an unknown paper or family and for a wrong index."""
     parser = argparse.ArgumentParser(
         prog='python -m kd.papers',
         description=__doc__,
@@ -34,20 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest='command', metavar='[show SLUG]')
     commands.add_parser('show').add_argument('slug', metavar='SLUG', help='or an arXiv id')
     arguments = parser.parse_args(argv)
-    try:
-        with closed_output_is_an_end():
-            papers, measured = index.load(), results.measured()
-            if arguments.readme:
-                print('\n'.join(map(str, pages.write())))
-            elif arguments.command:
-                print('\n'.join(shown(index.find(papers, arguments.slug), measured)))
-            else:
-                if arguments.family:
-                    papers = index.of_family(papers, arguments.family)
-                print('\n'.join(listed(papers, measured)))
-    except UserError as error:
-        print(f'kd: {error}', file=sys.stderr)
-        return 2
+    papers, measured = index.load(), results.measured()
+    if arguments.readme:
+        print('\n'.join(map(str, pages.write())))
+    elif arguments.command:
+        print('\n'.join(shown(index.find(papers, arguments.slug), measured)))
+    else:
+        if arguments.family:
+            papers = index.of_family(papers, arguments.family)
+        print('\n'.join(listed(papers, measured)))
     return 0
 
 
@@ -132,4 +127,4 @@ def _losses(paper: Paper) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(entry(main))

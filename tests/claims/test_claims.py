@@ -11,9 +11,15 @@ from kd.claims import claim as claims
 from kd.claims.__main__ import main
 from kd.claims.claim import Check
 from kd.papers import index
+from kd.process import entry
 
 ROOT = Path(__file__).parents[2]
 PAPERS = index.load(ROOT).values()
+
+
+def started(arguments):
+    """The exit status of the command."""
+    return entry(lambda: main(arguments))
 
 
 def test_a_check_is_the_paired_t_interval_of_scipy():
@@ -78,7 +84,7 @@ def test_every_claim_starts(name, tmp_path, capsys):
 
 def test_data_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('TFDS_DATA_DIR', 'elsewhere')
-    assert main(['mtt', f'--data_dir={tmp_path / "empty"}', f'--output={tmp_path}']) == 2
+    assert started(['mtt', f'--data_dir={tmp_path / "empty"}', f'--output={tmp_path}']) == 2
     told = capsys.readouterr()
     assert f'kd.data.prepare mnist --data_dir={tmp_path / "empty"}' in told.err
     assert told.out == ''
@@ -86,7 +92,7 @@ def test_data_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch, c
 
 
 def test_an_unknown_claim_is_said_with_the_nearest(capsys):
-    assert main(['logit_kdd']) == 2
+    assert started(['logit_kdd']) == 2
     assert "Did you mean 'logit_kd'" in capsys.readouterr().err
 
 

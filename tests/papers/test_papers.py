@@ -14,6 +14,7 @@ from kd.claims import results
 from kd.errors import UserError
 from kd.papers import citations, index, pages
 from kd.papers.__main__ import main
+from kd.process import entry
 from kd.theory import verify
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,11 @@ methods = []
 losses = []
 tests = []
 """
+
+
+def started(arguments):
+    """The exit status of the command."""
+    return entry(lambda: main(arguments))
 
 
 @pytest.mark.parametrize('slug', PAPERS)
@@ -159,7 +165,7 @@ def test_variants_are_read_without_running_a_config(tmp_path):
 def test_a_wrong_entry_is_said_in_one_line(tmp_path, monkeypatch, capsys, text, told):
     (tmp_path / 'papers.toml').write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert main([]) == 2
+    assert started([]) == 2
     error = capsys.readouterr().err
     assert error.startswith('kd: papers.toml: ')
     assert told in error
@@ -168,23 +174,23 @@ def test_a_wrong_entry_is_said_in_one_line(tmp_path, monkeypatch, capsys, text, 
 
 def test_elsewhere_than_at_the_root(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([]) == 2
+    assert started([]) == 2
     assert capsys.readouterr().err == (
         'kd: There is no papers.toml; start the command at the root of the checkout.\n'
     )
 
 
 def test_the_list_by_family(capsys):
-    assert main(['--family=lm']) == 0
+    assert started(['--family=lm']) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[:4] for row in rows] == [
         ['recursive_meta_distillation', '2601.13100', 'lm', 'lm/recursive_meta_distillation'],
         ['paced', '2603.11178', 'lm', 'lm/paced'],
     ]
     # A family is also that of a recipe.
-    assert main(['--family=vision']) == 0
+    assert started(['--family=vision']) == 0
     assert 'recursive_meta_distillation' in capsys.readouterr().out
-    assert main(['--family=vison']) == 2
+    assert started(['--family=vison']) == 2
     assert capsys.readouterr().err == (
         "kd: There is no family 'vison'. Did you mean 'vision'? "
         'Families: dataset, flow, lm, rl, vision.\n'
@@ -192,9 +198,9 @@ def test_the_list_by_family(capsys):
 
 
 def test_a_paper_is_shown_with_its_commands_and_their_cost(capsys):
-    assert main(['show', 'adpo']) == 0
+    assert started(['show', 'adpo']) == 0
     shown = capsys.readouterr().out
-    assert main(['show', '2510.18913']) == 0
+    assert started(['show', '2510.18913']) == 0
     assert capsys.readouterr().out == shown
     result = results.measured(ROOT)['adpo']
     steps = kd_config.load('configs/rl/adpo.py:ema').student.steps
@@ -209,9 +215,9 @@ def test_a_paper_is_shown_with_its_commands_and_their_cost(capsys):
         '  python -m pytest tests/methods/test_adpo.py',
     ):
         assert line in shown
-    assert main(['show', 'mtt']) == 0
+    assert started(['show', 'mtt']) == 0
     assert '  kd.losses.trajectory.mtt_loss  eq. 2\n' in capsys.readouterr().out
-    assert main(['show', 'mtx']) == 2
+    assert started(['show', 'mtx']) == 2
     assert capsys.readouterr().err == "kd: There is no paper 'mtx'. Did you mean 'mtt'?\n"
 
 
