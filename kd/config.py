@@ -32,8 +32,8 @@ from kd.ranges import Count, Fraction, Seed, Size, Whole
 
 # Fields that may differ between a run and its resumption.
 RUNTIME_FIELDS = (
-    *('mesh', 'sharding', 'frozen_sharding', 'data_dir', 'on_nonfinite', 'profile'),
-    'report',
+    *('mesh', 'sharding', 'frozen_sharding', 'rollout_sharding', 'data_dir', 'on_nonfinite'),
+    *('profile', 'report'),
 )
 
 # A mapping with a `name` and arguments, or {} where there is none.
@@ -102,6 +102,10 @@ class Recipe:
         state decides; a spec is a tuple of mesh axes as in PartitionSpec, or 'fsdp' to shard the
         largest dimension that divides. Leaves without a match are replicated.
       frozen_sharding: the same for teachers and references.
+      rollout_sharding: the same for weights that a method samples with inside its step, see
+        `kd.context.Context.rollout`; () for `sharding` without the axes that share the batch, so
+        that a loop over tokens gathers nothing.
+      rollout_dtype: type of these weights, such as 'bfloat16'; '' keeps theirs.
       profile: `start` and `steps` of a window in which a profiler trace is written (steps 0: none).
     """
 
@@ -116,6 +120,8 @@ class Recipe:
     )
     sharding: tuple[tuple, ...] = ()
     frozen_sharding: tuple[tuple, ...] = ()
+    rollout_sharding: tuple[tuple, ...] = ()
+    rollout_dtype: str = ''
     profile: Mapping[str, Size] = dataclasses.field(
         default_factory=lambda: {'start': 10, 'steps': 0}
     )

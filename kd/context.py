@@ -38,6 +38,9 @@ class Context:
       references: further frozen networks by name; variables in `state.frozen[name]`.
       config: what the recipe says of the stage.
       recipe: the whole of it.
+      rollout: `rollout(variables, prefix='')`, inside a step: a tree of weights in the layout and
+        type of the recipe's `rollout_sharding` and `rollout_dtype`, for use before a loop that
+        samples; see `kd.parallel.sharding.rollout`.
       optional_network, optional_teacher, optional_tx: None where the stage has none; a builder
         that needs them asks for `network`, `teacher`, `tx`.
     """
@@ -58,6 +61,7 @@ class Context:
     optional_network: Network | None
     optional_teacher: Network | None
     optional_tx: optax.GradientTransformation | None
+    rollout: Callable[..., Any] = lambda variables, prefix='': variables
 
     @property
     def network(self) -> Network:

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd.errors import UserError
+from kd.parallel.mesh import BATCH_AXES
 
 Rules = Iterable[tuple[str, Any]]
 
@@ -46,6 +48,58 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def rollout_rules(sharding: Rules, rollout: Rules = ()) -> tuple[tuple[str, Any], ...]:
+    """Rules for weights that a loop reads at every turn, as in decoding token by token.
+
+    Those of `rollout`, or without any those of `sharding` less the axes that share the batch: what
+    lies along these would be gathered at every turn, what lies along 'tensor' need not be.
+    """
+    return tuple(rollout) or tuple((expression, _kept(spec)) for expression, spec in sharding)
+
+
+def rollout(tree: Any, prefix: str = '', *, rules: Rules, mesh: Mesh, dtype: str = '') -> Any:
+    """A tree of weights in the layout of a rollout, inside a compiled step.
+
+    The compiler is held to the layout at this point, so that what has to be gathered is gathered
+    once, before the loop.
+
+    Args:
+      tree: of arrays, such as variables or parameters.
+      prefix: what their paths begin with in the state, such as 'params', for rules that say so.
+      rules: see `rollout_rules` and `tree_shardings`.
+      mesh: of the step.
+      dtype: of floating-point leaves, such as 'bfloat16'; '' keeps theirs.
+
+    Raises:
+      UserError: as `tree_shardings`, or a type that there is not.
+    """
+    if dtype:
+        wanted = _floating(dtype)
+        tree = jax.tree.map(
+            lambda x: x.astype(wanted) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+    shardings = tree_shardings({prefix: tree} if prefix else tree, rules, mesh)
+    return jax.lax.with_sharding_constraint(tree, shardings[prefix] if prefix else shardings)
+
+
+def _floating(name: str) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = jnp.dtype(bool)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"rollout_dtype='{name}' is no floating-point type such as 'bfloat16'.")
+    return dtype
+
+
+def _kept(spec: Any) -> Any:
+    """A spec without the axes that share the batch."""
+    if not isinstance(spec, tuple | list):
+        return () if spec in BATCH_AXES else spec
+    axes = [(each,) if isinstance(each, str) else tuple(each or ()) for each in spec]
+    return tuple(tuple(axis for axis in each if axis not in BATCH_AXES) or None for each in axes)
 
 
 def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> PartitionSpec:

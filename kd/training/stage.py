@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kd.method import Method, with_ema, with_nonfinite_guard
 from kd.network import Network
 from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
-from kd.parallel.sharding import tree_shardings
+from kd.parallel.sharding import rollout, rollout_rules, tree_shardings
 from kd.ranges import Count, check_value
 from kd.state import State
 from kd.training import optimizer as optim
@@ -129,6 +130,12 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
         references={label: net for label, net in networks.items() if label != 'teacher'},
         config=stage,
         recipe=recipe,
+        rollout=partial(
+            rollout,
+            rules=rollout_rules(recipe.sharding, recipe.rollout_sharding),
+            mesh=mesh,
+            dtype=recipe.rollout_dtype,
+        ),
     )
     method = config_lib.build(stage.method, context, where=f'{name}.method')
     if stage.ema:
