@@ -16,7 +16,7 @@ from kd.config import Recipe, StageConfig
 from kd.data import sources
 from kd.data.context import source_loader
 from kd.errors import UserError
-from kd.network import Network
+from kd.network import Network, output_shape
 from kd.state import State
 
 
@@ -67,6 +67,22 @@ class Context:
     def network(self) -> Network:
         """The network that is trained."""
         return self._needed('network', self.optional_network)
+
+    @property
+    def classifier(self) -> Network:
+        """The network that is trained, held to an output for every class of the data.
+
+        Logits of sequences may have more, as padded vocabularies do.
+        """
+        network, classes = self.network, self.num_classes
+        if classes is not None:
+            shape = output_shape(network)
+            if shape[-1] < classes or (len(shape) == 2 and shape[-1] != classes):
+                raise UserError(
+                    f'{self.stage}.network has {shape[-1]} outputs, and the data has {classes} '
+                    'classes; give it as many (num_classes, left out, is that of the data).'
+                )
+        return network
 
     @property
     def teacher(self) -> Network:

@@ -92,6 +92,13 @@ def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
     return Network(init, apply, module, inputs, tuple(getattr(module, 'fields', ('input',))))
 
 
+def output_shape(network: Network) -> tuple[int, ...]:
+    """Shape of what a network returns for a batch of one, such as (1, classes)."""
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+    apply = lambda v, *x: network.apply(v, *x).logits  # noqa: E731
+    return jax.eval_shape(apply, variables, *network.inputs).shape
+
+
 def feature_names(network: Network) -> tuple[str, ...]:
     """Names accepted by `apply(..., capture=names)`, in the order of computation."""
     names: list[str] = []

@@ -46,7 +46,8 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     block = dict(block)
     factory = config_lib.resolve(block.get('name', ''))
     if 'num_classes' in inspect.signature(factory).parameters:
-        block.setdefault('num_classes', source.num_classes)
+        given = block.setdefault('num_classes', source.num_classes)
+        _check_classes(given, source, where)
     module = config_lib.build(block, where=where)
     if hasattr(module, 'example_inputs'):
         inputs = module.example_inputs(source.spec)
@@ -71,6 +72,19 @@ def _fields(module: Any, source: Described, where: str) -> list[jax.ShapeDtypeSt
             f'{missing}, only {list(source.spec)}.'
         )
     return [source.spec[name] for name in names]
+
+
+def _check_classes(given: int | None, source: Described, where: str) -> None:
+    """Refuses a number of classes that is not the data's; a vocabulary may be padded."""
+    classes = source.num_classes
+    if given is None or classes is None or given == classes:
+        return
+    label = source.spec.get('label')
+    if given < classes or label is None or not label.shape:
+        raise UserError(
+            f'{where}.num_classes is {given}, and the data has {classes} classes; leave it out, '
+            'which is as many.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)

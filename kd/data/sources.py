@@ -19,6 +19,8 @@ CACHE_BYTES = 1 << 30
 
 Batch = dict[str, np.ndarray]
 Reader = Callable[[np.ndarray], Batch]  # rows of a named split -> {'input': ..., 'label': ...}
+# Field of a batch, bool, that says which positions of its labels count; all where it is absent.
+MASK = 'response_mask'
 
 
 class DataError(UserError):
@@ -65,6 +67,10 @@ class Source:
         self._ends = np.cumsum([stop - start for _, start, stop in segments])
         if len(self) == 0:
             raise DataError(f'split {split!r} of data set {data.name!r} has no examples')
+        for base, start, stop in segments:
+            # What lies in memory is looked at before anything is trained on it.
+            arrays = getattr(readers[base], 'arrays', {})
+            self._check_labels({key: value[start:stop] for key, value in arrays.items()})
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -81,6 +87,7 @@ class Source:
 
         Raises:
           IndexError: a position outside the split.
+          DataError: a label that is none of 0 .. num_classes - 1.
         """
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -93,8 +100,26 @@ class Source:
             batch = reader(indices + start)
         else:
             batch = self._gather(indices)
+        self._check_labels(batch)
         batch['index'] = indices.astype(np.int32)
         return batch
+
+    def _check_labels(self, batch: Batch) -> None:
+        """Refuses class labels that are none; positions that `MASK` leaves out have any."""
+        labels = batch.get('label', np.zeros(0))
+        if self.num_classes is None or not np.issubdtype(labels.dtype, np.integer):
+            return
+        outside = (labels < 0) | (labels >= self.num_classes)
+        if not outside.any():
+            return
+        if MASK in batch:
+            outside = outside & batch[MASK]
+        if outside.any():
+            raise DataError(
+                f'split {self.split!r} of data set {self.name!r} has an example with label '
+                f'{labels[outside][0]}, and its {self.num_classes} classes are '
+                f'0..{self.num_classes - 1}; leave out what has no label, or correct the labels'
+            )
 
     def to_pixels(self, images: np.ndarray) -> np.ndarray:
         """Images [N, ...] as `fetch` delivers them, around [-1, 1] as they can be shown."""
@@ -133,9 +158,19 @@ def fingerprint(source: Source, examples: int = 64) -> str:
     return digest.hexdigest()[:16]
 
 
+class InMemory:
+    """A reader that gathers rows of whole-split `arrays`."""
+
+    def __init__(self, arrays: Batch):
+        self.arrays = arrays
+
+    def __call__(self, rows: np.ndarray) -> Batch:
+        return {key: value[rows] for key, value in self.arrays.items()}
+
+
 def in_memory(arrays: Batch) -> Reader:
     """A reader that gathers rows of whole-split arrays."""
-    return lambda rows: {key: value[rows] for key, value in arrays.items()}
+    return InMemory(arrays)
 
 
 def example_spec(

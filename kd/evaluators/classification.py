@@ -70,9 +70,9 @@ def classification(context: Context, *, weights: str = 'final', top_k: Size = 0)
 
 def predictor(context: Context, weights: str = 'final'):
     """`predict(state, batch) -> logits` of the trained network, in evaluation mode."""
-    network = context.network
     if context.num_classes is None:
         raise UserError('this needs data with class labels.')
+    network = context.classifier
     averages = context.config.ema
     if weights != 'final' and weights not in averages:
         raise UserError(f"{context.stage}.ema has no '{weights}', only {list(averages)}.")

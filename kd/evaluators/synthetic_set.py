@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from kd.losses.segments import inner_batches
-from kd.network import Network
+from kd.network import Network, output_shape
 
 Examples = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Examples], Examples]
@@ -113,6 +113,7 @@ def fresh_networks(
     Source: the protocol of Cazenavette et al. 2022, arXiv 2203.11932.
     """
     step = _step(network, phases, batch_size, transform, loss, relabel)
+    outputs = output_shape(network)[-1]
     rows = jax.jit(
         jax.vmap(
             lambda key, number, size: _draw(key, number, size, batch_size)[0], (0, None, None)
@@ -127,7 +128,7 @@ def fresh_networks(
         return jax.vmap(lambda v: tx.init(v['params']))(variables)
 
     def evaluate(keys, examples, test, learning_rate, teacher=None):
-        _check(examples, test)
+        _check(examples, test, outputs)
         size, hosted = len(examples['label']), isinstance(examples['input'], np.ndarray)
         learning_rate = jnp.asarray(learning_rate, jnp.float32)
         variables, number, given = initialise(keys), 0, examples
@@ -258,11 +259,17 @@ def _update(network, tx, loss, variables, opt_state, batch, mask, key):
     return {'params': params, **mutables, **updated}, opt_state
 
 
-def _check(examples: Examples, test: Examples) -> None:
+def _check(examples: Examples, test: Examples, outputs: int) -> None:
     for name, part in (('training', examples), ('test', test)):
         sizes = part['input'].shape[0], part['label'].shape[0]
         if sizes[0] != sizes[1] or not sizes[0]:
             raise ValueError(f'The {name} set has {sizes[0]} inputs and {sizes[1]} labels.')
+        label = np.asarray(part['label'])
+        if label.ndim == 1 and (label.min() < 0 or label.max() >= outputs):
+            raise ValueError(
+                f'Labels of the {name} set lie in {label.min()}..{label.max()}, and the network '
+                f'has outputs 0..{outputs - 1}.'
+            )
     if examples['input'].shape[1:] != test['input'].shape[1:]:
         shapes = list(examples['input'].shape[1:]), list(test['input'].shape[1:])
         raise ValueError(f'Training examples are {shapes[0]}, test examples {shapes[1]}.')

@@ -200,7 +200,10 @@ def _beside_real_images(
     real = int(np.prod(state.mutables['groups'].shape[:2]))
     rng = np.random.default_rng(prepared.seed)
     rows = coreset.random_subset(
-        rng, synthetic.labels_of(train), prepared.config.method['images_per_class']
+        rng,
+        synthetic.labels_of(train),
+        prepared.config.method['images_per_class'],
+        num_classes=train.num_classes,
     )
     return {
         'compensated': whole,

@@ -21,7 +21,7 @@ from kd.data import pipeline
 from kd.data.context import source_loader, splits
 from kd.errors import UserError
 from kd.method import Method, with_ema, with_nonfinite_guard
-from kd.network import Network
+from kd.network import Network, output_shape
 from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import rollout, rollout_rules, tree_shardings
@@ -204,16 +204,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _check_classes(name: str, network: Network | None, teacher: Network) -> None:
     if network is None:
         return
-    shapes = []
-    for net in (network, teacher):
-        variables = jax.eval_shape(net.init, jax.random.key(0))
-        shapes.append(
-            jax.eval_shape(
-                lambda v, *x, net=net: net.apply(v, *x).logits, variables, *net.inputs
-            ).shape
-        )
-    if shapes[0][-1] != shapes[1][-1]:
+    ours, theirs = (output_shape(one)[-1] for one in (network, teacher))
+    if ours != theirs:
         raise UserError(
-            f'{name}: the student has {shapes[0][-1]} classes and its teacher {shapes[1][-1]}; '
+            f'{name}: the student has {ours} classes and its teacher {theirs}; '
             f'change {name}.network.num_classes or {name}.teacher.'
         )

@@ -28,6 +28,35 @@ def source():
     return sources.Source(data, 'train')
 
 
+@pytest.mark.parametrize('wrong', [-1, 10, 255])
+def test_labels_outside_the_classes_are_refused_before_they_are_read_or_when_they_are(wrong):
+    label = np.arange(10)
+    label[7] = wrong
+    arrays = {'input': np.zeros((10, 1), np.float32), 'label': label.astype(np.int32)}
+
+    def make(split, reader, num_classes):
+        spec = sources.example_spec((1,))
+        data = sources.DataSet('ten', {'train': 10}, lambda _: reader, spec, num_classes)
+        return sources.Source(data, split)
+
+    message = (
+        f"^split 'train' of data set 'ten' has an example with label {wrong}, and its 10 classes "
+        r'are 0\.\.9; leave out'
+    )
+    with pytest.raises(DataError, match=message):
+        make('train', sources.in_memory(arrays), 10)
+    assert len(make('train[:7]+train[8:]', sources.in_memory(arrays), 10)) == 9
+    # A reader of files finds out as it reads.
+    read = make('train', lambda rows: {k: v[rows] for k, v in arrays.items()}, 10)
+    read.fetch(np.arange(7))
+    with pytest.raises(DataError, match=message):
+        next(pipeline.train_iterator(read, 10, seed=0))
+    # What is no class may be anything, and so may what a mask leaves out.
+    make('train', sources.in_memory(arrays), None).fetch([7])
+    masked = arrays | {sources.MASK: np.arange(10) != 7}
+    make('train', sources.in_memory(masked), 10)
+
+
 def take(iterator, count):
     return list(itertools.islice(iterator, count))
 

@@ -153,5 +153,10 @@ def test_sets_that_do_not_fit_are_named(evaluate, sets):
     keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match='training set has 9 inputs and 8 labels'):
         evaluate(keys, {**train, 'label': train['label'][:8]}, test, 0.1)
+    for part, labels in (('training', train['label'] - 1), ('test', test['label'] + 100)):
+        changed = {**{'training': train, 'test': test}[part], 'label': labels}
+        given = (changed, test) if part == 'training' else (train, changed)
+        with pytest.raises(ValueError, match=f'Labels of the {part} set lie in'):
+            evaluate(keys, *given, 0.1)
     with pytest.raises(ValueError, match=r'examples are \[4, 4, 1\], test examples \[4, 3, 1\]'):
         evaluate(keys, train, {**test, 'input': test['input'][:, :, :3]}, 0.1)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd import config as kd_config
 from kd import metrics as metrics_lib
+from kd.context import Evaluator
 from kd.errors import UserError
 from kd.losses import classification, divergence
 from kd.method import Objective, minimize
@@ -370,6 +371,13 @@ def initialised_from_teacher(context):
     return method._replace(init=init)
 
 
+def of_no_field(context):
+    def update(state, batch):
+        raise ValueError('no such field')
+
+    return Evaluator(update, dict)
+
+
 def test_a_student_may_start_from_its_teacher():
     stage = a_stage({'data': 1, 'fsdp': 2}, method='initialised_from_teacher')
     state = loop.initial_state(stage)
@@ -386,7 +394,11 @@ def test_a_student_may_start_from_its_teacher():
             r"config\.data has no split 'test', only \['train'\]",
         ),
         (
-            {'evaluators': {'train': {'name': ACCURACY, 'split': 'train', 'top_k': 'x'}}},
+            {'evaluators': {'train': {'name': ACCURACY, 'split': 'train', 'top_k': -1}}},
+            r'^student\.evaluators\.train\.top_k must be an integer from 0 .*, got -1',
+        ),
+        (
+            {'evaluators': {'train': {'name': f'{__name__}.of_no_field', 'split': 'train'}}},
             '^student: the evaluator train fails: ',
         ),
         ({'batch_size': 1 << 20}, 'batch_size=1048576 exceeds the'),

@@ -34,13 +34,18 @@ def group_count(images_per_class: int, networks: int, num_classes: int) -> int:
     return count
 
 
-def group_indices(rng: np.random.Generator, labels: np.ndarray, groups: int) -> np.ndarray:
+def group_indices(
+    rng: np.random.Generator, labels: np.ndarray, groups: int, num_classes: int | None = None
+) -> np.ndarray:
     """Draws groups of one example per class, without replacement: int64 [groups, C] indices.
+
+    Classes are 0 .. num_classes - 1, by default up to the largest label.
 
     Raises:
       ValueError: if a class has fewer examples than there are groups.
     """
-    return coreset.random_subset(rng, labels, groups).reshape(-1, groups).T
+    chosen = coreset.random_subset(rng, labels, groups, num_classes=num_classes)
+    return chosen.reshape(-1, groups).T
 
 
 def cyclic_shift(key: jax.Array, images: jax.Array, reach: int) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Every function works on the host with NumPy and returns int64 [classes * images_per_class] indices
 into the data, ordered by class. `features` are any [n, D] description of the examples, such as flat
-pixels or a trained network's logits.
+pixels or a trained network's logits. Classes are 0 .. num_classes - 1, by default up to the largest
+label; each must have `images_per_class` examples, or ValueError names the one that has not.
 """
 
 from __future__ import annotations
@@ -13,31 +14,34 @@ import numpy as np
 
 
 def random_subset(
-    rng: np.random.Generator, labels: np.ndarray, images_per_class: int
+    rng: np.random.Generator,
+    labels: np.ndarray,
+    images_per_class: int,
+    *,
+    num_classes: int | None = None,
 ) -> np.ndarray:
-    """Draws `images_per_class` examples of each class without replacement.
-
-    Raises:
-      ValueError: where a class is smaller than that.
-    """
+    """Draws `images_per_class` examples of each class without replacement."""
     return _joined(
         rng.choice(members, images_per_class, replace=False)
-        for members in _classes(labels, images_per_class)
+        for members in _classes(labels, images_per_class, num_classes)
     )
 
 
-def herding(features: np.ndarray, labels: np.ndarray, images_per_class: int) -> np.ndarray:
+def herding(
+    features: np.ndarray,
+    labels: np.ndarray,
+    images_per_class: int,
+    *,
+    num_classes: int | None = None,
+) -> np.ndarray:
     """Greedily picks the examples whose mean stays closest to the class mean, best first.
 
         i_k = argmin_i || mean - (phi_{i_1} + .. + phi_{i_{k-1}} + phi_i) / k ||,  none taken twice
 
-    Raises:
-      ValueError: where a class is smaller than `images_per_class`.
-
     Source: Welling 2009; in this form Rebuffi et al. 2016, arXiv 1611.07725, algorithm 4.
     """
     picked = []
-    for members in _classes(labels, images_per_class):
+    for members in _classes(labels, images_per_class, num_classes):
         points = np.asarray(features[members], np.float64)
         mean, total = points.mean(0), np.zeros(points.shape[1])
         free = np.ones(len(members), bool)
@@ -57,6 +61,7 @@ def kmeans(
     *,
     clusters: int = 10,
     seed: int = 0,
+    num_classes: int | None = None,
 ) -> np.ndarray:
     """Clusters each class and takes the real examples nearest to the centres.
 
@@ -70,16 +75,14 @@ def kmeans(
       images_per_class: examples to take per class.
       clusters: most centres per class.
       seed: of scikit-learn's K-means.
-
-    Raises:
-      ValueError: where a class is smaller than `images_per_class`.
+      num_classes: see the module.
 
     Source: Liu et al. 2023, arXiv 2302.14416 (DREAM); Shen et al. 2023, arXiv 2310.10541.
     """
     from sklearn.cluster import KMeans  # slow to import
 
     picked = []
-    for members in _classes(labels, images_per_class):
+    for members in _classes(labels, images_per_class, num_classes):
         points = np.asarray(features[members], np.float64)
         count = min(clusters, images_per_class)
         fitted = KMeans(count, n_init=10, random_state=seed).fit(points)
@@ -97,22 +100,42 @@ def kmeans(
     return _joined(picked)
 
 
-def check(labels: np.ndarray, images_per_class: int) -> None:
-    """Raises ValueError unless every class has `images_per_class` >= 1 examples."""
+def check(labels: np.ndarray, images_per_class: int, num_classes: int | None = None) -> None:
+    """Raises ValueError unless every class has `images_per_class` >= 1 examples, and no other is.
+
+    Args:
+      labels: int [n].
+      images_per_class: of each class.
+      num_classes: classes are 0 .. num_classes - 1; None for those up to the largest label.
+    """
     if images_per_class < 1:
         raise ValueError(f'images_per_class must be at least 1, got {images_per_class}.')
-    names, sizes = np.unique(labels, return_counts=True)
+    check_labels(labels, num_classes)
+    sizes = np.bincount(labels, minlength=num_classes or 0)
     smallest = int(np.argmin(sizes))
     if sizes[smallest] < images_per_class:
+        few = 'has no example' if not sizes[smallest] else f'has only {sizes[smallest]} examples'
         raise ValueError(
-            f'images_per_class is {images_per_class}, but class {names[smallest]} has only '
-            f'{sizes[smallest]} examples; lower images_per_class.'
+            f'images_per_class is {images_per_class}, but class {smallest} {few}; lower '
+            'images_per_class, or leave the class out.'
         )
 
 
-def _classes(labels: np.ndarray, images_per_class: int) -> Iterator[np.ndarray]:
-    check(labels, images_per_class)
-    for name in np.unique(labels):
+def check_labels(labels: np.ndarray, num_classes: int | None = None) -> None:
+    """Raises ValueError for labels that are none of 0 .. num_classes - 1, or none at all."""
+    if not len(labels):
+        raise ValueError('There are no examples.')
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        last = '' if num_classes is None else num_classes - 1
+        raise ValueError(f'Labels lie in {low}..{high}; the classes are 0..{last}.')
+
+
+def _classes(
+    labels: np.ndarray, images_per_class: int, num_classes: int | None
+) -> Iterator[np.ndarray]:
+    check(labels, images_per_class, num_classes)
+    for name in range(num_classes or int(labels.max()) + 1):
         yield np.flatnonzero(labels == name)
 
 

@@ -22,7 +22,7 @@ def one_of_each_class(context: SourceContext) -> sources.Source:
       context: of a split of the recipe's data set.
 
     Raises:
-      DataError: data without class labels.
+      DataError: data without class labels, or a class without an example.
     """
     source = context.recipe_data(context.split)
     classes = source.num_classes
@@ -35,6 +35,12 @@ def one_of_each_class(context: SourceContext) -> sources.Source:
         labels = synthetic.labels_of(source)
         by_class = [np.flatnonzero(labels == k) for k in range(classes)]
         smallest = min(len(positions) for positions in by_class)
+        if not smallest:
+            empty = next(k for k, positions in enumerate(by_class) if not len(positions))
+            raise sources.DataError(
+                f'class {empty} has no example in split {context.split!r} of data set '
+                f'{source.name!r}, of which groups take one of every class'
+            )
         return np.stack([positions[:smallest] for positions in by_class], 1)
 
     def read(rows: np.ndarray) -> sources.Batch:

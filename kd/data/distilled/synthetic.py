@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from kd.data import sources
 from kd.data.distilled import coreset
+from kd.losses import numerics
 from kd.state import State
 
 STARTS = ('random', 'noise', 'kmeans', 'herding')
@@ -49,12 +50,28 @@ def parameters(
     """What is trained: `images`; `step_size` or its logarithm; `label_logits` if `num_classes`.
 
     Learned labels are softmax(label_logits), which start at probability 0.9 for the true class.
+
+    Args:
+      images: [n, ...].
+      labels: int [n], of 0 .. num_classes - 1; NumPy's, which the logits start from.
+      step_size: positive; None for a set without one.
+      log: whether its logarithm is trained.
+      num_classes: at least 2; None for labels that are not trained.
+
+    Raises:
+      ValueError: a step size that is not positive, fewer than two classes, or labels that are none
+        of them.
     """
+    if step_size is not None:
+        numerics.check_positive('step_size', step_size)
     params = {'images': jnp.asarray(images, jnp.float32)}
     if step_size is not None:
         name = 'log_step_size' if log else 'step_size'
         params[name] = jnp.float32(np.log(step_size) if log else step_size)
     if num_classes is not None:
+        if num_classes < 2:
+            raise ValueError(f'Learned labels need at least 2 classes, got {num_classes}.')
+        coreset.check_labels(np.asarray(labels), num_classes)
         true = jax.nn.one_hot(labels, num_classes)
         params['label_logits'] = true * np.log(9.0 * (num_classes - 1))
     return params
@@ -94,15 +111,17 @@ def start_indices(
     *,
     features: np.ndarray | None = None,
     seed: int = 0,
+    num_classes: int | None = None,
 ) -> np.ndarray:
     """Positions of the real images to start from, by class; `features` [n, D] unless 'random'."""
     if kind == 'random':
         rng = np.random.default_rng(seed)
-        return coreset.random_subset(rng, source_labels, images_per_class)
+        return coreset.random_subset(rng, source_labels, images_per_class, num_classes=num_classes)
     if kind in ('kmeans', 'herding'):
         assert features is not None
         function = coreset.kmeans if kind == 'kmeans' else coreset.herding
-        extra = {'seed': seed} if kind == 'kmeans' else {}
+        extra: dict[str, Any] = {'seed': seed} if kind == 'kmeans' else {}
+        extra['num_classes'] = num_classes
         return function(features, source_labels, images_per_class, **extra)
     raise ValueError(f'A synthetic set starts from {", ".join(STARTS)}; got {kind!r}.')
 

@@ -76,11 +76,14 @@ def real_start(
       network: of the experts.
 
     Raises:
-      UserError: unlabelled data, or a class smaller than `images_per_class`.
+      UserError: unlabelled data, an unknown kind, or a class smaller than `images_per_class`.
     """
     source, classes = context.recipe_source('train'), context.num_classes
     if classes is None:
         raise UserError(f'{context.stage}: dataset distillation needs data with class labels.')
+    if kind not in synthetic.STARTS:
+        known = ', '.join(synthetic.STARTS)
+        raise UserError(f'{context.stage}: a synthetic set starts from {known}; got {kind!r}.')
     labels = synthetic.class_ordered(classes, images_per_class)
     if len(labels) > len(source):
         raise UserError(
@@ -104,7 +107,7 @@ def real_start(
             features = expert_logits(context, experts, network, real['input'])
     try:
         chosen = synthetic.start_indices(
-            kind, of_source, images_per_class, features=features, seed=seed
+            kind, of_source, images_per_class, features=features, seed=seed, num_classes=classes
         )
     except ValueError as error:
         raise UserError(f'{context.stage}: {error}') from error

@@ -43,7 +43,8 @@ def distribution_matching(
     """
     net = common.build_network(context, network, where='network') if network else context.network
     images, labels = common.real_start(context, images_per_class, start)
-    classes = len(labels) // images_per_class
+    classes = context.num_classes
+    assert classes is not None
     names = tuple(augmentation.split('_')) if augmentation else ()
 
     def init(key):

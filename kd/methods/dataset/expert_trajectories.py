@@ -287,7 +287,7 @@ def _check(context: Context, experts: int, together: int, epochs: int, per_epoch
             f'{context.stage}.steps is {context.steps}; {experts} experts, {together} together, '
             f'of {epochs} epochs with {per_epoch} steps take {steps}.'
         )
-    variables = jax.eval_shape(context.network.init, jax.random.key(0))
+    variables = jax.eval_shape(context.classifier.init, jax.random.key(0))
     if set(variables) != {'params'}:
         others = sorted(set(variables) - {'params'})
         raise UserError(

@@ -154,7 +154,7 @@ def real_groups(
         if context.locate is None:  # A recipe that is only checked.
             return np.broadcast_to(np.float32(0), (count, classes, *source.spec['input'].shape))
         rng = np.random.default_rng(context.recipe.seed)
-        chosen = compensator.group_indices(rng, synthetic.labels_of(source), count)
+        chosen = compensator.group_indices(rng, synthetic.labels_of(source), count, classes)
     except ValueError as error:
         raise UserError(f'{context.stage}: {error}') from error
     images = source.fetch(chosen.reshape(-1))['input']

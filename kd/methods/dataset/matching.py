@@ -122,20 +122,21 @@ class _Outer:
             experts=options.start_experts,
             network=self.network,
         )
+        assert context.num_classes is not None
+        self.classes = context.num_classes
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         del key  # The images are chosen on the host.
         options, label = self.options, jnp.asarray(self.hard)
-        classes = len(self.hard) // options.images_per_class
         params = synthetic.parameters(
             self.images,
             self.hard,
             step_size=options.step_size,
             log=options.log_step_size,
-            num_classes=classes if options.labels == 'learned' else None,
+            num_classes=self.classes if options.labels == 'learned' else None,
         )
         if options.labels == 'expert':
-            label = jax.nn.one_hot(label, classes)
+            label = jax.nn.one_hot(label, self.classes)
         return {'params': params, 'label': label}
 
     def loss(self, params, state, batch, key) -> Objective:

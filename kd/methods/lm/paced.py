@@ -61,7 +61,7 @@ def paced(
         raise UserError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
     if rollouts < 1:
         raise UserError(f'rollouts must be at least 1, got {rollouts}.')
-    network = context.network
+    network = context.classifier
     of_position = kd_config.resolve(divergence)
     kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
 

@@ -40,7 +40,7 @@ def decoupled_kd(
         target.
       micro_batches: parts over which gradients are accumulated.
     """
-    network = context.network
+    network = context.classifier
 
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)

@@ -45,7 +45,7 @@ def logit_kd(
       micro_batches: parts over which gradients are accumulated.
       **divergence_arguments: further keywords of the divergence (`beta` of generalized_jsd, ...).
     """
-    network = context.network
+    network = context.classifier
     if not 0.0 <= soft_weight <= 1.0:
         raise UserError(f'soft_weight must lie in [0, 1], got {soft_weight}.')
     soft_loss = config_lib.resolve(divergence)

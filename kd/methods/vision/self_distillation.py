@@ -63,7 +63,7 @@ def self_distillation(
       augmentation: for `kd.data.transforms.augment.augment`; not mixup.
       micro_batches: parts over which gradients are accumulated.
     """
-    network, num_classes = context.network, context.num_classes
+    network, num_classes = context.classifier, context.num_classes
     if alpha == 'auto' and not {'first', 'pure'} <= set(context.references):
         raise UserError(
             f"alpha='auto' needs {context.stage}.references of 'first' (the first generation) and "

@@ -29,7 +29,7 @@ def supervised(
       augmentation: for `kd.data.transforms.augment.augment`.
       micro_batches: parts over which gradients are accumulated.
     """
-    network = context.network
+    network = context.classifier
 
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)

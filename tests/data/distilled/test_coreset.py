@@ -72,6 +72,33 @@ def test_more_images_than_a_class_has_are_refused(selector):
         SELECTORS[selector](0)
 
 
+@pytest.mark.parametrize('selector', ['random', 'herding', 'kmeans'])
+def test_a_class_without_examples_is_named(selector):
+    holes = np.where(LABELS == 1, 3, LABELS)
+
+    def select(labels, **classes):
+        if selector == 'random':
+            return coreset.random_subset(np.random.default_rng(1), labels, 2, **classes)
+        function = {'herding': coreset.herding, 'kmeans': coreset.kmeans}[selector]
+        return function(FEATURES, labels, 2, **classes)
+
+    with pytest.raises(ValueError, match='images_per_class is 2, but class 1 has no example;'):
+        select(holes)
+    with pytest.raises(ValueError, match='but class 3 has no example'):
+        select(LABELS, num_classes=4)
+    for labels in (LABELS - 1, LABELS + 1):
+        with pytest.raises(ValueError, match=r'Labels lie in .*; the classes are 0..2'):
+            select(labels, num_classes=3)
+    with pytest.raises(ValueError, match='There are no examples'):
+        select(LABELS[:0], num_classes=3)
+
+
+def test_groups_need_every_class_of_the_data():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match='class 3 has no example'):
+        compensator.group_indices(rng, LABELS, 4, 4)
+
+
 @pytest.mark.parametrize(
     ('images', 'networks', 'classes', 'groups', 'per_class'),
     [(10, 4, 100, 9, 45), (50, 4, 100, 48, 240), (10, 3, 1000, 9, 36), (10, 4, 10, 7, 35)],

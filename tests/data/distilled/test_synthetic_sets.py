@@ -9,6 +9,7 @@ from kd.config import Recipe
 from kd.data import catalogue
 from kd.data.context import SourceContext
 from kd.data.distilled import export, groups, synthetic
+from kd.data.sources import DataError
 from kd.data.transforms import pairs, standardised
 
 
@@ -116,6 +117,14 @@ def test_groups_hold_one_image_of_each_class(tmp_path):
     assert abstract.spec == source.spec
 
 
+def test_groups_of_data_without_a_class_name_it(tmp_path):
+    labels = catalogue.load('digits', 'train[:8]').fetch(np.arange(8))['label']
+    absent = min(set(range(10)) - set(labels.tolist()))
+    recipe = Recipe(stages={}, data=dict(name='digits', train='train'))
+    with pytest.raises(DataError, match=f"^class {absent} has no example in split 'train.:8.' of"):
+        groups.one_of_each_class(SourceContext('train[:8]', recipe, tmp_path))
+
+
 def test_pairs_are_two_digits_of_their_own_split():
     source = pairs.digit_pairs(SourceContext('test'))
     batch = standardised.everything(source)
@@ -136,3 +145,18 @@ def test_learned_labels_and_step_sizes_decode_to_what_they_started_from():
     np.testing.assert_allclose(one.label.max(-1), 0.9, rtol=1e-6)
     np.testing.assert_array_equal(one.label.argmax(-1), labels)
     assert np.isnan(synthetic.decode({'images': images}, labels).step_size)
+
+
+@pytest.mark.parametrize(
+    ('labels', 'options', 'message'),
+    [
+        ([0, 3], dict(num_classes=3), r'Labels lie in 0\.\.3; the classes are 0\.\.2'),
+        ([-1, 0], dict(num_classes=3), r'Labels lie in -1\.\.0'),
+        ([0, 0], dict(num_classes=1), 'at least 2 classes, got 1'),
+        ([0, 1], dict(step_size=-0.1), 'step_size must be positive'),
+        ([0, 1], dict(step_size=0.0, log=True), 'step_size must be positive'),
+    ],
+)
+def test_sets_that_cannot_be_trained_are_refused(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        synthetic.parameters(np.zeros((2, 1, 1, 1)), np.array(labels), **options)
