@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from kd.data import catalogue
+from kd.io import safetensors
 from kd.main import EXIT_USER, main
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +64,25 @@ def test_the_quickstart_recipe_starts_and_writes_what_the_readme_lists(tmp_path)
         # A student's checkpoint holds no teacher.
         saved = sum(f.stat().st_size for f in (run / stage / 'checkpoints').rglob('*'))
         assert saved < 1_500_000
+    _loads_as_the_readme_says(run / 'student', lines[-1]['validation/accuracy'])
+
+
+def _loads_as_the_readme_says(stage, accuracy):
+    """The README's Python gives the network of the stage, and so does the file it exports."""
+    code = re.search(r'```python\n(from pathlib.*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
+    assert 'runs/mine/student' in code
+    data = catalogue.load('digits', 'train[80%:]')
+    rows = data.fetch(np.arange(len(data)))
+    names = {'images': rows['input']}
+    exec(code.replace('runs/mine/student', str(stage)), names)
+    right = np.asarray(names['logits']).argmax(-1) == rows['label']
+    assert right.mean() == pytest.approx(accuracy, abs=1e-6)
+
+    exported = stage.parent / 'student.safetensors'
+    command = [sys.executable, '-m', 'kd.io.safetensors', str(stage), str(exported)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+    loaded = safetensors.restore(exported, names['variables'])
+    jax.tree.map(np.testing.assert_array_equal, loaded, names['variables'])
 
 
 # (what is wrong, arguments, words of the one line that says so)
