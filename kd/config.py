@@ -30,12 +30,6 @@ from kd import ranges
 from kd.errors import UserError, did_you_mean
 from kd.ranges import Count, Fraction, Seed, Size, Whole
 
-# Fields that may differ between a run and its resumption.
-RUNTIME_FIELDS = (
-    *('mesh', 'sharding', 'frozen_sharding', 'rollout_sharding', 'data_dir', 'on_nonfinite'),
-    *('profile', 'report'),
-)
-
 # A mapping with a `name` and arguments, or {} where there is none.
 Block = Mapping[str, Any]
 

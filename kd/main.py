@@ -1,7 +1,9 @@
 """Runs a recipe: `python -m kd.main --config=configs/vision/logit_kd.py:cpu --workdir=runs/mine`.
 
 Every field of the config can be changed on the command line: `--config.student.steps=500`.
-Running the same command again resumes, or says that all is done.
+Running the same command again resumes, or says that all is done. Stages that are done are used as
+they are while what they were made from is the same; `--stages=student` runs one alone,
+`--again=student` begins it anew, `--longer=student` lets it go on to more steps.
 
 Exit status: 0 done; 2 something to correct (config, data, work directory); 3 a loss became
 non-finite; 75 stopped by SIGTERM or SIGHUP, run again to go on from the checkpoint that it wrote;
@@ -19,7 +21,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd import files, process
 from kd.errors import NonFiniteError, Preempted, UserError, did_you_mean
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
 EXIT_USER, EXIT_NONFINITE, EXIT_PREEMPTED = process.EXIT_USER, 3, process.EXIT_STOPPED
 _PREFIX = '--config.'
+_FLAGS = (
+    *('--config', '--workdir', '--data_dir', '--distributed'),
+    *('--stages', '--again', '--longer'),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,23 +64,24 @@ def _main(argv: Sequence[str]) -> int:
     # TensorFlow writes TensorBoard events and tfds copies, and would have much to say of itself.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    config, workdir, processes = parse(argv)
+    config, known = parse(argv)
     enable_compilation_cache()
     # Importing takes seconds: a mistyped flag is told before, and a signal finds its handler.
     import jax
 
     from kd.parallel import distributed
-    from kd.training import loop
+    from kd.training import loop, reuse
 
-    with distributed.session(processes):
-        report = loop.run(config, workdir)
+    choice = reuse.Choice(only=known.stages, again=known.again, longer=known.longer)
+    with distributed.session(known.distributed):
+        report = loop.run(config, known.workdir, choice)
     if jax.process_index() == 0:
-        print(f'Done. Report: {report}' if report else f'Done: {workdir}')
+        print(f'Done. Report: {report}' if report else f'Done: {known.workdir}')
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, str]:
-    """The config with its overrides, the work directory, and how processes are joined."""
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
+    """The config with its overrides, and the other arguments."""
     parser = argparse.ArgumentParser(
         prog='python -m kd.main', description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -86,6 +93,10 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, str]:
         '--distributed', default='', metavar='auto|HOST:PORT,COUNT,INDEX',
         help='joins the processes of several hosts; also by the variable KD_DISTRIBUTED',
     )  # fmt: skip
+    names: Any = dict(type=_names, default=(), metavar='STAGE[,STAGE...]')
+    parser.add_argument('--stages', **names, help='runs these alone; others must be done')
+    parser.add_argument('--again', **names, help='begins these anew; their files go to old/')
+    parser.add_argument('--longer', **names, help='lets these, done, go on to more steps')
     known, rest = parser.parse_known_args(argv)
     files.local(known.workdir, '--workdir')
     files.local(known.data_dir or '', '--data_dir')
@@ -97,7 +108,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, str]:
         print(f'kd: {told}', file=sys.stderr)
     if known.data_dir is not None:
         config.data_dir = known.data_dir
-    return config, known.workdir, known.distributed
+    return config, known
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(',')))
 
 
 def overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -106,7 +121,7 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         flag, equals, value = argument.partition('=')
         if not argument.startswith(_PREFIX) or not equals:
-            near = did_you_mean(flag, ['--config', '--workdir', '--data_dir', '--distributed'])
+            near = did_you_mean(flag, _FLAGS)
             raise UserError(
                 f"Unknown argument '{argument}'.{near} Fields of the config are set by "
                 '--config.FIELD=VALUE.'

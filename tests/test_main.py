@@ -144,6 +144,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_first_difference(tmp_pa
     recipe = parse(load(f'{ROOT}/tests/recipes/moons.py'))
     directory = Workdir(tmp_path / 'run', recipe)
     directory.record()
+    (directory.stage('student') / 'metrics.jsonl').write_text('')
     directory.close()
     assert main([MOONS, f'--workdir={tmp_path}/run', '--config.student.steps=5']) == EXIT_USER
     assert 'student.steps was 240 and is 5' in capsys.readouterr().err

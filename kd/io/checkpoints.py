@@ -309,6 +309,11 @@ def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
     files.write_json(directory / 'done.json', record)
 
 
+def unmark_done(directory: Path) -> None:
+    """Makes a finished stage one that goes on from its last checkpoint."""
+    (directory / 'done.json').unlink(missing_ok=True)
+
+
 def read_done(directory: Path) -> dict[str, Any] | None:
     """The marker of a finished stage, or None.
 

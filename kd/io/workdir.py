@@ -33,7 +33,7 @@ class Workdir:
         """Creates or opens the directory and takes its lock.
 
         Raises:
-          UserError: an address, not writable, in use by another run, or made with another config.
+          UserError: an address, not writable, or in use by another run.
         """
         path = self.path = files.local(path, '--workdir').absolute()
         try:
@@ -45,10 +45,23 @@ class Workdir:
         try:
             if jax.process_index() == 0:
                 self._take_lock()
-            self._check_config(json.loads(files.json_text(self._config)))
         except UserError:
             self.close()
             raise
+
+    def stored(self) -> dict[str, Any] | None:
+        """The plain recipe that was recorded last, if there is one."""
+        file = self.path / 'config.json'
+        if not file.exists():
+            return None
+        return files.read_json(
+            file, 'if the run there is of this very command, delete the file; else choose another '
+            'workdir'
+        )  # fmt: skip
+
+    def started(self) -> list[str]:
+        """Stages of the recipe of which there are files."""
+        return [name for name in self._config['stages'] if any((self.path / name).glob('*'))]
 
     def record(self) -> None:
         """Writes config and manifest; from now on the directory belongs to this config."""
@@ -88,24 +101,6 @@ class Workdir:
         self._lock.truncate(0)
         self._lock.write(f'process {os.getpid()} on {socket.gethostname()}')
         self._lock.flush()
-
-    def _check_config(self, new: dict[str, Any]) -> None:
-        file = self.path / 'config.json'
-        if not file.exists():
-            return
-        old = files.read_json(
-            file, 'if the run there is of this very command, delete the file; else choose another '
-            'workdir'
-        )  # fmt: skip
-        for field in config_lib.RUNTIME_FIELDS:
-            old.pop(field, None)
-            new = {key: value for key, value in new.items() if key != field}
-        difference = config_lib.first_difference(old, new)
-        if difference:
-            raise UserError(
-                f'{self.path} holds a run with another config: {difference}. '
-                'Choose another workdir, or delete this one.'
-            )
 
 
 class MetricLog:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from kd.config import Recipe
 from kd.errors import UserError
 from kd.io import checkpoints, checksums
+from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.parallel import distributed
 from kd.state import State
@@ -54,6 +57,25 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
         checkpoints.mark_done(directory, record)
 
     distributed.from_first(mark)
+
+
+def reported(recipe: Recipe, chosen: Iterable[str], workdir: Path) -> bool:
+    """Whether a run makes its report now; where it makes none, says what its stages have found."""
+    left = [name for name in recipe.stages if checkpoints.read_done(workdir / name) is None]
+    if recipe.report and not left:
+        return True
+    if recipe.report:
+        say('report', f'left out: not done in {workdir} are {", ".join(left)}')
+    for name in chosen:
+        done = checkpoints.read_done(workdir / name) or {'metrics': {}}
+        found = [
+            f'{metric} {value:.4g}'
+            for metric, value in done['metrics'].items()
+            if not metric.startswith(('train/', 'time/')) and value is not None
+        ]
+        if found:
+            say(name, ', '.join(found))
+    return False
 
 
 def lost(directory: Path, done: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from kd.io.workdir import MetricLog, Workdir, read_metrics
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.state import State
-from kd.training import ending, watch
+from kd.training import ending, reuse, watch
 from kd.training.evaluation import Evaluation
 from kd.training.stage import Stage, prepare, replicated
 
@@ -38,8 +38,16 @@ PREFETCH = 2
 
 
 @watch.stoppable()
-def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
+def run(
+    config: config_lib.ConfigDict, workdir: str | Path, choice: reuse.Choice = reuse.EVERYTHING
+) -> Path | None:
     """Runs a recipe in a work directory; returns the path of the report, if it has one.
+
+    Args:
+      config: as a config file gives it.
+      workdir: a new directory, or one of an earlier run, whose stages are used as they are where
+        they are still those of the config.
+      choice: which stages to run, to begin anew, or to train longer.
 
     Raises:
       UserError: the config, the data or the work directory needs a correction.
@@ -50,19 +58,22 @@ def run(config: config_lib.ConfigDict, workdir: str | Path) -> Path | None:
     by the first alone, on its own devices, and the path is its.
     """
     recipe = config_lib.parse(config)
+    chosen = choice.stages(recipe)
     mesh = mesh_lib.make_mesh(recipe.mesh)
     directory = distributed.agree(lambda: Workdir(workdir, recipe))
     try:
-        for name in recipe.stages:
+        distributed.agree(partial(reuse.check_workdir, directory, recipe, choice))
+        for name in chosen:
             distributed.agree(partial(check, recipe, name, mesh))
         if distributed.is_first():
+            reuse.settle(directory, choice)
             directory.record()
         stop = watch.asking()
-        for name in recipe.stages:
+        for name in chosen:
             watch.obey(stop)
             train_stage(recipe, name, directory, mesh, stop)
         watch.obey(stop)
-        if not recipe.report or not distributed.is_first():
+        if not distributed.is_first() or not ending.reported(recipe, chosen, directory.path):
             return None
         process.active().alone()
         with doing('report', 'evaluating and drawing'):

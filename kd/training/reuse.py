@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kd import files
 from kd.config import Recipe, first_difference, resolve
 from kd.errors import UserError, did_you_mean
+from kd.io import checkpoints
+from kd.io.workdir import Workdir
 
 # Where the files of stages that begin anew go.
 OLD = 'old'
@@ -49,6 +53,9 @@ class Choice:
                         f'{did_you_mean(name, recipe.stages)} Stages: {", ".join(recipe.stages)}.'
                     )
         return tuple(name for name in recipe.stages if not self.only or name in self.only)
+
+
+EVERYTHING = Choice()
 
 
 def named(recipe: Mapping[str, Any], name: str) -> list[str]:
@@ -99,6 +106,25 @@ def check(
             )
 
 
+def check_workdir(workdir: Workdir, recipe: Recipe, choice: Choice) -> None:
+    """Refuses a work directory whose stages are others, or lack what chosen ones are made from."""
+    old, started = workdir.stored(), workdir.started()
+    if old is not None:
+        check(old, json.loads(files.json_text(recipe.plain())), started, choice)
+    done = [name for name in recipe.stages if checkpoints.read_done(workdir.path / name)]
+    kept = set(done) - set(choice.again)
+    check_made(recipe, choice.stages(recipe), kept, workdir.path)
+
+
+def settle(workdir: Workdir, choice: Choice) -> None:
+    """Moves away stages that begin anew, and opens those that go on."""
+    for name in choice.again:
+        if (workdir.path / name).exists():
+            set_aside(workdir.path, name)
+    for name in choice.longer:
+        checkpoints.unmark_done(workdir.path / name)
+
+
 def _difference(
     old: Mapping[str, Any], new: Mapping[str, Any], name: str, choice: Choice
 ) -> str | None:
@@ -108,7 +134,8 @@ def _difference(
     if places[0] != places[1]:
         return f"'{name}' was stage {places[0] + 1} and is stage {places[1] + 1}"
     parts = ['seed', 'data', *named(new, name), name]
-    before, now = ({part: recipe.get(part) for part in parts} for recipe in (old, new))
+    before: dict[str, Any] = {part: old.get(part) for part in parts}
+    now: dict[str, Any] = {part: new.get(part) for part in parts}
     if name in choice.longer:
         if now[name]['steps'] < before[name]['steps']:
             return f'{name}.steps was {before[name]["steps"]} and is {now[name]["steps"]}'

@@ -34,7 +34,8 @@ def _run(*command, environment=None):
 def _parses(command: str) -> tuple:
     """What `kd.main` makes of a printed command."""
     words = shlex.split(command)
-    return kd_main.parse(words[words.index('kd.main') + 1 :])
+    config, known = kd_main.parse(words[words.index('kd.main') + 1 :])
+    return config, known.workdir, known.distributed
 
 
 def test_local_processes_get_their_places_in_one_run():

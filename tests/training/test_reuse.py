@@ -1,12 +1,13 @@
 """Stages that are done are used again while what they were made from is the same."""
 
 import json
+import re
 
 import pytest
 
 from kd import config as kd_config
 from kd.errors import UserError
-from kd.training import reuse
+from kd.training import loop, reuse
 from kd.training.reuse import Choice
 
 
@@ -121,3 +122,70 @@ def test_files_set_aside_are_numbered(tmp_path):
         reuse.set_aside(tmp_path, 'student')
     assert (tmp_path / 'old' / 'student-1' / 'x').read_text() == 'first'
     assert (tmp_path / 'old' / 'student-2' / 'x').read_text() == 'second'
+
+
+# In a work directory.
+
+
+def moons(**student):
+    config = kd_config.recipe(
+        stages=('teacher', 'student'),
+        data=dict(name='two_moons', train='train[:128]', validation='test[:64]'),
+        report=dict(
+            name='kd.reports.classification.classification',
+            **dict(rows=(('teacher', 'teacher'), ('student', 'student')), split='validation'),
+        ),
+    )
+    block = dict(
+        method=dict(name='kd.methods.vision.supervised.supervised'),
+        network=dict(name='kd.models.mlp.MLP', widths=(4,)),
+        optimizer=dict(name='sgd', lr=0.1),
+        **dict(steps=6, batch_size=32, log_every=2),
+    )
+    config.teacher = kd_config.stage(**block)
+    config.student = kd_config.stage(**{**block, **student})
+    return config
+
+
+def steps(workdir):
+    lines = (workdir / 'student' / 'metrics.jsonl').read_text().splitlines()
+    return [json.loads(line)['step'] for line in lines]
+
+
+def test_a_work_directory_keeps_what_is_still_of_the_config(tmp_path, capfd):
+    workdir = tmp_path / 'run'
+    # One stage alone, then the other, which begins the report.
+    assert loop.run(moons(), workdir, Choice(only=('teacher',))) is None
+    assert 'left out: not done in' in capfd.readouterr().err
+    trained = (workdir / 'teacher' / 'done.json').stat().st_mtime_ns
+    assert loop.run(moons(), workdir).name == 'report.md'
+    # Another student beside the same teacher.
+    other = moons(batch_size=16)
+    with pytest.raises(UserError, match=r'student\.batch_size was 32 and is 16'):
+        loop.run(other, workdir)
+    loop.run(other, workdir, Choice(again=('student',)))
+    assert (workdir / 'old' / 'student-1' / 'done.json').exists()
+    assert (workdir / 'teacher' / 'done.json').stat().st_mtime_ns == trained
+    assert steps(workdir) == [2, 4, 6]
+    # The same for longer, from where it ended.
+    longer = moons(batch_size=16, steps=10)
+    loop.run(longer, workdir, Choice(longer=('student',)))
+    assert steps(workdir) == [2, 4, 6, 8, 10]
+    assert 'resuming from step 6' in capfd.readouterr().err
+    # It now is what it is asked to be.
+    loop.run(longer, workdir)
+    assert (workdir / 'teacher' / 'done.json').stat().st_mtime_ns == trained
+
+
+def test_without_a_report_the_last_numbers_are_told(tmp_path, capfd):
+    config = moons()
+    config.report = {}
+    with config.unlocked():
+        config.stages = ('teacher',)
+        del config['student']
+    config.teacher.evaluators = {
+        'validation': dict(name='kd.evaluators.classification.classification')
+    }
+    assert loop.run(config, tmp_path / 'run') is None
+    told = capfd.readouterr().err
+    assert re.search(r'\[teacher\] validation/accuracy \d\.\d+, validation/nll', told), told
