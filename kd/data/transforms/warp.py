@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 
 
 def check_images(images: jax.Array) -> None:
@@ -84,20 +85,9 @@ def affine(images: jax.Array, matrices: jax.Array) -> jax.Array:
 
     def one(image, matrix):
         # HIGHEST: accelerators would otherwise round the places to a few bits.
-        at = jnp.einsum('ij,hwj->hwi', matrix, places, precision='highest') + centre
-        lower = jnp.floor(at)
-        fraction = at - lower
-        lower = lower.astype(jnp.int32)
-        total = jnp.zeros_like(image)
-        for down in (0, 1):
-            for right in (0, 1):
-                row, column = lower[..., 0] + down, lower[..., 1] + right
-                weight = jnp.where(down, fraction[..., 0], 1 - fraction[..., 0])
-                weight *= jnp.where(right, fraction[..., 1], 1 - fraction[..., 1])
-                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-                pixels = image[jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)]
-                total += jnp.where(inside, weight, 0.0)[..., None] * pixels
-        return total
+        at = jnp.einsum('ij,hwj->ihw', matrix, places, precision='highest')
+        at += centre[:, None, None]
+        return jax.vmap(lambda channel: map_coordinates(channel, at, order=1), -1, -1)(image)
 
     matrices = jnp.broadcast_to(matrices.astype(images.dtype), (count, 2, 2))
     return jax.vmap(one)(images, matrices)
