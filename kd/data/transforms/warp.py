@@ -87,7 +87,7 @@ def affine(images: jax.Array, matrices: jax.Array) -> jax.Array:
         # HIGHEST: accelerators would otherwise round the places to a few bits.
         at = jnp.einsum('ij,hwj->ihw', matrix, places, precision='highest')
         at += centre[:, None, None]
-        return jax.vmap(lambda channel: map_coordinates(channel, at, order=1), -1, -1)(image)
+        return jax.vmap(lambda channel: map_coordinates(channel, list(at), order=1), -1, -1)(image)
 
     matrices = jnp.broadcast_to(matrices.astype(images.dtype), (count, 2, 2))
     return jax.vmap(one)(images, matrices)
