@@ -79,14 +79,18 @@ def recipes_page(papers: Mapping[str, Paper], root: Path = Path()) -> str:
         '| recipe | what it is | variants | papers |',
         '|---|---|---|---|',
     ]
+    variants: dict[str, list[str]] = {}
     users: dict[str, list[str]] = {}
     for paper in papers.values():
+        for recipe in paper.recipes(root):
+            file, _, variant = recipe.partition(':')
+            if f'`{variant}`' not in variants.setdefault(file, []):
+                variants[file].append(f'`{variant}`')
         for file in paper.config_files:
             users.setdefault(file, []).append(f'[{paper.slug}]({paper.url})')
     for file in sorted(users):
-        variants = ' '.join(f'`{variant}`' for variant in index.variants(root / file))
         lines.append(
-            f'| {_links([file], "../")} | {index.summary(root / file)} | {variants} '
+            f'| {_links([file], "../")} | {index.summary(root / file)} | {" ".join(variants[file])} '
             f'| {", ".join(users[file])} |'
         )
     return '\n'.join(lines) + '\n'
