@@ -89,10 +89,9 @@ def recipes_page(papers: Mapping[str, Paper], root: Path = Path()) -> str:
         for file in paper.config_files:
             users.setdefault(file, []).append(f'[{paper.slug}]({paper.url})')
     for file in sorted(users):
-        lines.append(
-            f'| {_links([file], "../")} | {index.summary(root / file)} | {" ".join(variants[file])} '
-            f'| {", ".join(users[file])} |'
-        )
+        cells = [_links([file], '../'), index.summary(root / file)]
+        cells += [' '.join(variants[file]), ', '.join(users[file])]
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 
 
