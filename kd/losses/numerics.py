@@ -102,6 +102,19 @@ def is_outcome(indices: ArrayLike, size: int) -> jax.Array:
     return (indices >= 0) & (indices < size)
 
 
+def one_hot(labels: ArrayLike, size: int) -> jax.Array:
+    """Labels int [...] as float32 [..., size]; NaN where one is none of 0 .. size - 1.
+
+    Raises:
+      TypeError: labels that are no integers, such as those that mixup has made soft.
+    """
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f'integer labels are needed, got {labels.dtype} {labels.shape}.')
+    known = is_outcome(labels, size)[..., None]
+    return jnp.where(known, jax.nn.one_hot(labels, size, dtype=jnp.float32), jnp.nan)
+
+
 def take_outcomes(values: jax.Array, indices: ArrayLike, missing: float) -> jax.Array:
     """values[..., indices] on the last axis, [..., V] and int [..., k] -> [..., k].
 

@@ -5,19 +5,28 @@ from __future__ import annotations
 import jax
 
 from kd.context import Context
+from kd.errors import UserError
 from kd.io import cache
 from kd.losses.signal import TeacherSignal
 from kd.method import Batch
 from kd.state import State
+
+# The source whose batches bring what the teacher of an earlier stage has said.
+CACHED = 'kd.data.transforms.cached.cached'
 
 
 def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | TeacherSignal:
     """The frozen teacher's logits [B, V] for the batch.
 
     A batch that brings fields of a cache (`kd.data.transforms.cached`) is taken at its word, and no
-    teacher is run; such a cache holds for inputs that are not augmented. One of top-k or sampled
-    outputs gives a TeacherSignal, which divergences take in place of logits.
+    teacher is run; such a cache holds for inputs that are not augmented, which
+    `kd.data.transforms.augment` sees to. One of top-k or sampled outputs gives a TeacherSignal,
+    which divergences take in place of logits.
+
+    Raises:
+      UserError: a cache of another teacher than the stage's.
     """
+    _check_cached(context)
     if cache.PREFIX + 'logits' in batch:
         return batch[cache.PREFIX + 'logits']
     if not any(name.startswith(cache.PREFIX) for name in batch):
@@ -27,3 +36,16 @@ def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | 
     signal = cache.signal_in(batch, temperature)
     assert signal is not None
     return signal
+
+
+def _check_cached(context: Context) -> None:
+    """Refuses a stage with a teacher whose data bring what another one has said."""
+    stage, source = context.config, context.config.data.get('source', {})
+    if not stage.teacher or source.get('name') != CACHED:
+        return
+    cached = context.recipe.stages[source.get('stage', 'cache')]
+    if cached.teacher != stage.teacher:
+        raise UserError(
+            f"{context.stage}.teacher is '{stage.teacher}', and its data bring what "
+            f"'{cached.teacher}' has said; name one of them."
+        )

@@ -262,3 +262,25 @@ def test_a_student_at_another_temperature_than_its_cache_is_refused(tmp_path):
     config.student.method.temperature = 2.0
     with pytest.raises(UserError, match=r'recorded at temperature 4\.0 cannot be used at'):
         loop.run(config, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('entry', [('crop', 1), 'flip', ('mixup', 0.2)])
+def test_a_student_that_augments_what_its_cache_holds_is_refused(tmp_path, entry):
+    config = kd_config.load('configs/vision/cached_kd.py:cpu')
+    config.data_dir, config.report = str(tmp_path), {}
+    with config.student.unlocked():
+        config.student.method.augmentation = (entry,)
+    with pytest.raises(UserError, match=r'brings teacher_indices, .* cannot be augmented'):
+        loop.run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'teacher').exists()
+
+
+def test_a_student_whose_teacher_is_not_that_of_its_cache_is_refused(tmp_path):
+    config = _recipe(tmp_path, 'cpu')
+    config.stages = ('teacher', 'other', 'cache', 'student')
+    with config.unlocked():
+        config.other = config.teacher
+    config.cache.writers.teacher.size = 1
+    config.student.teacher = 'other'
+    with pytest.raises(UserError, match="'other', and its data bring what 'teacher' has said"):
+        loop.run(config, tmp_path / 'run')

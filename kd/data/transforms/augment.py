@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from kd import errors
 from kd.data.transforms import warp
 from kd.data.transforms.siamese import siamese
+from kd.io.cache import PREFIX
+from kd.losses import numerics
 
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], Batch]
@@ -162,7 +164,7 @@ def mixup(
         x'_i = lambda_i x_i + (1 - lambda_i) x_p(i),   lambda ~ Beta(alpha, alpha)
 
     with `p` a random permutation. All floating entries of the batch are mixed with the same
-    lambda: images, soft labels, and stored teacher logits (which are mixed as logits, not as
+    lambda: images, soft labels, and logits that are labels (which are mixed as logits, not as
     probabilities). An int `label` is made one-hot first. Other integer and boolean entries stay
     those of example i.
 
@@ -177,12 +179,16 @@ def mixup(
       A new batch with `label` float32 [B, num_classes].
 
     Raises:
-      ValueError: if alpha is not above 0, or labels are int and `num_classes` is missing.
+      ValueError: if alpha is not above 0, labels are int and `num_classes` is missing, or the
+        batch has what cannot be mixed: integer inputs, or fields that belong to one input.
 
     Source: Zhang et al. 2017, arXiv 1710.09412.
     """
     if not alpha > 0:
         raise ValueError(f'mixup: alpha must be above 0, got {alpha}; leave mixup out for none.')
+    _check_alone(batch)
+    if not jnp.issubdtype(batch['input'].dtype, jnp.floating):
+        raise ValueError(f'mixup: inputs of type {batch["input"].dtype} cannot be mixed.')
     weight_key, partner_key = jax.random.split(key)
     batch = dict(batch)
     if 'label' in batch:
@@ -196,6 +202,8 @@ def mixup(
 def soft_labels(labels: jax.Array, num_classes: int | None) -> jax.Array:
     """Returns float32 [B, C] labels: int [B] labels one-hot, floating [B, C] labels as they are.
 
+    A label that is none of 0 .. C - 1 becomes NaN.
+
     Raises:
       ValueError: if the labels are int and `num_classes` is None.
     """
@@ -203,7 +211,7 @@ def soft_labels(labels: jax.Array, num_classes: int | None) -> jax.Array:
         return labels
     if num_classes is None:
         raise ValueError('Integer labels need num_classes to become soft labels.')
-    return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    return numerics.one_hot(labels, num_classes)
 
 
 def compose(transforms: Sequence[Any], num_classes: int | None = None) -> Transform:
@@ -218,11 +226,15 @@ def compose(transforms: Sequence[Any], num_classes: int | None = None) -> Transf
       num_classes: for entries that make labels soft.
 
     Raises:
-      UserError: on an unknown name, or arguments that the function does not take.
+      UserError: on an unknown name, or arguments that the function does not take. `transform`
+        raises it for a batch with fields that hold for the inputs as they are alone: what a teacher
+        has said of them, or the noise that they are paired with.
     """
     bound = [_bind(entry, num_classes) for entry in transforms]
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
+        if bound:
+            _check_alone(batch)
         for index, function in enumerate(bound):
             batch = function(jax.random.fold_in(key, index), batch)
         return batch
@@ -240,6 +252,16 @@ def augment(
 def names() -> tuple[str, ...]:
     """Names that a config may use."""
     return tuple(sorted([*_OF_IMAGES, *_OF_BATCHES]))
+
+
+def _check_alone(batch: Batch) -> None:
+    bound = sorted(name for name in batch if name.startswith(PREFIX) or name == 'noise')
+    if bound:
+        raise errors.UserError(
+            f'inputs of a batch that brings {", ".join(bound)} cannot be augmented, for these '
+            "belong to the inputs as they are: leave out the method's augmentation, or the source "
+            'of the data that brings them.'
+        )
 
 
 def _bind(entry: Any, num_classes: int | None) -> Transform:

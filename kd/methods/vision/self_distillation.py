@@ -75,7 +75,7 @@ def self_distillation(
         batch = augment.augment(augment_key, batch, augmentation, num_classes)
         variables = {'params': params, **state.mutables}
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
-        targets = jax.nn.one_hot(batch['label'], output.logits.shape[-1])
+        targets = numerics.one_hot(batch['label'], output.logits.shape[-1])
         if context.optional_teacher is None:
             weight, taught = jnp.float32(1.0), jnp.zeros_like(output.logits)
         else:
@@ -144,7 +144,7 @@ def estimate_alpha(context: Context, frozen: PyTree, split: str) -> jax.Array:
         batch = jax.pure_callback(read, shape, index)
         pure = probabilities('pure', batch)
         direction = probabilities('first', batch) - pure
-        residual = jax.nn.one_hot(batch['label'], pure.shape[-1]) - pure
+        residual = numerics.one_hot(batch['label'], pure.shape[-1]) - pure
         direction = jnp.where(batch['mask'][:, None], direction, 0.0)
         along, square = sums
         return (along + jnp.sum(residual * direction), square + jnp.sum(direction**2)), None

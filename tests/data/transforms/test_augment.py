@@ -232,6 +232,22 @@ def test_mixup_mixes_logits_and_not_probabilities():
     assert float(jnp.abs(jax.nn.softmax(mixed[0]) - mixed_probabilities).max()) > 0.01
 
 
+@pytest.mark.parametrize('field', ['teacher_logits', 'teacher_indices', 'teacher_tokens', 'noise'])
+@pytest.mark.parametrize('entry', [('crop', 1), 'flip', ('mixup', 0.4), ('siamese', 'flip')])
+def test_what_belongs_to_the_inputs_as_they_are_forbids_augmentation(key, images, field, entry):
+    batch = {'input': images, 'label': jnp.zeros(SHAPE[0], int), field: images}
+    message = f'^inputs of a batch that brings {field} cannot be augmented, for these belong to'
+    with pytest.raises(errors.UserError, match=message):
+        augment.augment(key, batch, (entry,), num_classes=3)
+    assert augment.augment(key, batch, (), num_classes=3) is batch
+
+
+def test_labels_that_are_no_classes_do_not_vanish_in_a_mixture(key, images):
+    labels = jnp.full(SHAPE[0], -1)
+    mixed = augment.mixup(key, {'input': images, 'label': labels}, 0.4, num_classes=3)
+    assert np.isnan(mixed['label']).all()
+
+
 def test_composition_folds_the_key_with_the_place(key, images):
     batch = {'input': jnp.asarray(images), 'label': jnp.zeros(SHAPE[0], jnp.int32)}
     spec = (('crop', 1, {'fill': 0.0}), 'flip', ('mixup', 0.4, {'shared': True}))
@@ -257,6 +273,11 @@ def test_composition_folds_the_key_with_the_place(key, images):
         (lambda k, x: augment.random_resized_crop(k, x, aspect=(2, 1)), r'aspect .*got \(2, 1\)'),
         (lambda k, x: augment.mixup(k, {'input': x}, 0.0), 'alpha must be above 0'),
         (lambda k, x: augment.augment(k, {'input': x}, ('flpi',)), "Did you mean 'flip'"),
+        (lambda k, x: augment.mixup(k, {'input': x.astype(int)}, 1.0), 'int.* cannot be mixed'),
+        (
+            lambda k, x: augment.mixup(k, {'input': x, 'teacher_tail': x}, 1.0),
+            'teacher_tail cannot',
+        ),
         (
             lambda k, x: augment.mixup(k, {'input': x, 'label': jnp.zeros(64, int)}, 1.0),
             'num_classes',
