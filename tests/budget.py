@@ -19,7 +19,18 @@ ALLOWED: dict[str, float] = {}
 # What a worker may hold, in MB.
 MEMORY = 2500.0
 # Files that take longest, first, so that no worker is left with one at the end.
-LONGEST: tuple[str, ...] = ()
+LONGEST: tuple[str, ...] = (
+    'tests/claims/test_claims.py',
+    'tests/training/test_reliability.py',
+    'tests/test_configs.py',
+    'tests/aot/test_aot.py',
+    'tests/test_colabs.py',
+    'tests/test_multihost.py',
+    'tests/methods/test_flow_methods.py',
+    'tests/methods/test_dataset_recipes.py',
+    'tests/methods/test_dataset_methods.py',
+    'tests/models/test_flow_models.py',
+)
 
 
 def cpu_seconds() -> float:

@@ -73,8 +73,9 @@ def test_every_result_belongs_to_a_claim_and_has_its_figure():
 
 
 @pytest.mark.parametrize('name', [paper.claim_name for paper in PAPERS if paper.claim])
-def test_every_claim_starts(name, tmp_path, capsys):
-    assert main([name, '--smoke', f'--output={tmp_path}']) == 0
+def test_every_claim_starts(name, tmp_path, capsys, quick_compilation):
+    with quick_compilation():
+        assert main([name, '--smoke', f'--output={tmp_path}']) == 0
     assert 'Verdict:' in capsys.readouterr().out
     result = json.loads((tmp_path / f'{name}.json').read_text())
     values = [v for arm in result['arms'].values() for m in arm.values() for v in m['values']]
