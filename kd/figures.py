@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,29 +17,80 @@ def new_figure(width: float, height: float, **kwargs) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout='constrained', **kwargs)
 
 
-def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Training loss and validation accuracy over steps, one curve per run.
+# Of one network over seeds: its values, their mean, and half of an interval around it.
+Spread = tuple[Sequence[float], float, float]
+
+
+def comparison(panels: Mapping[str, Mapping[str, Spread]]) -> Figure:
+    """Networks below each other, a dot per seed, mean and interval as a bar; a panel per metric.
+
+    Args:
+      panels: {label of a metric: {title of a network: values over seeds}}.
+    """
+    titles = list(next(iter(panels.values())))
+    figure = new_figure(3.1 * len(panels) + 1.2, 0.45 * len(titles) + 0.9)
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axis, (label, networks) in zip(axes, panels.items(), strict=True):
+        for place, title in enumerate(titles):
+            values, mean, half = networks[title]
+            colour = COLOURS[place % len(COLOURS)]
+            axis.plot(values, [place - 0.25] * len(values), 'o', color=colour, ms=4, alpha=0.5)
+            axis.plot([mean - half, mean + half], [place, place], color=colour, lw=2.5)
+            axis.plot(mean, place, '|', color=colour, ms=14, mew=2.5)
+        axis.set(xlabel=label, yticks=range(len(titles)), ylim=(len(titles) - 0.5, -0.6))
+        axis.locator_params(axis='x', nbins=5)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticklabels(titles)
+    return figure
+
+
+def learning_curves(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], losses: Mapping[str, str]
+) -> Figure:
+    """Training losses, each on axes of its own, and validation over steps, one curve per run.
 
     Args:
       runs: {title: lines of metrics.jsonl}.
+      losses: {title: name of what it minimises}; runs of one name share their axes.
     """
-    figure = new_figure(9, 3.4)
-    axes = figure.subplots(1, 2)
-    panels = (
-        ('train/loss', 'training loss', 'log'),
-        ('validation/accuracy', 'validation accuracy', 'linear'),
-    )
-    for axis, (metric, label, scale) in zip(axes, panels, strict=True):
-        for colour, (title, lines) in zip(COLOURS, runs.items(), strict=False):
-            points = [(line['step'], line[metric]) for line in lines if metric in line]
-            if points:
-                x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=colour, label=title, marker='o', markersize=3)
-        axis.set(xlabel='step', ylabel=label, yscale=scale)
+    panels = _panels(runs, losses)
+    colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure = new_figure(3.2 * columns, 2.8 * rows + 0.4)
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    lines = {}
+    for axis, (label, curves) in zip(axes, panels.items(), strict=False):
+        for title, points in curves.items():
+            x, y = zip(*points, strict=True)
+            (lines[title],) = axis.plot(x, y, color=colours[title], marker='o', markersize=2)
+        axis.set(xlabel='step', yscale='log' if label.startswith('training') else 'linear')
+        axis.set_title(label, fontsize=9)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=len(runs), frameon=False)
+    titles = [title for title in runs if title in lines]
+    handles = [lines[title] for title in titles]
+    figure.legend(handles, titles, loc='outside lower center', ncols=len(titles), frameon=False)
     return figure
+
+
+def _panels(runs, losses) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """{label: {title: (step, value) pairs}} of what has been logged."""
+    wanted = [
+        (f'training loss: {loss}', 'train/loss', [title for title in runs if losses[title] == loss])
+        for loss in dict.fromkeys(losses.values())
+    ]
+    for metric, label in (('accuracy', 'accuracy'), ('nll', 'NLL (nats)')):
+        wanted.append((f'validation {label}', f'validation/{metric}', list(runs)))
+    panels = {}
+    for label, metric, titles in wanted:
+        curves = {
+            title: [(line['step'], line[metric]) for line in runs[title] if metric in line]
+            for title in titles
+        }
+        panels[label] = {title: points for title, points in curves.items() if points}
+    return {label: curves for label, curves in panels.items() if curves}
 
 
 def reliability(rows: Mapping[str, tuple[np.ndarray, np.ndarray, float]]) -> Figure:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax.typing import ArrayLike
 
 
@@ -70,3 +71,10 @@ def divide(metrics: Metrics) -> dict[str, float]:
     """Brings metrics to the host as floats; a metric that was never counted is left out."""
     host = jax.device_get(metrics)
     return {name: float(np.asarray(m.total) / m.count) for name, m in host.items() if m.count > 0}
+
+
+def mean_interval(values: ArrayLike) -> tuple[float, float]:
+    """Mean of at least two values, and half of its 95 % interval by Student's t distribution."""
+    array = np.asarray(values, float)
+    error = array.std(ddof=1) / np.sqrt(len(array))
+    return float(array.mean()), float(scipy.special.stdtrit(len(array) - 1, 0.975) * error)

@@ -32,6 +32,7 @@ def test_the_quickstart_recipe_starts_and_writes_what_the_readme_lists(tmp_path)
         f'--data_dir={tmp_path}/data',
         *(f'--config.{stage}.steps=40' for stage in ('teacher', 'baseline', 'student')),
         *(f'--config.{stage}.log_every=20' for stage in ('teacher', 'baseline', 'student')),
+        '--config.report.seeds=2',
     ]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
     done = subprocess.run(
@@ -52,8 +53,10 @@ def test_the_quickstart_recipe_starts_and_writes_what_the_readme_lists(tmp_path)
     assert list(results) == ['student alone', 'student distilled', 'teacher']
     assert results['teacher']['agreement'] == 1.0
     assert results['teacher']['kl'] == pytest.approx(0.0, abs=1e-6)
-    assert results['student alone']['parameters'] == 64 * 16 + 16 + 16 * 10 + 10
+    assert results['student alone']['parameters'] == 64 * 64 + 64 + 64 * 10 + 10
     report = (run / 'report.md').read_text()
+    assert 'means over seeds 0 to 1' in report
+    assert 'student distilled against student alone: accuracy ' in report
     for figure in re.findall(r'\((figures/.*?\.png)\)', report):
         assert (run / figure).stat().st_size > 5_000
     for stage in ('teacher', 'baseline', 'student'):

@@ -28,7 +28,7 @@ SHORT = [
     f'--config.{stage}.{field}={value}'
     for stage in ('teacher', 'baseline', 'student')
     for field, value in (('steps', STEPS), ('log_every', 5), ('checkpoint_every', 10))
-]
+] + ['--config.report.seeds=1']
 
 
 def _child(arguments, devices, log):

@@ -13,7 +13,7 @@ student takes 1 / (M + 1) of the epochs.
 | variant | M | hardware | student | test accuracy at IPC 10 / 50 | dynamic |
 |---|---|---|---|---|---|
 | cpu, ipc = 2, 5 (pairs of digits) | 3 | 2 cores, 3 min | ConvNet | 94.5 at IPC 2 | 34.0 |
-| cpu_mnist, ipc = 10, 20 | 3 | 2 cores, 10 min | ConvNet | 92.4 at IPC 10 | |
+| cpu_mnist, ipc = 10, 20 | 3 | 2 cores, 10 min | ConvNet | 92.2 at IPC 10 | |
 | cifar10, ipc = 10, 50 | 4 | one GPU, a day | ConvNet | 34.0 / 57.0 | |
 | | | | ResNet-18 | 32.0 / 60.4 | |
 | cifar100, ipc = 10, 50, 100 | 4 | one GPU, a day | ConvNet | 41.0 / 53.8 | 37.2 / 50.7 |
@@ -23,7 +23,7 @@ student takes 1 / (M + 1) of the epochs.
 
 All numbers but those of `cpu` and `cpu_mnist` are the paper's, and the times of the others are
 guesses; on CIFAR-100 the ConvNet has 57.0 at IPC 100, 53.4 with dynamic labels. On pairs of digits,
-random real images under the same soft labels reach 96.2, on MNIST 96.1; a quarter of the epochs is
+random real images under the same soft labels reach 96.2, on MNIST 95.7; a quarter of the epochs is
 140 steps for pairs of digits, too few for dynamic labels, which have 95.6 in all 80.
 
 The networks have the names of the paper's: ResNet-18, MobileNetV2, EfficientNet-B0 and, but for

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 from matplotlib.figure import Figure
 
 from kd import config as config_lib
@@ -24,6 +23,7 @@ from kd import files
 from kd.claims.results import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RESULTS
 from kd.errors import UserError, did_you_mean
 from kd.io.manifest import commit
+from kd.metrics import mean_interval
 
 CLAIMS = Path('configs/claims')
 
@@ -86,9 +86,7 @@ def judge(check: Check, measured: Measured) -> dict[str, Any]:
     count = len(difference)
     if count < 3:
         raise ValueError(f'A check needs at least 3 seeds, got {count}.')
-    error = difference.std(ddof=1) / np.sqrt(count)
-    half = float(scipy.stats.t.ppf(0.975, count - 1) * error)
-    mean = float(difference.mean())
+    mean, half = mean_interval(difference)
     if mean - half > 0:
         verdict = REPRODUCED
     elif mean + half < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,25 +18,60 @@ from kd.data import pipeline, sources
 from kd.evaluators import agreement, calibration
 from kd.evaluators import classification as metrics
 from kd.io import checkpoints
+from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.losses import divergence
+from kd.metrics import mean_interval
 from kd.network import Network, parameter_count
 from kd.networks import trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count
+from kd.training.repeats import repeats
+from kd.training.stage import prepare
 
 # A page of disagreements shows at most this many images.
 SHOWN = 24
 
 
+# What to see, under the figures.
+CURVES = (
+    "Of the run's own seed. Losses of different methods are not to be compared and have axes of "
+    'their own. Validation is to be compared: more accuracy and less NLL are better.'
+)
+RELIABILITY = (
+    'Among predictions of one confidence, the share that is right. Bars on the dashed line: the '
+    'network is as sure as it should be; below it: too sure; above it: not sure enough. ECE, the '
+    'calibration error, is the mean distance from the line.'
+)
+DISAGREEMENTS = (
+    'Images that the two classify differently, those first of which the student is surest. The '
+    'label says which of them is right.'
+)
+
+
+class Page(NamedTuple):
+    """A figure of the report: title, file, and what to see in it."""
+
+    title: str
+    file: str
+    text: str
+
+
 class Row(NamedTuple):
-    """One network of the comparison, with its logits on the whole split."""
+    """One network of the comparison.
+
+    Attributes:
+      title, stage: of the run.
+      parameters: their number.
+      steps_per_s: of its training.
+      logits: float32 [N, V] on the whole split, for every seed; the run's own network is the first.
+    """
 
     title: str
     stage: str
     parameters: int
     steps_per_s: float
-    logits: np.ndarray
+    logits: list[np.ndarray]
 
 
 def classification(
@@ -47,8 +82,14 @@ def classification(
     teacher: str = 'teacher',
     split: str = 'test',
     batch_size: Count = 256,
+    seeds: Count = 1,
+    notes: str = '',
 ) -> Path:
     """Compares classifiers on a split that no stage has trained or been chosen on.
+
+    With `seeds` above 1 every row's stage is trained anew, see `kd.training.repeats.repeats`: means
+    over seeds stand in the table, with half of their 95 % intervals, and are drawn. All students
+    learn from the run's own teacher.
 
     Args:
       context: the run.
@@ -57,94 +98,189 @@ def classification(
       teacher: the stage that agreement and KL refer to.
       split: which split of `config.data`.
       batch_size: examples per evaluation step.
+      seeds: networks per row, the run's own among them.
+      notes: a sentence for the head of the report.
 
     Returns:
       Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
     """
-    recipe, workdir, mesh = context.recipe, context.workdir, context.mesh
+    recipe, workdir = context.recipe, context.workdir
     source = context.source(split)
     data = source.fetch(np.arange(len(source)))
     labels = data['label']
-    table = []
-    for title, stage in rows:
-        trained = trained_network(recipe, stage, workdir, mesh, source, where='report')
-        variables = trained.restore()
-        logits = _logits(trained.network, variables, source, batch_size, mesh)
-        done = checkpoints.read_done(workdir / stage) or {}
-        count = parameter_count(variables)
-        table.append(Row(title, stage, count, done.get('steps_per_s', 0.0), logits))
+    table = [_row(context, source, title, stage, batch_size, seeds) for title, stage in rows]
     reference = next((row for row in table if row.stage == teacher), None)
     results = {row.title: _measure(row, labels, reference) for row in table}
 
     folder = workdir / 'figures'
     folder.mkdir(exist_ok=True)
+    pages = []
+    if seeds > 1:
+        figures.comparison(_spreads(results)).savefig(folder / 'comparison.png')
+        pages.append(Page('Comparison', 'comparison.png', _told(results, table, student, teacher)))
     curves = {row.title: read_metrics(workdir / row.stage) for row in table}
-    figures.learning_curves(curves).savefig(folder / 'learning_curves.png')
+    figures.learning_curves(curves, _losses(recipe, table)).savefig(folder / 'learning_curves.png')
+    pages.append(Page('Learning curves', 'learning_curves.png', CURVES))
     rows_of_bins = {row.title: _bins(row, labels) for row in table}
     figures.reliability(rows_of_bins).savefig(folder / 'reliability.png')
+    pages.append(Page('Reliability', 'reliability.png', RELIABILITY))
     shown = next((row for row in table if row.stage == student), None)
-    pages = [('Learning curves', 'learning_curves.png'), ('Reliability', 'reliability.png')]
     if reference is not None and shown is not None and data['input'].ndim == 4:
         page = _disagreements(source, data, shown, reference)
         if page is not None:
             page.savefig(folder / 'disagreements.png')
-            pages.append(
-                (f'Where {shown.title} and teacher disagree, surest first', 'disagreements.png')
-            )
+            title = f'Where {shown.title} and teacher disagree'
+            pages.append(Page(title, 'disagreements.png', DISAGREEMENTS))
     files.write_json(workdir / 'report.json', results)
     report = workdir / 'report.md'
-    files.write_whole(report, _markdown(recipe, source, results, pages))
+    files.write_whole(report, _markdown(recipe, source, results, pages, seeds, notes))
     return report
 
 
+def _row(
+    context: ReportContext,
+    source: sources.Source,
+    title: str,
+    stage: str,
+    batch_size: int,
+    seeds: int,
+) -> Row:
+    """The network of a stage, and further ones from other seeds."""
+    recipe, workdir, mesh = context.recipe, context.workdir, context.mesh
+    trained = trained_network(recipe, stage, workdir, mesh, source, where='report')
+    variables = trained.restore()
+    of = _logits(trained.network, source, batch_size, mesh)
+    logits = [of(variables)]
+    if seeds > 1:
+        say('report', f'training {title} from {seeds - 1} more seeds ...')
+        others = range(recipe.seed + 1, recipe.seed + seeds)
+        states = repeats(prepare(recipe, stage, mesh, workdir), others)
+        logits += [of(state.variables()) for state in states]
+    speed = (checkpoints.read_done(workdir / stage) or {}).get('steps_per_s', 0.0)
+    return Row(title, stage, parameter_count(variables), speed, logits)
+
+
 def _logits(
-    network: Network, variables: Any, source: sources.Source, batch_size: int, mesh: Mesh
-) -> np.ndarray:
-    """float32 [N, V] over the whole split, in its order."""
+    network: Network, source: sources.Source, batch_size: int, mesh: Mesh
+) -> Callable[[Any], np.ndarray]:
+    """`of(variables)`: float32 [N, V] over the whole split, in its order."""
     ways = mesh.shape['data'] * mesh.shape['fsdp']
     size = -(-min(batch_size, len(source)) // ways) * ways
     apply = jax.jit(lambda variables, *inputs: network.apply(variables, *inputs).logits)
-    outputs = []
-    for batch in pipeline.eval_batches(source, size):
-        inputs = {name: batch[name] for name in network.fields}
-        inputs = mesh_lib.put_batch(inputs, mesh_lib.batch_sharding(mesh))
-        outputs.append(np.asarray(apply(variables, *network.of(inputs)))[batch['mask']])
-    return np.concatenate(outputs)
+
+    def of(variables: Any) -> np.ndarray:
+        outputs = []
+        for batch in pipeline.eval_batches(source, size):
+            inputs = {name: batch[name] for name in network.fields}
+            inputs = mesh_lib.put_batch(inputs, mesh_lib.batch_sharding(mesh))
+            outputs.append(np.asarray(apply(variables, *network.of(inputs)))[batch['mask']])
+        return np.concatenate(outputs)
+
+    return of
 
 
-def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, float]:
-    logits = jnp.asarray(row.logits)
+def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, Any]:
+    """Metrics of the run's own network; under `seeds` those of all, where there are more."""
+    reference = None if teacher is None else teacher.logits[0]
+    every = [_scores(logits, labels, reference) for logits in row.logits]
+    result: dict[str, Any] = every[0]
+    result |= {'parameters': float(row.parameters), 'steps_per_s': float(row.steps_per_s)}
+    if len(every) > 1:
+        # The teacher agrees with itself, whatever other teachers do.
+        names = [m for m in every[1] if row is not teacher or m not in ('agreement', 'kl')]
+        result['seeds'] = {name: [scores[name] for scores in every] for name in names}
+    return result
+
+
+def _scores(
+    outputs: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
+) -> dict[str, float]:
+    logits = jnp.asarray(outputs)
     values: dict[str, Any] = {
         'accuracy': metrics.top_k_correct(logits, labels).mean(),
         'nll': metrics.negative_log_likelihood(logits, labels).mean(),
         'ece': calibration.expected_calibration_error(calibration.confidence_bins(logits, labels)),
         'brier': calibration.brier_score(logits, labels).mean(),
     }
-    if teacher is not None:
-        teacher_logits = jnp.asarray(teacher.logits)
+    if reference is not None:
+        teacher_logits = jnp.asarray(reference)
         values |= {
             'agreement': agreement.top_1_agreement(logits, teacher_logits).mean(),
             'kl': divergence.forward_kl(logits, teacher_logits).mean(),
         }
-    values |= {'parameters': row.parameters, 'steps_per_s': row.steps_per_s}
     return {name: float(value) for name, value in values.items()}
 
 
 def _bins(row: Row, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    bins = calibration.confidence_bins(row.logits, labels)
-    error = calibration.expected_calibration_error(bins)
-    return np.asarray(bins.examples), np.asarray(bins.correct), error
+    """Counts over all seeds, and the mean of their calibration errors."""
+    every = [calibration.confidence_bins(logits, labels) for logits in row.logits]
+    examples, correct = (
+        np.sum([np.asarray(part) for part in parts], axis=0)
+        for parts in zip(*((bins.examples, bins.correct) for bins in every), strict=True)
+    )
+    error = np.mean([calibration.expected_calibration_error(bins) for bins in every])
+    return examples, correct, float(error)
+
+
+def _spreads(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, figures.Spread]]:
+    """What `figures.comparison` draws."""
+    panels = {}
+    for metric, label in (
+        ('accuracy', 'accuracy'),
+        ('nll', 'NLL (nats)'),
+        ('ece', 'calibration error (ECE)'),
+    ):
+        panels[label] = {
+            title: (result['seeds'][metric], *mean_interval(result['seeds'][metric]))
+            for title, result in results.items()
+        }
+    return panels
+
+
+def _told(
+    results: Mapping[str, Mapping[str, Any]], table: Sequence[Row], student: str, teacher: str
+) -> str:
+    """What to see in the comparison: by how much the student is better than other students."""
+    text = (
+        'A dot is a network of one seed, a bar the 95 % interval of their mean. Further right is '
+        'better for accuracy, further left for NLL and ECE.'
+    )
+    accuracy = {row.stage: np.asarray(results[row.title]['seeds']['accuracy']) for row in table}
+    titles = {row.stage: row.title for row in table}
+    for other in accuracy if student in accuracy else ():
+        if other not in (student, teacher):
+            mean, half = mean_interval(accuracy[student] - accuracy[other])
+            text += (
+                f' {titles[student]} against {titles[other]}: accuracy {mean:+.3f} '
+                f'[{mean - half:+.3f}, {mean + half:+.3f}], paired by seed.'
+            )
+    return text
+
+
+def _losses(recipe: Recipe, table: Sequence[Row]) -> dict[str, str]:
+    """{title: what it minimises}: the method's name, with the title where its arguments differ."""
+    kinds: dict[str, tuple[str, str]] = {}
+    for row in table:
+        method = recipe.stages[row.stage].method
+        arguments = {k: v for k, v in method.items() if k not in ('augmentation', 'micro_batches')}
+        kinds[row.title] = method['name'].rpartition('.')[2], repr(sorted(arguments.items()))
+    first = {kind: title for title, kind in reversed(kinds.items())}
+    names = [name for name, _ in first]
+    return {
+        title: kind[0] if names.count(kind[0]) == 1 else f'{kind[0]} ({first[kind]})'
+        for title, kind in kinds.items()
+    }
 
 
 def _disagreements(source: sources.Source, data: dict, student: Row, teacher: Row):
-    ours, theirs = student.logits.argmax(-1), teacher.logits.argmax(-1)
+    ours, theirs = student.logits[0].argmax(-1), teacher.logits[0].argmax(-1)
     where = np.flatnonzero(ours != theirs)
     if not len(where):
         return None
     # Where the student is surest first: these are the ones worth looking at.
-    confidence = np.asarray(jax.nn.softmax(student.logits)).max(-1)
+    confidence = np.asarray(jax.nn.softmax(student.logits[0])).max(-1)
     where = where[np.argsort(-confidence[where])][:SHOWN]
-    names = source.class_names or [str(k) for k in range(student.logits.shape[-1])]
+    names = source.class_names or [str(k) for k in range(student.logits[0].shape[-1])]
     captions = [
         f'label {names[data["label"][i]]}\nstudent {names[ours[i]]}\nteacher {names[theirs[i]]}'
         for i in where
@@ -167,22 +303,40 @@ _COLUMNS = {
 def _markdown(
     recipe: Recipe,
     source: sources.Source,
-    results: Mapping[str, Mapping[str, float]],
-    pages: list[tuple[str, str]],
+    results: Mapping[str, Mapping[str, Any]],
+    pages: Sequence[Page],
+    seeds: int,
+    notes: str,
 ) -> str:
     columns = [c for c in _COLUMNS if any(c in row for row in results.values())]
+    which = f'seed {recipe.seed}. '
+    if seeds > 1:
+        which = (
+            f'means over seeds {recipe.seed} to {recipe.seed + seeds - 1} ± half of their 95 % '
+            f'intervals; all students have the teacher of seed {recipe.seed}. '
+        )
     lines = [
         f'# {source.name}: {", ".join(results)}',
         '',
-        f'{len(source)} examples of `{source.split}`, seed {recipe.seed}. '
+        f'{len(source)} examples of `{source.split}`, {which}'
         'The command and versions are in `manifest.json`.',
+        *(['', notes] if notes else []),
         '',
         '| network | ' + ' | '.join(_COLUMNS[c][0] for c in columns) + ' |',
         '|---|' + '---:|' * len(columns),
     ]
     for title, row in results.items():
-        cells = [_COLUMNS[c][1].format(row[c]) if c in row else '' for c in columns]
-        lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
-    for title, file in pages:
-        lines += ['', f'## {title}', '', f'![{title}](figures/{file})']
+        lines.append(f'| {title} | ' + ' | '.join(_cell(row, c) for c in columns) + ' |')
+    for page in pages:
+        lines += ['', f'## {page.title}', '', f'![{page.title}](figures/{page.file})']
+        lines += ['', page.text]
     return '\n'.join(lines) + '\n'
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    """A number of the table, a mean with its interval, or nothing."""
+    shape = _COLUMNS[column][1]
+    if column in row.get('seeds', {}):
+        mean, half = mean_interval(row['seeds'][column])
+        return f'{shape.format(mean)} ± {shape.format(half)}'
+    return shape.format(row[column]) if column in row else ''

@@ -171,6 +171,11 @@ def abstract_arguments(stage: Stage) -> tuple[State, Any, Any, dict[str, jax.Sha
 
 def initial_state(stage: Stage) -> State:
     """The state at step 0, computed on the mesh; its `frozen` is left empty."""
+    return make_init(stage)(stage.key())
+
+
+def make_init(stage: Stage) -> Callable[[jax.Array], State]:
+    """`init(key)`, the state at step 0, jitted."""
     shardings = jax.tree.map(lambda x: x.sharding, stage.abstract_state().replace(frozen={}))
 
     def init(key, frozen):
@@ -180,9 +185,8 @@ def initial_state(stage: Stage) -> State:
     # it is compiled badly.
     on_cpu = stage.mesh.devices.flat[0].platform == 'cpu'
     options = {'xla_backend_optimization_level': '0'} if on_cpu else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(
-        stage.key(), stage.frozen
-    )
+    compiled = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    return lambda key: compiled(key, stage.frozen)
 
 
 def zeros(abstract: Any) -> Any:

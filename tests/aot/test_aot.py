@@ -24,8 +24,8 @@ from kd.errors import UserError
 from kd.losses import divergence
 
 ROOT = Path(__file__).parents[2]
-TEACHER_WIDTH, WIDTH, CLASSES = 256, 16, 10
-# Bytes of the student MLP 64-16-10 and of its teacher MLP 64-256-10.
+TEACHER_WIDTH, WIDTH, CLASSES = 256, 64, 10
+# Bytes of the student MLP 64-64-10 and of its teacher MLP 64-256-10.
 STUDENT_BYTES = 4 * (64 * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES)
 TEACHER_BYTES = 4 * (64 * TEACHER_WIDTH + TEACHER_WIDTH + TEACHER_WIDTH * CLASSES + CLASSES)
 # loss, grad_norm and two parts of the loss, as sums and counts, at most.

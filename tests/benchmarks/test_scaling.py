@@ -19,7 +19,7 @@ def _cells(text):
 def test_weak_scaling_reduces_the_gradient_whatever_the_devices(monkeypatch):
     monkeypatch.setattr(scaling, 'DEVICES', (1, 2, 4))
     one, two, four = _cells(scaling.devices())
-    gradient = 4 * (64 * 16 + 16 + 16 * 10 + 10)
+    gradient = 4 * (64 * 64 + 64 + 64 * 10 + 10)
     assert one['bytes reduced'] == '0'
     assert two['bytes reduced'] == four['bytes reduced'] == f'{gradient + 12:,}'
     assert four['bytes sent, ring of n'] == f'{1.5 * (gradient + 12):,.0f}'

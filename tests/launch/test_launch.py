@@ -118,7 +118,7 @@ def test_the_local_executor_runs_a_sweep(tmp_path):
     steps = [f'--config.{stage}.steps=4' for stage in ('teacher', 'baseline', 'student')]
     done = _run(
         sys.executable, LAUNCH / 'xm_launch.py', RECIPE, f'--workdir={tmp_path}/sweep',
-        f'--data_dir={tmp_path}/data', '--sweep=seed=[0, 1]', *steps,
+        f'--data_dir={tmp_path}/data', '--sweep=seed=[0, 1]', *steps, '--config.report.seeds=1',
         environment={'HOME': str(tmp_path), 'JAX_PLATFORMS': 'cpu'},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
