@@ -284,6 +284,11 @@ def _names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
+def data_of(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The data of a stage, from the blocks `data` of its recipe and its own."""
+    return stage if 'source' in stage else {**recipe, **stage}
+
+
 def resolve(path: str) -> Any:
     """The object at a dotted import path, such as 'kd.losses.divergence.forward_kl'."""
     module_path, _, attribute = path.rpartition('.')

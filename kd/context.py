@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from kd.config import Recipe, StageConfig
+from kd.config import Block, Recipe, StageConfig
 from kd.data import sources
 from kd.data.context import source_loader
 from kd.errors import UserError
@@ -36,6 +36,7 @@ class Context:
       locate: directory of a stage of this recipe, or of another run, by its name or path; None
         while a recipe is only checked.
       references: further frozen networks by name; variables in `state.frozen[name]`.
+      trained_by: blocks of the methods that train the teacher ('teacher') and the references.
       config: what the recipe says of the stage.
       recipe: the whole of it.
       rollout: `rollout(variables, prefix='')`, inside a step: a tree of weights in the layout and
@@ -61,6 +62,7 @@ class Context:
     optional_network: Network | None
     optional_teacher: Network | None
     optional_tx: optax.GradientTransformation | None
+    trained_by: Mapping[str, Block] = dataclasses.field(default_factory=dict)
     rollout: Callable[..., Any] = lambda variables, prefix='': variables
 
     @property

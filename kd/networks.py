@@ -96,11 +96,17 @@ class Trained:
       abstract: its variables, with shardings, nothing read.
       restore: reads the variables; raises `UserError` unless the stage is finished and its
         checkpoint fits.
+      method: block of the method that trains it.
+      data: block of the data it is trained on, as of a recipe.
+      recipe: the stage's, which may be that of another run.
     """
 
     network: Network
     abstract: Any
     restore: Callable[[], Any]
+    method: Block
+    data: Mapping[str, Any]
+    recipe: Recipe
 
 
 def trained_network(
@@ -125,13 +131,13 @@ def trained_network(
       where: place in the config, for messages.
     """
     directory = recipe.locate(reference, workdir)
+    its_recipe = recipe
     if reference in recipe.stages:
-        stage = recipe.stages[reference]
-        block, averages = stage.network, stage.ema
+        stage = dataclasses.asdict(recipe.stages[reference])
     else:
-        stored = _stored_stage(directory, where, recipe)
-        block, averages = stored['network'], stored['ema']
-    network = build_network(block, source, where=f'{where} ({reference})')
+        stage, its_recipe = _stored_stage(directory, where, recipe)
+    averages = stage['ema']
+    network = build_network(stage['network'], source, where=f'{where} ({reference})')
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
     if weights != 'final' and weights not in averages:
@@ -157,10 +163,12 @@ def trained_network(
         params = restored['params'] if weights == 'final' else restored['ema'][weights]
         return {'params': params, **restored.get('mutables', {})}
 
-    return Trained(network, abstract, restore)
+    data = config_lib.data_of(its_recipe.data, stage['data'])
+    return Trained(network, abstract, restore, stage['method'], data, its_recipe)
 
 
-def _stored_stage(directory: Path, where: str, recipe: Recipe) -> dict[str, Any]:
+def _stored_stage(directory: Path, where: str, recipe: Recipe) -> tuple[dict[str, Any], Recipe]:
+    """The config of a stage of another run, and the recipe of that."""
     file = directory.parent / 'config.json'
     if not file.exists():
         raise UserError(
@@ -171,4 +179,11 @@ def _stored_stage(directory: Path, where: str, recipe: Recipe) -> dict[str, Any]
     stored = files.read_json(file, 'the lines of manifest.json beside it hold it too')
     if directory.name not in stored:
         raise UserError(f"{where}: the run in {directory.parent} has no stage '{directory.name}'.")
-    return stored[directory.name]
+    plain = config_lib.to_plain(stored)
+    try:
+        its_recipe = config_lib.parse(plain)
+    except UserError:
+        # Of another version of kd, perhaps: its data are what counts.
+        its_recipe = Recipe(stages={}, data=plain.get('data', {}))
+    # Where data lie is a matter of this run.
+    return plain[directory.name], dataclasses.replace(its_recipe, data_dir=recipe.data_dir)

@@ -53,7 +53,11 @@ class Source:
       num_classes: number of classes; None where the examples carry no class label.
       class_names: a name per class, or None.
       spec: shape and dtype of each field of one example, as delivered by `fetch`.
+      seen: how the inputs differ from those of the data set, in words: as standardised, resized;
+        '' for not at all. A network knows inputs of this kind alone.
     """
+
+    seen = ''
 
     def __init__(self, data: DataSet, split: str):
         self.name = data.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kd import config as config_lib
 from kd.config import Recipe, StageConfig
 from kd.context import Context, Evaluator, Probe, Writer
-from kd.data import pipeline
+from kd.data import pipeline, sources
 from kd.data.context import source_loader, splits
 from kd.errors import UserError
 from kd.method import Method, with_ema, with_nonfinite_guard
+from kd.methods.start import START
 from kd.network import Network, output_shape
 from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
@@ -99,12 +100,15 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
         abstract, for checks and ahead-of-time compilation.
     """
     stage = recipe.stages[name]
-    data = stage.data if 'source' in stage.data else {**recipe.data, **stage.data}
+    data = config_lib.data_of(recipe.data, stage.data)
     source = source_loader(data, recipe, workdir)
     train = source('train')
     mesh_lib.check_batch_size(stage.batch_size, mesh, where=f'{name}.batch_size')
     network = build_network(stage.network, train, where=f'{name}.network')
     trained = _trained_networks(recipe, name, workdir, mesh, train, network)
+    for label, found in trained.items():
+        if label != START:
+            _check_data(found, data, train, where=_place(name, label))
     networks = {label: found.network for label, found in trained.items()}
 
     def optimizer(**arguments: Any) -> optax.GradientTransformation:
@@ -128,6 +132,7 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
         recipe_source=source_loader(recipe.data, recipe, workdir),
         locate=(lambda reference: recipe.locate(reference, workdir)) if workdir else None,
         references={label: net for label, net in networks.items() if label != 'teacher'},
+        trained_by={label: found.method for label, found in trained.items()},
         config=stage,
         recipe=recipe,
         rollout=partial(
@@ -161,7 +166,7 @@ def _trained_networks(recipe, name, workdir, mesh, train, network) -> dict[str, 
     """The stage's teacher, under 'teacher', and its references by their labels."""
     stage, trained = recipe.stages[name], {}
     if stage.teacher:
-        weights, where = stage.teacher_weights, f'{name}.teacher'
+        weights, where = stage.teacher_weights, _place(name, 'teacher')
         trained['teacher'] = trained_network(
             recipe, stage.teacher, workdir, mesh, train, weights=weights, where=where
         )
@@ -170,9 +175,31 @@ def _trained_networks(recipe, name, workdir, mesh, train, network) -> dict[str, 
         raise UserError(f"{name}.references cannot name one 'teacher'; set {name}.teacher.")
     for label, reference in stage.references.items():
         trained[label] = trained_network(
-            recipe, reference, workdir, mesh, train, where=f'{name}.references.{label}'
+            recipe, reference, workdir, mesh, train, where=_place(name, label)
         )
     return trained
+
+
+def _place(name: str, label: str) -> str:
+    return f'{name}.teacher' if label == 'teacher' else f'{name}.references.{label}'
+
+
+def _check_data(
+    found: Trained, data: Mapping[str, Any], train: sources.Source, *, where: str
+) -> None:
+    """Refuses a network that was trained on other data, or saw its inputs in another way."""
+    if all(found.data.get(key) == data.get(key) for key in ('name', 'source')):
+        return
+    try:
+        its_own = source_loader(found.data, found.recipe, None)('train')
+    except UserError as error:
+        raise UserError(f'{where}: the data it was trained on cannot be opened: {error}') from error
+    theirs, ours = ((one.name.partition(':')[0], one.seen) for one in (its_own, train))
+    if theirs != ours:
+        raise UserError(
+            f'{where} was trained on {" with ".join(filter(None, theirs))}, and the stage takes '
+            f'{" with ".join(filter(None, ours))}; give both the same data.'
+        )
 
 
 def _evaluators(stage: StageConfig, context: Context) -> dict[str, tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """Flow methods: a step against the losses composed by hand, trained flows against closed forms."""
 
 import dataclasses
+import functools
 import json
 import zlib
 
@@ -31,9 +32,11 @@ from kd.models.magnitude_preserving import MPDense
 from kd.models.unet import UNet
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
+from kd.parallel.mesh import make_mesh
 from kd.sampling.flow import euler_sample, time_grid
 from kd.sampling.velocity import velocity_function
 from kd.training import loop
+from kd.training.stage import prepare
 
 SPEC = {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
 BATCH = 16
@@ -372,37 +375,69 @@ def test_mistakes_are_refused_when_the_method_is_built():
         flow_map(context(network()), diagonal_fraction=75)
 
 
+def lmd_recipe(**changes):
+    """The stage `map` and its teacher `flow`, changed by block."""
+    config = kd_config.load('configs/flow/checkerboard.py:cpu,lmd')
+    config.report = {}
+    with config.unlocked(), config.ignore_type():
+        for name in ('flow', 'map'):
+            config[name].evaluators = {}
+            config[name].network.update(width=8, depth=1)
+        for path, values in changes.items():
+            stage, _, block = path.partition('_')
+            config[stage][block].update(values)
+    return config
+
+
+@pytest.mark.parametrize('another_run', [False, True], ids=['this_run', 'another_run'])
 @pytest.mark.parametrize(
-    ('change', 'message'),
+    ('changes', 'message'),
     [
-        (dict(method=dict(interpolant='trigonometric')), 'teacher was trained on interpolant'),
-        (dict(network=dict(data_scale=0.5)), 'the noise has standard deviation 0.5'),
+        ({}, None),
+        (
+            dict(map_method=dict(interpolant='trigonometric')),
+            "the teacher was trained on interpolant 'linear', the student uses 'trigonometric'",
+        ),
+        (
+            dict(flow_method=dict(interpolant='variance_preserving')),
+            "map: the teacher was trained on interpolant 'variance_preserving', the student uses",
+        ),
+        (dict(flow_method=dict(noise_scale=2.0)), r'deviation 0\.577\d*, that of the teacher 2;'),
+        (
+            dict(map_network=dict(data_scale=0.5)),
+            r'noise has standard deviation 0\.5, that',
+        ),
+        (
+            dict(map_data=dict(name='rings')),
+            r'^map\.teacher was trained on checkerboard, and the stage takes rings; give both',
+        ),
+        (dict(map_method=dict(guidance=2.0)), 'map: guidance needs a teacher with num_classes'),
+        (
+            dict(
+                map_method=dict(guidance=2.0),
+                map_network=dict(num_classes=8),
+                flow_network=dict(num_classes=8),
+                flow_method=dict(label_dropout=0.0),
+            ),
+            'map: guidance=2 takes the velocity without a class, which the teacher was not trained',
+        ),
     ],
 )
-def test_a_teacher_of_another_path_is_refused(change, message):
-    config = kd_config.load('configs/flow/checkerboard.py:cpu,lmd')
-    with config.unlocked():
-        for block, values in change.items():
-            config.map[block].update(values)
-    made = context(network(), network())
-    recipe = kd_config.parse(config)
-    student = dataclasses.replace(
-        made,
-        stage='map',
-        config=recipe.stages['map'],
-        recipe=recipe,
-        optional_network=from_linen(
-            VelocityMLP(width=8, depth=1, data_scale=config.map.network.data_scale),
-            *velocity_inputs(SPEC),
-        ),
-        optional_teacher=from_linen(
-            VelocityMLP(width=8, depth=1, data_scale=config.flow.network.data_scale),
-            *velocity_inputs(SPEC),
-        ),
-    )
-    interpolant = config.map.method.get('interpolant', 'linear')
+def test_a_teacher_of_another_path_is_refused(tmp_path, changes, message, another_run):
+    config = lmd_recipe(**changes)
+    if another_run:
+        written = kd_config.parse(config).plain()
+        (tmp_path / 'config.json').write_text(json.dumps(written))
+        config.map.teacher = str(tmp_path / 'flow')
+        with config.unlocked():
+            config.stages = ('map',)
+            del config['flow']
+    build = functools.partial(prepare, kd_config.parse(config), 'map', make_mesh({'data': 1}))
+    if message is None:
+        assert build().context.trained_by['teacher']['name'].endswith('flow_matching')
+        return
     with pytest.raises(UserError, match=message):
-        flow_map_distillation(student, interpolant=interpolant)
+        build()
 
 
 # Probes, sources, and a recipe from beginning to end.

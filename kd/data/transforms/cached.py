@@ -34,6 +34,7 @@ class CachedSource(sources.Source):
         self._source, self._stored = source, stored
         self.name, self.split = source.name, source.split
         self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.seen = source.seen
         self.spec = {**source.spec, **form.spec(shape)}
         self.signal_temperature = form.temperature
 

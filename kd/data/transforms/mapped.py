@@ -23,6 +23,7 @@ class MappedSource(sources.Source):
       source: the other one.
       transform: float32 [B, ...] -> float32 [B, *shape], on the host.
       shape: of one transformed input.
+      seen: the transform in words, see `kd.data.sources.Source`.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class MappedSource(sources.Source):
         source: sources.Source,
         transform: Callable[[np.ndarray], np.ndarray],
         shape: tuple[int, ...],
+        seen: str = '',
     ):
         # Everything but the inputs is the source's; its own initialisation would open it again.
         self._source, self._transform = source, transform
         self.name, self.split = source.name, source.split
         self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.seen = ', '.join(filter(None, (source.seen, seen)))
         self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
 
     def __len__(self) -> int:
@@ -77,7 +80,8 @@ def resized(
         window = images[:, top : top + crop, left : left + crop]
         return np.einsum('ij,bjkc,lk->bilc', weights, window, weights, optimize=True)
 
-    return MappedSource(source, transform, (size, size, channels))
+    seen = f'crop={crop}, size={size}'
+    return MappedSource(source, transform, (size, size, channels), seen)
 
 
 def area_weights(old: int, new: int) -> np.ndarray:

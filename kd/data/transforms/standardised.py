@@ -29,7 +29,12 @@ class StandardisedSource(MappedSource):
         eps: float,
         moments: tuple[np.ndarray, np.ndarray] | None,
     ) -> None:
-        super().__init__(source, self.from_pixels, source.spec['input'].shape)
+        seen = f'kind={kind!r}'
+        if moments is not None:
+            seen += f', mean={moments[0].tolist()}, deviation={moments[1].tolist()}'
+        elif kind != 'none':
+            seen += f', fit_on={fit_on.split!r}' + (f', eps={eps}' if kind == 'zca' else '')
+        super().__init__(source, self.from_pixels, source.spec['input'].shape, seen)
         self.fit_on, self.kind, self.eps, self.moments = fit_on, kind, eps, moments
 
     def from_pixels(self, images: np.ndarray) -> np.ndarray:

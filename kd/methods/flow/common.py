@@ -166,20 +166,36 @@ def _depends(jaxpr: core.Jaxpr, inputs: list[bool]) -> list[bool]:
 def check_teacher(context: Context, interpolant: Interpolant, *, two_times: bool) -> None:
     """Refuses a teacher that is no flow, or one of another interpolant or noise."""
     check_network(context.teacher, two_times=two_times, where=f'{context.stage}.teacher')
-    stage = context.config
-    # Of a teacher from another run nothing is known but its network.
-    if stage.teacher not in context.recipe.stages:
+    block = context.trained_by.get('teacher')
+    if block is None:  # A context made by hand.
         return
-    block = context.recipe.stages[stage.teacher]
     try:
-        name = block.method.get('interpolant', 'linear')
+        name = block.get('interpolant', 'linear')
         check_same_interpolant(interpolant, get_interpolant(name))
     except ValueError as error:
         raise UserError(f'{context.stage}: {error}') from error
-    own = noise_scale(context.network, stage.method.get('noise_scale'))
-    other = noise_scale(context.teacher, block.method.get('noise_scale'))
+    check_noise(context, noise_scale(context.network, context.config.method.get('noise_scale')))
+
+
+def check_noise(context: Context, own: float) -> None:
+    """Refuses a teacher that starts from noise of another standard deviation than `own`."""
+    block = context.trained_by.get('teacher', {'noise_scale': own})
+    other = noise_scale(context.teacher, block.get('noise_scale'))
     if own != other:
         raise UserError(
             f'{context.stage}: the noise has standard deviation {own:g}, that of the teacher '
             f'{other:g}; give both the same data_scale or noise_scale.'
+        )
+
+
+def check_guidance(context: Context, guidance: float) -> None:
+    """Refuses to guide a teacher without classes, or one that has never seen the null class."""
+    if guidance == 1.0:
+        return
+    if num_classes(context.teacher) is None:
+        raise UserError(f'{context.stage}: guidance needs a teacher with num_classes.')
+    if context.trained_by.get('teacher', {}).get('label_dropout') == 0:
+        raise UserError(
+            f'{context.stage}: guidance={guidance:g} takes the velocity without a class, which the '
+            'teacher was not trained on; train it with label_dropout above 0.'
         )

@@ -64,8 +64,7 @@ def flow_map_distillation(
             f'{context.stage}: the student is conditioned on {num_classes(context.network)} '
             f'classes and its teacher on {classes}; give both networks the same num_classes.'
         )
-    if guidance != 1.0 and classes is None:
-        raise UserError(f'{context.stage}: guidance needs a teacher with num_classes.')
+    common.check_guidance(context, guidance)
 
     def teacher(frozen, label) -> VelocityFunction:
         field = velocity_function(context.teacher, frozen['teacher'], label, guidance=guidance)

@@ -51,6 +51,8 @@ def reflow(
     # The teacher may come from any interpolant: only its ends are used.
     common.check_network(network, two_times=sampler == 'flow_map', where=f'{context.stage}.teacher')
     scale = scale_of(network, noise_scale)
+    common.check_noise(context, scale)
+    common.check_guidance(context, guidance)
     times = time_grid(sampler_steps)
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
