@@ -19,7 +19,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,31 +64,34 @@ def _main(argv: Sequence[str]) -> int:
     # TensorFlow writes TensorBoard events and tfds copies, and would have much to say of itself.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    config, known = parse(argv)
+    known, assignments = parse(argv)
     enable_compilation_cache()
     # Importing takes seconds: a mistyped flag is told before, and a signal finds its handler.
     import jax
 
     from kd.parallel import distributed
-    from kd.training import loop, reuse
 
-    choice = reuse.Choice(only=known.stages, again=known.again, longer=known.longer)
+    # The processes join before the config is read, which may ask JAX for the devices.
     with distributed.session(known.distributed):
+        config = read(known, assignments)
+        from kd.training import loop, reuse
+
+        choice = reuse.Choice(only=known.stages, again=known.again, longer=known.longer)
         report = loop.run(config, known.workdir, choice)
     if jax.process_index() == 0:
         print(f'Done. Report: {report}' if report else f'Done: {known.workdir}')
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
-    """The config with its overrides, and the other arguments."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the fields of the config that the command line sets."""
     parser = argparse.ArgumentParser(
         prog='python -m kd.main', description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument('--config', required=True, metavar='FILE[:ARGUMENT]')
     parser.add_argument('--workdir', required=True, metavar='DIRECTORY')
-    parser.add_argument('--data_dir', metavar='DIRECTORY', help='sets config.data_dir')
+    parser.add_argument('--data_dir', default='', metavar='DIRECTORY', help='sets config.data_dir')
     parser.add_argument(
         '--distributed', default='', metavar='auto|HOST:PORT,COUNT,INDEX',
         help='joins the processes of several hosts; also by the variable KD_DISTRIBUTED',
@@ -98,17 +101,22 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
     parser.add_argument('--again', **names, help='begins these anew; their files go to old/')
     parser.add_argument('--longer', **names, help='lets these, done, go on to more steps')
     known, rest = parser.parse_known_args(argv)
-    files.local(known.workdir, '--workdir')
-    files.local(known.data_dir or '', '--data_dir')
+    for flag in ('workdir', 'data_dir'):
+        files.local(getattr(known, flag), f'--{flag}')
+    return known, overrides(rest)
+
+
+def read(known: argparse.Namespace, assignments: Mapping[str, str]) -> ConfigDict:
+    """The config with its overrides."""
     from kd import config as config_lib
     from kd.overrides import override
 
     config = config_lib.load(known.config)
-    for told in override(config, overrides(rest)):
+    for told in override(config, assignments):
         print(f'kd: {told}', file=sys.stderr)
-    if known.data_dir is not None:
+    if known.data_dir:
         config.data_dir = known.data_dir
-    return config, known
+    return config
 
 
 def _names(text: str) -> tuple[str, ...]:

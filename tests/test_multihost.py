@@ -302,3 +302,29 @@ def test_without_being_asked_nothing_is_joined(monkeypatch):
     with distributed.session():
         assert distributed.is_first()
     assert distributed.from_first(lambda: {'a': 1}) == {'a': 1}
+
+
+def test_a_config_that_asks_for_the_devices_finds_those_of_all_processes(context, tmp_path):
+    mine = tmp_path / 'mine.py'
+    mine.write_text(
+        'import jax\n'
+        'from kd import config\n'
+        'def get_config():\n'
+        f"    made = config.load('{RECIPE}')\n"
+        '    made.teacher.batch_size = jax.device_count()\n'
+        '    return made\n'
+    )
+    run = Run(context, tmp_path / 'run', tmp_path / 'data', '--config.teacher.optimizer.lrr=1')
+    run.arguments[0] = f'--config={mine}'
+    # It is read, and what is wrong with the rest is told; the processes had come together.
+    assert run.finish(2, 2) == [EXIT_USER] * 2, run.said(0)
+    assert "no field 'teacher.optimizer.lrr'" in run.said(0)
+
+
+def test_jax_that_was_used_before_the_processes_join_is_one_clear_line():
+    jax.devices()
+    with (
+        pytest.raises(UserError, match='JAX was used before the processes joined'),
+        distributed.session('127.0.0.1:1,2,0'),
+    ):
+        pass

@@ -156,7 +156,8 @@ def network_part(runs, training, noise, weights):
     arms |= {f'alpha_{w:g}': measure(params) for w, params in grid.items()}
     arms['alpha_hat'] = measure(train(teacher, np.clip(hat, 0, 1), 1)) | {'alpha': hat}
     table = np.stack([arms[f'alpha_{w:g}']['val_mse'] for w in weights])
-    best, seeds_ = table.argmin(0), np.arange(runs)
+    # A training that diverged is not the best.
+    best, seeds_ = np.where(np.isfinite(table), table, np.inf).argmin(0), np.arange(runs)
     accuracy = np.stack([arms[f'alpha_{w:g}']['accuracy'] for w in weights])
     arms['grid_best'] = {
         'val_mse': table[best, seeds_], 'accuracy': accuracy[best, seeds_],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import figures
+from kd import figures, metrics
 from kd.claims import seeds
 from kd.claims.claim import Check, Claim
 from kd.data import catalogue
@@ -106,7 +106,7 @@ def train_arm(arm, student, data, validation, test, runs, steps):
         nll = -log_p[:, np.arange(len(split['label'])), split['label']].mean(-1)
         return right.reshape(grid_lr.shape), nll.reshape(grid_lr.shape)
 
-    best = per_run(validation)[0].mean(-1).argmax()
+    best = metrics.best(per_run(validation)[0].mean(-1))
     accuracy, nll = per_run(test)
     return {'accuracy': accuracy[best], 'nll': nll[best], 'lr': grid_lr[best]}
 

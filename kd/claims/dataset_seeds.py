@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kd import metrics
 from kd.claims import seeds as seeds_lib
 from kd.context import Context
 from kd.data import catalogue, sources
@@ -232,7 +233,7 @@ class Judge:
             )
             for rate in STEP_SIZES
         }
-        best = max(found, key=lambda rate: found[rate])
+        best = STEP_SIZES[metrics.best(map(float, found.values())) or 0]
         tested = [self._accuracy(i, one, self.task.test, best) for i, one in enumerate(sets)]
         return np.array(tested), best
 

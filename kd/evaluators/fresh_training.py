@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from kd import figures
+from kd import figures, metrics
 from kd.context import Context, Probe
 from kd.data import sources
 from kd.data.distilled import synthetic
@@ -128,7 +128,7 @@ class Protocol:
         if not np.isfinite(rates).all():
             raise ValueError('The set has no learning rate of its own; give step_sizes.')
         tried = [(self(keys, made.examples, test, rate), rate) for rate in rates]
-        return max(tried, key=lambda pair: pair[0].mean())
+        return tried[metrics.best(accuracies.mean() for accuracies, _ in tried) or 0]
 
     def __call__(self, keys, examples, test, rate) -> np.ndarray:
         """Accuracies [K] of networks trained on `examples`."""

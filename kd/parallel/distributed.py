@@ -5,6 +5,9 @@ A run is of several processes only if asked, by `--distributed` or the variable 
     auto                 Slurm, a TPU pod or Open MPI say which process this is (`jax.distributed`)
     HOST:PORT,COUNT,I    process I of COUNT; process 0 listens at HOST:PORT
 
+Under `auto` the processes of a node share out its devices; see `kd.parallel.local_devices`.
+Otherwise each takes what it sees: set CUDA_VISIBLE_DEVICES where several are on one machine.
+
 All processes need the same work directory (a shared file system or a mounted bucket): each writes
 its shards of a checkpoint, the first writes everything else.
 """
@@ -29,6 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kd.errors import UserError, reason
+from kd.parallel.local_devices import local_devices
 
 ENVIRONMENT = 'KD_DISTRIBUTED'
 # Exit status of a process that lost the others.
@@ -153,12 +157,16 @@ def _join(spec: str) -> None:
             'coordinator_address': match['address'],
             'num_processes': int(match['count']),
             'process_id': int(match['index']),
+            # What a launcher says of this process is not asked for.
+            'cluster_detection_method': 'deactivate',
         }
     elif spec != 'auto':
         raise UserError(
             f"--distributed (or {ENVIRONMENT}) is 'auto' or HOST:PORT,COUNT,INDEX such as "
             f"10.0.0.1:8476,4,0; got '{spec}'."
         )
+    else:
+        arguments = {'local_device_ids': local_devices()}
     try:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=HEARTBEAT_S,
@@ -166,6 +174,11 @@ def _join(spec: str) -> None:
             **arguments,
         )
     except (ValueError, RuntimeError) as error:
+        if 'must be called before' in str(error):
+            raise UserError(
+                f'--distributed={spec}: JAX was used before the processes joined, by a module '
+                'that Python imports when it starts, or by the program that calls kd.'
+            ) from error
         raise UserError(
             f'--distributed={spec}: the processes do not come together: {reason(error)} '
             "'auto' needs Slurm, a TPU pod or Open MPI; elsewhere give HOST:PORT,COUNT,INDEX."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
 
     def mark() -> None:
         # From the log and not from this process, which may have come after the last step.
-        logged = {name: value for line in read_metrics(directory) for name, value in line.items()}
+        lines = read_metrics(directory)
+        logged = {name: value for line in lines for name, value in line.items()}
+        speeds = [line['time/steps_per_s'] for line in lines if 'time/steps_per_s' in line]
+        others = ('step', 'time/steps_per_s')
         record = {
             'step': step,
-            'steps_per_s': logged.pop('time/steps_per_s', None),
-            'metrics': {name: value for name, value in logged.items() if name != 'step'},
+            'steps_per_s': next(filter(math.isfinite, reversed(speeds)), None),
+            'metrics': {name: value for name, value in logged.items() if name not in others},
             'parameters': parameters,
             'weights': weights,
             'files': _products(directory) if stage.writers else {},

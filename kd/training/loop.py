@@ -312,10 +312,8 @@ class Loop:
         self._write_files(now)
         if self._ranks(now):
             self.saved.rank(now, scalars)
-        if scalars and (speed := self.clock.speed()):
-            scalars['time/steps_per_s'] = speed
         if scalars:
-            self.log.write(now, scalars)
+            self.log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
 
     def _closes(self, step: int) -> bool:
         """Whether the metrics of a window are written at a step."""

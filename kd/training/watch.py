@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -37,9 +38,9 @@ class Clock:
         self.began = time.monotonic()
 
     def speed(self) -> float:
-        """Steps per second; 0 before there are any."""
-        if self.began is None:
-            return 0.0
+        """Steps per second; NaN before there are any."""
+        if self.began is None or not self.steps:
+            return math.nan
         return self.steps / (self.seconds + time.monotonic() - self.began)
 
 

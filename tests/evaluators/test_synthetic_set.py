@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from kd import network
+from kd.data.distilled import synthetic
 from kd.evaluators import synthetic_set
+from kd.evaluators.fresh_training import Protocol
 from kd.models import convnet, mlp
 
 CLASSES = 3
@@ -160,3 +162,12 @@ def test_sets_that_do_not_fit_are_named(evaluate, sets):
             evaluate(keys, *given, 0.1)
     with pytest.raises(ValueError, match=r'examples are \[4, 4, 1\], test examples \[4, 3, 1\]'):
         evaluate(keys, train, {**test, 'input': test['input'][:, :, :3]}, 0.1)
+
+
+def test_the_step_size_with_the_best_number_is_taken(monkeypatch, linear):
+    judge = Protocol(linear, epochs=1)
+    accuracies = {0.1: 0.3, 0.2: np.nan, 0.3: 0.7, 0.4: 0.5}
+    monkeypatch.setattr(Protocol, '__call__', lambda *args: np.full(2, accuracies[args[-1]]))
+    made = synthetic.SyntheticSet(np.zeros((1, 2)), np.zeros(1), np.nan)
+    assert judge.best(None, made, {}, (0.1, 0.2, 0.3, 0.4))[1] == 0.3
+    assert judge.best(None, made, {}, (0.2, 0.1))[1] == 0.1

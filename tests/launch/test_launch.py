@@ -34,8 +34,13 @@ def _run(*command, environment=None):
 def _parses(command: str) -> tuple:
     """What `kd.main` makes of a printed command."""
     words = shlex.split(command)
-    config, known = kd_main.parse(words[words.index('kd.main') + 1 :])
-    return config, known.workdir, known.distributed
+    return _parsed(words[words.index('kd.main') + 1 :])
+
+
+def _parsed(words: list[str]) -> tuple:
+    """The config, the work directory, and how processes are joined."""
+    known, assignments = kd_main.parse(words)
+    return kd_main.read(known, assignments), known.workdir, known.distributed
 
 
 def test_local_processes_get_their_places_in_one_run():
@@ -218,7 +223,7 @@ def test_every_launcher_is_documented():
     for name in files:
         [command] = [c for c in _documented() if f'launch/{name}' in c]
         given = [w for w in shlex.split(command) if w.startswith(('--config=', '--workdir='))]
-        assert kd_main.parse(given)[0].stages
+        assert _parsed(given)[0].stages
     assert len(_documented()) == len(files)
 
 

@@ -38,8 +38,12 @@ def herding(
 
         i_k = argmin_i || mean - (phi_{i_1} + .. + phi_{i_{k-1}} + phi_i) / k ||,  none taken twice
 
+    Raises:
+      ValueError: features that are not finite; see the module.
+
     Source: Welling 2009; in this form Rebuffi et al. 2016, arXiv 1611.07725, algorithm 4.
     """
+    _check_finite(features)
     picked = []
     for members in _classes(labels, images_per_class, num_classes):
         points = np.asarray(features[members], np.float64)
@@ -77,10 +81,14 @@ def kmeans(
       seed: of scikit-learn's K-means.
       num_classes: see the module.
 
+    Raises:
+      ValueError: features that are not finite; see the module.
+
     Source: Liu et al. 2023, arXiv 2302.14416 (DREAM); Shen et al. 2023, arXiv 2310.10541.
     """
     from sklearn.cluster import KMeans  # slow to import
 
+    _check_finite(features)
     picked = []
     for members in _classes(labels, images_per_class, num_classes):
         points = np.asarray(features[members], np.float64)
@@ -129,6 +137,15 @@ def check_labels(labels: np.ndarray, num_classes: int | None = None) -> None:
     if low < 0 or (num_classes is not None and high >= num_classes):
         last = '' if num_classes is None else num_classes - 1
         raise ValueError(f'Labels lie in {low}..{high}; the classes are 0..{last}.')
+
+
+def _check_finite(features: np.ndarray) -> None:
+    good = np.isfinite(features).all(axis=tuple(range(1, np.ndim(features))))
+    if not good.all():
+        raise ValueError(
+            f'{(~good).sum()} of {len(good)} examples have features that are not finite; the '
+            'network that computes them has diverged.'
+        )
 
 
 def _classes(

@@ -172,3 +172,11 @@ def test_bad_groups_are_named():
         compensator.group_count(1, 3, 2)
     with pytest.raises(ValueError, match=r'shape \[M, 2, 1, 2, 2, 1\], got \[1, 3'):
         compensator.unfold(jnp.zeros((2, 3, 2, 2, 1)), jnp.zeros((1, 3, 2, 2, 1)))
+
+
+@pytest.mark.parametrize('selector', [coreset.herding, coreset.kmeans])
+def test_features_that_are_not_finite_are_refused(selector):
+    features = np.eye(6)
+    features[2, 1] = np.nan
+    with pytest.raises(ValueError, match='1 of 6 examples have features that are not finite'):
+        selector(features, np.array([0, 0, 0, 1, 1, 1]), 1)
