@@ -49,7 +49,10 @@ class StageConfig:
       references: further frozen networks, {name: stage or directory}, as `teacher` is one.
       writers: blocks by name of functions that write files from the state, each with its `every`.
       evaluators: blocks by name, each with its `split`.
-      ema: {name: decay} of averages of the parameters to keep.
+      result: the part of what the method trains that is the stage's result: what is evaluated,
+        averaged, exported, and found by later stages.
+      ema: {name: decay} of averages of the result to keep, or {name: fields of
+        `kd.method.averages.Average`}.
       data: keys of the recipe's `data` that this stage changes; with a `source`, all of its own.
       log_every, eval_every, checkpoint_every: in steps; eval_every 0 means at the end only.
       keep: how many of the latest checkpoints to keep.
@@ -68,7 +71,8 @@ class StageConfig:
     references: Mapping[str, str] = dataclasses.field(default_factory=dict)
     writers: Mapping[str, Block] = dataclasses.field(default_factory=dict)
     evaluators: Mapping[str, Block] = dataclasses.field(default_factory=dict)
-    ema: Mapping[str, Fraction] = dataclasses.field(default_factory=dict)
+    result: str = 'network'
+    ema: Mapping[str, Fraction | Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     log_every: Count = 100
     eval_every: Size = 0

@@ -96,6 +96,13 @@ class Context:
         """The stage's optimiser."""
         return self._needed('optimizer', self.optional_tx)
 
+    def tx_of(self, updates: int) -> optax.GradientTransformation:
+        """The stage's optimiser for a step of several updates; its schedule goes by steps."""
+        if updates == 1:
+            return self.tx
+        self._needed('optimizer', self.config.optimizer or None)
+        return self.optimizer(updates=updates, **self.config.optimizer)
+
     def _needed(self, what: str, value: Any) -> Any:
         if value is None:
             raise UserError(f'this needs {self.stage}.{what}, which is not set.')

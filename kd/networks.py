@@ -18,6 +18,7 @@ from kd.errors import UserError, did_you_mean
 from kd.io import checkpoints
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
+from kd.state import NETWORK
 
 
 class Described(Protocol):
@@ -136,7 +137,7 @@ def trained_network(
         stage = dataclasses.asdict(recipe.stages[reference])
     else:
         stage, its_recipe = _stored_stage(directory, where, recipe)
-    averages = stage['ema']
+    averages, part = stage['ema'], stage.get('result', NETWORK)
     network = build_network(stage['network'], source, where=f'{where} ({reference})')
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
@@ -154,14 +155,9 @@ def trained_network(
         done = checkpoints.read_done(directory)
         if done is None:
             raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
-        mutables = dict(abstract)
-        params = mutables.pop('params')
-        wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
-        if mutables:
-            wanted['mutables'] = mutables
-        restored = checkpoints.restore_variables(directory, done['step'], wanted, where)
-        params = restored['params'] if weights == 'final' else restored['ema'][weights]
-        return {'params': params, **restored.get('mutables', {})}
+        return checkpoints.restore_part(
+            directory, done['step'], abstract, where, part=part, weights=weights
+        )
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
     return Trained(network, abstract, restore, stage['method'], data, its_recipe)

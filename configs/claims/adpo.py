@@ -132,7 +132,8 @@ def make_trainer(method, inputs):
     def begin(key, params):
         state = method.init(key, {})
         # The anchor 'self' is the student as it starts: the reference.
-        return state.replace(params=params, extra=dict.fromkeys(state.extra, params))
+        state = state.with_params(params)
+        return state.replace(extra=dict.fromkeys(state.extra, params))
 
     @jax.jit
     def train(params, rewards, rows):
@@ -141,7 +142,7 @@ def make_trainer(method, inputs):
 
         state = jax.vmap(begin)(jax.vmap(jax.random.key)(jnp.arange(rows.shape[1])), params)
         state, _ = jax.lax.scan(lambda s, r: (jax.vmap(one)(s, r), None), state, rows)
-        return state.params
+        return state.variables()['params']
 
     return train
 

@@ -185,14 +185,14 @@ def make_trainer(network, x, y, training):
         def body(state, rows):
             return jax.vmap(one)(state, x, y, teacher, rows), None
 
-        return jax.lax.scan(body, state, rows)[0].params
+        return jax.lax.scan(body, state, rows)[0].variables()['params']
 
     def train(teacher, alphas, stream):
         state = start(jax.vmap(jax.random.key)(np.arange(runs) + 1000 * stream))
         state = state.replace(extra={'alpha': jnp.asarray(alphas, jnp.float32)})
         rows = np.random.default_rng(stream).integers(0, size, (training, runs, 50))
         # At alpha = 1 a teacher has no say: the first generation may have any.
-        return steps(state, state.params if teacher is None else teacher, rows)
+        return steps(state, state.variables()['params'] if teacher is None else teacher, rows)
 
     return train
 

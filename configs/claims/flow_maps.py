@@ -178,7 +178,7 @@ def train_arm(arm, network, data, run_seeds, count, *, steps, batch_size):
     for n in STEPS:
         x = jnp.broadcast_to(noise, (len(run_seeds), *noise.shape))
         for s, t in itertools.pairwise(time_grid(n)):
-            x = advance(state.ema['slow'], s, t, x)
+            x = advance(state.variables('slow')['params'], s, t, x)
         samples[n] = np.asarray(x)
     return samples
 

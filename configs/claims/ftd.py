@@ -110,7 +110,8 @@ def accumulated(net, state, held):
 
         return jax.vmap(of_expert)(ends).mean(0)
 
-    return np.asarray(jax.jit(jax.vmap(of_seed))(state.params, state.mutables['label']))
+    made = state.variables()
+    return np.asarray(jax.jit(jax.vmap(of_seed))(made['params'], made['label']))
 
 
 def curvatures(task, vectors):

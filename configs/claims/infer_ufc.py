@@ -123,9 +123,9 @@ def builders(source, train, nets, frozen, steps):
     def build(seed, arms):
         rng = np.random.default_rng(seed)
         state = method.init(jax.random.key(seed), frozen)
-        count = state.mutables['groups'].shape[0]
+        count = state.variables()['groups'].shape[0]
         chosen = compensator.group_indices(rng, train['label'], count)
-        state = state.replace(mutables={'groups': jnp.asarray(train['input'][chosen])})
+        state = state.replace(mutables={'network': {'groups': jnp.asarray(train['input'][chosen])}})
         for _ in range(steps):
             state = step(state, {})[0]
         images = compensated_set.unfolded(state, -1.0, 1.0)

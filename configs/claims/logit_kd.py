@@ -98,7 +98,7 @@ def train_arm(arm, student, data, validation, test, runs, steps):
 
     def log_probs(split):
         apply = jax.vmap(lambda params: student.apply({'params': params}, split['input']).logits)
-        return np.asarray(jax.nn.log_softmax(jax.jit(apply)(state.params)))
+        return np.asarray(jax.nn.log_softmax(jax.jit(apply)(state.variables()['params'])))
 
     def per_run(split):
         log_p = log_probs(split)

@@ -167,7 +167,9 @@ def distilled(say, task, judge, setting, seeds):
             say(f'{ARMS[arm]}, {size} per class: {accuracy.mean():.4f}, distance {loss.mean():.3f}')
             measured[f'{arm}_{size}'] = {
                 'accuracy': accuracy,
-                'step_size': np.asarray(jax.numpy.exp(state.params['log_step_size'])),
+                'step_size': np.asarray(
+                    jax.numpy.exp(state.variables()['params']['log_step_size'])
+                ),
                 'distance': loss,
             }
     return measured

@@ -126,7 +126,7 @@ def train(method, data, steps, params, stream):
     keys = jax.vmap(jax.random.key)(jnp.arange(runs) + 1000 * stream)
     state = jax.jit(jax.vmap(lambda key: method.init(key, {})))(keys)
     if params is not None:
-        state = state.replace(params=params)
+        state = state.with_params(params)
     rng = np.random.default_rng(stream)
     order = np.stack([rng.permutation(size)[: steps * BATCH] for _ in range(runs)])
     rows = order.reshape(runs, steps, BATCH).swapaxes(0, 1)
@@ -136,7 +136,8 @@ def train(method, data, steps, params, stream):
         def one(state, data, rows):
             return method.step(state, {name: value[rows] for name, value in data.items()})[0]
 
-        return jax.lax.scan(lambda s, r: (jax.vmap(one)(s, data, r), None), state, rows)[0].params
+        state = jax.lax.scan(lambda s, r: (jax.vmap(one)(s, data, r), None), state, rows)[0]
+        return state.variables()['params']
 
     return jax.block_until_ready(loop(state, data, rows))
 

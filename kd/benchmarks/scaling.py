@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from kd import config as config_lib
 from kd.aot import compile as aot
@@ -37,6 +36,7 @@ from kd.aot import hlo, topology
 from kd.aot import table as aot_table
 from kd.benchmarks import fused_divergence
 from kd.data.builders import characters
+from kd.network import parameter_count
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIGITS, CHARACTERS = (
@@ -286,7 +286,7 @@ def _parameters(config: config_lib.ConfigDict, stage: str) -> int:
     from kd.training.stage import prepare
 
     ready = prepare(config_lib.parse(config), stage, mesh.make_mesh({'data': 1}))
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(ready.abstract_state().params))
+    return parameter_count(ready.abstract_state().variables())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -130,12 +130,12 @@ def train_experts(
         return method.step(state, batch)[0], None
 
     epoch = jax.jit(lambda state, rows: jax.lax.scan(one_step, state, rows)[0])
-    snapshots = [np.asarray(flatten(state.params))]
+    snapshots = [np.asarray(flatten(state.variables()['params']))]
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         rows = np.resize(rng.permutation(size), (per_epoch, batch_size))
         state = epoch(state, jnp.asarray(rows))
-        snapshots.append(np.asarray(flatten(state.params)))
+        snapshots.append(np.asarray(flatten(state.variables()['params'])))
     return np.stack(snapshots, 1)
 
 
@@ -182,10 +182,12 @@ def distil(
 
     def init(key):
         state = method.init(key, None)
-        params = {**state.params, 'images': start(key)}
+        images = start(key)
+        state = state.with_params({**state.variables()['params'], 'images': images})
         # Averages begin where the images do.
-        ema = {name: {**tree, 'images': params['images']} for name, tree in state.ema.items()}
-        return state.replace(params=params, ema=ema)
+        begun = lambda tree: {**tree, 'images': images}  # noqa: E731
+        ema = {name: {p: begun(t) for p, t in parts.items()} for name, parts in state.ema.items()}
+        return state.replace(ema=ema)
 
     if steps == 0:
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))

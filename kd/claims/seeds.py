@@ -1,8 +1,8 @@
 """Many independent runs of one method at once, for experiments that compare means over seeds.
 
 The runs are vmapped and share the data, which lies on the device; each has its own key, order of
-the data and, if asked for, hyperparameters. For networks so small that one run leaves the device
-idle, ten runs cost little more than one.
+the data and, if asked for, hyperparameters, data and teachers. For networks so small that one run
+leaves the device idle, ten runs cost little more than one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from kd.config import Recipe, StageConfig
 from kd.context import Context
 from kd.method import Method
 from kd.network import Network
-from kd.state import State
+from kd.state import PyTree, State
+from kd.training import optimizer as optim
 
 # Steps per call of the compiled loop: long enough to hide the call, short enough to show progress.
 _CHUNK = 100
@@ -32,11 +33,16 @@ def train(
     *,
     steps: int,
     batch_size: int,
-    frozen: Any = None,
+    per_run: Mapping[str, np.ndarray] | None = None,
+    frozen: Mapping[str, PyTree] | None = None,
+    frozen_per_run: Mapping[str, PyTree] | None = None,
     hyperparameters: Mapping[str, np.ndarray] | None = None,
     init: Callable[[jax.Array], State] | None = None,
 ) -> State:
     """Trains `len(seeds)` runs side by side.
+
+    The number of the step is one for all runs: vmapped over steps of their own, a condition on the
+    step would compute both of its branches at every step.
 
     Args:
       method: its `init` and `step`; both are vmapped.
@@ -44,41 +50,59 @@ def train(
       seeds: int [R]; run r is the same whatever the others are.
       steps: of every run.
       batch_size: of every run.
+      per_run: further arrays [R, N, ...], of which a run sees its own.
       frozen: read by all runs.
+      frozen_per_run: trees whose leaves have a leading axis [R], of which a run reads its own.
       hyperparameters: {name: [R]} to set in the state of `optax.inject_hyperparams`, which must be
         the method's outermost transformation.
-      init: replaces `method.init` as `init(key) -> State`, to go on from earlier runs for example.
+      init: replaces `method.init` as `init(key) -> State`, to go on from earlier runs for example;
+        its step does not depend on the key.
 
     Returns:
       The final state, each leaf with a leading axis [R], without frozen trees.
     """
     seeds = np.asarray(seeds)
     arrays = {name: jnp.asarray(value) for name, value in data.items()}
-    size = len(next(iter(arrays.values())))
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    start = init or (lambda key: method.init(key, frozen).replace(frozen={}))
-    state = jax.jit(jax.vmap(start))(keys)
-    if hyperparameters:
-        values = {name: jnp.asarray(v, jnp.float32) for name, v in hyperparameters.items()}
-        unknown = set(values) - set(state.opt_state.hyperparams)
-        if unknown:
-            raise ValueError(f'The optimiser has no hyperparameter {sorted(unknown)}.')
-        injected = {**state.opt_state.hyperparams, **values}
-        state = state.replace(opt_state=state.opt_state._replace(hyperparams=injected))
+    own_arrays = {name: jnp.asarray(value) for name, value in (per_run or {}).items()}
+    size = len(next(iter(arrays.values()))) if arrays else next(iter(own_arrays.values())).shape[1]
+    shared, own_frozen = dict(frozen or {}), dict(frozen_per_run or {})
 
-    def one_step(state: State, rows: jax.Array) -> State:
-        batch = {name: value[rows] for name, value in arrays.items()}
-        return method.step(state.replace(frozen=frozen or {}), batch)[0].replace(frozen={})
+    def start(key: jax.Array, own: PyTree) -> State:
+        state = init(key) if init else method.init(key, {**shared, **own})
+        return state.replace(frozen={})
+
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    abstract = jax.eval_shape(start, keys[0], jax.tree.map(lambda x: x[0], own_frozen))
+    axes: Any = jax.tree.map(lambda _: 0, abstract).replace(step=None)
+    state = jax.jit(jax.vmap(start, out_axes=axes))(keys, own_frozen)
+    if hyperparameters:
+        state = state.replace(opt_state=_injected(state.opt_state, hyperparameters))
+
+    def one_step(state: State, rows: jax.Array, own: PyTree, own_arrays: PyTree) -> State:
+        batch = {name: value[rows] for name, value in {**arrays, **own_arrays}.items()}
+        state = state.replace(frozen={**shared, **own})
+        return method.step(state, batch)[0].replace(frozen={})
+
+    together = jax.vmap(one_step, in_axes=(axes, 0, 0, 0), out_axes=axes)
 
     @jax.jit
-    def chunk(state: State, rows: jax.Array) -> State:
-        return jax.lax.scan(lambda s, r: (jax.vmap(one_step)(s, r), None), state, rows)[0]
+    def chunk(state: State, rows: jax.Array, own: PyTree, own_arrays: PyTree) -> State:
+        return jax.lax.scan(lambda s, r: (together(s, r, own, own_arrays), None), state, rows)[0]
 
     for first in range(0, steps, _CHUNK):
         count = min(_CHUNK, steps - first)
         rows = np.stack([_rows(int(seed), size, batch_size, first, count) for seed in seeds], 1)
-        state = chunk(state, jnp.asarray(rows))
+        state = chunk(state, jnp.asarray(rows), own_frozen, own_arrays)
+    state = state.replace(step=jnp.broadcast_to(state.step, seeds.shape))
     return jax.block_until_ready(state)
+
+
+def _injected(opt_state: Any, hyperparameters: Mapping[str, np.ndarray]) -> Any:
+    values = {name: jnp.asarray(v, jnp.float32) for name, v in hyperparameters.items()}
+    unknown = set(values) - set(opt_state.hyperparams)
+    if unknown:
+        raise ValueError(f'The optimiser has no hyperparameter {sorted(unknown)}.')
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, **values})
 
 
 def train_one(
@@ -108,19 +132,39 @@ def context(
     network: Network | None = None,
     tx: optax.GradientTransformation | None = None,
     teacher: Network | None = None,
+    references: Mapping[str, Network] | None = None,
     num_classes: int | None = None,
     steps: int = 0,
     batch_size: int = 0,
+    spec: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
 ) -> Context:
-    """A context for a method's builder outside any recipe."""
+    """A context for a method's builder outside any recipe.
+
+    Args:
+      network, teacher, references: of the stage; variables of the latter two are given as `frozen`.
+      tx: the stage's optimiser.
+      num_classes, steps, batch_size, spec: of the data and of the runs.
+      optimizer: arguments of `kd.training.optimizer.optimizer`, in place of `tx`.
+
+    Further optimisers, `context.optimizer(lr=...)`, are made for `steps` steps.
+    """
 
     def nothing(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError('A context made by hand has no data and no further optimisers.')
+        raise NotImplementedError('A context made by hand has no data.')
 
+    def further(**arguments: Any) -> optax.GradientTransformation:
+        if steps < 1:
+            raise ValueError('Optimisers are made for a number of steps: give the context `steps`.')
+        return optim.optimizer(steps, **arguments)
+
+    config = StageConfig(
+        method={}, steps=steps, batch_size=batch_size, optimizer=dict(optimizer or {})
+    )
     return Context(
         stage='stage',
-        optimizer=nothing,
-        spec={},
+        optimizer=further,
+        spec=dict(spec or {}),
         num_classes=num_classes,
         steps=steps,
         batch_size=batch_size,
@@ -128,12 +172,12 @@ def context(
         splits=(),
         recipe_source=nothing,
         locate=None,
-        references={},
-        config=StageConfig(method={}, steps=steps, batch_size=batch_size),
+        references=dict(references or {}),
+        config=config,
         recipe=Recipe(stages={}, data={}),
         optional_network=network,
         optional_teacher=teacher,
-        optional_tx=tx,
+        optional_tx=further(**optimizer) if optimizer else tx,
     )
 
 

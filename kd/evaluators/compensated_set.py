@@ -210,7 +210,7 @@ def compensated_training(
         found = accuracies(labelled, len(images))
         result = {'accuracy': found.mean(), 'std': found.std(), 'examples': len(images)}
         if controls:
-            real = int(np.prod(state.mutables['groups'].shape[:2]))
+            real = int(np.prod(state.variables()['groups'].shape[:2]))
             alone = {name: value[:real] for name, value in labelled.items()}
             result['real_accuracy'] = accuracies(alone, len(images)).mean()
         return result
@@ -223,7 +223,8 @@ def unfolded(state: State, low: float = -np.inf, high: float = np.inf) -> np.nda
 
     They are put together on the host, and pass the device group by group: the set may be larger.
     """
-    groups, made = state.mutables['groups'], [*state.params.values()]
+    variables = state.variables()
+    groups, made = variables['groups'], [*variables['params'].values()]
     images = np.empty((len(made) + 1, *groups.shape), groups.dtype)
     for k in range(len(groups)):
         of_group = jnp.stack([u[k : k + 1] for u in made])

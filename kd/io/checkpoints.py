@@ -1,6 +1,6 @@
 """Checkpoints of a stage, on Orbax.
 
-    <stage>/checkpoints/<step>/variables   params, mutables, ema: what later stages need
+    <stage>/checkpoints/<step>/variables   params, mutables, ema, by part: what later stages need
                               /training    key, step, optimiser state, the open metric window
                               /data        position of the data iterator
                               /checksums.json  of these files: what differs is damaged
@@ -28,8 +28,7 @@ from kd import metrics as metrics_lib
 from kd.errors import UserError, reason
 from kd.io import checksums
 from kd.parallel import distributed
-from kd.parallel.sharding import path_name
-from kd.state import State
+from kd.state import State, path_name
 
 log = logging.getLogger('kd')
 
@@ -238,7 +237,7 @@ class Checkpoints:
 
     def _check_tree(self, step: int, abstract: Any) -> None:
         path = self.directory / 'checkpoints' / str(step) / 'variables'
-        _check_tree(path, abstract, str(self.directory))
+        _check_tree(path, abstract, str(self.directory), whole=True)
 
     def _set_aside(self, step: int, found: str) -> None:
         target = self.directory / 'broken_checkpoints' / str(step)
@@ -304,6 +303,32 @@ def _check_weights(restored: Any, expected: Mapping[str, str], where: str, path:
             )
 
 
+def restore_part(
+    directory: Path, step: int, abstract: Mapping[str, Any], where: str, *, part: str, weights: str
+) -> dict[str, Any]:
+    """The variables {'params': ..., **mutables} of a part of one checkpoint.
+
+    Args:
+      directory: of the stage.
+      step: of the checkpoint.
+      abstract: the variables with their shardings.
+      where: place in the config, for messages.
+      part: which part of the state.
+      weights: 'final', or the name of an average.
+
+    Raises:
+      UserError: the checkpoint's tree differs from `abstract`, or it cannot be read.
+    """
+    mutables = dict(abstract)
+    params = {part: mutables.pop('params')}
+    wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
+    if mutables:
+        wanted['mutables'] = {part: mutables}
+    restored = restore_variables(directory, step, wanted, where)
+    params = restored['params'] if weights == 'final' else restored['ema'][weights]
+    return {'params': params[part], **restored.get('mutables', {}).get(part, {})}
+
+
 def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
     """Writes the marker of a finished stage, atomically."""
     files.write_json(directory / 'done.json', record)
@@ -352,8 +377,11 @@ def _training(state: State, window: Any) -> dict[str, Any]:
     return {'window': window, **{name: getattr(state, name) for name in names}}
 
 
-def _check_tree(path: Path, abstract: Any, where: str) -> None:
-    """Compares names and shapes with what is stored; names the first differences."""
+def _check_tree(path: Path, abstract: Any, where: str, *, whole: bool = False) -> None:
+    """Compares names and shapes with what is stored; names the first differences.
+
+    Unless `whole`, only parts of the parameters that are asked for must be there as a whole.
+    """
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(ocp.path.step.epath.Path(path.absolute()))
         stored = _shapes(metadata.tree)
@@ -365,12 +393,12 @@ def _check_tree(path: Path, abstract: Any, where: str) -> None:
         for name, shape in wanted.items()
         if stored.get(name) != shape
     ]
-    # Where an average is asked for, the parameters beside it are not.
-    whole = any(name.startswith('params/') for name in wanted)
-    params = {name for name in stored if whole and name.startswith('params/')}
+    params = [name for name in (stored if whole else wanted) if name.startswith('params/')]
+    parts = tuple({'/'.join(name.split('/')[:2]) + '/' for name in params})
     differences += [
         f'{name}: {stored[name]} in the checkpoint, nothing in the config'
-        for name in sorted(params - set(wanted))
+        for name in sorted(set(stored) - set(wanted))
+        if name.startswith(parts)
     ]
     if differences:
         shown = '; '.join(differences[:3])

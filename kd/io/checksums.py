@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd.parallel.sharding import path_name
+from kd.state import path_name
 
 _CHUNK = 1 << 24
 

@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from kd.errors import UserError
 from kd.io import checkpoints
-from kd.parallel.sharding import path_name
+from kd.state import NETWORK, path_name
 
 # What arrays of the host can have; the format has types of less than 16 bits beside these.
 _DTYPES: dict[str, Any] = {
@@ -200,7 +200,7 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
 
 def stage_variables(directory: Path, weights: str = 'final') -> dict[str, Any]:
-    """{'params': ..., **mutables} of a finished stage, without its config.
+    """{'params': ..., **mutables} of a finished stage's result, without its config.
 
     Args:
       directory: of the stage, such as runs/mine/student.
@@ -215,12 +215,21 @@ def stage_variables(directory: Path, weights: str = 'final') -> dict[str, Any]:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dict(stored)
     )
-    if weights != 'final' and weights not in abstract.get('ema', {}):
-        have = ['final', *abstract.get('ema', {})]
+    part = done.get('result', NETWORK)
+    averages = {name for name, parts in (abstract.get('ema') or {}).items() if part in parts}
+    if weights != 'final' and weights not in averages:
+        have = ['final', *sorted(averages)]
         raise UserError(f"{directory} has no weights '{weights}', only: {have}.")
-    values = checkpoints.restore_variables(directory, done['step'], abstract, str(directory))
-    params = values['params'] if weights == 'final' else values['ema'][weights]
-    return {'params': params, **(values.get('mutables') or {})}
+    params = abstract['params'] if weights == 'final' else abstract['ema'][weights]
+    mutables = (abstract.get('mutables') or {}).get(part, {})
+    return checkpoints.restore_part(
+        directory,
+        done['step'],
+        {'params': params[part], **mutables},
+        str(directory),
+        part=part,
+        weights=weights,
+    )
 
 
 def _shown(x: Any) -> str:

@@ -27,4 +27,27 @@ Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `distrib
 `batch_statistics`, `sharpness`.
 
 `numerics` has the softmax arithmetic that the others share.
+
+A few are statistics of the batch they are given, and of its parts another number: `OF_BATCH`.
 """
+
+from collections.abc import Callable
+from typing import Any
+
+from kd.losses.distribution_matching import mean_embedding_distance
+from kd.losses.feature import linear_cka, similarity_preserving
+from kd.losses.relation import intra_class_correlation
+
+OF_BATCH: frozenset[Callable[..., Any]] = frozenset(
+    {intra_class_correlation, linear_cka, mean_embedding_distance, similarity_preserving}
+)
+
+
+def check_micro_batches(loss: Callable[..., Any], micro_batches: int) -> None:
+    """Raises ValueError where a loss of `OF_BATCH` would see parts of the batch alone."""
+    if micro_batches > 1 and loss in OF_BATCH:
+        name = getattr(loss, '__name__', loss)
+        raise ValueError(
+            f'{name} compares the examples of a batch with each other, which micro_batches='
+            f'{micro_batches} would tear apart; set micro_batches=1.'
+        )

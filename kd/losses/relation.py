@@ -50,8 +50,7 @@ def intra_class_correlation(
     """DIST, within a class: 1 - corr_b(q_bv, p_bv), Pearson over the examples of the batch.
 
     A statistic of the batch it is given: under pmap or shard_map, of the device's share. Arguments
-      as
-    of `inter_class_correlation`; `where=mask[:, None]` leaves examples out.
+    as of `inter_class_correlation`; `where=mask[:, None]` leaves examples out.
 
     Returns:
       [V] in [0, 2], 0 for a class without examples. Nothing is stop-gradiented.

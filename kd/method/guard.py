@@ -86,6 +86,14 @@ def stepwise(
     return Method(init, step, propose)
 
 
+def combined(first: Metrics, second: Metrics) -> Metrics:
+    """Metrics of different names, and the sum of what the guard counted."""
+    both = {**first, **second}
+    if NONFINITE in first and NONFINITE in second:
+        both[NONFINITE] = jax.tree.map(jnp.add, first[NONFINITE], second[NONFINITE])
+    return both
+
+
 def moved(metrics: Metrics) -> jax.Array:
     """Whether a step, under the guard, has made an update."""
     return metrics[NONFINITE].count > metrics[NONFINITE].total

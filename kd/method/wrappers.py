@@ -6,42 +6,12 @@ import zlib
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
-import optax
 
+from kd.errors import UserError
 from kd.method.base import Batch, Method
 from kd.method.guard import NONFINITE, moved, stepwise
 from kd.metrics import Metrics
-from kd.state import PyTree, State
-
-
-def with_ema(method: Method, decays: Mapping[str, float]) -> Method:
-    """Keeps exponential moving averages of the parameters in `state.ema`.
-
-        ema <- decay * ema + (1 - decay) * params      after every step
-
-    Args:
-      method: the method to wrap.
-      decays: {name: decay}; several averages may be kept at once.
-    """
-    for name, decay in decays.items():
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f'ema.{name} must lie in [0, 1], got {decay}.')
-
-    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
-        state = method.init(key, frozen)
-        # Copies, so that no buffer is donated twice.
-        return state.replace(ema={name: jax.tree.map(jnp.copy, state.params) for name in decays})
-
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        state, metrics = method.step(state, batch)
-        ema = {
-            name: optax.incremental_update(state.params, state.ema[name], 1.0 - decay)
-            for name, decay in decays.items()
-        }
-        return state.replace(ema=ema), metrics
-
-    return Method(init, step)
+from kd.state import PyTree, State, alone
 
 
 def with_collect(
@@ -51,8 +21,9 @@ def with_collect(
 
     `collect(state, batch, key) -> batch` is pure: rollouts of the current policy, outputs of a
     teacher, samples of a generator. It lies outside the differentiated loss, so what it returns
-    is a constant to the gradient. Wrapped twice, each needs a `name` of its own, which decides its
-    randomness.
+    is a constant to the gradient. It has the whole batch, whatever the micro-batches: this is the
+    place for statistics over a batch or a group. Wrapped twice, each needs a `name` of its own,
+    which decides its randomness.
     """
     fold = zlib.crc32(name.encode())
 
@@ -68,18 +39,20 @@ def with_collect(
 def with_projection(method: Method, project: Callable[[PyTree], PyTree]) -> Method:
     """Applies `params <- project(params)` after every step (forced weight normalisation, say).
 
-    A step of a single update has the projection as a part of it, and the guard checks both. One of
-    several updates is projected at its end; to have each of them projected, wrap what is repeated.
+    `params` are the network's, or {part: tree} of several parts. A step of a single update has the
+    projection as a part of it, and the guard checks both. One of several updates is projected at
+    its end; to have each of them projected, wrap what is repeated.
     """
 
-    def projected(state: State) -> State:
-        return state.replace(params=project(state.params))
+    def projected(params: dict[str, PyTree]) -> dict[str, PyTree]:
+        new = project(alone(params))
+        return new if len(params) > 1 else dict.fromkeys(params, new)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = method.step(state, batch)
         if NONFINITE not in metrics:
-            return projected(state), metrics
-        params = jax.lax.cond(moved(metrics), project, lambda params: params, state.params)
+            return state.replace(params=projected(state.params)), metrics
+        params = jax.lax.cond(moved(metrics), projected, lambda params: params, state.params)
         return state.replace(params=params), metrics
 
     if method.propose is None:
@@ -88,6 +61,26 @@ def with_projection(method: Method, project: Callable[[PyTree], PyTree]) -> Meth
 
     def propose(state: State, batch: Batch):
         change, metrics = inner(state, batch)
-        return (lambda state: projected(change(state))), metrics
+
+        def with_it(state: State) -> State:
+            state = change(state)
+            return state.replace(params=projected(state.params))
+
+        return with_it, metrics
 
     return stepwise(method.init, propose)
+
+
+def with_result(method: Method, part: str, where: str = 'result') -> Method:
+    """Names the part that is the result; `where` is the place in the config, for the message."""
+
+    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
+        state = method.init(key, frozen)
+        if part not in state.params:
+            raise UserError(
+                f"{where} is '{part}', but the method trains {sorted(state.params)}; "
+                f'set {where} to one of them, or have the method call it so.'
+            )
+        return state.replace(result=part)
+
+    return method._replace(init=init)

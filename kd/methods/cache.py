@@ -38,7 +38,7 @@ def nothing(context: Context) -> Method:
 
     def init(key: jax.Array, frozen=None) -> State:
         # Orbax saves no empty tree.
-        return State.create(key, {'none': jnp.zeros(())}, (), frozen=dict(frozen or {}))
+        return State.create(key, {'params': {'none': jnp.zeros(())}}, frozen=dict(frozen or {}))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         examples = mean(jnp.zeros(len(jax.tree.leaves(batch)[0])))

@@ -64,7 +64,7 @@ def recursive_meta_distillation(
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         base = soften(teacher.teacher_logits(context, state, batch))
         target = base

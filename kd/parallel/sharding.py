@@ -12,13 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd.errors import UserError
 from kd.parallel.mesh import BATCH_AXES
+from kd.state import path_name
 
 Rules = Iterable[tuple[str, Any]]
-
-
-def path_name(path: tuple) -> str:
-    """'params/Dense_0/kernel' for a key path of `jax.tree_util`."""
-    return '/'.join(_key_name(key) for key in path)
 
 
 def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
@@ -136,10 +132,3 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
                 f"sharding {tuple(spec)} of '{name}' {shape}: {length} does not divide over {ways}."
             )
     return PartitionSpec(*spec)
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ('key', 'name', 'idx'):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)

@@ -197,7 +197,7 @@ def _beside_real_images(
         return compensator.soft_examples(prepared.context.references, prepared.frozen, images)
 
     whole = labelled(compensator.unfolded(state, low, high))
-    real = int(np.prod(state.mutables['groups'].shape[:2]))
+    real = int(np.prod(state.variables()['groups'].shape[:2]))
     rng = np.random.default_rng(prepared.seed)
     rows = coreset.random_subset(
         rng,

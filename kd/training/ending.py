@@ -14,6 +14,7 @@ from kd.errors import UserError
 from kd.io import checkpoints, checksums
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
+from kd.network import parameter_count
 from kd.parallel import distributed
 from kd.state import State
 from kd.training.stage import Stage
@@ -36,7 +37,7 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
         )
         variables = saved.restore_variables(step, abstract, stage.name)
     weights = checksums.of_tree(variables)
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    parameters = parameter_count(state.variables())
 
     def mark() -> None:
         # From the log and not from this process, which may have come after the last step.
@@ -48,6 +49,7 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
             'step': step,
             'steps_per_s': next(filter(math.isfinite, reversed(speeds)), None),
             'metrics': {name: value for name, value in logged.items() if name not in others},
+            'result': state.result,
             'parameters': parameters,
             'weights': weights,
             'files': _products(directory) if stage.writers else {},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import optax
 from kd.config import check_arguments
 from kd.errors import UserError, did_you_mean
 from kd.ranges import Count, Decay, Finite, Fraction, NonNegative, Size, check_value, held
+from kd.state import path_name
 
 SCHEDULES = ('constant', 'cosine', 'linear', 'step', 'rsqrt')
 # What the arguments of optax may be, whose names are the same in all its optimisers.
@@ -90,6 +92,8 @@ def optimizer(
     warmup_steps: Size = 0,
     weight_decay: NonNegative = 0.0,
     clip_norm: NonNegative = 0.0,
+    scale: Sequence[tuple[str, NonNegative]] = (),
+    updates: Count = 1,
     **arguments: Any,
 ) -> optax.GradientTransformation:
     """An optax optimiser with clipping, weight decay and a schedule.
@@ -103,6 +107,10 @@ def optimizer(
         optimiser's own way where it has a `weight_decay` with a mask (decoupled in adamw, lion,
         ...), otherwise added to the gradient.
       clip_norm: global norm to which gradients are clipped; 0 for none.
+      scale: (regular expression, factor) pairs; the first that is found in the path of a parameter
+        ('block0/mlp/up/kernel') multiplies its update, at the end of all. With factor 0 a parameter
+        keeps every bit, has no state here, and does not count in the norm. See `layer_decay`.
+      updates: how many the optimiser makes in a step; the schedule goes by steps.
       **arguments: further arguments of the optax function (`momentum`, `b1`, ...).
     """
     factory = getattr(optax, name, None)
@@ -114,7 +122,8 @@ def optimizer(
     )
     check_arguments(factory, arguments, where='optimizer', reserved=('learning_rate',))
     _check_further(arguments)
-    rate = _schedule(schedule, lr, steps, **options)
+    of_step = _schedule(schedule, lr, steps, **options)
+    rate = of_step if updates == 1 else lambda count: of_step(count // updates)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     takes = inspect.signature(factory).parameters
     mask = next((m for m in ('mask', 'weight_decay_mask') if m in takes), None)
@@ -122,10 +131,75 @@ def optimizer(
         arguments |= {'weight_decay': weight_decay, mask: _is_matrix}
     elif weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=_is_matrix))
-    return optax.chain(*parts, factory(rate, **arguments))
+    return scaled(optax.chain(*parts, factory(rate, **arguments)), scale)
 
 
 _schedule = schedule
+
+
+def layer_decay(
+    depth: Count, rate: NonNegative, *, block: str = 'block', top: str = 'head|encoder_norm'
+) -> tuple[tuple[str, float], ...]:
+    """Factors for `scale` that fall with the distance from the output, as in fine-tuning.
+
+        rate^(depth - i) for block i, 1 for the `top`, rate^(depth + 1) for all below the blocks
+
+    Args:
+      depth: number of blocks.
+      rate: in (0, 1], as a rule.
+      block: their name, without its number.
+      top: regular expression of what lies above them.
+
+    Source: Clark et al. 2020, arXiv:2003.10555; Bao et al. 2022, arXiv:2106.08254.
+    """
+    blocks = tuple((rf'(^|/){block}{i}(/|$)', rate ** (depth - i)) for i in range(depth))
+    return (*blocks, (top, 1.0), ('.', rate ** (depth + 1)))
+
+
+def scaled(
+    tx: optax.GradientTransformation, factors: Sequence[tuple[str, float]]
+) -> optax.GradientTransformation:
+    """`tx` with its updates multiplied by factors; see `scale` of `optimizer`."""
+    if not factors:
+        return tx
+    try:
+        compiled = [(re.compile(expression), factor) for expression, factor in factors]
+    except (re.error, TypeError, ValueError) as error:
+        raise UserError(f'scale must be (regular expression, factor) pairs: {error}') from error
+
+    def factor(path: tuple) -> float:
+        name = path_name(path)
+        return next((factor for expression, factor in compiled if expression.search(name)), 1.0)
+
+    def multiplied(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates)
+
+    tx = optax.chain(tx, optax.stateless(multiplied))
+    if not all(factor for _, factor in factors):
+        tx = optax.partition(
+            {True: tx, False: optax.stateless(_nothing)},
+            lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: factor(path) != 0, params
+            ),
+        )
+
+    def init(params: Any) -> Any:
+        names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+        for expression, _ in compiled:
+            if not any(expression.search(name) for name in names):
+                raise UserError(
+                    f"scale: '{expression.pattern}' matches no parameter; there are: {names[:6]}."
+                )
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _nothing(updates: Any, params: Any) -> Any:
+    """Updates that leave every bit as it is: -0, since adding 0 turns -0 into 0."""
+    del params
+    return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
 
 
 def _check_further(arguments: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from kd.context import Context, Evaluator, Probe, Writer
 from kd.data import pipeline, sources
 from kd.data.context import source_loader, splits
 from kd.errors import UserError
-from kd.method import Method, with_ema, with_nonfinite_guard
+from kd.method import Method, with_ema, with_nonfinite_guard, with_result
 from kd.methods.start import START
 from kd.network import Network, output_shape
 from kd.networks import Trained, build_network, trained_network
@@ -143,6 +143,7 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
         ),
     )
     method = config_lib.build(stage.method, context, where=f'{name}.method')
+    method = with_result(method, stage.result, where=f'{name}.result')
     if stage.ema:
         method = with_ema(method, stage.ema)
     frozen = {

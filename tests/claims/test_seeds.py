@@ -7,7 +7,11 @@ import optax
 import pytest
 
 from kd.claims import seeds
+from kd.errors import UserError
+from kd.method import Objective, Player, alternate
+from kd.methods.vision.logit_kd import logit_kd
 from kd.methods.vision.supervised import supervised
+from kd.metrics import mean
 from kd.models.mlp import MLP
 from kd.network import from_linen
 
@@ -53,6 +57,83 @@ def test_hyperparameters_differ_by_run(setup):
         seeds.train(
             method, data, np.array([1]), steps=1, batch_size=16, hyperparameters={'x': [1.0]}
         )
+
+
+def test_data_and_teachers_of_a_run_are_its_own(setup):
+    data, _ = setup
+    rng = np.random.default_rng(1)
+    network = from_linen(MLP(widths=(8,), num_classes=3), jax.ShapeDtypeStruct((1, 2), jnp.float32))
+    context = seeds.context(
+        network=network, teacher=network, tx=optax.sgd(0.1), num_classes=3,
+        references={'anchor': network},
+    )  # fmt: skip
+    assert context.references['anchor'].apply is network.apply
+    method = logit_kd(context, soft_weight=0.5)
+    labels = rng.integers(0, 3, (2, 60)).astype(np.int32)
+    teachers = jax.vmap(network.init)(jax.random.split(jax.random.key(9), 2))
+    inputs = {'input': data['input']}
+    together = seeds.train(
+        method, inputs, np.array([3, 5]), steps=3, batch_size=16,
+        per_run={'label': labels}, frozen_per_run={'teacher': teachers},
+    )  # fmt: skip
+    assert together.frozen == {}
+    np.testing.assert_array_equal(together.step, [3, 3])
+    for row, seed in enumerate((3, 5)):
+        own = {**inputs, 'label': labels[row]}
+        frozen = {'teacher': jax.tree.map(lambda x, row=row: x[row], teachers)}
+        alone = seeds.train_one(method, own, seed, steps=3, batch_size=16, frozen=frozen)
+        jax.tree.map(
+            lambda a, b, row=row: np.testing.assert_allclose(a[row], b, rtol=1e-5, atol=1e-6),
+            together.params,
+            alone.params,
+        )
+
+
+def test_a_player_that_rests_costs_the_vmapped_runs_nothing():
+    calls = []
+
+    def rarely(params, state, batch, key):
+        jax.debug.callback(lambda: calls.append('rare'))
+        return Objective(mean(params['w'] * batch['input'][:, 0]))
+
+    def always(params, state, batch, key):
+        return Objective(mean(params['w'] * batch['input'][:, 1]))
+
+    start = {'params': {'w': jnp.ones(())}}
+    method = alternate(
+        {
+            'rare': Player(rarely, optax.sgd(0.1), period=4),
+            'often': Player(always, optax.sgd(0.1)),
+        },
+        lambda key: {'rare': start, 'often': start},
+    )
+    data = {'input': np.ones((10, 2), np.float32)}
+    state = seeds.train(method, data, np.arange(3), steps=8, batch_size=2)
+    jax.effects_barrier()
+    # Once for all runs at two of the steps; were both branches computed, at all eight.
+    assert len(calls) == 2
+    np.testing.assert_allclose(state.params['rare']['w'], np.full(3, 0.8), rtol=1e-6)
+    np.testing.assert_allclose(state.params['often']['w'], np.full(3, 0.2), rtol=1e-5)
+
+
+def test_a_context_makes_optimisers_for_its_steps():
+    context = seeds.context(steps=4, optimizer=dict(name='sgd', lr=1.0, schedule='linear'))
+
+    def rates(tx, count):
+        state, found = tx.init(jnp.zeros(())), []
+        for _ in range(count):
+            update, state = tx.update(jnp.ones(()), state)
+            found.append(-float(update))
+        return found
+
+    np.testing.assert_allclose(rates(context.tx, 4), [1, 0.75, 0.5, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(rates(context.tx_of(2), 8), np.repeat([1, 0.75, 0.5, 0.25], 2))
+    further = context.optimizer(name='sgd', lr=2.0, schedule='linear')
+    np.testing.assert_allclose(rates(further, 4), [2, 1.5, 1, 0.5], rtol=1e-6)
+    with pytest.raises(ValueError, match='give the context `steps`'):
+        seeds.context().optimizer(lr=1.0)
+    with pytest.raises(UserError, match=r'needs stage\.optimizer'):
+        seeds.context(tx=optax.sgd(0.1)).tx_of(2)
 
 
 def test_every_example_is_seen_once_an_epoch():

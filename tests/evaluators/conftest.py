@@ -48,9 +48,8 @@ def state():
     """The student's parameters, an average of them, and the teacher's."""
     return State.create(
         jax.random.key(0),
-        variables(1)['params'],
-        (),
-        ema={'slow': variables(2)['params']},
+        variables(1),
+        ema={'slow': {'network': variables(2)['params']}},
         frozen={'teacher': variables(3)},
     )
 

@@ -50,7 +50,7 @@ def test_the_evaluator_merges_batches_and_leaves_padding_out(context, evaluate, 
 
 def test_a_student_with_the_teachers_weights_agrees_in_everything(context, state, examples):
     x, labels, _ = examples
-    twin = state.replace(params=state.frozen['teacher']['params'])
+    twin = state.with_params(state.frozen['teacher']['params'])
     evaluator = agreement(context)
     batch = {'input': x, 'label': labels, 'mask': np.ones(21, bool)}
     found = evaluator.finish(jax.device_get(evaluator.update(twin, batch)))

@@ -149,7 +149,7 @@ def test_dynamic_labels_take_one_share_of_the_epochs(ensembles):
 def test_a_state_unfolds_to_its_groups_and_each_with_each_compensator():
     groups = RNG.uniform(-1, 1, (3, CLASSES, *SHAPE)).astype(np.float32)
     made = {name: RNG.normal(size=(3, 1, *SHAPE)).astype(np.float32) for name in ('a', 'b')}
-    state = State.create(jax.random.key(0), made, (), mutables={'groups': jnp.asarray(groups)})
+    state = State.create(jax.random.key(0), {'params': made, 'groups': jnp.asarray(groups)})
     images = compensated_set.unfolded(state, -1.0, 0.5)
     wanted = [groups, *(np.clip(groups + u, -1.0, 0.5) for u in made.values())]
     np.testing.assert_array_equal(images, np.concatenate(wanted).reshape(-1, *SHAPE))

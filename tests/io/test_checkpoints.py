@@ -17,7 +17,7 @@ from kd.state import State
 
 
 def state(step):
-    made = State.create(jax.random.key(0), {'w': jnp.full(2, 1.0 * step)}, ())
+    made = State.create(jax.random.key(0), {'params': {'w': jnp.full(2, 1.0 * step)}})
     return made.replace(step=jnp.int32(step))
 
 
@@ -56,7 +56,11 @@ def two(tmp_path):
 
 def restored(saved):
     found = saved.restore_latest(abstract(state(0)), {})
-    return None if found is None else (int(found[0].step), found[0].params['w'].tolist(), found[2])
+    return (
+        None
+        if found is None
+        else (int(found[0].step), found[0].params['network']['w'].tolist(), found[2])
+    )
 
 
 def abstract(tree):

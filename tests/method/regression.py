@@ -25,6 +25,11 @@ def run(method, batches, *, key=0, frozen=None):
     return state, history
 
 
+def w_of(state, average=None):
+    """The weights [3] of the regression."""
+    return state.variables(average)['params']['w']
+
+
 def leaves(tree):
     """Every array of a tree as bytes-comparable NumPy, keys included."""
     data = jax.tree.map(
@@ -73,7 +78,7 @@ def residual_gradient(w, batch, mask=None):
 
 def moving_average(params, state, batch, key):
     """Keeps a running mean of the inputs, as BatchNorm does, and uses it."""
-    average = 0.9 * state.mutables['stats']['mean'] + 0.1 * batch['x'].mean(0)
+    average = 0.9 * state.variables()['stats']['mean'] + 0.1 * batch['x'].mean(0)
     residual = (batch['x'] - average) @ params['w'] - batch['y']
     return Objective(mean(residual**2), {}, {'stats': {'mean': average}})
 
@@ -102,4 +107,7 @@ def follow(params, state, batch, key):
 
 def two_players(key):
     del key
-    return {'params': {'leader': {'a': jnp.float32(1.0)}, 'follower': {'b': jnp.float32(-1.0)}}}
+    return {
+        'leader': {'params': {'a': jnp.float32(1.0)}},
+        'follower': {'params': {'b': jnp.float32(-1.0)}},
+    }

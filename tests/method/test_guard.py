@@ -18,9 +18,11 @@ from regression import (
     leaves,
     moving_average,
     pursue,
+    residual_gradient,
     run,
     squared_error,
     two_players,
+    w_of,
 )
 
 from kd import metrics as metrics_lib
@@ -30,6 +32,7 @@ from kd.method import (
     Player,
     alternate,
     minimize,
+    repeat,
     with_ema,
     with_nonfinite_guard,
     with_projection,
@@ -146,7 +149,7 @@ def test_a_projection_that_is_not_finite_leaves_no_trace(mode, data):
     unit = lambda p: {'w': p['w'] / jnp.linalg.norm(p['w'] * 0)}  # noqa: E731
     method = with_projection(minimize(squared_error, optax.sgd(LR), initial), unit)
     state, [metrics] = run(with_nonfinite_guard(method, mode), data[:1])
-    np.testing.assert_array_equal(state.params['w'], START)
+    np.testing.assert_array_equal(w_of(state), START)
     assert metrics_lib.divide(metrics) == {'nonfinite': 1.0}
 
 
@@ -154,13 +157,14 @@ def by_hand(loss_of):
     """A method that knows nothing of the guard."""
 
     def init(key, frozen=None):
-        return State.create(key, {'w': jnp.asarray(START)}, (), extra={'seen': jnp.zeros(())})
+        return State.create(key, initial(key), extra={'seen': jnp.zeros(())})
 
     def step(state, batch):
-        loss, grad = jax.value_and_grad(lambda p: loss_of(p, batch))(state.params)
-        params = jax.tree.map(lambda p, g: p - LR * g, state.params, grad)
+        params = state.variables()['params']
+        loss, grad = jax.value_and_grad(lambda p: loss_of(p, batch))(params)
+        params = jax.tree.map(lambda p, g: p - LR * g, params, grad)
         extra = {**state.extra, 'seen': state.extra['seen'] + batch['y'].sum()}
-        state = state.replace(step=state.step + 1, params=params, extra=extra)
+        state = state.with_params(params).replace(step=state.step + 1, extra=extra)
         return state, {'loss': metrics_lib.scalar(loss)}
 
     return Method(init, step)
@@ -172,7 +176,7 @@ def test_a_step_written_by_hand_is_guarded_as_a_whole(mode, data):
     method = with_nonfinite_guard(plain, mode)
     state, history = run(method, [data[0], poisoned(data[1]), data[2]])
     wanted, _ = run(plain, [data[0], data[2]] if mode == 'skip' else data[:1])
-    np.testing.assert_allclose(state.params['w'], wanted.params['w'], rtol=1e-6)
+    np.testing.assert_allclose(w_of(state), w_of(wanted), rtol=1e-6)
     np.testing.assert_allclose(state.extra['seen'], wanted.extra['seen'], rtol=1e-6)
     assert int(state.step) == (3 if mode == 'skip' else 1)
     assert [float(m['nonfinite'].total) for m in history] == [0, 1, 0]
@@ -233,3 +237,72 @@ def test_one_players_bad_move_undoes_the_step_of_both():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="must be 'stop' or 'skip', got 'ignore'"):
         with_nonfinite_guard(minimize(squared_error, optax.sgd(LR), initial), 'ignore')
+
+
+def repeated_critic():
+    """Two players, the second of which repeats; its second move is bad where the batch says so."""
+
+    def generator(params, state, batch, key):
+        return Objective(mean(params['a'] * batch['t']))
+
+    def critic(params, state, batch, key):
+        bad = jnp.where((batch['move'] == 1) & batch['bad'].any(), jnp.nan, 1.0)
+        return Objective(mean(params['b'] * bad * batch['t']))
+
+    players = {
+        'leader': Player(generator, optax.sgd(LR)),
+        'follower': Player(critic, optax.sgd(LR), repeats=4, rows='same'),
+    }
+    return alternate(players, two_players)
+
+
+@pytest.mark.parametrize('mode', ['skip', 'stop'])
+def test_each_repeated_move_is_guarded_by_itself(mode):
+    good = {'t': np.ones(8, np.float32), 'bad': np.zeros(8, bool)}
+    method = with_nonfinite_guard(repeated_critic(), mode)
+    state, [metrics, after] = run(method, [{**good, 'bad': np.ones(8, bool)}, good])
+    assert (metrics['nonfinite'].total, after['nonfinite'].total) == (1, 0)
+    if mode == 'skip':
+        # Three of its moves, then four; five updates are tried in a step.
+        assert (metrics['nonfinite'].count, metrics['follower/grad_norm'].count) == (5, 3)
+        moves, leads, step = 7, 2, 2
+    else:
+        # All that comes after the bad move is left out, and the state stays at the step.
+        assert (metrics['nonfinite'].count, metrics['follower/grad_norm'].count) == (3, 1)
+        assert after['leader/loss'].count == 0
+        moves, leads, step = 1, 1, 0
+    np.testing.assert_allclose(state.params['follower']['b'], -1 - LR * moves, rtol=1e-6)
+    np.testing.assert_allclose(state.params['leader']['a'], 1 - LR * leads, rtol=1e-6)
+    assert (int(state.step), bool(state.extra['halted'])) == (step, mode == 'stop')
+
+
+@pytest.mark.parametrize('mode', ['skip', 'stop'])
+def test_each_of_several_updates_is_guarded_by_itself(mode, data):
+    # Update u is made on rows u, u + 4: those of the second are bad.
+    y = np.where(np.arange(8) % 4 == 1, np.nan, data[0]['y']).astype(np.float32)
+    batch = {'x': data[0]['x'], 'y': y}
+    method = repeat(minimize(squared_error, optax.sgd(LR), initial), 4, parts=4)
+    method = with_nonfinite_guard(with_ema(method, {'half': 0.5}), mode)
+    state, [metrics] = run(method, [batch])
+    w = START.astype(np.float64)
+    for part in (0, 2, 3) if mode == 'skip' else (0,):
+        w = w - LR * residual_gradient(w, {k: v[part::4] for k, v in batch.items()})[1]
+    np.testing.assert_allclose(w_of(state), w, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state, 'half'), (START + w) / 2, rtol=1e-5)
+    tried, made = (4, 3) if mode == 'skip' else (2, 1)
+    assert metrics['nonfinite'] == (1, tried)
+    assert metrics['grad_norm'].count == made
+    assert int(state.step) == (mode == 'skip')
+
+
+def test_the_guard_of_several_updates_costs_at_most_one_copy():
+    batch = {'x': np.ones((4, WIDTH), np.float32)}
+    temporaries = []
+    for mode in ('', 'stop'):
+        method = repeat(minimize(deep, optax.adam(LR), deep_start), 3)
+        method = with_nonfinite_guard(method, mode) if mode else method
+        state = method.init(jax.random.key(0))
+        program = compiled(method).lower(state, batch).compile()
+        temporaries.append(program.memory_analysis().temp_size_in_bytes)
+    size = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert temporaries[1] <= temporaries[0] + 1.02 * size

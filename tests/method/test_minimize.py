@@ -20,9 +20,11 @@ from regression import (
     residual_gradient,
     run,
     squared_error,
+    w_of,
 )
 
 from kd import metrics as metrics_lib
+from kd.errors import UserError
 from kd.method import Objective, gradient, minimize, with_ema
 from kd.metrics import mean
 from kd.state import State
@@ -44,7 +46,7 @@ def test_gradient_descent_on_a_quadratic_follows_its_closed_form():
         minimize(loss, optax.sgd(LR), initial), [{'c': np.tile(target, (4, 1))}] * 20
     )
     expected = target + (1 - LR) ** 20 * (START - target)
-    np.testing.assert_allclose(state.params['w'], expected, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state), expected, rtol=1e-5)
     assert int(state.step) == 20
     losses = [0.5 * (1 - LR) ** (2 * n) * ((START - target) ** 2).sum() for n in range(20)]
     np.testing.assert_allclose(
@@ -66,7 +68,7 @@ def test_linear_regression_with_momentum_is_numpys(data):
         assert metrics['loss'].count == batch['mask'].sum()
         np.testing.assert_allclose(metrics['bias'].total, bias, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(metrics['grad_norm'].total, np.linalg.norm(slope), rtol=1e-5)
-    np.testing.assert_allclose(state.params['w'], w, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state), w, rtol=1e-5)
 
 
 def test_linear_regression_converges_to_the_normal_equations():
@@ -77,7 +79,7 @@ def test_linear_regression_converges_to_the_normal_equations():
     train = jax.jit(lambda s: jax.lax.scan(lambda s, _: method.step(s, batch), s, length=1000)[0])
     state = train(method.init(jax.random.key(0)))
     expected = np.linalg.lstsq(x.astype(np.float64), y.astype(np.float64))[0]
-    np.testing.assert_allclose(state.params['w'], expected, rtol=1e-4)
+    np.testing.assert_allclose(w_of(state), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize('micro_batches', [1, 4])
@@ -88,7 +90,7 @@ def test_micro_batches_of_unequal_counts_give_the_gradient_of_the_whole(micro_ba
     batch = {'x': rng.normal(size=(12, 3)), 'y': rng.normal(size=12), 'mask': mask}
     with jax.enable_x64(True):
         params = {'w': jnp.asarray(START, jnp.float64)}
-        state = State.create(jax.random.key(0), params, ())
+        state = State.create(jax.random.key(0), {'params': params})
         grads, objective = jax.jit(
             functools.partial(gradient, squared_error, micro_batches=micro_batches)
         )(params, state, {k: jnp.asarray(v) for k, v in batch.items()}, state.step_key())
@@ -107,7 +109,7 @@ def test_micro_batches_train_like_one_batch(data):
     for parts in (2, 4):
         method = minimize(squared_error, optax.adam(LR), initial, micro_batches=parts)
         cut, _ = run(method, data)
-        np.testing.assert_allclose(cut.params['w'], whole.params['w'], rtol=1e-5)
+        np.testing.assert_allclose(w_of(cut), w_of(whole), rtol=1e-5)
 
 
 def test_a_batch_with_nothing_to_count_does_not_move_the_parameters(data):
@@ -115,7 +117,7 @@ def test_a_batch_with_nothing_to_count_does_not_move_the_parameters(data):
     for parts in (1, 4):
         method = minimize(squared_error, optax.sgd(LR), initial, micro_batches=parts)
         state, history = run(method, [batch])
-        np.testing.assert_array_equal(state.params['w'], START)
+        np.testing.assert_array_equal(w_of(state), START)
         assert history[0]['loss'].count == 0
 
 
@@ -152,14 +154,14 @@ def test_mutables_are_carried_from_part_to_part_and_step_to_step(data, micro_bat
             centred = x - average
             slope += 2 * centred.T @ (centred @ w - batch['y'][part::micro_batches]) / 8
         w = w - LR * slope
-    np.testing.assert_allclose(state.mutables['stats']['mean'], average, rtol=1e-5)
-    np.testing.assert_allclose(state.params['w'], w, rtol=1e-5)
+    np.testing.assert_allclose(state.mutables['network']['stats']['mean'], average, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state), w, rtol=1e-5)
     assert set(state.variables()) == {'params', 'stats'}
 
 
 def test_a_loss_without_mutables_keeps_those_there_are(data):
     state, _ = run(minimize(squared_error, optax.sgd(LR), initial_with_stats), data[:2])
-    np.testing.assert_array_equal(state.mutables['stats']['mean'], np.zeros(3))
+    np.testing.assert_array_equal(state.mutables['network']['stats']['mean'], np.zeros(3))
 
 
 def test_frozen_trees_reach_the_loss_and_stay_as_they_are(data):
@@ -177,15 +179,113 @@ def test_frozen_trees_reach_the_loss_and_stay_as_they_are(data):
         value, slope = residual_gradient(w, {**batch, 'y': target})
         np.testing.assert_allclose(metrics['loss'].total / 8, value, rtol=1e-4)
         w -= LR * slope
-    np.testing.assert_allclose(state.params['w'], w, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state), w, rtol=1e-5)
     np.testing.assert_array_equal(state.frozen['teacher']['params']['w'], [3, 2, 1])
+
+
+def with_projector(key):
+    """A regression through two hidden numbers and a projector."""
+    keys = jax.random.split(key)
+    network = {'params': {'w': jax.random.normal(keys[0], (3, 2))}, 'stats': {'n': jnp.zeros(())}}
+    projector = {'params': {'p': jax.random.normal(keys[1], (2,)), 'b': -jnp.zeros(())}}
+    return {'network': network, 'projector': projector}
+
+
+def projected(params, state, batch, key):
+    hidden = batch['x'] @ params['network']['w']
+    out = hidden @ params['projector']['p'] + params['projector']['b']
+    seen = state.variables(params=params['network'])['stats']['n'] + 1
+    return Objective(mean((out - batch['y']) ** 2), {}, {'network': {'stats': {'n': seen}}})
+
+
+def slopes_of(params, batch):
+    """Gradients of `projected` to w, p and b, in float64."""
+    w = np.asarray(params['network']['w'], np.float64)
+    p = np.asarray(params['projector']['p'], np.float64)
+    x, y = batch['x'].astype(np.float64), batch['y'].astype(np.float64)
+    slope = 2 * (x @ w @ p - y) / len(y)
+    return np.outer(x.T @ slope, p), (x @ w).T @ slope, slope.sum()
+
+
+def test_parts_beside_the_network_are_trained_with_it(data):
+    method = minimize(projected, optax.sgd(LR), with_projector)
+    first = method.init(jax.random.key(0)).params
+    state, _ = run(method, data[:1])
+    w, p, b = slopes_of(first, data[0])
+    np.testing.assert_allclose(w_of(state), first['network']['w'] - LR * w, rtol=1e-5)
+    found = state.variables(part='projector')
+    np.testing.assert_allclose(
+        found['params']['p'], first['projector']['p'] - LR * p, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(found['params']['b'], -LR * b, rtol=1e-5)
+    # The result is the network, and knows nothing of the projector.
+    own = with_projector(jax.random.key(0))['network']
+    assert jax.tree.structure(state.variables()) == jax.tree.structure(own)
+    assert set(found) == {'params'}
+
+
+def test_mutables_of_parts_are_carried_over_micro_batches(data):
+    method = minimize(projected, optax.sgd(LR), with_projector, micro_batches=4)
+    state, _ = run(method, data[:2])
+    assert float(state.variables()['stats']['n']) == 8
+
+
+@pytest.mark.parametrize('trainable', ['^network/', lambda path: path == 'network/w'])
+def test_leaves_that_are_not_trained_keep_every_bit_and_no_moments(data, trainable):
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(LR, weight_decay=0.1))
+    method = minimize(projected, tx, with_projector, trainable=trainable)
+    first = jax.device_get(method.init(jax.random.key(0)).params)
+    state, history = run(method, data + data[:3])
+    assert_bit_identical(state.params['projector'], first['projector'])
+    assert not np.array_equal(w_of(state), first['network']['w'])
+    # A count and two moments of the one leaf.
+    assert sorted(x.shape for x in jax.tree.leaves(state.opt_state)) == [(), (3, 2), (3, 2)]
+    # Nor have they a gradient: the norm is that of the others.
+    norm = np.linalg.norm(slopes_of(first, data[0])[0])
+    np.testing.assert_allclose(history[0]['grad_norm'].total, norm, rtol=1e-5)
+
+
+def test_the_rest_is_trained_as_if_the_fixed_leaves_were_constants(data):
+    fixed = minimize(projected, optax.adam(LR), with_projector, micro_batches=2, trainable='work/')
+    constant = fixed.init(jax.random.key(0)).params['projector']
+
+    def alone(params, state, batch, key):
+        return Objective(mean((batch['x'] @ params['w'] @ constant['p'] - batch['y']) ** 2))
+
+    start = lambda key: {'params': with_projector(key)['network']['params']}  # noqa: E731
+    wanted, _ = run(minimize(alone, optax.adam(LR), start, micro_batches=2), data)
+    np.testing.assert_allclose(w_of(run(fixed, data)[0]), w_of(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('trainable', 'message'),
+    [('(', 'no regular expression'), ('no', "'no' matches no parameter; there are: .'w'")],
+)
+def test_a_choice_of_leaves_that_cannot_be_is_refused(trainable, message):
+    method = minimize(squared_error, optax.sgd(LR), initial, trainable=trainable)
+    with pytest.raises(UserError, match=message):
+        method.init(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ('variables', 'stray'),
+    [
+        ({'params': {}, 'projector': {'params': {}}}, 'projector'),
+        ({'network': {'w': jnp.zeros(3)}}, 'network'),
+        ({'w': jnp.zeros(3)}, 'w'),
+    ],
+)
+def test_variables_that_are_neither_of_a_network_nor_of_parts_are_refused(variables, stray):
+    method = minimize(squared_error, optax.sgd(LR), lambda key: variables)
+    with pytest.raises(UserError, match=f"'{stray}' is out of place: there are those of one"):
+        method.init(jax.random.key(0))
 
 
 def test_the_state_is_donated(data):
     method = minimize(squared_error, optax.adam(LR), initial)
     before = method.init(jax.random.key(0))
     compiled(method)(before, data[0])
-    assert before.params['w'].is_deleted()
+    assert w_of(before).is_deleted()
     assert all(x.is_deleted() for x in jax.tree.leaves(before.opt_state))
 
 

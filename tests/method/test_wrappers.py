@@ -10,15 +10,16 @@ from regression import (
     START,
     assert_bit_identical,
     batches,
-    compiled,
     initial,
     noisy,
     residual_gradient,
     run,
     squared_error,
+    w_of,
 )
 
-from kd.method import Objective, minimize, with_collect, with_ema, with_projection
+from kd.errors import UserError
+from kd.method import Objective, minimize, with_collect, with_ema, with_projection, with_result
 from kd.metrics import mean
 
 
@@ -27,25 +28,9 @@ def data():
     return batches()
 
 
-def test_averages_follow_their_closed_form(data):
-    decays = {'fast': 0.5, 'slow': 0.99}
-    method = with_ema(minimize(squared_error, optax.sgd(LR), initial), decays)
-    state, step = method.init(jax.random.key(0)), compiled(method)
-    iterates = [START.astype(np.float64)]
-    for batch in data:
-        state, _ = step(state, batch)
-        iterates.append(np.asarray(state.params['w'], np.float64))
-    n = len(data)
-    for name, decay in decays.items():
-        weights = [decay**n, *((1 - decay) * decay ** (n - k) for k in range(1, n + 1))]
-        np.testing.assert_allclose(state.ema[name]['w'], weights @ np.stack(iterates), rtol=1e-5)
-        np.testing.assert_array_equal(state.variables(name)['params']['w'], state.ema[name]['w'])
-    np.testing.assert_array_equal(state.variables()['params']['w'], state.params['w'])
-
-
 def test_what_is_collected_is_a_constant_to_the_gradient():
     def collect(state, batch, key):
-        return {**batch, 'target': 2 * state.params['w'] * batch['x']}
+        return {**batch, 'target': 2 * w_of(state) * batch['x']}
 
     def loss(params, state, batch, key):
         return Objective(mean(((params['w'] * batch['x'] - batch['target']) ** 2).sum(-1)))
@@ -53,7 +38,7 @@ def test_what_is_collected_is_a_constant_to_the_gradient():
     method = with_collect(minimize(loss, optax.sgd(LR), initial), collect)
     state, _ = run(method, [{'x': np.ones((4, 3), np.float32)}])
     # d/dw (w - c)^2 = 2 (w - c) = -2 w at c = 2 w; through the target it would be +2 w.
-    np.testing.assert_allclose(state.params['w'], START + LR * 2 * START, rtol=1e-6)
+    np.testing.assert_allclose(w_of(state), START + LR * 2 * START, rtol=1e-6)
 
 
 def test_collection_draws_anew_at_every_step_and_apart_from_the_loss(data):
@@ -82,5 +67,34 @@ def test_projected_gradient_descent_is_numpys(data):
         w = w - LR * residual_gradient(w, batch, batch['mask'])[1]
         w /= np.linalg.norm(w)
         average = 0.5 * average + 0.5 * w
-    np.testing.assert_allclose(state.params['w'], w, rtol=1e-5)
-    np.testing.assert_allclose(state.ema['half']['w'], average, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state), w, rtol=1e-5)
+    np.testing.assert_allclose(w_of(state, 'half'), average, rtol=1e-5)
+
+
+def test_several_parts_are_projected_by_name():
+    start = {name: {'params': {'w': jnp.asarray(START)}} for name in ('network', 'head')}
+
+    def loss(params, state, batch, key):
+        return Objective(mean((params['network']['w'] * params['head']['w'] * batch['x']).sum(-1)))
+
+    unit = lambda p: {**p, 'head': {'w': p['head']['w'] / jnp.linalg.norm(p['head']['w'])}}  # noqa: E731
+    method = with_projection(minimize(loss, optax.sgd(LR), lambda key: start), unit)
+    state, _ = run(method, [{'x': np.ones((4, 3), np.float32)}])
+    moved = START - LR * START
+    np.testing.assert_allclose(w_of(state), moved, rtol=1e-6)
+    np.testing.assert_allclose(state.params['head']['w'], moved / np.linalg.norm(moved), rtol=1e-6)
+
+
+def test_another_part_can_be_the_result():
+    start = {'a': {'params': {'w': jnp.full(3, 1.0)}}, 'b': {'params': {'w': jnp.full(3, 2.0)}}}
+    method = minimize(lambda p, s, b, k: Objective(mean(b['x'])), optax.sgd(LR), lambda key: start)
+    with pytest.raises(UserError, match=r"result is 'network', but the method trains .'a', 'b'."):
+        with_result(method, 'network', 'n.result').init(jax.random.key(0))
+    method = with_ema(with_result(method, 'b'), {'slow': 0.5})
+    state, _ = run(method, [{'x': np.ones(2, np.float32)}])
+    np.testing.assert_array_equal(w_of(state), np.full(3, 2.0))
+    assert set(state.ema['slow']) == {'b'}
+    with pytest.raises(UserError, match=r"no part 'c', only .'a', 'b'."):
+        state.variables(part='c')
+    with pytest.raises(UserError, match=r"no average 'slow' of a part 'a', only .'b'."):
+        state.variables('slow', part='a')

@@ -72,7 +72,7 @@ def test_three_steps_with_each_anchor_are_numpys(network, batch, mode, options):
     state, step, frozen = prepared(
         network, anchor=mode, tau=tau, reward_temperature=beta, **options
     )
-    w = kernel(state.params)
+    w = kernel(state.params['network'])
     anchor = kernel(frozen['anchor']['params']) if mode == 'fixed' else w.copy()
     anchor = 0 * anchor if mode == 'uniform' else anchor
     for n in range(3):
@@ -85,7 +85,7 @@ def test_three_steps_with_each_anchor_are_numpys(network, batch, mode, options):
         w = w - LR * slope
         if mode == 'ema':
             anchor = 0.8 * anchor + 0.2 * w
-        np.testing.assert_allclose(kernel(state.params), w, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(kernel(state.params['network']), w, rtol=1e-5, atol=1e-6)
     if mode in ('self', 'ema', 'on_policy'):
         np.testing.assert_allclose(kernel(state.extra['anchor']), anchor, rtol=1e-5, atol=1e-6)
     else:
@@ -99,14 +99,19 @@ def test_the_first_step_on_policy_pulls_from_uniform_to_the_target(network, batc
     q = scipy.special.softmax(batch['rewards'].astype(np.float64), -1)
     slope = np.einsum('bp,bpf->f', (1 / P - q) / tau, batch['input'].astype(np.float64)) / B
     np.testing.assert_allclose(
-        (kernel(state.params) - kernel(stepped.params)) / LR, slope, rtol=1e-4, atol=1e-6
+        (kernel(state.params['network']) - kernel(stepped.params['network'])) / LR,
+        slope,
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
 def test_equal_rewards_leave_the_student_at_its_anchor(network, batch):
     state, step, _ = prepared(network, anchor='self')
     stepped, _ = step(state, batch | {'rewards': np.full((B, P), 3.0, np.float32)})
-    np.testing.assert_allclose(kernel(stepped.params), kernel(state.params), atol=1e-6)
+    np.testing.assert_allclose(
+        kernel(stepped.params['network']), kernel(state.params['network']), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize('soft', [False, True])
@@ -117,7 +122,7 @@ def test_all_pairs_are_the_mean_of_dpo_over_them(network, batch, soft):
         network, anchor='fixed', target=target, tau=tau, reward_temperature=beta
     )
     x, r = batch['input'].astype(np.float64), batch['rewards'].astype(np.float64)
-    margin = x @ kernel(state.params) - x @ kernel(frozen['anchor']['params'])
+    margin = x @ kernel(state.params['network']) - x @ kernel(frozen['anchor']['params'])
     losses = []
     for i in range(P):
         for j in range(i + 1, P):
@@ -140,7 +145,7 @@ def test_a_random_pair_is_dpo_of_two_distinct_candidates(network, batch):
     order = [(i, j) for i in range(P) for j in range(P) if r[i] > r[j]]
     slopes = np.array([-0.5 * (x[i] - x[j]) for i, j in order])
     error = slopes.std(0) / np.sqrt(2000)
-    moved = (kernel(state.params) - kernel(stepped.params)) / LR
+    moved = (kernel(state.params['network']) - kernel(stepped.params['network'])) / LR
     assert (np.abs(moved - slopes.mean(0)) < 4.5 * error + 1e-6).all()
 
 

@@ -82,14 +82,18 @@ def test_an_outer_step_is_the_gradient_of_the_unrolled_run_composed_by_hand(cont
     new, metrics = jax.jit(method.step)(state, batch_of(vectors))
 
     def distance(images, log_rate):
-        end = descent(images, state.mutables['label'], jnp.exp(log_rate), vectors[0], 3)
+        end = descent(images, state.mutables['network']['label'], jnp.exp(log_rate), vectors[0], 3)
         return ((end - vectors[2]) ** 2).sum() / ((vectors[0] - vectors[2]) ** 2).sum()
 
-    given = state.params['images'], state.params['log_step_size']
+    given = state.params['network']['images'], state.params['network']['log_step_size']
     value, (images, rate) = jax.jit(jax.value_and_grad(distance, (0, 1)))(*given)
     assert metrics['loss'].total / metrics['loss'].count == pytest.approx(float(value), rel=1e-5)
-    np.testing.assert_allclose(new.params['images'], given[0] - 0.1 * images, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(new.params['log_step_size'], given[1] - 0.1 * rate, rtol=1e-5)
+    np.testing.assert_allclose(
+        new.params['network']['images'], given[0] - 0.1 * images, rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        new.params['network']['log_step_size'], given[1] - 0.1 * rate, rtol=1e-5
+    )
 
 
 def test_smooth_experts_with_all_its_parts_off_is_trajectory_matching(context, vectors):
@@ -100,7 +104,7 @@ def test_smooth_experts_with_all_its_parts_off_is_trajectory_matching(context, v
         jax.jit(m.step)(m.init(jax.random.key(0), None), batch_of(vectors))[0]
         for m in (plain, same)
     )
-    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    jax.tree.map(np.testing.assert_array_equal, one.params['network'], two.params['network'])
 
 
 def test_intermediate_targets_momentum_and_balance_change_the_step_as_written_out(context, vectors):
@@ -111,7 +115,11 @@ def test_intermediate_targets_momentum_and_balance_change_the_step_as_written_ou
     state = method.init(jax.random.key(0), None)
     metrics = jax.jit(method.step)(state, batch_of(vectors))[1]
     # Epoch 1 of 2: h = 1, so the balance is log_5(8).
-    balance, images, labels = np.log(8) / np.log(5), state.params['images'], np.arange(CLASSES)
+    balance, images, labels = (
+        np.log(8) / np.log(5),
+        state.params['network']['images'],
+        np.arange(CLASSES),
+    )
     at, velocity, ends = vectors[0], 0.0, []
     for _ in range(4):
         gradient = (at - descent(images, labels, 1.0, at, 1)) * balance
@@ -132,7 +140,9 @@ def test_tesla_is_exact_for_a_single_step_also_through_the_logarithm(context, ve
         for m in (mtt(context, gradient=g, **options) for g in ('exact', 'tesla'))
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one.params, two.params
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        one.params['network'],
+        two.params['network'],
     )
 
 
@@ -143,13 +153,18 @@ def test_learned_labels_and_labels_of_the_expert(context, vectors):
     start = synthetic.of_state(state).label
     np.testing.assert_allclose(start.max(-1), 0.9, rtol=1e-6)
     new = jax.jit(learned.step)(state, batch_of(vectors))[0]
-    assert np.abs(new.params['label_logits'] - state.params['label_logits']).max() > 1e-5
+    assert (
+        np.abs(
+            new.params['network']['label_logits'] - state.params['network']['label_logits']
+        ).max()
+        > 1e-5
+    )
 
     expert = mtt(context, labels='expert', gradient='tesla', **options)
     state = expert.init(jax.random.key(0), None)
     new = jax.jit(expert.step)(state, batch_of(vectors))[0]
     target = common.unraveller(NET)(vectors[2])
-    wanted = jax.nn.softmax(NET.apply({'params': target}, state.params['images']).logits)
+    wanted = jax.nn.softmax(NET.apply({'params': target}, state.params['network']['images']).logits)
     np.testing.assert_allclose(synthetic.of_state(new).label, wanted, rtol=1e-5)
 
 
@@ -159,7 +174,7 @@ def test_a_segment_without_a_finite_distance_is_skipped_and_counted(context, vec
     step = jax.jit(method.step)
     still = batch_of(jnp.stack([vectors[0]] * 3))
     new, metrics = step(state, still)
-    jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, new.params['network'], state.params['network'])
     assert metrics['skipped'].total == 1
     assert metrics['loss'].count == 0
     # Beside a good segment the gradient is that of the good one.
@@ -167,7 +182,9 @@ def test_a_segment_without_a_finite_distance_is_skipped_and_counted(context, vec
     mixed, metrics = step(state, both)
     alone = step(state, batch_of(vectors))[0]
     assert (metrics['skipped'].total, metrics['skipped'].count) == (1, 2)
-    np.testing.assert_allclose(mixed.params['images'], alone.params['images'], rtol=1e-5)
+    np.testing.assert_allclose(
+        mixed.params['network']['images'], alone.params['network']['images'], rtol=1e-5
+    )
 
 
 def test_inner_batches_use_every_image_once_per_pass(context, vectors):
@@ -180,7 +197,12 @@ def test_inner_batches_use_every_image_once_per_pass(context, vectors):
     )
     for steps, touched in ((2, 8), (3, 10)):
         new = step(steps)(state, batch_of(vectors))[0]
-        moved = np.abs(new.params['images'] - state.params['images']).max((1, 2, 3)) > 0
+        moved = (
+            np.abs(new.params['network']['images'] - state.params['network']['images']).max(
+                (1, 2, 3)
+            )
+            > 0
+        )
         assert moved.sum() == touched
 
 
@@ -246,7 +268,9 @@ def test_vmapped_experts_are_single_runs(context, options):
     for place, expert in enumerate((2, 3)):
         first, last = single(expert)
         np.testing.assert_allclose(flatten(begun)[place], first, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(flatten(state.params)[place], last, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            flatten(state.params['network'])[place], last, rtol=2e-5, atol=1e-6
+        )
 
 
 def test_faded_in_losses_scale_plain_descent(context):
@@ -258,7 +282,7 @@ def test_faded_in_losses_scale_plain_descent(context):
         method = expert_trajectories(context, experts=1, together=1, epochs=1, **options)
         state = method.init(jax.random.key(3), {})
         new = jax.jit(method.step)(state, batch)[0]
-        return flatten(new.params) - flatten(new.extra['start'])
+        return flatten(new.params['network']) - flatten(new.extra['start'])
 
     np.testing.assert_allclose(moved(ramp_epochs=10), 0.5 * moved(), rtol=1e-5, atol=1e-7)
 
@@ -274,7 +298,7 @@ def test_fading_in_is_a_schedule_of_the_rate_without_momentum_only(context, mome
         state, step = method.init(jax.random.key(3), {}), jax.jit(method.step)
         for _ in range(8):
             state = step(state, batch)[0]
-        return flatten(state.params) - flatten(state.extra['start'])
+        return flatten(state.params['network']) - flatten(state.extra['start'])
 
     factors = segments_lib.loss_ramp(jnp.array([0, 1]), epochs=10)
     assert 0 < factors[0] < factors[1] < 1
@@ -322,10 +346,10 @@ def test_eight_devices_give_the_numbers_of_one(context, vectors):
         for _ in range(2):
             state, alone = step(state, batch)
             spread, together = step(spread, given)
-        leaf = jax.tree.leaves(spread.params)[0]
+        leaf = jax.tree.leaves(spread.params['network'])[0]
         assert len({s.device for s in leaf.addressable_shards}) == 8
         assert leaf.addressable_shards[0].data.size < leaf.size
-        for one, eight in ((state.params, spread.params), (alone, together)):
+        for one, eight in ((state.params['network'], spread.params['network']), (alone, together)):
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, eight
             )
@@ -358,10 +382,13 @@ def test_distribution_matching_moves_along_the_gradient_of_the_summed_distances(
             total += ((ours - embed(batch['input'][:, k]).mean(0)) ** 2).sum()
         return total
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(state.params['images'])
+    value, grads = jax.jit(jax.value_and_grad(loss))(state.params['network']['images'])
     assert metrics['loss'].total == pytest.approx(float(value), rel=1e-5)
     np.testing.assert_allclose(
-        new.params['images'], state.params['images'] - 0.1 * grads, rtol=1e-5, atol=1e-6
+        new.params['network']['images'],
+        state.params['network']['images'] - 0.1 * grads,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -374,7 +401,7 @@ def test_gradient_matching_compares_classes_and_trains_its_network(context):
     step = jax.jit(method.step)
     new, metrics = step(state, batch)
     theta = ravel_pytree(state.extra['network'])[0]
-    images = state.params['images']
+    images = state.params['network']['images']
     # The gradient of one class at theta is what one step of descent at rate 1 takes away.
     distances = []
     for k in range(CLASSES):
@@ -385,12 +412,12 @@ def test_gradient_matching_compares_classes_and_trains_its_network(context):
         distances.append(((ours - real) ** 2).sum())
     value = metrics['loss'].total / metrics['loss'].count
     assert value == pytest.approx(float(np.sum(distances)), rel=1e-4)
-    trained = descent(new.params['images'], np.repeat(np.arange(10), 2), 0.5, theta, 3)
+    trained = descent(new.params['network']['images'], np.repeat(np.arange(10), 2), 0.5, theta, 3)
     np.testing.assert_allclose(ravel_pytree(new.extra['network'])[0], trained, rtol=1e-4, atol=1e-6)
     # A new network comes after two steps.
     later = step(step(new, batch)[0], batch)[0]
     fresh = NET.init(jax.random.fold_in(step(new, batch)[0].step_key(), 1))['params']
-    wanted = descent(later.params['images'], np.repeat(np.arange(10), 2), 0.5,
+    wanted = descent(later.params['network']['images'], np.repeat(np.arange(10), 2), 0.5,
                      ravel_pytree(fresh)[0], 3)  # fmt: skip
     np.testing.assert_allclose(
         ravel_pytree(later.extra['network'])[0], wanted, rtol=1e-4, atol=1e-6
@@ -405,7 +432,7 @@ def test_a_network_that_is_used_once_is_not_trained(context):
     state = method.init(jax.random.key(0), None)
     new = jax.jit(method.step)(state, grouped(context))[0]
     jax.tree.map(np.testing.assert_array_equal, new.extra['network'], state.extra['network'])
-    assert np.abs(new.params['images'] - state.params['images']).max() > 0
+    assert np.abs(new.params['network']['images'] - state.params['network']['images']).max() > 0
 
 
 def test_a_pass_in_small_batches_is_full_batch_descent_to_first_order(context):
@@ -456,7 +483,7 @@ def test_what_enters_a_normalisation_layer_is_the_output_of_its_convolution(cont
 def test_a_compensator_moves_along_the_sum_of_the_gradients_of_its_images(compensated):
     method, state, nets = compensated
     new = jax.jit(method.step)(state, {})[0]
-    groups, variables = state.mutables['groups'], state.frozen['a']
+    groups, variables = state.mutables['network']['groups'], state.frozen['a']
     assert groups.shape == (1, CLASSES, *SHAPE)
 
     def loss(images):
@@ -470,13 +497,15 @@ def test_a_compensator_moves_along_the_sum_of_the_gradients_of_its_images(compen
         return -jnp.diagonal(log_p).mean() + 0.5 * 10.0 * norms
 
     by_image = jax.jit(jax.grad(loss))(groups[0])
-    np.testing.assert_allclose(new.params['a'][0, 0], -0.1 * by_image.sum(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        new.params['network']['a'][0, 0], -0.1 * by_image.sum(0), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_without_training_every_variant_is_the_real_image_with_the_same_label(compensated):
     _, state, nets = compensated
     images = compensated_set.unfolded(state)
-    real = np.asarray(state.mutables['groups'][0])
+    real = np.asarray(state.mutables['network']['groups'][0])
     np.testing.assert_array_equal(images, np.concatenate([real] * 3))
     labelled = compensated_set.soft_examples(nets, state.frozen, images)
     wanted = np.mean([nets[n].apply(state.frozen[n], real).logits for n in nets], 0)

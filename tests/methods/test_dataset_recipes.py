@@ -280,6 +280,6 @@ def test_a_sharded_recipe_places_images_and_experts_over_the_devices():
     mesh = make_mesh({'data': 1, 'tensor': 4})
     for name, leaf in (('experts', 'hidden0'), ('distilled', 'images')):
         stage = prepare(kd_config.parse(small), name, mesh)
-        where = stage.abstract_state().params[leaf]
+        where = stage.abstract_state().params['network'][leaf]
         where = jax.tree.leaves(where)[0].sharding
         assert where.spec[0] in ('tensor', ('data', 'tensor'))

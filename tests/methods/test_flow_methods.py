@@ -87,7 +87,7 @@ def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
         method = flow_map(context(net), algorithm=name)
     params = random_variables(net, 2)['params']
     state = method.init(jax.random.key(1), {'teacher': teacher} if taught else {})
-    state = state.replace(params=params)
+    state = state.with_params(params)
     _, noise_key, _, _, times_key = keys_of_step(state)
     x0 = 0.5 * jax.random.normal(noise_key, (BATCH, 2))
 
@@ -124,11 +124,11 @@ def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
     # Ordinary layers take the plain gradient step; magnitude-preserving ones are projected.
     for layer in ('hidden0', 'out'):
         np.testing.assert_allclose(
-            new.params[layer]['kernel'],
+            new.params['network'][layer]['kernel'],
             params[layer]['kernel'] - 0.1 * grads[layer]['kernel'],
             rtol=1e-4, atol=1e-6,
         )  # fmt: skip
-    weight = new.params['time_weight']['out']['mp_weight']
+    weight = new.params['network']['time_weight']['out']['mp_weight']
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(weight**2, 0)), 1.0, atol=1e-3)
 
 
@@ -136,10 +136,12 @@ def test_all_on_the_diagonal_every_algorithm_is_flow_matching(batch):
     net = network()
     plain = flow_matching(context(net))
     state = plain.init(jax.random.key(0))
-    expected = plain.step(state, batch)[0].params
+    expected = plain.step(state, batch)[0].params['network']
     for name in ('esd', 'meanflow'):
         other = flow_map(context(net), algorithm=name, diagonal_fraction=1.0)
-        jax.tree.map(np.testing.assert_array_equal, other.step(state, batch)[0].params, expected)
+        jax.tree.map(
+            np.testing.assert_array_equal, other.step(state, batch)[0].params['network'], expected
+        )
 
 
 def test_meanflow_target_is_stopped_but_for_the_prediction(batch):
@@ -202,7 +204,7 @@ def test_dropout_acts_on_the_diagonal_only(batch):
     state = method.init(jax.random.key(7))
     step_keys = keys_of_step(state)
     noise = jax.random.normal(step_keys[1], (BATCH, 2))
-    silent = velocity_function(net, {'params': state.params})
+    silent = velocity_function(net, {'params': state.params['network']})
     expected = flow_map_errors(
         step_keys[4], silent, noise, data, interpolant=linear(),
         algorithm=get_algorithm('lsd'), diagonal=12,
@@ -234,7 +236,7 @@ def test_labels_condition_the_loss_and_are_dropped_at_the_stated_rate(batch):
     losses = {}
     for rate in (0.0, 1.0):
         method = flow_matching(context(net), label_dropout=rate)
-        state = method.init(jax.random.key(1)).replace(params=variables['params'])
+        state = method.init(jax.random.key(1)).with_params(variables['params'])
         losses[rate] = method.step(state, batch)[1]['loss'].total
         step_keys = keys_of_step(state)
         x0 = 0.5 * jax.random.normal(step_keys[1], (BATCH, 2))
@@ -254,7 +256,7 @@ def test_a_guided_teacher_is_distilled_as_the_guided_field(batch):
         context(net, frozen), algorithm='lmd', guidance=2.0, label_dropout=0.0
     )
     state = method.init(jax.random.key(1), {'teacher': teacher})
-    state = state.replace(params=random_variables(net, 2)['params'])
+    state = state.with_params(random_variables(net, 2)['params'])
     step_keys = keys_of_step(state)
     x0 = 0.5 * jax.random.normal(step_keys[1], (BATCH, 2))
 
@@ -264,7 +266,7 @@ def test_a_guided_teacher_is_distilled_as_the_guided_field(batch):
         return 2.0 * plain - null
 
     expected = flow_map_errors(
-        step_keys[4], velocity_function(net, {'params': state.params}, batch['label']),
+        step_keys[4], velocity_function(net, {'params': state.params['network']}, batch['label']),
         x0, batch['input'], interpolant=linear(),
         algorithm=get_algorithm('lmd', teacher=True), diagonal=0, teacher=field,
     )[0]  # fmt: skip
@@ -324,14 +326,14 @@ def test_linear_flow_trained_on_a_gaussian_matches_the_closed_form():
     variance = (1 - t) ** 2 / 4 + t**2 * deviation**2
     slope = (t * deviation**2 - (1 - t) / 4) / variance
     grid = np.linspace(0, 1, 9)
-    found_slope = np.interp(t, grid, state.params['slope'][0])
-    found_shift = np.interp(t, grid, state.params['shift'][0])
+    found_slope = np.interp(t, grid, state.params['network']['slope'][0])
+    found_shift = np.interp(t, grid, state.params['network']['shift'][0])
     # The rest is the error of interpolating on 9 knots.
     np.testing.assert_allclose(found_slope, slope, atol=0.12)
     np.testing.assert_allclose(found_shift, mean - slope * t * mean, atol=0.08)
     # And Euler-100 of it carries the noise to the data.
     noise = 0.5 * jax.random.normal(jax.random.key(1), (500, 2))
-    params = jax.tree.map(lambda x: x[0], state.params)
+    params = jax.tree.map(lambda x: x[0], state.params['network'])
     end = euler_sample(velocity_function(net, {'params': params}), noise, time_grid(100))
     exact = mean + deviation / 0.5 * noise
     assert float(jnp.sqrt(jnp.mean((end - exact) ** 2))) < 2e-2
@@ -453,7 +455,7 @@ def _stage():
     )
     state = flow_map(made).init(jax.random.key(0))
     average = random_variables(net, 9)['params']
-    return made, state.replace(ema={'slow': average}), net
+    return made, state.replace(ema={'slow': {'network': average}}), net
 
 
 def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
@@ -467,7 +469,7 @@ def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
         probe = flow_samples.flow_samples(made, weights=weights, sampler=sampler, **options)
         drawn[weights, sampler] = probe.run(state, batches)
     noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
-    vfn = velocity_function(net, {'params': state.ema['slow']})
+    vfn = velocity_function(net, {'params': state.ema['slow']['network']})
     one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
     real = np.asarray(batch['input'][:10])
     expected = flow_samples.distribution.sliced_wasserstein(real, one)
@@ -500,7 +502,7 @@ def test_fid_is_the_distance_in_the_features_of_shown_pixels(stage, batch, monke
     padded = {**batch, 'mask': jnp.arange(BATCH) < 5}
     found = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}] * 3 + [padded])
     noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
-    vfn = velocity_function(net, {'params': state.ema['slow']})
+    vfn = velocity_function(net, {'params': state.ema['slow']['network']})
     one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
     inputs = np.asarray(batch['input'])
     inputs = np.concatenate([inputs, inputs, inputs, inputs[:5]])
@@ -518,16 +520,16 @@ def test_geometry_agrees_with_the_metrics_of_the_whole_path(stage):
     found = probe.run(state, [])
     noise_key = jax.random.split(jax.random.key(0), 3)[0]
     noise = flow_samples.draw_noise(noise_key, 32, (2,), scale=0.5)
-    vfn = velocity_function(net, {'params': state.ema['slow']})
+    vfn = velocity_function(net, {'params': state.ema['slow']['network']})
     straight = flow_samples.generation.straightness(vfn, noise, steps=8).mean()
     assert found['straightness'] == pytest.approx(float(straight), rel=1e-4)
     gap = fm.flow_map(vfn, 0.0, 1.0, noise) - euler_sample(vfn, noise, time_grid(8))
     assert found['map_to_flow'] == pytest.approx(float(jnp.sum(gap**2) / 32), rel=1e-4)
     assert found['semigroup'] > 0
     # A field that does not depend on time or place is straight and its own flow map.
-    constant = jax.tree.map(jnp.zeros_like, state.params)
+    constant = jax.tree.map(jnp.zeros_like, state.params['network'])
     constant['out']['bias'] = jnp.array([0.3, -0.2])
-    still = probe.run(state.replace(ema={'slow': constant}), [])
+    still = probe.run(state.replace(ema={'slow': {'network': constant}}), [])
     assert max(still.values()) < 1e-10
 
 
@@ -603,7 +605,7 @@ def test_a_step_normalises_every_weight_once(monkeypatch, algorithm):
     made = dataclasses.replace(context(net), spec={'input': shape})
     method = flow_map(made, algorithm=algorithm)
     state = jax.eval_shape(method.init, jax.random.key(0), None)
-    weights = [x for x in jax.tree.leaves(state.params) if x.ndim > 1]
+    weights = [x for x in jax.tree.leaves(state.params['network']) if x.ndim > 1]
     normalised, plain = [], mp._effective
     monkeypatch.setattr(mp, '_effective', lambda w, dtype: normalised.append(w) or plain(w, dtype))
     jax.eval_shape(method.step, state, {'input': jnp.zeros((8, *shape.shape))})

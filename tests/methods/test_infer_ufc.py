@@ -85,22 +85,22 @@ def by_hand(state, groups, back):
 
 def test_without_augmentation_a_compensator_moves_by_the_gradients_of_its_classes(context):
     state, new, metrics = stepped(context)
-    assert state.mutables['groups'].shape == (GROUPS, CLASSES, *SHAPE)
-    wanted = by_hand(state, state.mutables['groups'], lambda grads: grads)
-    np.testing.assert_allclose(new.params['a'], wanted, rtol=1e-4, atol=1e-7)
+    assert state.mutables['network']['groups'].shape == (GROUPS, CLASSES, *SHAPE)
+    wanted = by_hand(state, state.mutables['network']['groups'], lambda grads: grads)
+    np.testing.assert_allclose(new.params['network']['a'], wanted, rtol=1e-4, atol=1e-7)
     norm = np.sqrt((np.square(wanted) / RATE**2).sum())
     assert float(metrics['grad_norm'].total) == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_gradient_passes_back_through_the_augmentation(context):
     state, new, _ = stepped(context, augmentation=(('flip', 1.0, {'shared': True}),))
-    mirrored = np.asarray(state.mutables['groups'])[:, :, :, ::-1]
+    mirrored = np.asarray(state.mutables['network']['groups'])[:, :, :, ::-1]
     wanted = by_hand(state, mirrored, lambda grads: grads[:, :, ::-1])
-    np.testing.assert_allclose(new.params['a'], wanted, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(new.params['network']['a'], wanted, rtol=1e-4, atol=1e-7)
     # A crop: some pixels are never seen, and their compensator stays.
     crop = (('resized_crop', (0.1, 0.2), {'shared': True}),)
     _, new, _ = stepped(context, augmentation=crop)
-    still = (np.asarray(new.params['a']) == 0).all((1, 4))
+    still = (np.asarray(new.params['network']['a']) == 0).all((1, 4))
     assert (still.sum((1, 2)) >= 0.5 * 64).all()
     assert (still.sum((1, 2)) < 64).all()
 
@@ -116,7 +116,7 @@ def test_real_images_are_no_part_of_the_program_that_starts_the_state(context):
         ((r'groups$', (None, 'data')),), mesh,
     )  # fmt: skip
     state = jax.jit(method.init, out_shardings=places)(jax.random.key(0), frozen)
-    groups = np.asarray(state.mutables['groups'])
+    groups = np.asarray(state.mutables['network']['groups'])
     real = context.recipe_source('train').fetch(np.arange(4 * CLASSES))
     for label in range(CLASSES):
         of_class = real['input'][real['label'] == label]
@@ -130,7 +130,9 @@ def test_groups_in_parts_give_the_numbers_of_all_at_once(context, together):
     options = {'augmentation': (('resized_crop', {'shared': True}),)}
     _, whole, metrics = stepped(context, **options)
     _, parts, others = stepped(context, together=together, **options)
-    np.testing.assert_allclose(parts.params['a'], whole.params['a'], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        parts.params['network']['a'], whole.params['network']['a'], rtol=1e-5, atol=1e-8
+    )
     name = 'a/cross_entropy'
     assert float(others[name].total) == pytest.approx(float(metrics[name].total), rel=1e-5)
 
@@ -149,11 +151,13 @@ def test_classes_on_eight_devices_give_the_numbers_of_one(context):
     )
     spread = jax.device_put(state, places)
     batch = jax.device_put({}, NamedSharding(mesh, PartitionSpec()))
-    assert spread.mutables['groups'].addressable_shards[0].data.shape[1] == 1
+    assert spread.mutables['network']['groups'].addressable_shards[0].data.shape[1] == 1
     for _ in range(2):
         state, spread = step(state, {})[0], step(spread, batch)[0]
-    assert float(jnp.abs(state.params['a']).max()) > 1e-4
-    np.testing.assert_allclose(spread.params['a'], state.params['a'], rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(state.params['network']['a']).max()) > 1e-4
+    np.testing.assert_allclose(
+        spread.params['network']['a'], state.params['network']['a'], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

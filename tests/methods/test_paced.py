@@ -45,7 +45,7 @@ def run(network, batch, **options):
     method = paced(seeds.context(network=network, tx=optax.sgd(LR), num_classes=V), **options)
     state = jax.jit(method.init)(jax.random.key(0))
     stepped, metrics = jax.jit(method.step)(state, batch)
-    return state.params, stepped.params, metrics
+    return state.params['network'], stepped.params['network'], metrics
 
 
 @pytest.mark.parametrize('name', ['forward_kl', 'reverse_kl'])
@@ -137,7 +137,7 @@ def test_a_stage_starts_from_the_weights_of_its_reference(network):
     method = paced(dataclasses.replace(context, references={'start': network}))
     start = jax.jit(network.init)(jax.random.key(7))
     state = jax.jit(method.init)(jax.random.key(0), {'start': start})
-    jax.tree.map(np.testing.assert_array_equal, state.params, start['params'])
+    jax.tree.map(np.testing.assert_array_equal, state.params['network'], start['params'])
     assert int(state.opt_state[0].count) == 0
 
 

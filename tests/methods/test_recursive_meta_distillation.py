@@ -98,10 +98,10 @@ def test_the_linear_anchor_has_the_gradient_of_two_teachers(network, frozen, bat
             + lam * divergence.forward_kl(logits, base)
         )
 
-    grads = jax.jit(jax.grad(two_teachers))(state.params)
+    grads = jax.jit(jax.grad(two_teachers))(state.params['network'])
     jax.tree.map(
         lambda old, new, g: np.testing.assert_allclose(old - 0.5 * g, new, atol=1e-6),
-        state.params, stepped.params, grads,
+        state.params['network'], stepped.params['network'], grads,
     )  # fmt: skip
 
 

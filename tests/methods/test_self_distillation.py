@@ -66,7 +66,7 @@ def test_a_step_is_numpys_gradient_of_squares_and_norms(network, data):
     teacher = variables(network, 1)
     state = method.init(jax.random.key(0), {'teacher': teacher})
     batch = {name: value[:BATCH] for name, value in data.items()}
-    before = jax.device_get(state.params['head'])
+    before = jax.device_get(state.params['network']['head'])
     state, metrics = jax.jit(method.step)(state, batch)
 
     def objective(kernel, bias):
@@ -86,7 +86,7 @@ def test_a_step_is_numpys_gradient_of_squares_and_norms(network, data):
         shift[place] = 1e-5
         up, down = objective(kernel + shift, bias)[1], objective(kernel - shift, bias)[1]
         slope[place] = (up - down) / 2e-5
-    moved = (kernel - np.asarray(state.params['head']['kernel'])) / LR
+    moved = (kernel - np.asarray(state.params['network']['head']['kernel'])) / LR
     np.testing.assert_allclose(moved, slope, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_the_first_generation_is_plain_mse_whatever_alpha(network, data):
     for alpha in (0.0, 1.0):
         method = module.self_distillation(alone, alpha=alpha, penalty=0.0)
         state = method.init(jax.random.key(0), {})
-        start = state.params
+        start = state.params['network']
         losses.append(float(jax.jit(method.step)(state, batch)[1]['loss'].total) / BATCH)
     q = scipy.special.softmax(logits({'params': start}, batch['input']), -1)
     expected = np.mean((q - np.eye(CLASSES)[batch['label']]) ** 2)

@@ -18,8 +18,8 @@ from kd.losses import classification, divergence
 from kd.method import Objective, minimize
 from kd.metrics import mean
 from kd.parallel import mesh as mesh_lib
-from kd.parallel.sharding import path_name, tree_shardings
-from kd.state import State
+from kd.parallel.sharding import tree_shardings
+from kd.state import State, path_name
 from kd.training import loop
 from kd.training.evaluation import Evaluation
 from kd.training.stage import prepare
@@ -172,15 +172,20 @@ def test_the_optimiser_state_and_averages_lie_as_the_parameters_do(tree):
     params = {name: tree[name] for name in ('dense', 'head')}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = jax.eval_shape(
-        lambda: State.create(jax.random.key(0), params, tx.init(params), ema={'slow': params})
+        lambda: State.create(
+            jax.random.key(0),
+            {'params': params},
+            tx.init(params),
+            ema={'slow': {'network': params}},
+        )
     )
     rules = [('dense/kernel', (None, 'tensor')), ('.', 'fsdp')]
     found = specs(state, rules, make(fsdp=2, tensor=4))
     expected = {path: spec for path, spec in found.items() if path.startswith('params/')}
-    assert expected['params/dense/kernel'] == P(None, 'tensor')
-    assert expected['params/head/kernel'] == P('fsdp')
+    assert expected['params/network/dense/kernel'] == P(None, 'tensor')
+    assert expected['params/network/head/kernel'] == P('fsdp')
     for path, spec in expected.items():
-        leaf = path.removeprefix('params/')
+        leaf = path.removeprefix('params/network/')
         copies = [name for name in found if name.endswith('/' + leaf) and name != path]
         assert len(copies) == 3  # Two moments and an average.
         assert {found[name] for name in copies} == {spec}
@@ -218,9 +223,7 @@ def distil(context, *, micro_batches=1):
     network = context.network
 
     def loss(params, state, batch, key):
-        output = network.apply(
-            {'params': params, **state.mutables}, batch['input'], train=True, key=key
-        )
+        output = network.apply(state.variables(params=params), batch['input'], train=True, key=key)
         teacher = network.apply(state.frozen['teacher'], batch['input']).logits
         hard = classification.cross_entropy(output.logits, batch['label'])
         soft = divergence.forward_kl(output.logits, teacher)
@@ -322,21 +325,21 @@ TENSOR = (('hidden./kernel', (None, 'tensor')), ('hidden./bias|norm/', ('tensor'
 @pytest.mark.parametrize(
     ('mesh', 'sharding', 'cut'),
     [
-        ({'data': 8}, (), {'params/hidden1/kernel': (16, 16)}),
+        ({'data': 8}, (), {'params/network/hidden1/kernel': (16, 16)}),
         ({'data': 1, 'fsdp': 8}, (('.', 'fsdp'),), {
-            'params/hidden1/kernel': (2, 16),
+            'params/network/hidden1/kernel': (2, 16),
             'opt_state/1/0/nu/hidden0/kernel': (2, 2),
-            'ema/slow/head/kernel': (2, 2),
-            'mutables/batch_stats/norm/mean': (2,),
+            'ema/slow/network/head/kernel': (2, 2),
+            'mutables/network/batch_stats/norm/mean': (2,),
         }),
         ({'data': 1, 'tensor': 8}, TENSOR, {
-            'params/hidden1/kernel': (16, 2),
+            'params/network/hidden1/kernel': (16, 2),
             'opt_state/1/0/mu/hidden1/bias': (2,),
-            'params/head/kernel': (2, 2),
+            'params/network/head/kernel': (2, 2),
         }),
         ({'data': 2, 'fsdp': 2, 'tensor': 2}, (*TENSOR, ('.', 'fsdp')), {
-            'params/hidden0/kernel': (2, 8),
-            'mutables/batch_stats/norm/var': (8,),
+            'params/network/hidden0/kernel': (2, 8),
+            'mutables/network/batch_stats/norm/var': (8,),
         }),
     ],
     ids=['data', 'fsdp', 'tensor', 'all'],
@@ -366,7 +369,7 @@ def initialised_from_teacher(context):
     def init(key, frozen):
         state = method.init(key, frozen)
         start = jax.tree.map(lambda x: 2 * x, frozen['teacher']['params'])
-        return state.replace(params=start)
+        return state.with_params(start)
 
     return method._replace(init=init)
 
@@ -382,7 +385,9 @@ def test_a_student_may_start_from_its_teacher():
     stage = a_stage({'data': 1, 'fsdp': 2}, method='initialised_from_teacher')
     state = loop.initial_state(stage)
     teacher = stage.frozen['teacher']['params']
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), state.params, teacher)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, 2 * y), state.params['network'], teacher
+    )
     assert state.frozen == {}
 
 

@@ -19,7 +19,7 @@ def traced(context, *, poison: int = -1, dropout: float = 0.1):
 
     def loss(params, state, batch, key):
         noise = dropout * jax.random.normal(key, batch['input'].shape)
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         logits = context.network.apply(variables, batch['input'] + noise, train=True).logits
         losses = classification.cross_entropy(logits, batch['label'])
         if state.frozen:

@@ -1,5 +1,8 @@
 """Schedules and optimisers against NumPy formulas and against optax's own."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -138,6 +141,61 @@ def test_gradients_are_clipped_to_a_global_norm_before_the_decay():
     assert_same(unclipped, train(optax.sgd(1.0), steps=1))
 
 
+def test_factors_come_after_adam_and_the_first_match_wins():
+    plain = optim.optimizer(3, lr=0.1, weight_decay=0.5)
+    ours = optim.optimizer(
+        3, lr=0.1, weight_decay=0.5, scale=(('bias', 0.25), ('dense', 0.5), ('dense/kernel', 9.0))
+    )
+    first, second = train(plain, steps=1), train(ours, steps=1)
+    factors = {'kernel': 0.5, 'bias': 0.25, 'scale': 1.0}
+    for block, leaves in PARAMS.items():
+        for name, start in leaves.items():
+            moved = first[block][name] - start
+            np.testing.assert_allclose(
+                second[block][name] - start, factors[name] * moved, rtol=1e-5, atol=1e-8
+            )
+
+
+def test_factor_zero_keeps_every_bit_and_no_state():
+    frozen = {**PARAMS, 'norm': {'scale': np.array([2.0, -0.0], np.float32)}}
+    tx = optim.optimizer(
+        10, lr=0.1, weight_decay=0.1, clip_norm=1e-3, scale=(('norm|kernel', 0.0),)
+    )
+    params, state = frozen, tx.init(frozen)
+    update = jax.jit(lambda p, s: tx.update(GRADS, s, p))
+    for _ in range(10):
+        updates, state = update(params, state)
+        params = optax.apply_updates(params, updates)
+    for block, name in (('norm', 'scale'), ('dense', 'kernel')):
+        assert np.asarray(params[block][name]).tobytes() == frozen[block][name].tobytes()
+    shapes = sorted(x.shape for x in jax.tree.leaves(state))
+    assert shapes == [(), (), (2,), (2,)]  # Two counts and the moments of the bias.
+    # The frozen gradients do not count in the norm to which the others are clipped.
+    alone = optim.optimizer(10, lr=0.1, weight_decay=0.1, clip_norm=1e-3)
+    bias, state = {'bias': PARAMS['dense']['bias']}, alone.init({'bias': PARAMS['dense']['bias']})
+    for _ in range(10):
+        updates, state = alone.update({'bias': GRADS['dense']['bias']}, state, bias)
+        bias = optax.apply_updates(bias, updates)
+    np.testing.assert_allclose(params['dense']['bias'], bias['bias'], atol=1e-6)
+
+
+def test_layer_decay_falls_from_the_head_to_the_embedding():
+    names = ('patch_embed/kernel', 'block0/mlp/up/kernel', 'block10/norm/scale', 'block1/bias',
+             'encoder_norm/scale', 'head/kernel')  # fmt: skip
+    pairs = optim.layer_decay(11, 0.5)
+    found = [next(f for e, f in pairs if re.search(e, name)) for name in names]
+    assert found == [0.5**12, 0.5**11, 0.5, 0.5**10, 1.0, 1.0]
+
+
+def test_several_updates_in_a_step_share_its_rate():
+    tx = optim.optimizer(4, name='sgd', lr=1.0, schedule='linear', updates=3)
+    state, rates = tx.init(jnp.zeros(())), []
+    for _ in range(12):
+        update, state = tx.update(jnp.ones(()), state)
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, np.repeat([1.0, 0.75, 0.5, 0.25], 3), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -146,11 +204,19 @@ def test_gradients_are_clipped_to_a_global_norm_before_the_decay():
         ({'name': 'sgd', 'momentun': 0.9}, "unknown key 'momentun'. Did you mean 'momentum'"),
         ({'schedule_args': {'ent': 0.1}}, "unknown key 'ent'. Did you mean 'end'"),
         ({'schedule_args': {'steps': 5}}, "unknown key 'steps'"),
+        ({'scale': (('(', 1.0),)}, 'scale must be .* pairs: missing'),
+        ({'scale': (('head', -1.0),)}, r'scale must be .* from 0'),
     ],
 )
 def test_mistyped_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         optim.optimizer(10, lr=0.1, **arguments)
+
+
+def test_a_factor_for_nothing_is_a_typing_error():
+    tx = optim.optimizer(10, lr=0.1, scale=(('dens/', 0.5),))
+    with pytest.raises(UserError, match="'dens/' matches no parameter"):
+        tx.init(PARAMS)
 
 
 def test_the_rate_is_float32_from_an_integer_step():

@@ -93,10 +93,11 @@ def of_state(state: State, average: str = '') -> SyntheticSet:
 
     The step size is never averaged.
     """
-    params = state.params
+    variables = state.variables()
+    params = variables['params']
     if average:
-        params = {**params, 'images': state.ema[average]['images']}
-    return decode(params, state.mutables['label'])
+        params = {**params, 'images': state.variables(average)['params']['images']}
+    return decode(params, variables['label'])
 
 
 def class_ordered(num_classes: int, images_per_class: int) -> np.ndarray:

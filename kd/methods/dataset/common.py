@@ -153,9 +153,7 @@ def fixed_set(context: Context, images: np.ndarray, labels: np.ndarray) -> Calla
     """`init(key, frozen)` of a state that holds a set as it is."""
 
     def init(key, frozen=None):
-        params = {'images': jnp.asarray(images)}
-        return State.create(
-            key, params, {}, mutables={'label': jnp.asarray(labels)}, frozen=dict(frozen or {})
-        )
+        variables = {'params': {'images': jnp.asarray(images)}, 'label': jnp.asarray(labels)}
+        return State.create(key, variables, frozen=dict(frozen or {}))
 
     return init

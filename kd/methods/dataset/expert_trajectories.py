@@ -146,11 +146,11 @@ def _rounds(context: Context, update, together, epochs, per_epoch, families, dro
         del frozen
         params, opt_state = begin(key, jnp.int32(0))
         start = jax.tree.map(jnp.copy, params)
-        return State.create(key, params, opt_state, extra={'start': start})
+        return State.create(key, {'params': params}, opt_state, extra={'start': start})
 
     def of_step(state: State, number, within):
         """Parameters, optimisers and starts before a step: new ones in the first of a round."""
-        kept = state.params, state.opt_state, state.extra['start']
+        kept = state.variables()['params'], state.opt_state, state.extra['start']
 
         def restarted():
             params, opt_state = begin(state.key, number)
@@ -176,8 +176,8 @@ def _rounds(context: Context, update, together, epochs, per_epoch, families, dro
         )(params, opt_state, batch, keys, family, within // per_epoch)
         metrics = {'loss': mean(losses), 'accuracy': mean(correct)}
         extra = {**state.extra, 'start': start}
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
-        return state, metrics
+        state = state.with_params(params).replace(opt_state=opt_state, extra=extra)
+        return state.replace(step=state.step + 1), metrics
 
     return Method(init, step)
 
@@ -232,9 +232,10 @@ def snapshots(context: Context) -> Writer:
         number, epoch = divmod(step // per_epoch - 1, epochs)
         if epoch == 0:
             _save(directory, number, 0, state.extra['start'])
-        _save(directory, number, epoch + 1, state.params)
+        params = state.variables()['params']
+        _save(directory, number, epoch + 1, params)
         if step == context.steps and jax.process_index() == 0:
-            size = sum(x.size for x in jax.tree.leaves(state.params)) // together
+            size = sum(x.size for x in jax.tree.leaves(params)) // together
             made = trajectories.fingerprint(
                 network=stage.network,
                 data=data_lib.training_data(context.recipe),
@@ -258,7 +259,7 @@ def expert_accuracy(context: Context) -> Evaluator:
             logits = context.network.apply({'params': params}, batch['input']).logits
             return jnp.where(batch['mask'], logits.argmax(-1) == batch['label'], False).sum()
 
-        return jax.vmap(correct)(state.params), batch['mask'].sum()
+        return jax.vmap(correct)(state.variables()['params']), batch['mask'].sum()
 
     def finish(sums):
         accuracies = np.asarray(sums[0]) / sums[1]

@@ -134,8 +134,9 @@ def _along_training(base: Method, fresh, train, restart_every) -> Method:
         state, metrics = base.step(state.replace(extra={**state.extra, 'network': network}), batch)
         # A network that is used once need not be trained.
         if restart_every > 1:
+            made = state.variables()
             network = train(
-                network, state.params['images'], state.mutables['label'], jax.random.fold_in(key, 1)
+                network, made['params']['images'], made['label'], jax.random.fold_in(key, 1)
             )
         return state.replace(extra={**state.extra, 'network': network}), metrics
 

@@ -17,7 +17,7 @@ from kd.data.transforms import augment
 from kd.errors import UserError
 from kd.losses import batch_statistics, classification
 from kd.losses.batch_statistics import LayerStatistics
-from kd.method import Batch, Method
+from kd.method import Batch, Change, Method, stepwise
 from kd.metrics import Metrics, mean, scalar
 from kd.network import Network
 from kd.ranges import Count, NonNegative, Size
@@ -85,21 +85,23 @@ def infer_ufc(
         groups = jax.pure_callback(
             lambda: real, jax.ShapeDtypeStruct(real.shape, real.dtype), vmap_method='sequential'
         )
-        mutables = {'groups': groups}
-        return State.create(
-            key, u, context.tx.init(u), mutables=mutables, frozen=dict(frozen or {})
-        )
+        variables = {'params': u, 'groups': groups}
+        return State.create(key, variables, context.tx.init(u), frozen=dict(frozen or {}))
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def propose(state: State, batch: Batch) -> tuple[Change, Metrics]:
         del batch
         keys = jax.random.split(state.step_key(), count)
         grads, metrics = _gradients(loss, networks, state, keys, together or count)
-        updates, opt_state = context.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, {**metrics, 'grad_norm': scalar(optax.tree.norm(grads))}
 
-    return Method(init, step)
+        def change(state: State) -> State:
+            params = state.variables()['params']
+            updates, opt_state = context.tx.update(grads, state.opt_state, params)
+            state = state.with_params(optax.apply_updates(params, updates))
+            return state.replace(opt_state=opt_state)
+
+        return change, {**metrics, 'grad_norm': scalar(optax.tree.norm(grads))}
+
+    return stepwise(init, propose)
 
 
 def objective(
@@ -124,13 +126,14 @@ def _gradients(
     """Gradients of all compensators, and the mean parts of their losses by network."""
     grads: dict[str, PyTree] = {}
     metrics: Metrics = {}
+    made = state.variables()
     for name, net in networks.items():
 
         def one(given, net=net, variables=state.frozen[name]):
             u, group, key = given
             return jax.grad(loss, has_aux=True)(u, variables, net, group, key)
 
-        given = state.params[name], state.mutables['groups'], keys
+        given = made['params'][name], made['groups'], keys
         # Without a loop where all go together: XLA for CPU runs convolutions slowly in one.
         grads[name], (cross_entropy, distance) = (
             jax.vmap(one)(given)

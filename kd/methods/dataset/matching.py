@@ -146,7 +146,7 @@ class _Outer:
         # One family per step for all segments: drawn under vmap, all of them would be computed.
         kinds = max(len(options.families), 1)
         family = jax.random.randint(family_key, (options.student_steps,), 0, kinds)
-        keys, label = jax.random.split(key, count), state.mutables['label']
+        keys, label = jax.random.split(key, count), state.variables()['label']
         batch = {name: batch[name] for name in ('start', 'targets', 'epoch')}
 
         def one(segment, key):

@@ -72,11 +72,8 @@ def flow_method(
             start = scale * jax.random.normal(keys[1], data.shape, data.dtype)
         label = None if classes is None else _drop(keys[2], batch['label'], label_dropout, classes)
         diagonal = int(diagonal_fraction * len(data))
-        variables = {
-            'params': params,
-            'effective': effective_weights(params, getattr(network.module, 'dtype', jnp.float32)),
-            **state.mutables,
-        }
+        effective = effective_weights(params, getattr(network.module, 'dtype', jnp.float32))
+        variables = {**state.variables(params=params), 'effective': effective}
         bind = functools.partial(velocity_function, network, variables)
         on, off = (None, None) if label is None else (label[:diagonal], label[diagonal:])
         error, s, t = flow_map_errors(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd import config as kd_config
 from kd.context import Context
 from kd.errors import UserError
+from kd.losses import check_micro_batches
 from kd.losses import divergence as divergences
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start, teacher
@@ -63,6 +64,7 @@ def paced(
         raise UserError(f'rollouts must be at least 1, got {rollouts}.')
     network = context.classifier
     of_position = kd_config.resolve(divergence)
+    check_micro_batches(of_position, micro_batches)
     kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
 
     def collect(state, batch, key):
@@ -84,7 +86,7 @@ def paced(
         return {**batch, 'weight': weights, 'effective_count': count}
 
     def loss(params, state, batch, key) -> Objective:
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
         positions = divergences.per_position(
@@ -103,8 +105,9 @@ def paced(
         }
         return Objective(mean(losses), metrics, output.mutables)
 
-    method = minimize(loss, context.tx, network.init, micro_batches=micro_batches)
-    return with_collect(start.from_reference(method, context), collect)
+    init = start.from_reference(network.init, context)
+    method = minimize(loss, context.tx, init, micro_batches=micro_batches)
+    return with_collect(method, collect)
 
 
 def sampled_pass_rate(

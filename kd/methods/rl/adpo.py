@@ -74,13 +74,13 @@ def adpo(
             source = context.references['anchor']
             reference = source.apply(state.frozen['anchor'], *source.of(batch)).logits
         else:
-            variables = {'params': state.extra['anchor'], **state.mutables}
+            variables = state.variables(params=state.extra['anchor'])
             reference = network.apply(variables, *network.of(batch)).logits
         first, second = _random_pair(key, *batch['rewards'].shape)
         return {**batch, 'anchor_logits': reference, 'first': first, 'second': second}
 
     def loss(params, state, batch, key) -> Objective:
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=key)
         logits, rewards, reference = output.logits, batch['rewards'], batch['anchor_logits']
         if target in ('listwise', 'standardized'):
@@ -102,8 +102,8 @@ def adpo(
         metrics = {'expected_reward': mean(expected), 'kl_to_anchor': mean(from_anchor)}
         return Objective(mean(losses), metrics, output.mutables)
 
-    method = minimize(loss, context.tx, network.init, micro_batches=micro_batches)
-    method = with_collect(start.from_reference(method, context), collect)
+    init = start.from_reference(network.init, context)
+    method = with_collect(minimize(loss, context.tx, init, micro_batches=micro_batches), collect)
     if anchor in ('uniform', 'fixed'):
         return method
     return _with_anchor(method, anchor, decay, refresh_every)
@@ -114,19 +114,22 @@ def _with_anchor(method: Method, mode, decay: float, refresh_every: int) -> Meth
 
     def init(key, frozen=None):
         state = method.init(key, frozen)
-        anchor = preference.anchor_init(mode, jax.tree.map(jnp.copy, state.params))
+        params = state.variables()['params']
+        anchor = preference.anchor_init(mode, jax.tree.map(jnp.copy, params))
         return state.replace(extra={**state.extra, 'anchor': anchor})
 
     def step(state, batch):
         if mode == 'on_policy':
             # When candidates are sampled, before the step; inner steps leave the anchor alone.
             due = state.step % refresh_every == 0
-            anchor = preference.anchor_update(state.extra['anchor'], state.params, mode)
+            params = state.variables()['params']
+            anchor = preference.anchor_update(state.extra['anchor'], params, mode)
             kept = jax.tree.map(lambda a, b: jnp.where(due, a, b), anchor, state.extra['anchor'])
             state = state.replace(extra={**state.extra, 'anchor': kept})
         state, metrics = method.step(state, batch)
         if mode == 'ema':
-            anchor = preference.anchor_update(state.extra['anchor'], state.params, mode, decay)
+            params = state.variables()['params']
+            anchor = preference.anchor_update(state.extra['anchor'], params, mode, decay)
             state = state.replace(extra={**state.extra, 'anchor': anchor})
         return state, metrics
 

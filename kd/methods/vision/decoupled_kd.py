@@ -45,7 +45,7 @@ def decoupled_kd(
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
         hard = classification.cross_entropy(output.logits, batch['label'])

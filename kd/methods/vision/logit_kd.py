@@ -8,7 +8,7 @@ from kd import config as config_lib
 from kd.context import Context
 from kd.data.transforms import augment
 from kd.errors import UserError
-from kd.losses import classification
+from kd.losses import check_micro_batches, classification
 from kd.losses import divergence as divergences
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
@@ -49,12 +49,13 @@ def logit_kd(
     if not 0.0 <= soft_weight <= 1.0:
         raise UserError(f'soft_weight must lie in [0, 1], got {soft_weight}.')
     soft_loss = config_lib.resolve(divergence)
+    check_micro_batches(soft_loss, micro_batches)
     config_lib.check_arguments(soft_loss, divergence_arguments, where=f'method ({divergence})')
 
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
         hard = classification.cross_entropy(

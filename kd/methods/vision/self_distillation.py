@@ -73,7 +73,7 @@ def self_distillation(
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)
         batch = augment.augment(augment_key, batch, augmentation, num_classes)
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         targets = numerics.one_hot(batch['label'], output.logits.shape[-1])
         if context.optional_teacher is None:

@@ -35,7 +35,7 @@ def supervised(
         augment_key, dropout_key = jax.random.split(key)
         labels = batch['label']
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
-        variables = {'params': params, **state.mutables}
+        variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
         losses = classification.cross_entropy(
             output.logits, batch['label'], label_smoothing=label_smoothing
