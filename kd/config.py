@@ -46,7 +46,8 @@ class StageConfig:
       optimizer: arguments of `kd.training.optimizer.optimizer`.
       teacher: name of an earlier stage, or the directory of a finished stage; '' for none.
       teacher_weights: 'final' or the name of an average kept by the teacher's stage.
-      references: further frozen networks, {name: stage or directory}, as `teacher` is one.
+      references: further frozen networks, {name: stage or directory}, as `teacher` is one; with
+        'stage@average' the average of that name which the stage keeps.
       writers: blocks by name of functions that write files from the state, each with its `every`.
       evaluators: blocks by name, each with its `split`.
       result: the part of what the method trains that is the stage's result: what is evaluated,
@@ -276,7 +277,7 @@ def _check_references(recipe: Recipe, name: str) -> None:
             )
     earlier = names[: names.index(name)]
     named = {'teacher': stage.teacher}
-    named |= {f'references.{label}': reference for label, reference in stage.references.items()}
+    named |= {f'references.{label}': split_reference(r)[0] for label, r in stage.references.items()}
     for field, reference in named.items():
         if reference in names and reference not in earlier:
             raise UserError(
@@ -286,6 +287,12 @@ def _check_references(recipe: Recipe, name: str) -> None:
 
 def _names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """(stage or directory, 'final' or the name of an average) of 'stage' or 'stage@average'."""
+    stage, at, average = reference.rpartition('@')
+    return (stage, average) if at and '/' not in average else (reference, 'final')
 
 
 def data_of(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> Mapping[str, Any]:

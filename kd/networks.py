@@ -137,13 +137,14 @@ def trained_network(
         stage = dataclasses.asdict(recipe.stages[reference])
     else:
         stage, its_recipe = _stored_stage(directory, where, recipe)
-    averages, part = stage['ema'], stage.get('result', NETWORK)
+    part = stage.get('result', NETWORK)
+    averages = [name for name, kept in stage['ema'].items() if _is_of(part, kept)]
     network = build_network(stage['network'], source, where=f'{where} ({reference})')
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
     if weights != 'final' and weights not in averages:
         raise UserError(
-            f"{where}_weights is '{weights}'; stage '{reference}' has: {['final', *averages]}."
+            f"{where}: there is no '{weights}'; stage '{reference}' has: {['final', *averages]}."
         )
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     shardings = tree_shardings(abstract, recipe.frozen_sharding, mesh)
@@ -161,6 +162,11 @@ def trained_network(
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
     return Trained(network, abstract, restore, stage['method'], data, its_recipe)
+
+
+def _is_of(part: str, average: Any) -> bool:
+    of = average.get('of', ()) if isinstance(average, Mapping) else ()
+    return not of or part in ((of,) if isinstance(of, str) else of)
 
 
 def _stored_stage(directory: Path, where: str, recipe: Recipe) -> tuple[dict[str, Any], Recipe]:

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from kd import files
+from kd.config import split_reference
 
 log = logging.getLogger('kd')
 
@@ -112,14 +113,18 @@ def teachers(config: Mapping[str, Any]) -> dict[str, str]:
     stages = config['stages']
     named = [
         reference
-        for stage in stages
-        for reference in (config[stage]['teacher'], *config[stage]['references'].values())
+        for stage in map(config.__getitem__, stages)
+        for reference in (stage['teacher'], *_stages_of(stage['references']))
     ]
     return {
         name: _digest([Path(name) / 'done.json'])
         for name in named
         if name and name not in stages and (Path(name) / 'done.json').exists()
     }
+
+
+def _stages_of(references: Mapping[str, str]) -> list[str]:
+    return [split_reference(reference)[0] for reference in references.values()]
 
 
 def commit() -> str:

@@ -100,9 +100,10 @@ def gradient(
     def summed(moving, mutables, batch, key):
         whole = merged(moving, params)
         objective = loss(whole, state.replace(mutables=mutables), batch, key)
-        new = objective.mutables
-        by_part = {part: new} if new and part else new
-        objective = objective._replace(mutables={**mutables, **by_part})
+        by_part = {part: objective.mutables} if part else objective.mutables
+        # A part without collections has no entry.
+        new = {name: collections for name, collections in by_part.items() if collections}
+        objective = objective._replace(mutables={**mutables, **new})
         return objective.loss.total, objective
 
     differentiate = jax.grad(summed, has_aux=True)

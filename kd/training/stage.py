@@ -175,8 +175,9 @@ def _trained_networks(recipe, name, workdir, mesh, train, network) -> dict[str, 
     if 'teacher' in stage.references:
         raise UserError(f"{name}.references cannot name one 'teacher'; set {name}.teacher.")
     for label, reference in stage.references.items():
+        reference, weights = config_lib.split_reference(reference)
         trained[label] = trained_network(
-            recipe, reference, workdir, mesh, train, where=_place(name, label)
+            recipe, reference, workdir, mesh, train, weights=weights, where=_place(name, label)
         )
     return trained
 

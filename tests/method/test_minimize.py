@@ -224,6 +224,16 @@ def test_parts_beside_the_network_are_trained_with_it(data):
     assert set(found) == {'params'}
 
 
+def test_a_part_without_mutables_may_return_none(data):
+    def loss(params, state, batch, key):
+        return projected(params, state, batch, key)._replace(mutables={'projector': {}})
+
+    method = minimize(loss, optax.sgd(LR), with_projector)
+    state, _ = run(method, data[:1])
+    first = method.init(jax.random.key(0))
+    assert jax.tree.structure(state) == jax.tree.structure(first)
+
+
 def test_mutables_of_parts_are_carried_over_micro_batches(data):
     method = minimize(projected, optax.sgd(LR), with_projector, micro_batches=4)
     state, _ = run(method, data[:2])
