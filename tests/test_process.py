@@ -18,6 +18,20 @@ from kd.errors import UserError
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Signals as a program finds them there; in the background a shell has Ctrl-C ignored."""
+    usual = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def kill(number):
     os.kill(os.getpid(), number)
 

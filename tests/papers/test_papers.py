@@ -23,7 +23,7 @@ CITED = [c for c in citations.of_package(ROOT / 'kd') if not c.where.startswith(
 
 # Modules of methods that no paper owns: training as such, and what several papers share.
 SHARED = {
-    *('kd.methods.cache', 'kd.methods.start', 'kd.methods.vision.supervised'),
+    *('kd.methods.cache', 'kd.methods.vision.supervised'),
     *('kd.methods.flow.common', 'kd.methods.dataset.matching', 'kd.methods.dataset.coreset'),
 }
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
