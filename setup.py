@@ -28,7 +28,9 @@ REQUIREMENTS = [
     'scipy>=1.17',
     # clu.metric_writers imports both without depending on either.
     'tensorboard>=2.20',
-    'tensorflow-cpu>=2.20',
+    # tensorflow-cpu has wheels for x86 alone.
+    'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
+    'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
     'tensorflow-datasets>=4.9.10',
     'tqdm>=4.68',
 ]
