@@ -7,11 +7,13 @@ Splits are written as in tfds, whose reader of them is used: `train`, `train[:2.
 import dataclasses
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
+from kd import files
 from kd.errors import UserError
 
 # A decoded split up to this size is kept in memory, row by row as it is first read.
@@ -147,9 +149,18 @@ class Source:
 
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> str:
-    """`data_dir`, or TFDS_DATA_DIR, or ~/tensorflow_datasets, with ~ expanded."""
+    """`data_dir`, or TFDS_DATA_DIR, or ~/tensorflow_datasets, with ~ expanded.
+
+    A user without a home, as in many containers, has it in the folder for temporary files.
+
+    Raises:
+      kd.errors.UserError: the address of a bucket.
+    """
     chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-    return os.path.expanduser(os.fspath(chosen))
+    folder = os.path.expanduser(files.local(chosen, 'the data directory'))
+    if folder.startswith('~'):
+        return os.path.join(tempfile.gettempdir(), f'kd-{os.getuid()}', folder.partition('/')[2])
+    return folder
 
 
 def fingerprint(source: Source, examples: int = 64) -> str:

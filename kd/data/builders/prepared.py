@@ -1,8 +1,9 @@
 """Data sets that tfds reads: prepared array_record copies on disk, and our own `digits`."""
 
 import difflib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ from etils import epath
 
 from kd.data import sources
 from kd.data.builders import digits, toys
+from kd.errors import reason
 
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
+# What to do about a folder of data.
+_AGAIN = 'delete {} and prepare the data set again, or bring back a copy'
 # Largest pixel value of integer images; the rest go up to 255.
 _WHITE = {'digits': 16.0}
 
@@ -34,7 +38,13 @@ def open_dataset(name: str, data_dir: str) -> sources.DataSet:
             ) from error
     else:
         folder = _find(name, data_dir)
-    builder = tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # Whatever the parsers of its files raise.
+        raise sources.DataError(
+            f'the description of data set {name!r} in {folder} (dataset_info.json, features.json) '
+            f'cannot be read: {reason(error)}; if it is damaged, {_AGAIN.format(folder)}'
+        ) from error
     _check_format(name, builder, folder)
     return describe(name, builder)
 
@@ -67,6 +77,7 @@ def describe(name: str, builder: tfds.core.DatasetBuilder) -> sources.DataSet:
             image,
             labelled=classes is not None,
             white=_WHITE.get(name),
+            shards=_shards(builder, split),
         ),
         spec=sources.example_spec(image.shape, labelled=classes is not None),
         num_classes=classes.num_classes if classes else None,
@@ -82,7 +93,8 @@ class RecordReader:
     images exceed `sources.CACHE_BYTES` is decoded anew on each visit. Threads may share a reader:
     a row is marked as kept only after it is written, and a row written twice gets the same values.
 
-    `records` is what `tfds.data_source` returns; pixels 0..`white` become -1..1.
+    `records` is what `tfds.data_source` returns; pixels 0..`white` become -1..1. `shards` are the
+    files and how many records each has, to name one that is damaged.
     """
 
     def __init__(
@@ -92,8 +104,9 @@ class RecordReader:
         *,
         labelled: bool,
         white: float | None,
+        shards: Sequence[tuple[str, int]] = (),
     ):
-        self._records = records
+        self._records, self._shards = records, shards
         self._shape = image.shape
         self._dtype = np.dtype(image.np_dtype)
         self._labelled = labelled
@@ -122,12 +135,30 @@ class RecordReader:
         return batch
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        examples = self._records.__getitems__(rows.tolist())
+        try:
+            examples = self._records.__getitems__(rows.tolist())
+        except Exception as error:  # RuntimeError as a rule; decoders have their own.
+            raise sources.DataError(self._damage(rows, error)) from error
         images = np.array([example['image'] for example in examples], self._dtype)
         labels = np.array(
             [example['label'] if self._labelled else 0 for example in examples], np.int32
         )
         return images.reshape(len(rows), *self._shape), labels
+
+    def _damage(self, rows: np.ndarray, error: Exception) -> str:
+        """Which file it is that cannot be read."""
+        ends = np.cumsum([count for _, count in self._shards])
+        for row in rows.tolist():
+            try:
+                self._records.__getitems__([row])
+            except Exception as own:  # As in `_decode`.
+                place = int(np.searchsorted(ends, row, side='right'))
+                file = self._shards[place][0] if place < len(self._shards) else 'a file'
+                folder = os.path.dirname(file)
+                return f'{file} cannot be read: {reason(own)}; if it is damaged, ' + _AGAIN.format(
+                    folder
+                )
+        return f'records cannot be read: {reason(error)}'
 
     def _scale(self, images: np.ndarray) -> np.ndarray:
         """0..white to -1..1, float32."""
@@ -136,6 +167,12 @@ class RecordReader:
             scaled /= np.float32(self._half)
             scaled -= 1
         return scaled
+
+
+def _shards(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str, int]]:
+    """(file, records) of a split, in their order; none where the data set is only described."""
+    info = builder.info.splits[split]
+    return list(zip(map(str, info.filepaths), info.shard_lengths, strict=False))
 
 
 def _find(name: str, data_dir: str) -> epath.Path:
