@@ -1,0 +1,103 @@
+"""Causal attention over packed rows and over a cache, in blocks of queries."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kd.models.attention import attend
+
+__all__ = ['attend_cached', 'attend_causally']
+
+
+def attend_causally(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    window: int | None = None,
+    block: int = 512,
+) -> jax.Array:
+    """Attention of each token to those before it and to itself, within its document.
+
+    Rows of more than `block` tokens go through it in blocks of queries, whose maps are computed
+    again for the gradient, so that no array of [T, T] ever exists. On a GPU, queries in float16 or
+    bfloat16 of rows that are one document go through cuDNN's kernel instead.
+
+    Args:
+      query: [B, T, H, d].
+      key, value: [B, T, K, d]; each of the K heads serves H / K consecutive ones of the queries.
+      segments: int [B, T], equal within a document; None for one document in a row.
+      window: how many tokens back, itself included, a token sees; None for all.
+      block: queries at a time.
+
+    Returns:
+      [B, T, H, d], in the type of the values.
+    """
+    narrow = query.dtype in (jnp.float16, jnp.bfloat16)
+    if segments is None and window is None and narrow and jax.default_backend() == 'gpu':
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation='cudnn'
+        )
+    if segments is not None and segments.shape != query.shape[:2]:
+        raise ValueError(
+            f'attend_causally: segments have shape {list(segments.shape)}, the queries are of '
+            f'{list(query.shape[:2])} tokens.'
+        )
+    return _in_blocks(query, key, value, segments=segments, window=window, block=block)
+
+
+def attend_cached(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    valid: jax.Array,
+    start: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention of the tokens in the slots start, start + 1, ... to all valid slots up to theirs.
+
+    Args:
+      query: [B, s, H, d], of the tokens that were written last.
+      keys, values: [B, S, K, d], the cache.
+      valid: bool [B, S]; False for padding and for what is not written yet.
+      start: int scalar, the slot of the first query.
+      window: as of `attend_causally`; slots are counted, so rows have no padding within.
+
+    Returns:
+      [B, s, H, d].
+    """
+    rows = start + jnp.arange(query.shape[1])
+    mask = _seen(rows, jnp.arange(keys.shape[1]), window)[None, None] & valid[:, None, None]
+    return attend(query, keys, values, mask=mask)
+
+
+def _seen(rows: jax.Array, columns: jax.Array, window: int | None) -> jax.Array:
+    """Bool [rows, columns]: which slots the token in a slot sees."""
+    back = rows[:, None] - columns
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def _in_blocks(query, key, value, *, segments, window, block):
+    length = query.shape[1]
+
+    def of(rows, queries, own):
+        mask = _seen(rows, jnp.arange(length), window)[None, None]
+        if segments is not None:
+            mask = mask & (own[:, :, None] == segments[:, None])[:, None]
+        return attend(queries, key, value, mask=mask)
+
+    if length <= block:
+        return of(jnp.arange(length), query, segments)
+    count = -(-length // block)
+    missing = count * block - length
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
+
+    rows = jnp.arange(count * block).reshape(count, block)
+    parts = (rows, split(query), None if segments is None else split(segments))
+    out = lax.map(lambda part: jax.checkpoint(of)(*part), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *out.shape[3:])[:, :length]
