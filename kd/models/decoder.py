@@ -293,7 +293,7 @@ class Decoder(Architecture, nn.Module):
         """Float32 logits [B, T, num_classes] of the token that follows each.
 
         Args:
-          tokens: int [B, T]; one that is none of 0 .. num_classes - 1 makes the logits NaN.
+          tokens: int [B, T]; one that is none of 0 .. num_classes - 1 makes those of its row NaN.
           positions: int [B, T], within the token's document; None counts from the start of each.
           segments: int [B, T], a number for each document of a row: tokens see those of their own
             alone. Padding is a segment too. None for one document.
@@ -412,7 +412,7 @@ def unstacked(decoder: Decoder, variables: Mapping[str, Any]) -> tuple[Decoder, 
     return decoder.clone(stacked=False), {**variables, 'params': params}
 
 
-def positions_in(shape: tuple[int, int], segments: jax.Array | None) -> jax.Array:
+def positions_in(shape: tuple[int, ...], segments: jax.Array | None) -> jax.Array:
     """Positions int [B, T] that count from 0 in each document of a row."""
     slots = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if segments is None:
