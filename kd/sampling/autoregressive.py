@@ -1,0 +1,256 @@
+"""Sampling from a decoder, token by token, in one compiled loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kd.losses import numerics
+from kd.models.decoder import Cache, Decoder, head_of, init_cache, unstacked
+
+__all__ = ['Rollout', 'Sampler', 'sampler', 'truncate']
+
+
+class Rollout(NamedTuple):
+    """Answers to a batch of prompts.
+
+    Attributes:
+      tokens: int32 [B, R]; 0 after the end.
+      mask: bool [B, R]; the tokens of the answer, a stop token included. By length, never by token.
+      log_probs: float32 [B, R], of each token under softmax(logits / temperature) over the allowed
+        tokens, not over those that top-k and top-p leave (at temperature 0 under softmax(logits));
+        0 after the end.
+      truncated: bool [B], whether the answer came to no stop token.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    log_probs: jax.Array
+    truncated: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Draws answers; made by `sampler`, whose arguments are its attributes."""
+
+    decoder: Decoder
+    max_new: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: tuple[int, ...]
+    forbidden: tuple[int, ...]
+    block: int
+
+    def __call__(
+        self,
+        variables: Mapping[str, Any],
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        key: jax.Array,
+        *,
+        rows: jax.Array | None = None,
+    ) -> Rollout:
+        """An answer to each prompt.
+
+        A row's answer depends on its prompt, the key and its number alone: not on the other rows,
+        the padding, the mesh or the size of blocks, up to the rounding of sums.
+
+        Args:
+          variables: of the decoder, such as `context.rollout(variables)`, so that nothing is
+            gathered inside the loop.
+          prompt: int [B, P], padded on the left.
+          prompt_mask: bool [B, P], False for padding.
+          key: typed random key; row b draws token t by fold_in(fold_in(key, rows[b]), t).
+          rows: int [B], numbers of the rows; None for 0 .. B - 1.
+        """
+        cache = self.start(prompt.shape[0], prompt.shape[1])
+        return self.turn(variables, cache, prompt, prompt_mask, key, rows=rows)[0]
+
+    def start(self, rows: int, read: int, turns: int = 1) -> Cache:
+        """An empty cache for so many turns of answers, and `read` tokens to be read in all."""
+        count, size = self._blocks()
+        return init_cache(self.decoder, rows, read + turns * count * size)
+
+    def turn(
+        self,
+        variables: Mapping[str, Any],
+        cache: Cache,
+        tokens: jax.Array,
+        mask: jax.Array,
+        key: jax.Array,
+        *,
+        rows: jax.Array | None = None,
+    ) -> tuple[Rollout, Cache]:
+        """Reads further tokens, such as what an environment says, and answers.
+
+        Args:
+          variables: as of `__call__`.
+          cache: of all turns so far.
+          tokens: int [B, s], padded on the left.
+          mask: bool [B, s], False for padding; a row without any token says nothing in this turn.
+          key, rows: as of `__call__`; another key for each turn.
+
+        Returns:
+          The answers, and the cache with what was read and said.
+        """
+        decoder, variables = unstacked(self.decoder, _in_compute_type(self.decoder, variables))
+        head = head_of(decoder, variables)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            key, jnp.arange(tokens.shape[0]) if rows is None else rows
+        )
+        count = cache.valid.sum(1)
+
+        def read(tokens, positions, cache, valid):
+            hidden, cache = decoder.apply(variables, tokens, positions, cache, valid, method='step')
+            return hidden[:, -1], cache
+
+        def one(carry, t):
+            hidden, cache, done, at = carry
+            token, log_prob = self._draw(hidden, head, keys, t)
+            alive = ~done & (t < self.max_new)
+            said = (jnp.where(alive, token, 0), alive, jnp.where(alive, log_prob, 0.0))
+            hidden, cache = read(said[0][:, None], at[:, None], cache, alive[:, None])
+            return (hidden, cache, done | self._stops(token), at + 1), said
+
+        def some(carry, first):
+            return lax.scan(one, carry, first + jnp.arange(size))
+
+        def none(carry, first):
+            del first
+            carry = (carry[0], carry[1].replace(length=carry[1].length + size), *carry[2:])
+            nothing = (jnp.zeros((size, rows_), t) for t in (jnp.int32, bool, wide))
+            return carry, tuple(nothing)
+
+        blocks, size = self._blocks()
+        rows_, wide = tokens.shape[0], numerics.accumulation_dtype(head)
+        positions = jnp.maximum(count[:, None] + jnp.cumsum(mask, 1) - 1, 0)
+        hidden, cache = read(tokens, positions, cache, mask)
+        done = ~mask[:, -1]
+        silent = done
+        carry = (hidden, cache, done, count + mask.sum(1))
+        carry, said = lax.scan(
+            lambda carry, first: lax.cond(carry[2].all(), none, some, carry, first),
+            carry,
+            size * jnp.arange(blocks),
+        )
+        said_tokens, said_mask, log_probs = (
+            x.reshape(blocks * size, rows_)[: self.max_new].T for x in said
+        )
+        return Rollout(said_tokens, said_mask, log_probs, ~carry[2] & ~silent), carry[1]
+
+    def _blocks(self) -> tuple[int, int]:
+        """How many blocks of how many tokens: as few tokens too many as may be."""
+        count = -(-self.max_new // self.block)
+        return count, -(-self.max_new // count)
+
+    def _stops(self, token: jax.Array) -> jax.Array:
+        stops = jnp.zeros(token.shape, bool)
+        for each in self.stop:
+            stops |= token == each
+        return stops
+
+    def _draw(self, hidden, head, keys, t):
+        """The t-th token of each row, and its log-probability."""
+        wide = numerics.accumulation_dtype(hidden, head)
+        logits = jnp.matmul(hidden, head, preferred_element_type=wide)
+        if self.forbidden:
+            logits = logits.at[:, jnp.asarray(self.forbidden)].set(-jnp.inf)
+        if self.temperature:
+            logits = logits / self.temperature
+            left = truncate(logits, top_k=self.top_k, top_p=self.top_p)
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+            token = jax.vmap(jax.random.categorical)(keys, left)
+        else:
+            token = logits.argmax(-1)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return token.astype(jnp.int32), log_prob
+
+
+def sampler(
+    decoder: Decoder,
+    *,
+    max_new: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+    block: int = 16,
+) -> Sampler:
+    """A sampler of answers of at most `max_new` tokens.
+
+    Tokens are drawn in blocks, and a block is skipped once every row has stopped: the number of
+    turns of the loop is known to the compiler, and a batch of short answers costs no more than its
+    longest one, up to a block.
+
+    Args:
+      decoder: the module; stacked blocks are taken apart before the loop.
+      max_new: tokens of the longest answer.
+      temperature: of the law; 0 for the most probable token.
+      top_p: draws from the fewest most probable tokens whose probability is at least this
+        (arXiv:1904.09751); 1 for all.
+      top_k: draws from so many of the most probable tokens; 0 for all.
+      stop: tokens that end an answer; all are part of it.
+      forbidden: tokens that have probability 0.
+      block: tokens between two looks whether all rows have stopped.
+
+    Raises:
+      ValueError: a number out of range, or a token outside the vocabulary.
+    """
+    if max_new < 1 or block < 1:
+        raise ValueError(f'sampler: max_new={max_new} and block={block} must be at least 1.')
+    if not 0 <= temperature < float('inf') or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f'sampler: temperature={temperature} must be at least 0, top_p={top_p} in (0, 1] and '
+            f'top_k={top_k} at least 0.'
+        )
+    for name, tokens in (('stop', stop), ('forbidden', forbidden)):
+        for token in tokens:
+            if not 0 <= token < decoder.num_classes:
+                raise ValueError(
+                    f'sampler: {name} token {token} is outside the vocabulary of '
+                    f'{decoder.num_classes}.'
+                )
+    return Sampler(
+        decoder=decoder,
+        max_new=max_new,
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=min(top_k, decoder.num_classes),
+        stop=tuple(stop),
+        forbidden=tuple(forbidden),
+        block=block,
+    )
+
+
+def truncate(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+    """Logits [..., V] with -inf for what top-k, and then top-p of the rest, leave out.
+
+    Tokens as probable as the last one that is left are left too.
+    """
+    if top_k:
+        last = lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < last, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        last = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < last, -jnp.inf, logits)
+    return logits
+
+
+def _in_compute_type(decoder: Decoder, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrices in the type that they are computed in, once and not at every token."""
+
+    def cast(x):
+        return x.astype(decoder.dtype) if x.ndim > 1 else x
+
+    return {**variables, 'params': jax.tree.map(cast, variables['params'])}
