@@ -27,7 +27,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd import ranges
-from kd.errors import UserError, did_you_mean
+from kd.errors import UserError, did_you_mean, one_line
 from kd.ranges import Count, Fraction, Seed, Size, Whole
 
 # A mapping with a `name` and arguments, or {} where there is none.
@@ -169,16 +169,11 @@ def load(path: str) -> ConfigDict:
     if not Path(file).is_file():
         near = [str(p) for p in Path('configs').rglob('*.py')]
         raise UserError(f'There is no config file {file}.{did_you_mean(file, near)}')
-    module = load_module(Path(file))
-    if not hasattr(module, 'get_config'):
-        raise UserError(f'{file} has no function get_config.')
-    try:
-        config = module.get_config(argument) if argument else module.get_config()
-    except UserError:
-        raise
-    except (ValueError, KeyError) as error:
-        raise UserError(f'{path}: {error}') from error
-    return config
+    with one_line(path):
+        module = load_module(Path(file))
+        if not hasattr(module, 'get_config'):
+            raise UserError(f'{file} has no function get_config.')
+        return module.get_config(argument) if argument else module.get_config()
 
 
 def load_module(file: Path) -> ModuleType:
@@ -305,12 +300,13 @@ def resolve(path: str) -> Any:
     module_path, _, attribute = path.rpartition('.')
     if not module_path:
         raise UserError(f"'{path}' is not an import path such as 'kd.models.mlp.MLP'.")
-    try:
-        module = importlib.import_module(module_path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_path.startswith(error.name):
-            raise
-        raise UserError(f"'{path}': there is no module {error.name}.") from error
+    with one_line(f"'{path}'"):
+        try:
+            module = importlib.import_module(module_path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_path.startswith(error.name):
+                raise
+            raise UserError(f"'{path}': there is no module {error.name}.") from error
     if not hasattr(module, attribute):
         raise UserError(
             f"'{path}': {module_path} has no '{attribute}'.{did_you_mean(attribute, dir(module))}"
@@ -327,18 +323,27 @@ def build(block: Mapping[str, Any], *args: Any, where: str, **extra: Any) -> Any
       where: place in the config, for messages.
       **extra: keyword arguments that the block must not set.
     """
+    function, arguments = named(block, where=where, reserved=extra)
+    with one_line(where):
+        return function(*args, **arguments, **extra)
+
+
+def named(
+    block: Mapping[str, Any], *, where: str, reserved: Iterable[str] = ()
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The callable that a block names and the keywords for it, which it takes.
+
+    Raises:
+      UserError: no name, one that cannot be imported, or keywords that it does not take; numbers
+        outside what it declares.
+    """
     arguments = dict(block)
     if 'name' not in arguments:
         raise UserError(f"{where} has no 'name'; it must be an import path.")
     function = resolve(arguments.pop('name'))
-    check_arguments(function, arguments, where=where, reserved=(*extra,))
+    check_arguments(function, arguments, where=where, reserved=reserved)
     ranges.check(function, arguments, where=where)
-    try:
-        return function(*args, **arguments, **extra)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{where}: {error}') from error
+    return function, arguments
 
 
 def check_arguments(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kd import config as config_lib
 from kd import files
 from kd.config import Block, Recipe
-from kd.errors import UserError, did_you_mean
+from kd.errors import UserError, did_you_mean, one_line
 from kd.io import checkpoints
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
@@ -58,10 +58,8 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
             for field in _fields(module, source, where)
         )
     network = from_linen(module, *inputs)
-    try:
+    with one_line(where):
         jax.eval_shape(network.init, jax.random.key(0))
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{where}: {error}') from error
     return network
 
 
@@ -95,8 +93,9 @@ class Trained:
     Attributes:
       network: the network.
       abstract: its variables, with shardings, nothing read.
-      restore: reads the variables; raises `UserError` unless the stage is finished and its
-        checkpoint fits.
+      verify: raises `UserError` unless the stage is finished and its checkpoint fits; reads no
+        variables.
+      restore: reads the variables; raises as `verify` does.
       method: block of the method that trains it.
       data: block of the data it is trained on, as of a recipe.
       recipe: the stage's, which may be that of another run.
@@ -104,6 +103,7 @@ class Trained:
 
     network: Network
     abstract: Any
+    verify: Callable[[], int]
     restore: Callable[[], Any]
     method: Block
     data: Mapping[str, Any]
@@ -152,16 +152,20 @@ def trained_network(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
 
-    def restore() -> Any:
+    def verify() -> int:
         done = checkpoints.read_done(directory)
         if done is None:
             raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
-        return checkpoints.restore_part(
-            directory, done['step'], abstract, where, part=part, weights=weights
-        )
+        wanted = checkpoints.of_part(abstract, part, weights)
+        checkpoints.check_variables(directory, done['step'], wanted, where)
+        return done['step']
+
+    def restore() -> Any:
+        step = verify()
+        return checkpoints.restore_part(directory, step, abstract, where, part, weights)
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
-    return Trained(network, abstract, restore, stage['method'], data, its_recipe)
+    return Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
 
 
 def _is_of(part: str, average: Any) -> bool:

@@ -4,7 +4,8 @@
 
 The numbers of a recipe are held to these declarations before anything is built (`kd.config.build`),
 so that a temperature of 0 is one line at the start and not a loss that is not finite at the end.
-Numbers are finite, and no Booleans.
+Numbers are finite, and no Booleans. Texts that name a stage or a split of the recipe are declared
+in the same way, and held where the recipe is known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union
 
 from kd.errors import UserError
@@ -61,6 +62,13 @@ class Range:
         return f'{kind} in {opening}{self.low:g}, {self.high:g}{closing}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """Marks a text that names something of the recipe, a `kind` of thing."""
+
+    kind: str
+
+
 # Steps and sizes are counted in int32; seeds from 2^32 on would lose their upper bits in a key.
 _MOST, _LAST_SEED = 2**31 - 1, 2**32 - 1
 
@@ -74,6 +82,8 @@ Count = Annotated[int, Range(1, _MOST, whole=True)]
 Size = Annotated[int, Range(0, _MOST, whole=True)]
 Whole = Annotated[int, Range(-_MOST, _MOST, whole=True)]
 Seed = Annotated[int, Range(0, _LAST_SEED, whole=True)]
+StageName = Annotated[str, Name('stage')]
+SplitName = Annotated[str, Name('split')]
 
 
 def check(function: Callable, arguments: Mapping[str, Any], *, where: str) -> None:
@@ -121,10 +131,27 @@ def hints(function: Callable) -> dict[str, Any]:
         return {}
 
 
+def names(hint: Any, value: Any) -> Iterator[tuple[str, str]]:
+    """(kind, name) of every text in `value` that its annotation marks by a `Name`."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        for extra in hint.__metadata__:
+            if isinstance(extra, Name):
+                yield extra.kind, value
+    elif origin in (Union, types.UnionType):
+        for part in parts:
+            if not _misfit(part, value):
+                yield from names(part, value)
+    elif isinstance(value, Sequence) and not isinstance(value, str) and parts:
+        one = len(parts) == 1 or parts[1:] == (...,)
+        for part, item in zip((parts[0],) * len(value) if one else parts, value, strict=False):
+            yield from names(part, item)
+
+
 def declares(hint: Any) -> bool:
-    """Whether an annotation has a `Range` somewhere in it."""
+    """Whether an annotation has a `Range` or a `Name` somewhere in it."""
     if typing.get_origin(hint) is Annotated:
-        return any(isinstance(extra, Range) for extra in hint.__metadata__)
+        return any(isinstance(extra, Range | Name) for extra in hint.__metadata__)
     return any(declares(part) for part in typing.get_args(hint))
 
 
@@ -133,6 +160,9 @@ def _misfit(hint: Any, value: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         known = [extra for extra in hint.__metadata__ if isinstance(extra, Range)]
+        marked = [extra.kind for extra in hint.__metadata__ if isinstance(extra, Name)]
+        if marked and not isinstance(value, str):
+            return f'the name of a {marked[0]}'
         return next((str(one) for one in known if value not in one), '')
     if origin in (Union, types.UnionType):
         wanted = [_misfit(part, value) for part in parts]

@@ -194,9 +194,11 @@ def compensated_training(
     assert student is not None
     train = SoftTraining(student, networks=context.references, **training)
 
+    judged = context.recipe_source(data)
+
     @functools.cache
     def test() -> dict[str, np.ndarray]:
-        return standardised.everything(context.recipe_source(data))
+        return standardised.everything(judged)
 
     def run(state: State, batches):
         del batches

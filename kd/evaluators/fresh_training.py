@@ -62,9 +62,11 @@ def fresh_training(
     assert chosen is not None
     judge = Protocol(chosen, **protocol)
 
+    judged = context.recipe_source(data)
+
     @functools.cache
     def test() -> dict[str, np.ndarray]:
-        return standardised.everything(context.recipe_source(data))
+        return standardised.everything(judged)
 
     def run(state, batches):
         del batches

@@ -255,12 +255,22 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> Any:
-    """See `Checkpoints.restore_variables`."""
+def check_variables(directory: Path, step: int, abstract: Any, where: str) -> Path:
+    """The path of a checkpoint's variables, which are there and of the tree `abstract`.
+
+    Raises:
+      UserError: they are not.
+    """
     path = (directory / 'checkpoints' / str(step) / 'variables').absolute()
     if not path.is_dir():
         raise UserError(f'{where}: {directory} is marked as done but checkpoint {step} is missing.')
     _check_tree(path, abstract, where)
+    return path
+
+
+def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> Any:
+    """See `Checkpoints.restore_variables`."""
+    path = check_variables(directory, step, abstract, where)
     # A report is made by one process: the others take no part in reading.
     readers = {d.process_index for x in jax.tree.leaves(abstract) for d in x.sharding.device_set}
     alone = ocp.options.MultiprocessingOptions(
@@ -303,8 +313,16 @@ def _check_weights(restored: Any, expected: Mapping[str, str], where: str, path:
             )
 
 
+def of_part(abstract: Mapping[str, Any], part: str, weights: str) -> dict[str, Any]:
+    """The variables {'params': ..., **mutables} of a part, as they lie in a checkpoint."""
+    mutables = dict(abstract)
+    params = {part: mutables.pop('params')}
+    wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
+    return {**wanted, 'mutables': {part: mutables}} if mutables else wanted
+
+
 def restore_part(
-    directory: Path, step: int, abstract: Mapping[str, Any], where: str, *, part: str, weights: str
+    directory: Path, step: int, abstract: Mapping[str, Any], where: str, part: str, weights: str
 ) -> dict[str, Any]:
     """The variables {'params': ..., **mutables} of a part of one checkpoint.
 
@@ -319,12 +337,7 @@ def restore_part(
     Raises:
       UserError: the checkpoint's tree differs from `abstract`, or it cannot be read.
     """
-    mutables = dict(abstract)
-    params = {part: mutables.pop('params')}
-    wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
-    if mutables:
-        wanted['mutables'] = {part: mutables}
-    restored = restore_variables(directory, step, wanted, where)
+    restored = restore_variables(directory, step, of_part(abstract, part, weights), where)
     params = restored['params'] if weights == 'final' else restored['ema'][weights]
     return {'params': params[part], **restored.get('mutables', {}).get(part, {})}
 

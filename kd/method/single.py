@@ -14,7 +14,7 @@ from kd import metrics as metrics_lib
 from kd.errors import UserError
 from kd.method.base import Batch, Change, Init, Loss, Method, Objective, initial
 from kd.method.guard import stepwise
-from kd.metrics import Metrics
+from kd.metrics import Mean, Metrics
 from kd.state import NETWORK, PyTree, State, alone, path_name
 
 # Which leaves are trained: a regular expression to be found in their paths, or a function of them;
@@ -100,6 +100,7 @@ def gradient(
     def summed(moving, mutables, batch, key):
         whole = merged(moving, params)
         objective = loss(whole, state.replace(mutables=mutables), batch, key)
+        _check_objective(loss, objective)
         by_part = {part: objective.mutables} if part else objective.mutables
         # A part without collections has no entry.
         new = {name: collections for name, collections in by_part.items() if collections}
@@ -167,6 +168,22 @@ def merged(moving: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(
         lambda new, old: old if new is None else new, moving, params, is_leaf=lambda x: x is None
     )
+
+
+def _check_objective(loss: Loss, objective: Any) -> None:
+    name = getattr(loss, '__qualname__', repr(loss))
+    if not isinstance(objective, Objective) or not isinstance(objective.loss, Mean):
+        found = type(objective.loss if isinstance(objective, Objective) else objective).__name__
+        raise TypeError(
+            f'the loss {name} must return kd.method.Objective(kd.metrics.mean(values)), with a '
+            f'value per example; it returned {found}.'
+        )
+    for label, value in objective.metrics.items():
+        if not isinstance(value, Mean):
+            raise TypeError(
+                f"the loss {name} gives the metric '{label}' as {type(value).__name__}; metrics "
+                'are kd.metrics.mean(values) or kd.metrics.scalar(value).'
+            )
 
 
 def _accumulate(differentiate, moving, state, batch, key, micro_batches):

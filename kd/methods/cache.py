@@ -78,6 +78,8 @@ def teacher_outputs(
     )
     batches_per_file = -(-per_file // context.batch_size)
 
+    context.source(split)  # Raises where there is none.
+
     def write(state: State, step: int, directory: Path) -> None:
         del step
         source, variables = context.source(split), state.frozen['teacher']

@@ -25,7 +25,7 @@ from kd.metrics import mean_interval
 from kd.network import Network, parameter_count
 from kd.networks import trained_network
 from kd.parallel import mesh as mesh_lib
-from kd.ranges import Count
+from kd.ranges import Count, SplitName, StageName
 from kd.training.repeats import repeats
 from kd.training.stage import prepare
 
@@ -77,10 +77,10 @@ class Row(NamedTuple):
 def classification(
     context: ReportContext,
     *,
-    rows: Sequence[tuple[str, str]],
-    student: str = 'student',
-    teacher: str = 'teacher',
-    split: str = 'test',
+    rows: Sequence[tuple[str, StageName]],
+    student: StageName = 'student',
+    teacher: StageName = 'teacher',
+    split: SplitName = 'test',
     batch_size: Count = 256,
     seeds: Count = 1,
     notes: str = '',

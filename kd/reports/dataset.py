@@ -24,7 +24,7 @@ from kd.io import checkpoints
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
 from kd.networks import build_network
-from kd.ranges import Count, Finite, Positive, Size
+from kd.ranges import Count, Finite, Positive, Size, SplitName, StageName
 from kd.state import State
 from kd.training.stage import Stage, prepare
 
@@ -32,14 +32,14 @@ from kd.training.stage import Stage, prepare
 def dataset_distillation(
     context: ReportContext,
     *,
-    rows: Sequence[tuple[str, str, str]],
+    rows: Sequence[tuple[str, StageName, str]],
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
     step_sizes: Sequence[Positive] = (),
     protocol: Mapping[str, Any] | None = None,
     full_epochs: Size = 0,
     baseline: str = 'random',
-    split: str = 'test',
+    split: SplitName = 'test',
 ) -> Path:
     """Trains fresh networks on every set, tests them once, and writes the sets.
 
@@ -135,12 +135,12 @@ class Trial(NamedTuple):
 def compensated_set(
     context: ReportContext,
     *,
-    stage: str,
+    stage: StageName,
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
     protocol: Mapping[str, Any] | None = None,
     repeats: Count = 5,
-    split: str = 'test',
+    split: SplitName = 'test',
     low: Finite = -1.0,
     high: Finite = 1.0,
 ) -> Path:

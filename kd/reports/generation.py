@@ -13,6 +13,7 @@ from kd import figures, files
 from kd.config import Recipe
 from kd.context import ReportContext
 from kd.io import checkpoints
+from kd.ranges import StageName
 
 # {metric: {steps: value}}
 ByStep = dict[str, dict[int, float]]
@@ -25,7 +26,7 @@ _UNITS = {'kl': 'KL(data || samples), nats', 'off_support': 'share of samples of
 def generation(
     context: ReportContext,
     *,
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, StageName]],
     samples: str = 'samples',
 ) -> Path:
     """Compares generators by what their stages' evaluators found at the end.

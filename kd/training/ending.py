@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from kd import config as config_lib
+from kd import ranges
 from kd.config import Recipe
-from kd.errors import UserError
+from kd.data.context import splits
+from kd.errors import NonFiniteError, UserError, did_you_mean, one_line
 from kd.io import checkpoints, checksums
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
@@ -19,6 +23,8 @@ from kd.parallel import distributed
 from kd.state import State
 from kd.training.stage import Stage
 
+# Updates in a row that are left out before a stage is given up.
+PATIENCE = 100
 # What a stage's directory holds beside the files of its writers.
 _OWN = ('checkpoints', 'broken_checkpoints', 'tensorboard', 'figures', 'profile')
 
@@ -40,6 +46,7 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
     parameters = parameter_count(state.variables())
 
     def mark() -> None:
+        check_updates(stage.name, directory, stage.config.steps)
         # From the log and not from this process, which may have come after the last step.
         lines = read_metrics(directory)
         logged = {name: value for line in lines for name, value in line.items()}
@@ -63,6 +70,56 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
         checkpoints.mark_done(directory, record)
 
     distributed.from_first(mark)
+
+
+def check_updates(name: str, directory: Path, steps: int) -> None:
+    """Ends a stage that skips what is not finite (`on_nonfinite`) and has nothing else to train on.
+
+    Args:
+      name: of the stage.
+      directory: of the stage.
+      steps: to the end of training; fewer than `PATIENCE` are judged by their all.
+
+    Raises:
+      NonFiniteError: the last `PATIENCE` updates, or all `steps`, were left out.
+    """
+    logged = [line for line in read_metrics(directory) if 'train/nonfinite' in line]
+    made = [line['step'] for line in logged if line['train/nonfinite'] != 1]
+    count = logged[-1]['step'] - (made[-1] if made else 0) if logged else 0
+    if count >= min(steps, PATIENCE):
+        raise NonFiniteError(
+            f'{name}: the last {count} updates were not finite and were left out, one after '
+            f'another: nothing is trained. Look at the data, lower {name}.optimizer.lr or set a '
+            'clip_norm, in another workdir.'
+        )
+
+
+def check_report(recipe: Recipe) -> None:
+    """Raises `UserError` for a report that could not be made, before anything is trained."""
+    if not recipe.report:
+        return
+    function, arguments = config_lib.named(recipe.report, where='report')
+    with one_line('report'):
+        inspect.signature(function).bind(None, **arguments)
+    known = {'stage': tuple(recipe.stages), 'split': splits(recipe.data)}
+    hints = ranges.hints(function)
+    for argument, value in arguments.items():
+        for kind, name in ranges.names(hints.get(argument), value):
+            if name not in known[kind]:
+                raise UserError(
+                    f"report.{argument} names the {kind} '{name}', and the recipe has "
+                    f'{", ".join(known[kind])}.{did_you_mean(name, known[kind])}'
+                )
+        _check_blocks(value, f'report.{argument}')
+
+
+def _check_blocks(value: Any, where: str) -> None:
+    """Looks at the blocks inside an argument, such as those of networks."""
+    if isinstance(value, Mapping):
+        if '.' in str(value.get('name', '')):
+            config_lib.named(value, where=where)
+        for key, item in value.items():
+            _check_blocks(item, f'{where}.{key}')
 
 
 def reported(recipe: Recipe, chosen: Iterable[str], workdir: Path) -> bool:

@@ -7,9 +7,10 @@ the host waits for the device only where something is logged, evaluated or saved
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kd import files, process
 from kd import metrics as metrics_lib
 from kd.config import Recipe
 from kd.context import Probe, ReportContext
-from kd.errors import NonFiniteError, Preempted, UserError, reason
+from kd.errors import NonFiniteError, Preempted, UserError, one_line
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir, read_metrics
@@ -65,6 +66,7 @@ def run(
         distributed.agree(partial(reuse.check_workdir, directory, recipe, choice))
         for name in chosen:
             distributed.agree(partial(check, recipe, name, mesh))
+        distributed.agree(partial(ending.check_report, recipe))
         if distributed.is_first():
             reuse.settle(directory, choice)
             directory.record()
@@ -116,18 +118,36 @@ def check(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
     for split in (*stage.context.splits, *(split for split, _ in stage.evaluators.values())):
         stage.context.source(split)
     stage.batches()  # Raises where a batch does not fit the data.
-    where = f'the step of {stage.config.method["name"]}'
-    try:
+    for found in stage.trained.values():
+        if found.recipe is not recipe:  # Those of this run may still be to come.
+            found.verify()
+    with _tracing(stage, f'the step of {stage.config.method["name"]}'):
         state, frozen, _, batch = abstract_arguments(stage)
-        batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
-        for label, (_, evaluator) in stage.evaluators.items():
-            where = f'the evaluator {label}'
-            if not isinstance(evaluator, Probe):
+    batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
+    for label, (_, evaluator) in stage.evaluators.items():
+        if not isinstance(evaluator, Probe):
+            with _tracing(stage, f'the evaluator {label}'):
                 jax.eval_shape(evaluator.update, state.replace(frozen=frozen), batch)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{name}: {where} fails: {reason(error)}') from error
+
+
+@contextlib.contextmanager
+def _tracing(stage: Stage, what: str) -> Iterator[None]:
+    """Says in one line what of a stage fails, in whose code, and which field its data lack."""
+    try:
+        with one_line(f'{stage.name}: {what} fails'):
+            yield
+    except UserError as error:
+        # Some are raised far from what knows the stage.
+        if str(error).startswith(stage.name):
+            raise
+        raise UserError(f'{stage.name}: {error}') from error
+    except KeyError as error:
+        if error.args[0] in stage.context.spec:
+            raise
+        raise UserError(
+            f'{stage.name}: {what} asks for {error.args[0]!r}, and the data have only '
+            f'{", ".join(stage.context.spec)}.'
+        ) from error
 
 
 def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
@@ -314,6 +334,9 @@ class Loop:
             self.saved.rank(now, scalars)
         if scalars:
             self.log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
+        if scalars.get('train/nonfinite') == 1:
+            steps = self.stage.config.steps
+            distributed.from_first(partial(ending.check_updates, self.name, self.directory, steps))
 
     def _closes(self, step: int) -> bool:
         """Whether the metrics of a window are written at a step."""

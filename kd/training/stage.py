@@ -45,6 +45,7 @@ class Stage:
     writers: dict[str, tuple[int, Writer]]
     sharding: tuple
     seed: int
+    trained: dict[str, Trained]  # where the frozen variables come from
 
     def batches(self, split: str = 'train') -> grain.DatasetIterator:
         """This host's part of the training batches, endless and checkpointable."""
@@ -160,6 +161,7 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
         writers=_writers(stage, context),
         sharding=recipe.sharding,
         seed=recipe.seed,
+        trained=trained,
     )
 
 

@@ -51,18 +51,18 @@ def segments(
     Source: arXiv 2203.11932, algorithm 1.
     """
     real = context.recipe_data(context.recipe.data['train'])
-    count, buffer = 1, None
-    if context.workdir is not None:
+    buffer = None
+    if context.workdir is None and experts in context.recipe.stages:
+        planned = context.recipe.stages[experts]
+        _check_network(planned, experts, network)
+        segments_lib.check(planned.method['epochs'], max_start_epoch, expert_epochs)
+        count = planned.method['experts']
+    else:
         buffer = trajectories.Buffer(context.locate(experts))
         expected = trajectories.fingerprint(network=network, data=training_data(context.recipe))
         buffer.check(expected, 'data.source')
         segments_lib.check(buffer.manifest.epochs, max_start_epoch, expert_epochs)
         count = buffer.manifest.experts
-    elif experts in context.recipe.stages:
-        planned = context.recipe.stages[experts]
-        _check_network(planned, experts, network)
-        segments_lib.check(planned.method['epochs'], max_start_epoch, expert_epochs)
-        count = planned.method['experts']
     built = build_network(network, real, where='data.source.network')
     if built is None:
         raise UserError('data.source.network must name the network of the trajectories.')
