@@ -71,10 +71,7 @@ def train(
         state = init(key) if init else method.init(key, {**shared, **own})
         return state.replace(frozen={})
 
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    abstract = jax.eval_shape(start, keys[0], jax.tree.map(lambda x: x[0], own_frozen))
-    axes: Any = jax.tree.map(lambda _: 0, abstract).replace(step=None)
-    state = jax.jit(jax.vmap(start, out_axes=axes))(keys, own_frozen)
+    state, axes = _begun(start, seeds, own_frozen)
     if hyperparameters:
         state = state.replace(opt_state=_injected(state.opt_state, hyperparameters))
 
@@ -95,6 +92,14 @@ def train(
         state = chunk(state, jnp.asarray(rows), own_frozen, own_arrays)
     state = state.replace(step=jnp.broadcast_to(state.step, seeds.shape))
     return jax.block_until_ready(state)
+
+
+def _begun(start: Callable[..., State], seeds: np.ndarray, own: PyTree) -> tuple[State, Any]:
+    """States of all runs, and their axes: every leaf but the step has one for the runs."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    abstract = jax.eval_shape(start, keys[0], jax.tree.map(lambda x: x[0], own))
+    axes: Any = jax.tree.map(lambda _: 0, abstract).replace(step=None)
+    return jax.jit(jax.vmap(start, out_axes=axes))(keys, own), axes
 
 
 def _injected(opt_state: Any, hyperparameters: Mapping[str, np.ndarray]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -84,17 +84,6 @@ def alternate(players: Mapping[str, Player], init: Init) -> Method:
     ]
     index = {name: i for i, name in enumerate(players)}
 
-    def init_state(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
-        state = initial(init, key, frozen)
-        parts, moved = set(state.params), {player.of for player in players.values()}
-        if parts != moved:
-            raise ValueError(f'init gives parts {sorted(parts)}, players are {sorted(moved)}.')
-        opt_state = {
-            player.slot: player.tx.init(trained(state.params[player.of], player.trainable))
-            for player in players.values()
-        }
-        return state.replace(opt_state=opt_state)
-
     def propose(group: Mapping[str, Player], state: State, batch: Batch) -> _Proposal:
         metrics: Metrics = {}
         changes: list[Change] = []
@@ -109,7 +98,9 @@ def alternate(players: Mapping[str, Player], init: Init) -> Method:
         return _Proposal(lambda state: _all(changes, state), metrics, batch)
 
     if len(groups) == 1 and all(player.repeats == 1 for player in players.values()):
-        return stepwise(init_state, lambda state, batch: propose(players, state, batch)[:2])
+        return stepwise(
+            _beginning(players, init), lambda state, batch: propose(players, state, batch)[:2]
+        )
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         metrics: Metrics = {}
@@ -125,7 +116,26 @@ def alternate(players: Mapping[str, Player], init: Init) -> Method:
             metrics = combined(metrics, of_group)
         return advanced(state), metrics
 
-    return Method(init_state, step)
+    return Method(_beginning(players, init), step)
+
+
+def _beginning(players: Mapping[str, Player], init: Init) -> Callable[..., State]:
+    """`init(key, frozen)` of the method."""
+
+    def init_state(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
+        state = initial(init, key, frozen)
+        parts, moved = set(state.params), {player.of for player in players.values()}
+        if parts != moved:
+            raise ValueError(
+                f'init gives parts {sorted(parts)}, players are {sorted(moved)}; call them alike.'
+            )
+        opt_state = {
+            player.slot: player.tx.init(trained(state.params[player.of], player.trainable))
+            for player in players.values()
+        }
+        return state.replace(opt_state=opt_state)
+
+    return init_state
 
 
 class _Proposal(NamedTuple):
