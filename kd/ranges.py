@@ -132,16 +132,18 @@ def hints(function: Callable) -> dict[str, Any]:
 
 
 def names(hint: Any, value: Any) -> Iterator[tuple[str, str]]:
-    """(kind, name) of every text in `value` that its annotation marks by a `Name`."""
+    """(kind, name) of every text in `value` that its annotation marks by a `Name`.
+
+    Of a union the first part that fits decides: `Literal[''] | StageName` is a stage or none.
+    """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         for extra in hint.__metadata__:
             if isinstance(extra, Name):
                 yield extra.kind, value
     elif origin in (Union, types.UnionType):
-        for part in parts:
-            if not _misfit(part, value):
-                yield from names(part, value)
+        fitting = (part for part in parts if not _misfit(part, value))
+        yield from names(next(fitting, None), value)
     elif isinstance(value, Sequence) and not isinstance(value, str) and parts:
         one = len(parts) == 1 or parts[1:] == (...,)
         for part, item in zip((parts[0],) * len(value) if one else parts, value, strict=False):

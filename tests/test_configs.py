@@ -10,7 +10,7 @@ from kd import config as kd_config
 from kd.data import catalogue, sources
 from kd.papers import index
 from kd.parallel.mesh import make_mesh
-from kd.training import loop
+from kd.training import ending, loop
 
 ROOT = Path(__file__).parent.parent
 # Data that a machine without a network lacks: (input shape, classes, examples by split).
@@ -67,5 +67,6 @@ def test_every_recipe_traces(path, stand_ins, tmp_path):
     mesh = make_mesh({'data': 1})
     for stage in recipe.stages:
         loop.check(recipe, stage, mesh)
+    ending.check_report(recipe)
     # The last stage is asked something.
     assert recipe.stages[stage].evaluators

@@ -100,6 +100,26 @@ def test_numbers_of_optimisers_and_schedules_are_held(arguments, field):
     optimizer.optimizer(10, name='sgd', lr=0.0, momentum=None)
 
 
+@pytest.mark.parametrize(
+    ('hint', 'value', 'expected'),
+    [
+        (ranges.StageName, 'a', [('stage', 'a')]),
+        (Literal[''] | ranges.StageName, 'a', [('stage', 'a')]),
+        (Literal[''] | ranges.StageName, '', []),
+        (ranges.SplitName | None, None, []),
+        (
+            Sequence[tuple[str, ranges.StageName]],
+            (('A', 'a'), ('B', 'b')),
+            [('stage', 'a'), ('stage', 'b')],
+        ),
+        (tuple[ranges.SplitName, ...], ('x', 'y'), [('split', 'x'), ('split', 'y')]),
+        (str, 'a', []),
+    ],
+)
+def test_names_of_things_of_a_recipe_are_found_in_arguments(hint, value, expected):
+    assert list(ranges.names(hint, value)) == expected
+
+
 def test_an_argument_without_known_names_is_left_alone():
     def local(x: Unknown = 0):  # noqa: F821
         return x

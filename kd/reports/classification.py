@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +78,8 @@ def classification(
     context: ReportContext,
     *,
     rows: Sequence[tuple[str, StageName]],
-    student: StageName = 'student',
-    teacher: StageName = 'teacher',
+    student: Literal[''] | StageName = 'student',
+    teacher: Literal[''] | StageName = 'teacher',
     split: SplitName = 'test',
     batch_size: Count = 256,
     seeds: Count = 1,
@@ -94,8 +94,8 @@ def classification(
     Args:
       context: the run.
       rows: (title, stage) in the order of the table.
-      student: the stage whose disagreements with the teacher are shown.
-      teacher: the stage that agreement and KL refer to.
+      student: the stage whose disagreements with the teacher are shown, or '' for none.
+      teacher: the stage that agreement and KL refer to, or '' for none.
       split: which split of `config.data`.
       batch_size: examples per evaluation step.
       seeds: networks per row, the run's own among them.

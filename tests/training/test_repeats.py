@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
             for name in config.stages:
                 config[name].update(steps=20, eval_every=20, log_every=10, checkpoint_every=20)
             config.teacher.best = ''
-            config.report.update(seeds=SEEDS, teacher='none', notes='Small moons.')
+            config.report.update(seeds=SEEDS, teacher='', notes='Small moons.')
         workdir = tmp_path_factory.mktemp('repeats') / 'run'
         report = loop.run(config, workdir)
         yield kd_config.parse(config), workdir, report
