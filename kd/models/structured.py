@@ -1,4 +1,4 @@
-"""Perceptrons with structured outputs: answers of several symbols, scores of candidates."""
+"""Small networks with structured inputs or outputs: answers of symbols, candidates, tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -52,3 +52,30 @@ class CandidateScorer(nn.Module):
         layers.check_rank('CandidateScorer', x, {3: 'candidates [B, P, features]'})
         mlp = MLP(self.widths, 1, self.activation, self.dtype, name='mlp')
         return mlp(x.reshape(-1, x.shape[-1]), train=train).reshape(x.shape[:2])
+
+
+class BottleneckLM(nn.Module):
+    """A language model of one token: contexts int [B, n] to float32 logits [B, num_classes].
+
+    Embeddings of the tokens side by side, through tanh of a few features. Features: `bottleneck`.
+
+    Attributes:
+      num_classes: size of the vocabulary, of contexts and answers.
+      embedding: features of each token.
+      width: features of the bottleneck.
+      dtype: compute type; logits are float32.
+    """
+
+    num_classes: Count = 48
+    embedding: Count = 64
+    width: Count = 8
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Logits of the answer to each context; ValueError unless int [B, n]."""
+        layers.check_rank('BottleneckLM', x, {2: 'contexts [B, n]'})
+        embed = nn.Embed(self.num_classes, self.embedding, dtype=self.dtype, name='embed')
+        y = embed(x).reshape(x.shape[0], -1)
+        y = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name='bottleneck')(y))
+        return layers.classifier(y, self.num_classes)
