@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
-from kd.evaluators.agreement import entropy
 from kd.errors import UserError
+from kd.evaluators.agreement import entropy
 from kd.losses import divergence, numerics
 from kd.losses.signal import Dense, as_signal
 from kd.methods.teacher import teacher_logits
@@ -54,7 +54,9 @@ def coverage(context: Context, *, top: Count = 3) -> Evaluator:
         student = network.apply(state.variables(), *network.of(batch)).logits
         teacher = as_signal(teacher_logits(context, state, batch))
         if not isinstance(teacher, Dense):
-            raise UserError(f'coverage needs the whole law of the teacher, not {type(teacher).__name__}.')
+            raise UserError(
+                f'coverage needs all logits of the teacher, got {type(teacher).__name__}.'
+            )
         values = law_metrics(student, teacher.logits, top=top)
         return {name: mean(value, batch['mask']) for name, value in values.items()}
 
