@@ -37,7 +37,7 @@ from kd.method.guard import guarded, stepwise, with_nonfinite_guard
 from kd.method.players import Player, alternate
 from kd.method.repeated import repeat
 from kd.method.single import gradient, minimize
-from kd.method.wrappers import with_collect, with_projection, with_result
+from kd.method.wrappers import with_collect, with_extra, with_projection, with_result
 
 __all__ = [
     'Batch',
@@ -55,6 +55,7 @@ __all__ = [
     'stepwise',
     'with_collect',
     'with_ema',
+    'with_extra',
     'with_nonfinite_guard',
     'with_projection',
     'with_result',

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from kd.errors import UserError
 from kd.method.base import Batch, Method
@@ -34,6 +35,49 @@ def with_collect(
         propose = method.propose
         return stepwise(method.init, lambda state, batch: propose(state, collected(state, batch)))
     return Method(method.init, lambda state, batch: method.step(state, collected(state, batch)))
+
+
+def with_extra(
+    method: Method,
+    name: str,
+    first: PyTree,
+    update: Callable[[PyTree, Metrics, jax.Array], PyTree],
+) -> Method:
+    """Keeps a value of a method's own, such as a schedule that goes by the loss.
+
+        state.extra[name] <- update(state.extra[name], metrics, steps)     after every step
+
+    The step itself reads the value from before it. A step that a guard leaves out leaves it too.
+
+    Args:
+      method: the method to wrap.
+      name: of the value in `state.extra`.
+      first: the value before the first step, a tree of numbers or arrays.
+      update: of the value, the step's metrics and the number of steps taken with this one.
+    """
+
+    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
+        state = method.init(key, frozen)
+        value = jax.tree.map(jnp.array, first)
+        return state.replace(extra={**state.extra, name: value})
+
+    def renewed(state: State, metrics: Metrics, steps: jax.Array) -> State:
+        value = update(state.extra[name], metrics, steps)
+        return state.replace(extra={**state.extra, name: value})
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        state, metrics = method.step(state, batch)
+        if NONFINITE not in metrics:
+            return renewed(state, metrics, state.step), metrics
+        extra = jax.lax.cond(
+            moved(metrics),
+            lambda state: renewed(state, metrics, state.step).extra,
+            lambda state: state.extra,
+            state,
+        )
+        return state.replace(extra=extra), metrics
+
+    return Method(init, step)
 
 
 def with_projection(method: Method, project: Callable[[PyTree], PyTree]) -> Method:

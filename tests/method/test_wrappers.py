@@ -19,7 +19,16 @@ from regression import (
 )
 
 from kd.errors import UserError
-from kd.method import Objective, minimize, with_collect, with_ema, with_projection, with_result
+from kd.method import (
+    Objective,
+    minimize,
+    with_collect,
+    with_ema,
+    with_extra,
+    with_nonfinite_guard,
+    with_projection,
+    with_result,
+)
 from kd.metrics import mean
 
 
@@ -55,6 +64,39 @@ def test_collection_draws_anew_at_every_step_and_apart_from_the_loss(data):
     noise = [float(m['noise'].total) for m in history]
     assert len({*drawn, *noise}) == 2 * len(data)
     assert_bit_identical(history, again)
+
+
+def with_running_loss():
+    """Half of the last value, the loss and the step's number, read by the next step."""
+
+    def loss(params, state, batch, key):
+        objective = squared_error(params, state, batch, key)
+        read = mean(state.extra['running']['value'][None])
+        return objective._replace(metrics={**objective.metrics, 'read': read})
+
+    def update(extra, metrics, steps):
+        total, count = metrics['loss']
+        return {'value': extra['value'] / 2 + total / count + steps}
+
+    method = minimize(loss, optax.sgd(LR), initial)
+    return with_extra(method, 'running', {'value': 3.0}, update)
+
+
+def test_a_value_of_a_methods_own_goes_by_the_metrics_of_each_step(data):
+    state, history = run(with_running_loss(), data)
+    value = 3.0
+    for step, metrics in enumerate(history, 1):
+        np.testing.assert_allclose(metrics['read'].total, value, rtol=1e-5)
+        value = value / 2 + float(metrics['loss'].total / metrics['loss'].count) + step
+    np.testing.assert_allclose(state.extra['running']['value'], value, rtol=1e-5)
+
+
+def test_a_step_that_is_left_out_leaves_that_value(data):
+    method = with_nonfinite_guard(with_running_loss(), 'skip')
+    bad = {**data[1], 'y': np.full_like(data[1]['y'], np.nan)}
+    before, _ = run(method, data[:1])
+    after, _ = run(method, [data[0], bad])
+    assert_bit_identical(after.extra['running'], before.extra['running'])
 
 
 def test_projected_gradient_descent_is_numpys(data):
