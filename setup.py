@@ -35,8 +35,13 @@ REQUIREMENTS = [
     'tqdm>=4.68',
 ]
 
+# Tokenizers and weights of language models.
+LANGUAGE_MODELS = ['gguf>=0.17', 'jinja2>=3.1', 'tokenizers>=0.21']
+
 EXTRAS = {
+    'lm': LANGUAGE_MODELS,
     'test': [
+        *LANGUAGE_MODELS,
         'import-linter>=2.5',
         'mnist1d>=0.0.2.post1',
         'mypy>=2.4',

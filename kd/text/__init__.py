@@ -1,0 +1,1 @@
+"""Text as networks take it: tokenizers, chat templates, packing."""
