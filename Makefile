@@ -6,7 +6,16 @@ WORKDIR ?= runs/quickstart
 # pytest workers; each keeps one core busy compiling.
 JOBS ?= 2
 
-.PHONY: quickstart test test-all lint format clean
+# An environment of the lowest versions that setup.py allows, and the tests that hold it to them.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/test_packaging.py tests/test_config.py tests/test_figures.py tests/test_main.py \
+	tests/test_network.py tests/data/distilled/test_coreset.py tests/data/test_sources.py \
+	tests/data/test_pipeline.py tests/evaluators/test_calibration.py \
+	tests/evaluators/test_classification.py tests/evaluators/test_generation.py tests/io \
+	tests/losses/test_divergence.py tests/models/test_dit.py tests/parallel/test_mesh_sharding.py \
+	tests/sampling tests/theory/test_kernel_regression.py tests/training
+
+.PHONY: quickstart test test-all test-lowest lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kd needs Python 3.11 or newer"'
@@ -24,6 +33,17 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS)
 
+$(LOWEST)/.installed: setup.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
+		--resolution=lowest-direct --editable '.[test]'
+	touch $@
+
+# Warnings of old versions are not ours.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n $(JOBS) -m 'not slow' -o filterwarnings= $(LOWEST_TESTS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +55,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(LOWEST) .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
