@@ -69,9 +69,9 @@ def shown(paper: Paper, measured: Mapping[str, Result]) -> list[str]:
     """What `show` prints."""
     lines = [
         f'{paper.slug}: {paper.title}',
-        f'  {paper.authors or "arXiv"} {paper.year}, {paper.url}',
+        f'  {f"{paper.authors} {paper.year}".strip()}, {paper.url}',
+        f'  {paper.line}',
     ]
-    lines += [f'  {paper.line}']
     for title, part in (
         ('Recipes', _recipes(paper)),
         ('Claim', _claim(paper, measured)),

@@ -24,7 +24,7 @@ class Paper:
     Attributes:
       slug: its name in this codebase.
       title: the paper's, in full.
-      authors: surnames, separated by commas; '' where they are not known.
+      authors: surnames, separated by commas; '' where no source at hand names them.
       year: of the first version.
       arxiv: its id there, without a version.
       family: the folder of its methods and configs.
@@ -40,7 +40,7 @@ class Paper:
 
     slug: str
     title: str
-    authors: str
+    authors: str = ''
     year: int
     arxiv: str
     family: str
@@ -59,7 +59,7 @@ class Paper:
 
     @property
     def cited(self) -> str:
-        """'Hinton et al. 2015'."""
+        """'Hinton et al. 2015'; '2015' where the authors are not known."""
         names = self.authors.split(', ') if self.authors else []
         who = f'{names[0]} et al.' if len(names) > 2 else ' and '.join(names)
         return f'{who} {self.year}'.strip()
@@ -150,6 +150,8 @@ def _paper(slug: str, entry: Any) -> Paper:
         kind = _KINDS.get(str(fields[name].type), 'a list of texts')
         if not _is(kind, value):
             raise UserError(f'{INDEX}: [{slug}] {name} must be {kind}, got {value!r}.')
+        if value == '':
+            raise UserError(f'{INDEX}: [{slug}] {name} is empty; what is not known has no line.')
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in entry]:
         raise UserError(f'{INDEX}: [{slug}] lacks {", ".join(missing)}.')

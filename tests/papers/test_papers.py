@@ -28,6 +28,8 @@ SHARED = {
 }
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}
+# Papers whose authors no source at hand names.
+ANONYMOUS = {'paced'}
 
 ENTRY = """
 [one]
@@ -63,8 +65,12 @@ def test_an_entry_is_true(slug):
     assert 20 < len(paper.line) <= 90
     assert paper.line[-1] != '.'
     assert '|' not in paper.line
+    names = paper.authors.split(', ')
+    assert all(name.strip() == name and name for name in names) == (slug not in ANONYMOUS)
     if paper.claim:
-        assert f'arXiv:{paper.arxiv}' in claims.load(paper.claim_name, smoke=True).paper
+        told = claims.load(paper.claim_name, smoke=True).paper
+        assert f'arXiv:{paper.arxiv}' in told
+        assert paper.cited in told
 
 
 @pytest.mark.parametrize('slug', PAPERS)
@@ -114,7 +120,7 @@ def test_a_row_of_each_kind(tmp_path):
         + "claim = 'configs/claims/one.py'\n"
         + ENTRY.replace('one', 'two').replace("'Ada, Bob, Cy'", "'Ada, Bob'")
         + "claim = 'configs/claims/two.py'\n"
-        + ENTRY.replace('one', 'three').replace("'Ada, Bob, Cy'", "''")
+        + ENTRY.replace('one', 'three').replace("authors = 'Ada, Bob, Cy'\n", '')
     )
     papers = index.load(tmp_path)
     held = {'verdict': results.REPRODUCED, 'checks': [{'verdict': results.REPRODUCED}] * 3}
@@ -157,6 +163,10 @@ def test_variants_are_read_without_running_a_config(tmp_path):
         (
             ENTRY.replace('tests = []', 'tests = [1]'),
             '[one] tests must be a list of texts, got [1]',
+        ),
+        (
+            ENTRY.replace('Ada, Bob, Cy', ''),
+            '[one] authors is empty; what is not known has no line.',
         ),
         ("slug = 'one'", "'slug' stands outside of an entry."),
         ('[one', "Expected ']'"),
@@ -217,6 +227,8 @@ def test_a_paper_is_shown_with_its_commands_and_their_cost(capsys):
         assert line in shown
     assert started(['show', 'mtt']) == 0
     assert '  kd.losses.trajectory.mtt_loss  eq. 2\n' in capsys.readouterr().out
+    assert started(['show', 'paced']) == 0
+    assert capsys.readouterr().out.splitlines()[1] == '  2026, https://arxiv.org/abs/2603.11178'
     assert started(['show', 'mtx']) == 2
     assert capsys.readouterr().err == "kd: There is no paper 'mtx'. Did you mean 'mtt'?\n"
 
