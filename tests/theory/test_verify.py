@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pkgutil
 import subprocess
 import sys
 
@@ -192,9 +193,17 @@ def test_report_holds_every_row_and_a_figure_for_every_drawing(rows, tmp_path, m
     report = (tmp_path / 'report.md').read_text(encoding='utf-8')
     assert f'{len(every)} rows, 0 failed' in report
     assert report.count('| holds |') == len(every)
-    for drawing in (d for drawings in figures.DRAWINGS.values() for d in drawings):
+    drawn = [drawing for slug in verify.PAPERS for drawing in figures.drawings(slug)]
+    assert report.count('![') == len(drawn) >= 6
+    for drawing in drawn:
         assert f'({drawing.name}.png)' in report
         assert (tmp_path / f'{drawing.name}.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_figures_are_those_of_papers():
+    named = {module.name for module in pkgutil.iter_modules(figures.__path__)}
+    assert named <= set(verify.PAPERS)
+    assert figures.drawings('no_such_paper') == ()
 
 
 def test_a_failed_row_is_marked_in_report_and_json(tmp_path):
@@ -205,11 +214,10 @@ def test_a_failed_row_is_marked_in_report_and_json(tmp_path):
     assert verify._as_json(bad)['measured'] is None
 
 
-@pytest.mark.parametrize('name', ['filter_decay', 'misspecified_kernel', 'trust_region'])
-def test_axes_of_figures_are_labelled(name):
-    (drawing,) = (d for found in figures.DRAWINGS.values() for d in found if d.name == name)
+@pytest.mark.parametrize('paper', ['even_your_teacher', 'paced', 'adpo'])
+def test_axes_of_figures_are_labelled(paper):
     with jax.enable_x64(True):
-        figure = drawing.draw()
+        figure = figures.drawings(paper)[0].draw()
     assert all(axes.get_xlabel() for axes in figure.axes)
     assert figure.axes[0].get_ylabel()
 
