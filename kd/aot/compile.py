@@ -16,6 +16,7 @@ from kd import config as config_lib
 from kd.aot import hlo, hlo_traffic, topology
 from kd.data import catalogue
 from kd.errors import UserError, reason
+from kd.io import manifest
 from kd.parallel import mesh as mesh_lib
 
 
@@ -37,6 +38,7 @@ class Report:
         collectives are too small.
       effort: of the compiler, -1 to 1. Below 0 the program moves, and as a rule holds, more than
         need be.
+      commit: of the code whose step it is, see `kd.io.manifest.commit`.
     """
 
     stage: str
@@ -53,6 +55,7 @@ class Report:
     refused: str = ''
     loops: int = 0
     effort: float = 0.0
+    commit: str = ''
 
     @property
     def chips(self) -> int:
@@ -166,6 +169,7 @@ def compile_stage(
         traffic=0,
         collectives=[],
         effort=effort,
+        commit=manifest.commit('kd', 'configs'),
     )
     try:
         compiled = traced.lower().compile(

@@ -113,6 +113,10 @@ times of memory and communication are what it takes at most. Experts have batche
 a v5p:8x8x8 has chips. Not in the table: `dataset/infer_ufc.py`, whose groups of one image per class
 are trained one after another, and ftd and smooth_experts, whose steps are those of mtt, the
 experts' with a second gradient.
+
+The last column is the commit whose step a row is, '+' where it had changes besides; of the first
+rows, from before there was this column, the commit that brought them. Before 6af2922 a step held
+more: its guard against non-finite updates kept the state of before until it was through.
 """
 
 
@@ -179,8 +183,8 @@ def table(reports: Sequence[tuple[str, aot.Report]]) -> str:
     """(label, report) pairs as a Markdown table."""
     head = (
         '| recipe, stage | slice | batch | arguments | temporaries | peak | operations a chip | '
-        'collectives | arithmetic, memory, communication | verdict |\n'
-        '|---|---|---:|---:|---:|---:|---:|---|---|---|'
+        'collectives | arithmetic, memory, communication | verdict | commit |\n'
+        '|---|---|---:|---:|---:|---:|---:|---|---|---|---|'
     )
     rows = []
     for label, report in reports:
@@ -198,6 +202,7 @@ def table(reports: Sequence[tuple[str, aot.Report]]) -> str:
             aot.mib(report.arguments),
             *(unknown or aot.mib(size) for size in (report.temporaries, report.peak)),
             f'{report.flops / report.devices:.3g}', moved or 'none', times, report.verdict(),
+            report.commit[:7] + '+' * report.commit.endswith('+'),
         ]  # fmt: skip
         rows.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join([head, *rows])

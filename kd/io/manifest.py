@@ -127,8 +127,12 @@ def _stages_of(references: Mapping[str, str]) -> list[str]:
     return [split_reference(reference)[0] for reference in references.values()]
 
 
-def commit() -> str:
-    """The commit of the source tree, '+' appended if it has changes; '' outside a repository."""
+def commit(*folders: str) -> str:
+    """The commit of the source tree, '+' appended if it has changes; '' outside a repository.
+
+    Args:
+      *folders: of the tree's root, the only ones whose changes count; all of them without any.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -137,7 +141,8 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ''
 
     head = git('rev-parse', 'HEAD')
-    return head + ('+' if head and git('status', '--porcelain', '-uno') else '')
+    changes = git('status', '--porcelain', '-uno', '--', *(f':/{each}' for each in folders))
+    return head + '+' * bool(head and changes)
 
 
 def _parsed(line: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from kd.aot.__main__ import main
 from kd.data import catalogue, sources
 from kd.data.context import source_loader
 from kd.errors import UserError
+from kd.io import manifest
 from kd.losses import divergence
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,7 @@ REPORT = aot.Report(
         hlo.Collective('all-reduce', 10**8, 2, 'f32[25000000]'),
         hlo.Collective('all-gather', 10**8, 1, 'f32[25000000]'),
     ],
+    commit='0123456789+',
 )
 
 
@@ -205,7 +207,7 @@ def test_loops_of_unknown_length_are_refused_in_the_verdict(monkeypatch):
     assert hidden.times() == {}
     assert 'roofline' not in aot.text(hidden)
     assert aot.from_json(json.loads(json.dumps(aot.as_json(hidden)))) == hidden
-    assert aot_table.table([('x', hidden)]).splitlines()[2].count('|') == 11
+    assert aot_table.table([('x', hidden)]).splitlines()[2].count('|') == 12
     # A teacher that decodes until it is done.
     whole = divergence.forward_kl
 
@@ -382,6 +384,7 @@ def test_the_table_has_a_row_for_each_report():
     assert head.count('|') == rule.count('|') == row.count('|')
     assert '| vision/logit_kd.py student | v5e:4x4 | 64 | 1.00 GiB |' in row
     assert '2 all-reduce 191 MiB, 1 all-gather 95.4 MiB' in row
+    assert row.endswith('| 0123456+ |')
 
 
 def test_with_less_effort_arithmetic_alone_is_a_lower_bound():
@@ -409,6 +412,7 @@ def test_effort_is_the_compilers_and_stays_with_the_report_and_the_row():
     assert report.effort == aot.from_json(aot.as_json(report)).effort == -1.0
     with pytest.raises(UserError, match=r'effort must lie in \[-1, 1\], got nan'):
         aot.compile_stage(_recipe(), 'student', 'cpu:8', effort=float('nan'))
+    assert report.commit.removesuffix('+') == manifest.commit().removesuffix('+')
     usual = aot.compile_stage(_recipe(), 'student', 'cpu:8')
     assert (usual.effort, usual.flops) == (0.0, report.flops)
     assert hlo.totals(usual.collectives) == hlo.totals(report.collectives)
@@ -459,4 +463,6 @@ def test_a_row_that_takes_too_long_or_fails_says_so():
 
 def test_the_page_of_the_table_is_what_its_record_says():
     page, record = ROOT / 'docs' / 'aot.md', ROOT / 'docs' / 'aot.json'
-    assert aot_table.page(json.loads(record.read_text())) == page.read_text()
+    rows = json.loads(record.read_text())
+    assert aot_table.page(rows) == page.read_text()
+    assert all(row['commit'] for row in rows.values() if 'stage' in row)
