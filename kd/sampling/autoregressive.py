@@ -100,7 +100,7 @@ class Sampler:
           The answers, and the cache with what was read and said.
         """
         decoder, variables = unstacked(self.decoder, _in_compute_type(self.decoder, variables))
-        head = head_of(decoder, variables)
+        head = head_of(decoder, variables).T
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             key, jnp.arange(tokens.shape[0]) if rows is None else rows
         )
@@ -158,7 +158,7 @@ class Sampler:
     def _draw(self, hidden, head, keys, t):
         """The t-th token of each row, and its log-probability."""
         wide = numerics.accumulation_dtype(hidden, head)
-        logits = jnp.matmul(hidden, head, preferred_element_type=wide)
+        logits = jnp.einsum('bd,vd->bv', hidden, head, preferred_element_type=wide)
         if self.forbidden:
             logits = logits.at[:, jnp.asarray(self.forbidden)].set(-jnp.inf)
         if self.temperature:
