@@ -10,6 +10,7 @@ REQUIREMENTS = [
     'array_record>=0.8.3',
     'clu>=0.0.12',
     'diffrax>=0.7.2',
+    'einops>=0.8',
     'etils[epath,epy]>=1.15',
     'flax>=0.12.8',
     'grain>=0.2.18',

@@ -10,6 +10,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 from kd.losses import numerics
@@ -154,7 +155,8 @@ class Attention(nn.Module):
     def _heads(self, x, angles):
         size = self.of.size_of_head
         query, key, value = (
-            f(x).reshape(*x.shape[:2], -1, size) for f in (self.query, self.key, self.value)
+            rearrange(f(x), 'b t (h d) -> b t h d', d=size)
+            for f in (self.query, self.key, self.value)
         )
         if self.of.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -166,7 +168,7 @@ class Attention(nn.Module):
         out = attend_causally(
             *self._heads(x, angles), segments=segments, window=self.of.window, block=self.of.block
         )
-        return self.output(out.reshape(*x.shape[:2], -1))
+        return self.output(rearrange(out, 'b t h d -> b t (h d)'))
 
     def step(self, x, angles, keys, values, valid, start):
         query, key, value = self._heads(x, angles)
@@ -175,7 +177,7 @@ class Attention(nn.Module):
         out = attend_cached(
             query, keys, values, valid=valid, start=start, window=self.of.window
         ).astype(x.dtype)
-        return self.output(out.reshape(*x.shape[:2], -1)), keys, values
+        return self.output(rearrange(out, 'b t h d -> b t (h d)')), keys, values
 
 
 class Mlp(nn.Module):
