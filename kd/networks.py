@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from kd import config as config_lib
@@ -79,6 +80,9 @@ def _check_classes(given: int | None, source: Described, where: str) -> None:
     if given is None or classes is None or given == classes:
         return
     label = source.spec.get('label')
+    if label is None and np.issubdtype(source.spec['input'].dtype, np.integer):
+        # Tokens are labels of each other.
+        label = source.spec['input']
     if given < classes or label is None or not label.shape:
         raise UserError(
             f'{where}.num_classes is {given}, and the data has {classes} classes; leave it out, '
