@@ -9,15 +9,14 @@ A source is a block of a recipe's data:
 Splits are slices of examples, not of rows: 'train[:90%]' are nine of ten documents, packed by
 themselves. Files named by a relative path lie below `--data_dir`, if that is given. Layouts:
 
-| layout | fields of a row |
-|---|---|
-| packed | input, positions, segments int32 [T], response_mask bool [T]; several examples a row |
-| rows | the same fields, one example a row |
-| prompts | input int32 [P], prompt_mask bool [P], padded on the left; with `response_length` also response int32 [R], response_mask bool [R] |
+  packed: input, positions, segments int32 [T] and response_mask bool [T]; several examples a row.
+  rows: the same fields, one example a row.
+  prompts: input int32 [P] and prompt_mask bool [P], padded on the left; with `response_length` also
+    response int32 [R] and response_mask bool [R].
 
-What a row predicts, `kd.text.packing.shifted` says. Rows are put together once, by the source's own
-`seed`: teachers' outputs that are cached for a row stay those of the row whatever seed a recipe has.
-"""  # noqa: E501
+What a row predicts, `kd.text.packing.shifted` says. Rows are put together once, by the source's
+own `seed`: outputs of teachers that are cached for a row stay its own whatever a recipe's seed is.
+"""
 
 from __future__ import annotations
 
