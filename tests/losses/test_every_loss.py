@@ -12,7 +12,15 @@ import scipy.special
 import scipy.stats
 from jax.sharding import PartitionSpec
 
-from kd.losses import classification, divergence, feature, relation, sequence, signal
+from kd.losses import (
+    OF_BATCH,
+    classification,
+    divergence,
+    feature,
+    relation,
+    sequence,
+    signal,
+)
 
 B, V, TEMPERATURE = 8, 6, 3.0
 GENERATOR = np.random.default_rng(0)
@@ -258,6 +266,15 @@ def test_gradient_is_the_finite_difference_of_the_oracle(name, logits, in_float6
         difference = oracle(student + shift, teacher) - oracle(student - shift, teacher)
         expected[index] = np.sum(difference) / (2 * step)
     np.testing.assert_allclose(in_float64[1][name], expected, rtol=1e-6, atol=1e-8)
+
+
+@each_loss
+def test_what_compares_examples_with_each_other_is_known_as_of_the_batch(name, logits):
+    student, teacher = logits
+    other = student + 0.5 * (np.arange(B) == 0)[:, None] * np.arange(V)
+    before, after = (LOSSES[name][1](s, teacher) for s in (student, other))
+    apart = np.shape(before) == (B,) and np.array_equal(before[1:], after[1:])
+    assert apart == (name not in {loss.__name__ for loss in OF_BATCH})
 
 
 def extreme_logits():

@@ -9,6 +9,7 @@ from kd import config as kd_config
 from kd.context import Evaluator
 from kd.data import sources
 from kd.errors import NonFiniteError, UserError
+from kd.losses import OF_BATCH
 from kd.method import Objective, minimize
 from kd.metrics import mean
 from kd.training import ending, loop
@@ -202,6 +203,18 @@ def test_a_divergence_of_ones_own_gives_a_value_per_example(tmp_path, divergence
     # As many examples as classes: the shapes alone would fit.
     config = recipe(method=given, batch_size=2)
     message = rf'{divergence} returned shape .* one value per position, \(2,\)'
+    refused(config, tmp_path / 'run', message)
+
+
+@pytest.mark.parametrize('loss', sorted(OF_BATCH, key=lambda loss: loss.__name__))
+@pytest.mark.parametrize('name', [LOGIT_KD['name'], 'kd.methods.lm.paced.paced'])
+def test_a_loss_of_a_whole_batch_refuses_its_parts(tmp_path, name, loss):
+    path = f'{loss.__module__}.{loss.__name__}'
+    config = recipe(method=dict(name=name, divergence=path, micro_batches=2))
+    message = (
+        f'^student.method: {loss.__name__} compares the examples of a batch with each other, '
+        'which micro_batches=2 would tear apart; set micro_batches=1.$'
+    )
     refused(config, tmp_path / 'run', message)
 
 
