@@ -110,14 +110,17 @@ def with_nonfinite_guard(method: Method, mode: str) -> Method:
     Args:
       method: the method to wrap.
       mode: 'skip' leaves the update out and moves on to the next batch; 'stop' leaves the state
-        as it was before the bad update, whatever batches follow, until the loop takes notice.
+        as it was before the bad update, whatever batches follow, until the loop takes notice. In a
+        step of several updates those before the bad one stay made, as undoing them would cost a
+        second state: `extra['partial']` says so, and the step must not be begun anew from there.
     """
     if mode not in MODES:
         raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {mode!r}.")
 
     def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
         state = method.init(key, frozen)
-        return state.replace(extra={**state.extra, 'halted': jnp.zeros((), bool)}, guard=mode)
+        flags = {'halted': jnp.zeros((), bool), 'partial': jnp.zeros((), bool)}
+        return state.replace(extra={**state.extra, **flags}, guard=mode)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         new, metrics = method.step(state, batch)
@@ -134,6 +137,9 @@ def with_nonfinite_guard(method: Method, mode: str) -> Method:
 
         extra = kept(new.extra, state.extra)
         extra['halted'] = new.extra['halted']
+        extra['partial'] = state.extra['partial'] | (
+            good & new.extra['halted'] & ~state.extra['halted']
+        )
         return new.replace(ema=kept(new.ema, state.ema), extra=extra), metrics
 
     return Method(init, step)

@@ -14,17 +14,16 @@ from kd import config as config_lib
 from kd import ranges
 from kd.config import Recipe
 from kd.data.context import splits
-from kd.errors import NonFiniteError, UserError, did_you_mean, one_line
+from kd.errors import UserError, did_you_mean, one_line
 from kd.io import checkpoints, checksums
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.network import parameter_count
 from kd.parallel import distributed
 from kd.state import State
+from kd.training import nonfinite
 from kd.training.stage import Stage
 
-# Updates in a row that are left out before a stage is given up.
-PATIENCE = 100
 # What a stage's directory holds beside the files of its writers.
 _OWN = ('checkpoints', 'broken_checkpoints', 'tensorboard', 'figures', 'profile')
 
@@ -46,7 +45,7 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
     parameters = parameter_count(state.variables())
 
     def mark() -> None:
-        check_updates(stage.name, directory, stage.config.steps)
+        nonfinite.check_updates(stage.name, directory, stage.config.steps)
         # From the log and not from this process, which may have come after the last step.
         lines = read_metrics(directory)
         logged = {name: value for line in lines for name, value in line.items()}
@@ -70,28 +69,6 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
         checkpoints.mark_done(directory, record)
 
     distributed.from_first(mark)
-
-
-def check_updates(name: str, directory: Path, steps: int) -> None:
-    """Ends a stage that skips what is not finite (`on_nonfinite`) and has nothing else to train on.
-
-    Args:
-      name: of the stage.
-      directory: of the stage.
-      steps: to the end of training; fewer than `PATIENCE` are judged by their all.
-
-    Raises:
-      NonFiniteError: the last `PATIENCE` updates, or all `steps`, were left out.
-    """
-    logged = [line for line in read_metrics(directory) if 'train/nonfinite' in line]
-    made = [line['step'] for line in logged if line['train/nonfinite'] != 1]
-    count = logged[-1]['step'] - (made[-1] if made else 0) if logged else 0
-    if count >= min(steps, PATIENCE):
-        raise NonFiniteError(
-            f'{name}: the last {count} updates were not finite and were left out, one after '
-            f'another: nothing is trained. Look at the data, lower {name}.optimizer.lr or set a '
-            'clip_norm, in another workdir.'
-        )
 
 
 def check_report(recipe: Recipe) -> None:

@@ -19,18 +19,18 @@ import jax
 import numpy as np
 
 from kd import config as config_lib
-from kd import files, process
 from kd import metrics as metrics_lib
+from kd import process
 from kd.config import Recipe
 from kd.context import Probe, ReportContext
-from kd.errors import NonFiniteError, Preempted, UserError, one_line
+from kd.errors import Preempted, UserError, one_line
 from kd.io import checkpoints
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir, read_metrics
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.state import State
-from kd.training import ending, reuse, watch
+from kd.training import ending, nonfinite, reuse, watch
 from kd.training.evaluation import Evaluation
 from kd.training.stage import Stage, prepare, replicated
 
@@ -336,7 +336,9 @@ class Loop:
             self.log.write(now, scalars | {'time/steps_per_s': self.clock.speed()})
         if scalars.get('train/nonfinite') == 1:
             steps = self.stage.config.steps
-            distributed.from_first(partial(ending.check_updates, self.name, self.directory, steps))
+            distributed.from_first(
+                partial(nonfinite.check_updates, self.name, self.directory, steps)
+            )
 
     def _closes(self, step: int) -> bool:
         """Whether the metrics of a window are written at a step."""
@@ -396,29 +398,13 @@ class Loop:
         self.saved_at = step
 
     def _check_finite(self, step: int) -> None:
-        """Ends the run if the guard halted it: saves the last good state and the bad batch."""
-        if int(self.state.step) == step:
-            return
+        """Ends the run if the guard halted it."""
         bad = int(self.state.step)
-        position = self.positions[bad - (step - len(self.positions))]
-        self.iterator.set_state(position)
-        batch = next(self.iterator)
-        dump = self.directory / f'nonfinite_{bad}'
-        dump.mkdir(exist_ok=True)
-        process = jax.process_index()
-        np.savez(dump / (f'batch_{process}.npz' if process else 'batch.npz'), **batch)
-        files.write_json(dump / 'step.json', {'step': bad, 'stage': self.name})
-        if bad not in self.saved.steps():
-            zero = jax.tree.map(lambda x: x * 0, self.window)
-            extra = {**self.state.extra, 'halted': self.state.extra['halted'] & False}
-            self.saved.save(self.state.replace(extra=extra), zero, position)
-            self.saved.wait()
-        raise NonFiniteError(
-            f'{self.name}: the loss or its gradient became non-finite at step {bad}. The state '
-            f'before that step is saved as checkpoint {bad}, the batch in {dump}/batch.npz. Run '
-            'the same command with --config.on_nonfinite=skip to leave such updates out, or begin '
-            f'in another workdir with a lower {self.name}.optimizer.lr or a clip_norm.'
-        )
+        if bad != step:
+            position = self.positions[bad - (step - len(self.positions))]
+            raise nonfinite.ended(
+                self.stage, self.saved, self.directory, self.state, self.window, position
+            )
 
 
 def _shown(scalars: dict[str, float]) -> dict[str, float]:

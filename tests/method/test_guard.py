@@ -141,6 +141,7 @@ def test_whatever_is_not_finite_leaves_no_trace(mode, where):
     state, [metrics] = run(method, [batch])
     assert metrics_lib.divide(metrics) == {'nonfinite': 1.0}
     assert (int(state.step), bool(state.extra['halted'])) == ((1, False), (0, True))[mode == 'stop']
+    assert not state.extra['partial']
     assert_bit_identical(leaves(state.replace(step=jnp.int32(0), extra={})), before)
 
 
@@ -274,6 +275,8 @@ def test_each_repeated_move_is_guarded_by_itself(mode):
     np.testing.assert_allclose(state.params['follower']['b'], -1 - LR * moves, rtol=1e-6)
     np.testing.assert_allclose(state.params['leader']['a'], 1 - LR * leads, rtol=1e-6)
     assert (int(state.step), bool(state.extra['halted'])) == (step, mode == 'stop')
+    # Its first move and the leader's are made.
+    assert bool(state.extra['partial']) == (mode == 'stop')
 
 
 @pytest.mark.parametrize('mode', ['skip', 'stop'])
@@ -292,7 +295,9 @@ def test_each_of_several_updates_is_guarded_by_itself(mode, data):
     tried, made = (4, 3) if mode == 'skip' else (2, 1)
     assert metrics['nonfinite'] == (1, tried)
     assert metrics['grad_norm'].count == made
-    assert int(state.step) == (mode == 'skip')
+    assert (int(state.step), bool(state.extra['partial'])) == ((1, False), (0, True))[
+        mode == 'stop'
+    ]
 
 
 def test_the_guard_of_several_updates_costs_at_most_one_copy():
