@@ -4,8 +4,8 @@
 
 The numbers of a recipe are held to these declarations before anything is built (`kd.config.build`),
 so that a temperature of 0 is one line at the start and not a loss that is not finite at the end.
-Numbers are finite, and no Booleans. Texts that name a stage or a split of the recipe are declared
-in the same way, and held where the recipe is known.
+Numbers are finite, and no Booleans. Texts that name a stage, a split or a row of the recipe are
+declared in the same way, and held where the recipe is known; so are blocks of keywords.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ class Name:
     kind: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Keywords:
+    """Marks a block of keywords for `function`, without those `reserved`, which it gets anyway."""
+
+    function: Callable
+    reserved: tuple[str, ...] = ()
+
+
 # Steps and sizes are counted in int32; seeds from 2^32 on would lose their upper bits in a key.
 _MOST, _LAST_SEED = 2**31 - 1, 2**32 - 1
 
@@ -84,6 +92,8 @@ Whole = Annotated[int, Range(-_MOST, _MOST, whole=True)]
 Seed = Annotated[int, Range(0, _LAST_SEED, whole=True)]
 StageName = Annotated[str, Name('stage')]
 SplitName = Annotated[str, Name('split')]
+# The title of one of a report's `rows`.
+RowTitle = Annotated[str, Name('row')]
 
 
 def check(function: Callable, arguments: Mapping[str, Any], *, where: str) -> None:
@@ -150,10 +160,16 @@ def names(hint: Any, value: Any) -> Iterator[tuple[str, str]]:
             yield from names(part, item)
 
 
+def keywords(hint: Any) -> Keywords | None:
+    """What an annotation says of a block of keywords, if it does."""
+    marks = getattr(hint, '__metadata__', ())
+    return next((mark for mark in marks if isinstance(mark, Keywords)), None)
+
+
 def declares(hint: Any) -> bool:
-    """Whether an annotation has a `Range` or a `Name` somewhere in it."""
+    """Whether an annotation has one of these marks somewhere in it."""
     if typing.get_origin(hint) is Annotated:
-        return any(isinstance(extra, Range | Name) for extra in hint.__metadata__)
+        return any(isinstance(extra, Range | Name | Keywords) for extra in hint.__metadata__)
     return any(declares(part) for part in typing.get_args(hint))
 
 
@@ -165,6 +181,8 @@ def _misfit(hint: Any, value: Any) -> str:
         marked = [extra.kind for extra in hint.__metadata__ if isinstance(extra, Name)]
         if marked and not isinstance(value, str):
             return f'the name of a {marked[0]}'
+        if keywords(hint):
+            return _misfit(parts[0], value)
         return next((str(one) for one in known if value not in one), '')
     if origin in (Union, types.UnionType):
         wanted = [_misfit(part, value) for part in parts]

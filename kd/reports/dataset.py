@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from kd.io import checkpoints
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
 from kd.networks import build_network
-from kd.ranges import Count, Finite, Positive, Size, SplitName, StageName
+from kd.ranges import Count, Finite, Keywords, Positive, RowTitle, Size, SplitName, StageName
 from kd.state import State
 from kd.training.stage import Stage, prepare
 
@@ -36,9 +36,10 @@ def dataset_distillation(
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
     step_sizes: Sequence[Positive] = (),
-    protocol: Mapping[str, Any] | None = None,
+    protocol: Annotated[Mapping[str, Any] | None, Keywords(Protocol, ('network',))] = None,
+    repeats: Count = 5,
     full_epochs: Size = 0,
-    baseline: str = 'random',
+    baseline: Literal[''] | RowTitle = '',
     split: SplitName = 'test',
 ) -> Path:
     """Trains fresh networks on every set, tests them once, and writes the sets.
@@ -52,11 +53,12 @@ def dataset_distillation(
       network: block of the architecture of the first table.
       networks: further ones by title.
       step_sizes: learning rates to choose from.
-      protocol: of `kd.evaluators.fresh_training.Protocol`, and `repeats`.
-      full_epochs: passes over the real training split for its accuracy; 0 leaves out the row, and
-        with it the label-robust score. Against a set with soft labels, the baseline has those of
-        the first expert.
-      baseline: the row that scores are relative to.
+      protocol: of `kd.evaluators.fresh_training.Protocol`.
+      repeats: networks per row and architecture.
+      full_epochs: passes over the real training split for its accuracy, at the learning rate of the
+        baseline (of the first row without one); 0 leaves out the row, and with it the label-robust
+        score. Against a set with soft labels, the baseline has those of the first expert.
+      baseline: the row that scores are relative to; '' for no scores.
       split: of the recipe's data that nothing was chosen on.
 
     Returns:
@@ -64,7 +66,6 @@ def dataset_distillation(
       `input` as networks see it, `label`, `step_size`) and `tfds/NAME/1.0.0`.
     """
     settings = dict(protocol or {})
-    repeats = settings.pop('repeats', 5)
     made = {title: restore(context, stage, average) for title, stage, average in rows}
     load, workdir, seed = context.source, context.workdir, context.recipe.seed
     train = load('train')
@@ -81,13 +82,13 @@ def dataset_distillation(
         results[title][first] = trial.cell(judge, one, () if own else step_sizes)
     full = None
     if full_epochs:
-        rate = results[baseline][first]['step_size']
+        rate = results[baseline or rows[0][0]][first]['step_size']
         full = trial.of_everything(
             Protocol(built, **{**settings, 'epochs': full_epochs}), train, rate
         )
     plain = Protocol(built, **{**settings, 'augmentation': ''})
     soft = None
-    if full is not None and baseline in made and any(_soft(one) for one in made.values()):
+    if full is not None and baseline and any(_soft(one) for one in made.values()):
         soft = _labelled_by_expert(context, rows[0][1], built, made[baseline])
     scores = _scores(results, made, trial, plain, judge, baseline, full, soft)
     for label, block in (networks or {}).items():
@@ -138,7 +139,9 @@ def compensated_set(
     stage: StageName,
     network: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]] | None = None,
-    protocol: Mapping[str, Any] | None = None,
+    protocol: Annotated[
+        Mapping[str, Any] | None, Keywords(compensator.SoftTraining, ('network', 'networks'))
+    ] = None,
     repeats: Count = 5,
     split: SplitName = 'test',
     low: Finite = -1.0,
@@ -256,7 +259,7 @@ def _scores(results, made, trial, plain, judge, baseline, full, soft):
     Sets with soft labels are compared with the baseline under the labels `soft`, where there are
     any.
     """
-    if baseline not in made:
+    if not baseline:
         return {}
     first = next(iter(results[baseline]))
     scores = {}

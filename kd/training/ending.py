@@ -78,16 +78,28 @@ def check_report(recipe: Recipe) -> None:
     function, arguments = config_lib.named(recipe.report, where='report')
     with one_line('report'):
         inspect.signature(function).bind(None, **arguments)
-    known = {'stage': tuple(recipe.stages), 'split': splits(recipe.data)}
     hints = ranges.hints(function)
     for argument, value in arguments.items():
-        for kind, name in ranges.names(hints.get(argument), value):
-            if name not in known[kind]:
+        where, hint = f'report.{argument}', hints.get(argument)
+        for kind, name in ranges.names(hint, value):
+            known = _known(kind, recipe, arguments)
+            if name not in known:
                 raise UserError(
-                    f"report.{argument} names the {kind} '{name}', and the recipe has "
-                    f'{", ".join(known[kind])}.{did_you_mean(name, known[kind])}'
+                    f"{where} names the {kind} '{name}', and the recipe has "
+                    f'{", ".join(known)}.{did_you_mean(name, known)}'
                 )
-        _check_blocks(value, f'report.{argument}')
+        mark = ranges.keywords(hint)
+        if mark and value:
+            config_lib.check_arguments(mark.function, value, where=where, reserved=mark.reserved)
+            ranges.check(mark.function, value, where=where)
+        _check_blocks(value, where)
+
+
+def _known(kind: str, recipe: Recipe, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a kind that the recipe has, or its report with these arguments."""
+    if kind == 'row':
+        return tuple(row[0] for row in arguments['rows'])
+    return tuple(recipe.stages) if kind == 'stage' else splits(recipe.data)
 
 
 def _check_blocks(value: Any, where: str) -> None:

@@ -48,7 +48,7 @@ def shrunk():
         for name in ('validation', 'averaged'):
             config.distilled.evaluators[name].update(epochs=4, repeats=2)
         config.report.update(
-            network=network, protocol=dict(epochs=4, repeats=2), step_sizes=(0.01, 0.1),
+            network=network, protocol=dict(epochs=4), repeats=2, step_sizes=(0.01, 0.1),
             full_epochs=1, rows=(
                 ('random', 'random', ''), ('distilled', 'distilled', ''),
                 ('distilled, averaged', 'distilled', 'average'),

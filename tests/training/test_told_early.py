@@ -77,14 +77,56 @@ def test_arguments_and_networks_of_a_report_are_told_before_training(tmp_path):
     refused(
         recipe(report=dict(name=REPORT['name'])), tmp_path / 'run', "^report: missing a .*'rows'"
     )
-    report = dict(
-        name='kd.reports.dataset.dataset_distillation',
-        rows=(('A', 'teacher', ''),),
-        network=dict(name='kd.models.mlp.MLP', widths=(4,)),
-        networks={'wide': dict(name='kd.models.mlp.MLP', widths=(0,))},
-    )
+    report = {**OF_SETS, 'networks': {'wide': dict(name='kd.models.mlp.MLP', widths=(0,))}}
     message = r'^report\.networks\.wide\.widths must be a sequence, each an integer from 1'
     refused(recipe(report=report), tmp_path / 'run', message)
+
+
+SETS = 'kd.reports.dataset'
+OF_SETS = dict(
+    name=f'{SETS}.dataset_distillation',
+    rows=(('random', 'teacher', ''), ('distilled', 'student', '')),
+    network=dict(name='kd.models.mlp.MLP', widths=(4,)),
+)
+OF_COMPENSATORS = dict(name=f'{SETS}.compensated_set', stage='student', network=OF_SETS['network'])
+
+
+@pytest.mark.parametrize(
+    ('report', 'change', 'message'),
+    [
+        (
+            OF_SETS,
+            dict(baseline='randm'),
+            r"^report\.baseline names the row 'randm', and the recipe has random, distilled\. Did "
+            "you mean 'random'",
+        ),
+        (
+            OF_SETS,
+            dict(protocol=dict(epoch=3)),
+            r"^report\.protocol has an unknown key 'epoch'\. Did you mean 'epochs'\? Protocol "
+            'takes: epochs, batch_size,',
+        ),
+        (OF_SETS, dict(protocol=dict(drop=-1)), r'^report\.protocol\.drop must be a number from 0'),
+        (
+            OF_SETS,
+            dict(protocol=dict(network='x')),
+            r"^report\.protocol has an unknown key 'network'",
+        ),
+        (OF_SETS, dict(protocol=3), r'^report\.protocol must be a block or None, got 3'),
+        (
+            OF_COMPENSATORS,
+            dict(protocol=dict(temperature=0.0)),
+            r'^report\.protocol\.temperature must be a number above 0',
+        ),
+        (
+            OF_COMPENSATORS,
+            dict(protocol=dict(networks={})),
+            r"^report\.protocol has an unknown key 'networks'",
+        ),
+    ],
+)
+def test_rows_and_protocols_of_a_report_are_told_before_training(tmp_path, report, change, message):
+    refused(recipe(report={**report, **change}), tmp_path / 'run', message)
 
 
 # Teachers of other runs.

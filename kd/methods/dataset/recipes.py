@@ -194,6 +194,7 @@ def assembled(
             step_sizes=tuple(step_sizes),
             protocol=dict(protocol),
             full_epochs=full_epochs or data.epochs,
+            baseline='random',
         ),
     )
     config.distilled = distilled
