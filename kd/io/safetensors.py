@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -191,6 +192,44 @@ def place(read: Callable[[Index], np.ndarray], leaf: Any) -> jax.Array:
 
     # Transfers run on behind Python's back, and would hold the next leaves beside this one.
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
+
+
+def place_layers(read: Callable[[int, Index], np.ndarray], leaf: Any, dtype: Any) -> jax.Array:
+    """A leaf that stacks layers, [layers, ...], on its devices; the host holds a layer at a time.
+
+    Args:
+      read: (layer, a slice for each dimension of a layer) -> that part of the layer.
+      leaf: its shape, and its sharding if it has one; else it goes to the default device.
+      dtype: of what is read.
+    """
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, 'sharding', None) or default
+    places: dict[Any, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        ends = [x.indices(n)[:2] for x, n in zip(index or (), leaf.shape, strict=True)]
+        places.setdefault(tuple(ends), []).append(device)
+    arrays = {}
+    for ((first, last), *rest), copies in places.items():
+        shape = (last - first, *(end - begin for begin, end in rest))
+        for device in copies:
+            arrays[device] = _empty(shape, np.dtype(dtype), device)
+        for layer in range(first, last):
+            part = read(layer, tuple(slice(*each) for each in rest))
+            for device in copies:
+                x = jax.device_put(part, device)
+                arrays[device] = _filled(arrays[device], x, layer - first)
+                arrays[device].block_until_ready()
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, list(arrays.values()))
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(stack: jax.Array, layer: jax.Array, at: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:

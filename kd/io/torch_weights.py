@@ -1,4 +1,7 @@
-"""Weights of PyTorch networks for Flax networks whose modules have the same names.
+"""Weights that other libraries wrote, for Flax networks: each leaf from its place in a file.
+
+`restore` is the one way there: a function says where a leaf lies, as a `Part` of a tensor. `load`
+is that with PyTorch's names and layouts, for networks whose modules have the same names.
 
 PyTorch files become safetensors, which can be read without PyTorch, where PyTorch is at hand:
 
@@ -10,11 +13,12 @@ PyTorch files become safetensors, which can be read without PyTorch, where PyTor
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +26,10 @@ import numpy as np
 
 from kd.errors import UserError, did_you_mean
 from kd.io import safetensors
+from kd.io.safetensors import Index
 
 # Names of Flax's leaves in PyTorch.
-_LEAVES = {
+LEAVES = {
     'kernel': 'weight',
     'scale': 'weight',
     'embedding': 'weight',
@@ -34,6 +39,72 @@ _LEAVES = {
 }
 # Counters of PyTorch's batch normalisation, which Flax does without.
 COUNTERS = r'num_batches_tracked$'
+
+
+class Tensor(Protocol):
+    """A tensor of a file that is open; nothing of it is in memory until it is read."""
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As NumPy has it: the last axis is the one whose neighbours are neighbours in the file."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read."""
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """The tensor, or the part that a slice per dimension names."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Where a leaf, or one layer of a stacked leaf, lies in a file.
+
+    Attributes:
+      name: of the tensor.
+      axes: the tensor's axes in the order of the leaf; None for as they are.
+      rows: for each place along the leaf's last axis the one in the tensor, where several leaves
+        share a tensor or the order is another; None for as they are.
+      size: of the tensor along that axis, where it has `rows`.
+    """
+
+    name: str
+    axes: tuple[int, ...] | None = None
+    rows: Sequence[int] | np.ndarray | None = None
+    size: int | None = None
+
+    def shape(self, leaf: Sequence[int]) -> tuple[int, ...]:
+        """What the tensor's must be, for a leaf of a shape."""
+        layout = list(leaf)
+        if self.rows is not None:
+            layout[-1] = self.size
+        axes = self.axes or range(len(layout))
+        return tuple(layout[list(axes).index(axis)] for axis in range(len(layout)))
+
+    def read(self, tensor: Tensor, index: Index, dtype: Any = None) -> np.ndarray:
+        """The part of the leaf that a slice per dimension names, in a floating-point type."""
+        places = None
+        if self.rows is not None:
+            places = np.asarray(self.rows[index[-1]])
+            first, last = (int(places.min()), int(places.max())) if places.size else (0, -1)
+            index = (*index[:-1], slice(first, last + 1))
+        axes = self.axes or tuple(range(len(index)))
+        x = tensor.read(tuple(index[axes.index(axis)] for axis in range(len(axes))))
+        if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(dtype, copy=False)
+        x = np.transpose(x, axes)
+        if places is None or np.array_equal(places, np.arange(first, last + 1)):
+            return x
+        return x[..., places - first]
+
+
+# Keys on the way to a leaf, less that of its collection, and its shape -> where it lies: one part,
+# or for a leaf that stacks layers, [layers, ...], one for each.
+Find = Callable[[tuple[str, ...], tuple[int, ...]], Part | tuple[Part, ...]]
 
 
 def load(
@@ -51,38 +122,132 @@ def load(
     `weight` [O, I]; statistics of batch normalisation are `running_mean` and `running_var`. Kernels
     of transposed convolutions, whose layout is another, are not told apart from these.
 
-    Names, shapes and what is left over are checked before anything is read. Then leaf after leaf is
-    read, each device's part alone, so that the host holds about one tensor at a time.
-
     Args:
       file: in the safetensors format, or the index of several (`*.index.json`) beside them.
       abstract: tree of the network's variables as shapes, with or without shardings.
       dtype: of floating-point leaves; None keeps the file's, float64 as far as JAX has it.
       rename: from the name that a leaf has by the rules above to the tensor's name in the file; two
         leaves may take one tensor.
-      ignore: regular expression, found in the names of tensors that may be left over.
+      ignore: see `restore`.
+
+    Returns, raises: as `restore`.
+    """
+
+    def find(keys: tuple[str, ...], shape: tuple[int, ...]) -> Part:
+        *modules, last = keys
+        name = rename('.'.join([*modules, LEAVES.get(last, last)]))
+        return Part(name, kernel_axes(len(shape)) if last == 'kernel' else None)
+
+    file = Path(file)
+    tensors = tensors_of(file)
+    return restore(file, tensors, abstract, find, dtype=lambda leaf: dtype, ignore=ignore)
+
+
+def kernel_axes(rank: int) -> tuple[int, ...] | None:
+    """PyTorch's axes of a kernel in the order of Flax: [O, I, *space] as [*space, I, O]."""
+    return (*range(2, rank), 1, 0) if rank > 1 else None
+
+
+def restore(
+    where: str | Path,
+    tensors: Mapping[str, Any],
+    abstract: Any,
+    find: Find,
+    *,
+    dtype: Callable[[Any], Any] = lambda leaf: None,
+    ignore: str = '',
+) -> Any:
+    """Variables of a network from the tensors of a file.
+
+    Names, shapes and what is left over are checked before anything is read. Then leaf after leaf is
+    read, each device's part alone, so that the host holds about one tensor at a time; leaves that
+    stack layers layer by layer.
+
+    Args:
+      where: the file, for messages.
+      tensors: by name, each a `Tensor`.
+      abstract: tree of the network's variables as shapes, with or without shardings.
+      find: where each leaf lies.
+      dtype: from a leaf to the type in which it is read if it is floating-point; None keeps the
+        file's.
+      ignore: see `check`.
 
     Returns:
       The tree of `abstract`, on the devices of its shardings.
 
     Raises:
-      UserError: a tensor that is missing, has another shape, or is left over; files that are not in
-        the format or do not hold what the index says.
+      UserError: as `check`, or a file that cannot be read.
     """
-    file = Path(file)
-    tensors = _tensors(file)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    found = [_find(file, tensors, _keys(path), leaf, rename) for path, leaf in leaves]
-    _check_left(file, tensors, set(found), ignore)
-    read = [
-        safetensors.place(_reader(tensor, _keys(path)[-1], dtype), leaf)
-        for (path, leaf), tensor in zip(leaves, found, strict=True)
+    check(where, tensors, abstract, find, ignore=ignore)
+
+    def read(path: tuple, leaf: Any) -> jax.Array:
+        parts, kind = find(_keys(path), leaf.shape), dtype(leaf)
+        if isinstance(parts, Part):
+            tensor = tensors[parts.name]
+            return safetensors.place(lambda index: parts.read(tensor, index, kind), leaf)
+        layers = [(part, tensors[part.name]) for part in parts]
+        return safetensors.place_layers(
+            lambda layer, index: layers[layer][0].read(layers[layer][1], index, kind),
+            leaf,
+            kind or layers[0][1].dtype,
+        )
+
+    return jax.tree_util.tree_map_with_path(read, abstract)
+
+
+def check(
+    where: str | Path, tensors: Mapping[str, Any], abstract: Any, find: Find, *, ignore: str = ''
+) -> None:
+    """Holds the tensors of a file to a network, none of them read.
+
+    Args:
+      where, tensors, abstract, find: as of `restore`.
+      ignore: regular expression, found in the names of tensors that may be left over; '' for none.
+
+    Raises:
+      UserError: a tensor that is missing, has another shape, or is left over.
+    """
+    used = set()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+        for part, shape in _parts(where, find(_keys(path), leaf.shape), leaf):
+            if part.name not in tensors:
+                near = did_you_mean(part.name, list(tensors))
+                raise UserError(f"{where} has no tensor '{part.name}'.{near}")
+            tensor = tensors[part.name]
+            if len(tensor.shape) != len(shape) or tensor.shape != part.shape(shape):
+                raise UserError(
+                    f"{where}: '{part.name}' has shape {list(tensor.shape)}, which does not fit "
+                    f'the network ({list(shape)} in the layout of Flax).'
+                )
+            used.add(tensor)
+    left = [
+        name
+        for name, tensor in tensors.items()
+        if tensor not in used and not (ignore and re.search(ignore, name))
     ]
-    return jax.tree.unflatten(structure, read)
+    if left:
+        more = f' and {len(left) - 3} more' if len(left) > 3 else ''
+        raise UserError(
+            f'{where} has tensors that the network has no use for: '
+            f'{", ".join(map(repr, left[:3]))}{more}. Is it the same network?'
+        )
 
 
-def _tensors(file: Path) -> dict[str, safetensors.Tensor]:
-    """All tensors of a file, or of the files of an index."""
+def _parts(
+    where: str | Path, found: Part | tuple[Part, ...], leaf: Any
+) -> Iterator[tuple[Part, tuple[int, ...]]]:
+    """(part, shape in the layout of Flax) of a leaf, or of each of its layers."""
+    if isinstance(found, Part):
+        yield found, leaf.shape
+        return
+    if len(found) != leaf.shape[0]:
+        raise UserError(f'{where} has {len(found)} layers, and the network stacks {leaf.shape[0]}.')
+    for part in found:
+        yield part, leaf.shape[1:]
+
+
+def tensors_of(file: Path) -> dict[str, safetensors.Tensor]:
+    """All tensors of a file, or of the files of an index, by name; none is read yet."""
     if not file.name.endswith('.json'):
         return safetensors.load(file)
     try:
@@ -104,73 +269,6 @@ def _tensors(file: Path) -> dict[str, safetensors.Tensor]:
     return beside | {name: files[place][name] for name, place in places.items()}
 
 
-def _find(
-    file: Path,
-    tensors: Mapping[str, safetensors.Tensor],
-    keys: list[str],
-    leaf: Any,
-    rename: Callable[[str], str],
-) -> safetensors.Tensor:
-    """The tensor of a leaf; its shape is the leaf's in PyTorch's layout."""
-    *modules, last = keys
-    name = rename('.'.join([*modules, _LEAVES.get(last, last)]))
-    if name not in tensors:
-        raise UserError(f"{file} has no tensor '{name}'.{did_you_mean(name, list(tensors))}")
-    shape = tensors[name].shape
-    if (
-        len(shape) != leaf.ndim
-        or tuple(shape[axis] for axis in _axes(last, leaf.ndim)) != leaf.shape
-    ):
-        raise UserError(
-            f"{file}: '{name}' has shape {list(shape)}, which does not fit the network "
-            f'({list(leaf.shape)} in the layout of Flax).'
-        )
-    return tensors[name]
-
-
-def _check_left(
-    file: Path,
-    tensors: Mapping[str, safetensors.Tensor],
-    used: set[safetensors.Tensor],
-    ignore: str,
-) -> None:
-    """Refuses tensors that no leaf takes, under none of their names."""
-    left = [
-        name
-        for name, tensor in tensors.items()
-        if tensor not in used and not re.search(ignore, name)
-    ]
-    if left:
-        more = f' and {len(left) - 3} more' if len(left) > 3 else ''
-        raise UserError(
-            f'{file} has tensors that the network has no use for: '
-            f'{", ".join(map(repr, left[:3]))}{more}. Is it the same network? '
-            'If they may be left, let the expression `ignore` find their names.'
-        )
-
-
-def _reader(
-    tensor: safetensors.Tensor, last: str, dtype: Any
-) -> Callable[[safetensors.Index], np.ndarray]:
-    """Reads the part of a leaf that an index in the layout of Flax names."""
-    axes = _axes(last, len(tensor.shape))
-
-    def read(index: safetensors.Index) -> np.ndarray:
-        part = tensor.read(tuple(index[axes.index(axis)] for axis in range(len(axes))))
-        if dtype is not None and jnp.issubdtype(part.dtype, jnp.floating):
-            part = part.astype(dtype)
-        return np.transpose(part, axes)
-
-    return read
-
-
-def _axes(last: str, rank: int) -> tuple[int, ...]:
-    """PyTorch's axes in the order of Flax: [O, I, *space] as [*space, I, O] for kernels."""
-    if last != 'kernel' or rank < 2:
-        return tuple(range(rank))
-    return (*range(2, rank), 1, 0)
-
-
-def _keys(path: tuple) -> list[str]:
+def _keys(path: tuple) -> tuple[str, ...]:
     """Names on the way to a leaf, less that of its collection."""
-    return [key.key for key in path[1:]]
+    return tuple(key.key for key in path[1:])

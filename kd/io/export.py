@@ -1,0 +1,227 @@
+"""A trained language model as a directory that `transformers` loads.
+
+    python -m kd.io.export runs/mine/student exported --tokenizer=hf:/models/Qwen3-0.6B
+
+writes config.json and model.safetensors, in parts with an index where they are large, and copies
+the files of the tokenizer. `AutoModelForCausalLM.from_pretrained('exported')` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd import config as config_lib
+from kd import files
+from kd.errors import UserError
+from kd.io import decoder_names, hf_decoders, pretrained, safetensors
+from kd.io.torch_weights import Part
+from kd.models.decoder import Decoder
+from kd.references import split_foreign
+from kd.state import path_name
+
+# Bytes of tensors in a file, before the next one begins.
+LARGEST = 5_000_000_000
+# What belongs to a tokenizer, or to how answers are drawn.
+_COPIED = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'chat_template.json',
+    'generation_config.json',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A leaf, or a layer of a stacked one, and where it goes."""
+
+    part: Part
+    leaf: Any
+    layer: int | None
+
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape(self.leaf.shape if self.layer is None else self.leaf.shape[1:])
+
+    def write(self, out: np.ndarray) -> None:
+        x = self.leaf if self.layer is None else self.leaf[self.layer]
+        axes = self.part.axes or tuple(range(out.ndim))
+        view = out.transpose(axes)
+        rows = slice(None) if self.part.rows is None else np.asarray(self.part.rows)
+        view[..., rows] = np.asarray(jax.device_get(x))
+
+
+def export(
+    decoder: Decoder,
+    variables: Mapping[str, Any],
+    directory: Path,
+    *,
+    tokenizer: str = '',
+    largest: int = LARGEST,
+) -> dict[str, int]:
+    """Writes a model; what is there under the same names is replaced.
+
+    Args:
+      decoder: the network.
+      variables: its own; they keep their type.
+      directory: made if it is not there.
+      tokenizer: 'hf:DIR' whose tokenizer goes with the model; the ids of its special tokens go into
+        config.json. Of 'gguf:FILE' there are these alone.
+      largest: bytes of the tensors in a file.
+
+    Returns:
+      {file: bytes of its tensors}.
+
+    Raises:
+      UserError: a decoder that transformers does not have, variables that are not its own, or a
+        directory that cannot be written.
+    """
+    # Where nothing is said, transformers takes ids of the models that it was written for.
+    tokens = dict.fromkeys(pretrained.TOKENS)
+    tokens |= pretrained.describe(tokenizer).tokens if tokenizer else {}
+    config = hf_decoders.config(decoder) | tokens
+    if decoder.num_classes <= max(_ids(tokens), default=-1):
+        raise UserError(
+            f'{tokenizer} has special tokens beyond the {decoder.num_classes:,} of the model; it '
+            'is the tokenizer of another.'
+        )
+    tensors = _tensors(decoder, variables, config['model_type'])
+    dtype = jax.tree.leaves(variables['params'])[0].dtype.name
+    shards = _shards(tensors, largest)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in pretrained.WEIGHTS:
+            (directory / name).unlink(missing_ok=True)
+        for file, names in shards.items():
+            made = {name: _made(tensors[name]) for name in names}
+            safetensors.save(directory / file, made, {'format': 'pt'})
+        sizes = {file: sum(_size(tensors[x]) for x in names) for file, names in shards.items()}
+        if len(shards) > 1:
+            places = {name: file for file, names in shards.items() for name in names}
+            index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': places}
+            files.write_json(directory / pretrained.WEIGHTS[1], index)
+        # `dtype` is the name in transformers 5.
+        files.write_json(directory / 'config.json', config | dict(torch_dtype=dtype, dtype=dtype))
+        _copy(tokenizer, directory)
+    except OSError as error:
+        raise UserError(f'{directory} cannot be written: {error}.') from error
+    return sizes
+
+
+def _ids(tokens: Mapping[str, Any]) -> Iterator[int]:
+    for found in tokens.values():
+        yield from found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _tensors(decoder: Decoder, variables: Mapping[str, Any], kind: str) -> dict[str, list[_Piece]]:
+    """The tensors of the file, each with what it is made of."""
+    find = decoder_names.find(decoder, decoder_names.HF[kind], 'transformers')
+    abstract = jax.eval_shape(decoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))
+    wanted, tensors = dict(_leaves(abstract)), dict[str, list[_Piece]]()
+    if {n: x.shape for n, x in _leaves(variables)} != {n: x.shape for n, x in wanted.items()}:
+        raise UserError('the variables are not of the names and shapes of the decoder.')
+    for name, leaf in _leaves(variables):
+        found = find(tuple(name.split('/')[1:]), leaf.shape)
+        parts = {None: found} if isinstance(found, Part) else dict(enumerate(found))
+        for layer, part in parts.items():
+            tensors.setdefault(part.name, []).append(_Piece(part, leaf, layer))
+    return tensors
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(path_name(path), x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _made(pieces: list[_Piece]) -> np.ndarray:
+    out = np.empty(pieces[0].shape(), pieces[0].leaf.dtype)
+    for piece in pieces:
+        piece.write(out)
+    return out
+
+
+def _size(pieces: list[_Piece]) -> int:
+    return int(np.prod(pieces[0].shape())) * pieces[0].leaf.dtype.itemsize
+
+
+def _shards(tensors: Mapping[str, list[_Piece]], largest: int) -> dict[str, list[str]]:
+    """{file: names of its tensors}, in order, a file full before the next begins."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, pieces in tensors.items():
+        if groups[-1] and filled + _size(pieces) > largest:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += _size(pieces)
+    if len(groups) == 1:
+        return {pretrained.WEIGHTS[0]: groups[0]}
+    count = len(groups)
+    return {f'model-{i:05}-of-{count:05}.safetensors': group for i, group in enumerate(groups, 1)}
+
+
+def _copy(tokenizer: str, directory: Path) -> None:
+    if not tokenizer.startswith('hf:'):
+        return
+    source = split_foreign(tokenizer)[1]
+    if source.resolve() == directory.resolve():
+        return
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def stage_decoder(directory: Path, variables: Mapping[str, Any]) -> Decoder:
+    """The decoder that a stage trained, from the config of its run.
+
+    Raises:
+      UserError: no config beside the stage, or a network that is no decoder.
+    """
+    file = directory.parent / 'config.json'
+    if not file.is_file():
+        raise UserError(f'{directory} is no stage of a run: {file} is not there.')
+    stored = config_lib.to_plain(files.read_json(file, 'manifest.json beside it holds it too'))
+    block = dict(stored.get(directory.name, {}).get('network', {}))
+    where = f'{file}, {directory.name}.network'
+    embedding = variables['params'].get('embed', {}).get('embedding')
+    if not block or embedding is None:
+        raise UserError(f'{where} is no kd.models.decoder.Decoder; export it by kd.io.safetensors.')
+    # The vocabulary, where the block left it to the data.
+    if 'num_classes' in inspect.signature(config_lib.resolve(block['name'])).parameters:
+        block.setdefault('num_classes', embedding.shape[0])
+    decoder = config_lib.build(block, where=where)
+    if not isinstance(decoder, Decoder):
+        raise UserError(f'{where} is no kd.models.decoder.Decoder; export it by kd.io.safetensors.')
+    return decoder
+
+
+def main() -> int:
+    """Writes the language model of a finished stage as a directory that transformers loads."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument('stage', type=Path, help='directory of a stage, such as runs/mine/student')
+    parser.add_argument('directory', type=Path)
+    parser.add_argument('--weights', default='final', help="'final' or the name of an average")
+    parser.add_argument('--tokenizer', default='', help="'hf:DIR' whose tokenizer goes with it")
+    arguments = parser.parse_args()
+    try:
+        variables = safetensors.stage_variables(arguments.stage, arguments.weights)
+        decoder = stage_decoder(arguments.stage, variables)
+        sizes = export(decoder, variables, arguments.directory, tokenizer=arguments.tokenizer)
+    except UserError as error:
+        print(f'kd: {error}', file=sys.stderr)
+        return 2
+    count = sum(x.size for x in jax.tree.leaves(variables['params']))
+    kind = json.loads((arguments.directory / 'config.json').read_text())['model_type']
+    print(f'{arguments.directory}: {kind}, {count:,} parameters, {sum(sizes.values()):,} bytes')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
