@@ -29,6 +29,13 @@ from ml_collections import ConfigDict
 from kd import ranges
 from kd.errors import UserError, did_you_mean, one_line
 from kd.ranges import Count, Fraction, Seed, Size, Whole
+from kd.references import (
+    Pretrained,
+    is_foreign,
+    parse_pretrained,
+    split_foreign,
+    split_reference,
+)
 
 # A mapping with a `name` and arguments, or {} where there is none.
 Block = Mapping[str, Any]
@@ -44,10 +51,11 @@ class StageConfig:
       batch_size: global batch size, over all devices and hosts.
       network: block of the linen module that is trained.
       optimizer: arguments of `kd.training.optimizer.optimizer`.
-      teacher: name of an earlier stage, or the directory of a finished stage; '' for none.
+      teacher: a trained network: an earlier stage, the directory of a finished one, an entry of the
+        recipe's `pretrained`, 'hf:DIRECTORY' or 'gguf:FILE', see `kd.references`; '' for none.
       teacher_weights: 'final' or the name of an average kept by the teacher's stage.
-      references: further frozen networks, {name: stage or directory}, as `teacher` is one; with
-        'stage@average' the average of that name which the stage keeps.
+      references: further frozen networks by name, each as `teacher` is one; with 'stage@average'
+        the average of that name which the stage keeps. A stage starts from the one named `start`.
       writers: blocks by name of functions that write files from the state, each with its `every`.
       evaluators: blocks by name, each with its `split`.
       result: the part of what the method trains that is the stage's result: what is evaluated,
@@ -91,6 +99,20 @@ class Recipe:
       stages: by name, in the order in which they run.
       data: `name` of the data set and its `train`, `validation` and `test` splits, or a `source`
         and its splits; a stage may bring its own.
+      pretrained: networks that others have trained, by the names that stages give as `teacher` or
+        among `references`; each has `weights`, 'hf:DIRECTORY' or 'gguf:FILE', and `network`, a
+        block. Without one, the network is what the file describes, its parameters float32:
+
+            teacher=dict(weights='gguf:SmolLM2-135M-Instruct.Q4_1.gguf')
+
+        A block without a `name` changes that. One with a name is the network itself; the file may
+        then be missing while a recipe is only compiled, and must agree with it where it is read:
+
+            teacher=dict(
+                weights='hf:/models/Qwen3-8B',
+                network=dict(name='kd.models.decoders.preset', of='qwen3_8b',
+                             dtype='bfloat16', param_dtype='bfloat16'))
+
       report: block of the function that writes the report at the end; {} for no report.
       seed: seed of everything: initialisation, data order, augmentation, dropout.
       data_dir: tfds data directory; '' means TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -110,6 +132,7 @@ class Recipe:
 
     stages: Mapping[str, StageConfig]
     data: Mapping[str, Any]
+    pretrained: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     report: Block = dataclasses.field(default_factory=dict)
     seed: Seed = 0
     data_dir: str = ''
@@ -126,8 +149,21 @@ class Recipe:
     )
 
     def locate(self, reference: str, workdir: Path | None) -> Path:
-        """Directory of a stage, by its name in this recipe or its path in another run."""
+        """Directory of a stage, by its name in this recipe or its path in another run.
+
+        Of a network that others have trained its directory or file.
+        """
+        foreign = self.foreign(reference)
+        if foreign is not None:
+            return split_foreign(foreign.weights)[1]
         return (workdir or Path()) / reference if reference in self.stages else Path(reference)
+
+    def foreign(self, reference: str) -> Pretrained | None:
+        """What a reference names that others have trained; None where it names a stage."""
+        if is_foreign(reference):
+            return Pretrained(reference)
+        entry = self.pretrained.get(reference)
+        return None if entry is None else Pretrained(**entry)
 
     def plain(self) -> dict[str, Any]:
         """The config that `parse` turns into this recipe, in plain dicts and tuples."""
@@ -223,6 +259,7 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Recipe:
                 f'A block for a stage must be named in stages={names}.'
             )
     ranges.check(Recipe, plain, where='')
+    parse_pretrained(plain['pretrained'], stages)
     made = Recipe(stages=stages, **plain)
     if made.on_nonfinite not in ('stop', 'skip'):
         raise UserError(f"on_nonfinite must be 'stop' or 'skip', got '{made.on_nonfinite}'.")
@@ -282,12 +319,6 @@ def _check_references(recipe: Recipe, name: str) -> None:
 
 def _names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
-
-
-def split_reference(reference: str) -> tuple[str, str]:
-    """(stage or directory, 'final' or the name of an average) of 'stage' or 'stage@average'."""
-    stage, at, average = reference.rpartition('@')
-    return (stage, average) if at and '/' not in average else (reference, 'final')
 
 
 def data_of(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> Mapping[str, Any]:

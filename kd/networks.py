@@ -1,10 +1,11 @@
-"""Networks built from their blocks, and the trained ones of other stages."""
+"""Networks built from their blocks, and trained ones: of other stages, and of other libraries."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +17,12 @@ from kd import config as config_lib
 from kd import files
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
-from kd.io import checkpoints
+from kd.io import checkpoints, pretrained
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
+from kd.references import Pretrained
 from kd.state import NETWORK
+from kd.text import tokenizer
 
 
 class Described(Protocol):
@@ -92,22 +95,22 @@ def _check_classes(given: int | None, source: Described, where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The network that a stage trains or has trained.
+    """The network that a stage trains or has trained, or that somebody else has.
 
     Attributes:
       network: the network.
       abstract: its variables, with shardings, nothing read.
-      verify: raises `UserError` unless the stage is finished and its checkpoint fits; reads no
-        variables.
+      verify: raises `UserError` unless the stage is finished and its checkpoint fits, or the file
+        is there and fits; reads no variables.
       restore: reads the variables; raises as `verify` does.
-      method: block of the method that trains it.
-      data: block of the data it is trained on, as of a recipe.
+      method: block of the method that trains it, {} of somebody else's network.
+      data: block of the data it is trained on, as of a recipe, {} of somebody else's network.
       recipe: the stage's, which may be that of another run.
     """
 
     network: Network
     abstract: Any
-    verify: Callable[[], int]
+    verify: Callable[[], Any]
     restore: Callable[[], Any]
     method: Block
     data: Mapping[str, Any]
@@ -124,17 +127,22 @@ def trained_network(
     weights: str = 'final',
     where: str,
 ) -> Trained:
-    """Finds the network of a stage.
+    """Finds the network of a stage, or one that somebody else has trained.
 
     Args:
       recipe: the recipe.
-      reference: name of a stage of this recipe, or the directory of a stage of another run.
+      reference: see `kd.references`.
       workdir: of this run; None if nothing will be restored.
       mesh: where the variables go, by the recipe's `frozen_sharding`.
       source: data the network is applied to.
       weights: 'final', or the name of an average that the stage keeps.
       where: place in the config, for messages.
     """
+    foreign = recipe.foreign(reference)
+    if foreign is not None:
+        if weights != 'final':
+            raise UserError(f"{where}: there is no '{weights}' of '{reference}', only 'final'.")
+        return _pretrained(recipe, foreign, mesh, source, where)
     directory = recipe.locate(reference, workdir)
     its_recipe = recipe
     if reference in recipe.stages:
@@ -150,11 +158,7 @@ def trained_network(
         raise UserError(
             f"{where}: there is no '{weights}'; stage '{reference}' has: {['final', *averages]}."
         )
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
-    shardings = tree_shardings(abstract, recipe.frozen_sharding, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    abstract = _abstract(network, recipe, mesh)
 
     def verify() -> int:
         done = checkpoints.read_done(directory)
@@ -172,6 +176,52 @@ def trained_network(
     return Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
 
 
+def _abstract(network: Network, recipe: Recipe, mesh: Mesh) -> Any:
+    """Variables of a frozen network, with shardings."""
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    shardings = tree_shardings(abstract, recipe.frozen_sharding, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+def _pretrained(
+    recipe: Recipe, foreign: Pretrained, mesh: Mesh, source: Described, where: str
+) -> Trained:
+    """A network from the file of another library."""
+    weights = foreign.weights
+    with _told(where):
+        network = build_network(foreign.block, source, where=where)
+    assert network is not None
+    abstract = _abstract(network, recipe, mesh)
+
+    def verify() -> None:
+        with _told(where):
+            described = pretrained.describe(weights)
+            pretrained.check_agreement(described, network.module, foreign.network)
+            pretrained.check(weights, abstract)
+            ours = getattr(source, 'tokenizer', None)
+            if ours is not None and described.tokenizer:
+                tokenizer.check_same(tokenizer.load(described.tokenizer), ours)
+
+    def restore() -> Any:
+        verify()
+        with _told(where):
+            return pretrained.load(weights, abstract)
+
+    return Trained(network, abstract, verify, restore, {}, {}, Recipe(stages={}, data={}))
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Lets what is wrong with a file begin with the place in the config that names it."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(where) else f'{where}: {text}') from error
+
+
 def _is_of(part: str, average: Any) -> bool:
     of = average.get('of', ()) if isinstance(average, Mapping) else ()
     return not of or part in ((of,) if isinstance(of, str) else of)
@@ -184,7 +234,7 @@ def _stored_stage(directory: Path, where: str, recipe: Recipe) -> tuple[dict[str
         raise UserError(
             f"{where}='{directory}' is neither a stage of this recipe ({list(recipe.stages)}) nor "
             'the directory of a stage of another run (such as runs/teacher/teacher).'
-            f'{did_you_mean(str(directory), recipe.stages)}'
+            f'{did_you_mean(str(directory), [*recipe.stages, *recipe.pretrained])}'
         )
     stored = files.read_json(file, 'the lines of manifest.json beside it hold it too')
     if directory.name not in stored:

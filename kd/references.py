@@ -61,7 +61,7 @@ def split_foreign(reference: str) -> tuple[str, Path]:
     return kind, Path(path).expanduser()
 
 
-def split_average(reference: str) -> tuple[str, str]:
+def split_reference(reference: str) -> tuple[str, str]:
     """(stage or directory, 'final' or the name of an average) of 'stage' or 'stage@average'."""
     stage, at, average = reference.rpartition('@')
     if not at or '/' in average or is_foreign(reference):

@@ -30,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from kd import config as config_lib
 from kd import files
 from kd.errors import UserError
-from kd.io import checkpoints
+from kd.io import checkpoints, checksums
 from kd.losses import signal as signal_lib
 
 PREFIX = 'teacher_'
@@ -280,9 +280,14 @@ class Cache:
         return fields
 
 
-def training_fingerprint(directory: Path) -> str:
-    """A digest of how the training of a stage ended: its step and metrics, not its speed."""
-    done = checkpoints.read_done(directory) or {}
+def training_fingerprint(place: Path) -> str:
+    """A digest of how the training of a stage ended: its step and metrics, not its speed.
+
+    Of the weights themselves, where others have trained them.
+    """
+    done = checkpoints.read_done(place)
+    if done is None:
+        return checksums.sample(place)
     record = {name: value for name, value in done.items() if name != 'steps_per_s'}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 

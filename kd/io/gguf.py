@@ -121,7 +121,7 @@ class _Header:
 
     def __init__(self, mapped: np.ndarray):
         self.bytes = mapped
-        self._view = memoryview(mapped)
+        self._view = mapped.data
         self._at = len(_MAGIC)
         if bytes(self._view[: self._at]) != _MAGIC:
             raise ValueError('it does not begin with GGUF')

@@ -122,8 +122,8 @@ def _rotations(config: Mapping[str, Any], where: Any) -> tuple[float, dict[str, 
     theta = float(given.pop('rope_theta', None) or config.get('rope_theta') or 1e4)
     kind = given.pop('rope_type', None) or given.pop('type', None) or 'default'
     given.pop('type', None)
-    for name, known in _IMPLIED.items():
-        _only(given, name, known, where)
+    for name, implied in _IMPLIED.items():
+        _only(given, name, implied, where)
         given.pop(name, None)
     if kind == 'default':
         return theta, None

@@ -25,7 +25,8 @@ from typing import Any
 import jax
 
 from kd import files
-from kd.config import split_reference
+from kd.io import checksums
+from kd.references import is_foreign, split_foreign, split_reference
 
 log = logging.getLogger('kd')
 
@@ -109,18 +110,25 @@ def code() -> dict[str, str]:
 
 
 def teachers(config: Mapping[str, Any]) -> dict[str, str]:
-    """{directory: digest of its done.json, which names its weights} of stages of other runs."""
-    stages = config['stages']
+    """{reference: digest} of the trained networks that come from outside of the run.
+
+    Of stages of other runs it is that of done.json, which names its weights; of files that others
+    have written a sample of them.
+    """
+    stages, entries = config['stages'], config.get('pretrained', {})
     named = [
         reference
         for stage in map(config.__getitem__, stages)
         for reference in (stage['teacher'], *_stages_of(stage['references']))
     ]
-    return {
-        name: _digest([Path(name) / 'done.json'])
-        for name in named
-        if name and name not in stages and (Path(name) / 'done.json').exists()
-    }
+    found = {}
+    for name in named:
+        weights = entries[name]['weights'] if name in entries else name
+        if is_foreign(weights):
+            found[name] = checksums.sample(split_foreign(weights)[1])
+        elif name and name not in stages and (Path(name) / 'done.json').exists():
+            found[name] = _digest([Path(name) / 'done.json'])
+    return found
 
 
 def _stages_of(references: Mapping[str, str]) -> list[str]:

@@ -42,18 +42,21 @@ class Family(NamedTuple):
         config.json or the metadata of a GGUF file; tensors are those of a GGUF file, else {}.
       find: (module, tensors, place) -> where the leaves of the module lie, and an expression that
         finds the names of tensors that may be left over.
+      unseen: attributes of the module that shapes of tensors do not tell.
     """
 
     network: Callable[..., nn.Module]
     arguments: Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], dict[str, Any]]
     find: Callable[[Any, Mapping[str, Tensor], Path], tuple[Find, str]]
+    unseen: tuple[str, ...] = ()
 
 
 def _decoder(names: Names, arguments: Callable[..., dict[str, Any]]) -> Family:
     def find(of: Any, tensors: Mapping[str, Tensor], where: Path) -> tuple[Find, str]:
         return decoder_names.find(of, names.of_file(tensors), where), names.left
 
-    return Family(Decoder, arguments, find)
+    unseen = ('heads', 'mlp', 'norm', 'epsilon', 'rope_theta', 'rope_scaling', 'window')
+    return Family(Decoder, arguments, find, unseen)
 
 
 def _hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
@@ -155,6 +158,33 @@ def check(reference: str, abstract: Any) -> None:
       UserError: a tensor that is missing, has another shape, or is left over.
     """
     torch_weights.check(abstract=abstract, **_opened(reference))
+
+
+def check_agreement(described: Description, module: nn.Module, given: Mapping[str, Any]) -> None:
+    """Holds a network to what a file says of it where shapes of tensors do not tell.
+
+    Args:
+      described: of the file.
+      module: the network, of a preset for example.
+      given: attributes that were set on purpose; they may differ.
+
+    Raises:
+      UserError: another kind of module, or an attribute that differs.
+    """
+    family = described.family
+    theirs = family.network(**described.arguments)
+    if type(module) is not type(theirs):
+        raise UserError(
+            f'{described.reference} is a {type(theirs).__name__}, and the network a '
+            f'{type(module).__name__}.'
+        )
+    for name in family.unseen:
+        a, b = getattr(theirs, name), getattr(module, name)
+        if a != b and name not in given:
+            raise UserError(
+                f'{described.reference} says {name}={a!r}, and the network has {b!r}; name '
+                f'another network, or set its {name} on purpose.'
+            )
 
 
 def _opened(reference: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Part:
     def shape(self, leaf: Sequence[int]) -> tuple[int, ...]:
         """What the tensor's must be, for a leaf of a shape."""
         layout = list(leaf)
-        if self.rows is not None:
+        if self.size is not None:
             layout[-1] = self.size
         axes = self.axes or range(len(layout))
         return tuple(layout[list(axes).index(axis)] for axis in range(len(layout)))

@@ -1,8 +1,9 @@
 """Which stages of a recipe a command runs, and whether results that are there are still theirs.
 
 What a stage's result depends on: its own block, the blocks of the stages that it names, the
-recipe's seed and data, and its place among the stages, which decides its randomness. As long as
-these are the same a finished stage is passed over, whatever else of the recipe has changed.
+entries of `pretrained` that they name, the recipe's seed and data, and its place among the stages,
+which decides its randomness. As long as these are the same a finished stage is passed over,
+whatever else of the recipe has changed.
 """
 
 from __future__ import annotations
@@ -136,11 +137,18 @@ def _difference(
     parts = ['seed', 'data', *named(new, name), name]
     before: dict[str, Any] = {part: old.get(part) for part in parts}
     now: dict[str, Any] = {part: new.get(part) for part in parts}
+    before['pretrained'], now['pretrained'] = (_pretrained(of, parts) for of in (old, new))
     if name in choice.longer:
         if now[name]['steps'] < before[name]['steps']:
             return f'{name}.steps was {before[name]["steps"]} and is {now[name]["steps"]}'
         before[name] = {**before[name], 'steps': now[name]['steps']}
     return first_difference(before, now)
+
+
+def _pretrained(recipe: Mapping[str, Any], parts: Iterable[str]) -> dict[str, Any]:
+    """The entries of `pretrained` that blocks of a recipe name."""
+    named = {text for part in parts for text in _texts(recipe.get(part))}
+    return {name: x for name, x in recipe.get('pretrained', {}).items() if name in named}
 
 
 def check_made(recipe: Recipe, chosen: Iterable[str], done: Iterable[str], workdir: Path) -> None:

@@ -27,6 +27,7 @@ from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import rollout, rollout_rules, tree_shardings
 from kd.ranges import Count, check_value
+from kd.references import split_reference
 from kd.state import State
 from kd.training import optimizer as optim
 
@@ -108,7 +109,7 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
     network = build_network(stage.network, train, where=f'{name}.network')
     trained = _trained_networks(recipe, name, workdir, mesh, train, network)
     for label, found in trained.items():
-        if label != START:
+        if label != START and found.data:
             _check_data(found, data, train, where=_place(name, label))
     networks = {label: found.network for label, found in trained.items()}
 
@@ -177,7 +178,7 @@ def _trained_networks(recipe, name, workdir, mesh, train, network) -> dict[str, 
     if 'teacher' in stage.references:
         raise UserError(f"{name}.references cannot name one 'teacher'; set {name}.teacher.")
     for label, reference in stage.references.items():
-        reference, weights = config_lib.split_reference(reference)
+        reference, weights = split_reference(reference)
         trained[label] = trained_network(
             recipe, reference, workdir, mesh, train, weights=weights, where=_place(name, label)
         )
@@ -235,8 +236,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _check_classes(name: str, network: Network | None, teacher: Network) -> None:
     if network is None:
         return
-    ours, theirs = (output_shape(one)[-1] for one in (network, teacher))
-    if ours != theirs:
+    shapes = [output_shape(one) for one in (network, teacher)]
+    ours, theirs = (shape[-1] for shape in shapes)
+    # Vocabularies are padded to a convenient number; what both have is compared.
+    sequences = all(len(shape) > 2 for shape in shapes)
+    if ours != theirs and not sequences:
         raise UserError(
             f'{name}: the student has {ours} classes and its teacher {theirs}; '
             f'change {name}.network.num_classes or {name}.teacher.'

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kd import config as kd_config
+from kd import references
 from kd.errors import UserError
 from kd.files import read_json
 from kd.io import safetensors
@@ -144,8 +145,9 @@ def test_what_a_stage_does_not_have_is_named(stage, changes, message):
 
 
 def test_a_reference_names_a_stage_and_perhaps_an_average():
-    split = kd_config.split_reference
+    split = references.split_reference
     assert split('teacher') == ('teacher', 'final')
     assert split('teacher@slow') == ('teacher', 'slow')
     assert split('runs/a@b/teacher') == ('runs/a@b/teacher', 'final')
     assert split('runs/a@b/teacher@slow') == ('runs/a@b/teacher', 'slow')
+    assert split('hf:models@v2') == ('hf:models@v2', 'final')
