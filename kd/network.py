@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -50,12 +51,21 @@ class Network(NamedTuple):
 def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
     """Wraps a linen module whose `__call__` takes `*inputs` and the keyword `train`.
 
+    Equal modules get the same functions, so that JAX traces their shapes once.
+
     Args:
       module: the linen module. One that takes other fields of a batch than `input` names them, in
         the order of its arguments, in an attribute `fields`: ('input', 'positions', 'segments').
       *inputs: shapes and dtypes of a batch of one, e.g. `ShapeDtypeStruct((1, 8, 8, 1), f32)`.
     """
+    try:
+        hash(module)
+    except TypeError:  # There is a list or an array among its attributes.
+        return _network(module, inputs)
+    return _shared(module, inputs)
 
+
+def _network(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Network:
     def init(key: jax.Array) -> PyTree:
         examples = [jnp.zeros(x.shape, x.dtype) for x in inputs]
         return module.init(key, *examples, train=False)
@@ -92,11 +102,13 @@ def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
     return Network(init, apply, module, inputs, tuple(getattr(module, 'fields', ('input',))))
 
 
+_shared = lru_cache(maxsize=64)(_network)
+
+
 def output_shape(network: Network) -> tuple[int, ...]:
     """Shape of what a network returns for a batch of one, such as (1, classes)."""
     variables = jax.eval_shape(network.init, jax.random.key(0))
-    apply = lambda v, *x: network.apply(v, *x).logits  # noqa: E731
-    return jax.eval_shape(apply, variables, *network.inputs).shape
+    return jax.eval_shape(network.apply, variables, *network.inputs).logits.shape
 
 
 def feature_names(network: Network) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Linen modules as pure functions: against NumPy, with mutables, dropout and captured features."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -132,3 +134,31 @@ def test_dropout_is_a_function_of_the_key(variables, x):
 
 def test_parameters_are_counted_without_statistics(network, variables):
     assert network_lib.parameter_count(variables) == (5 * 4 + 4) + (4 + 4) + (4 * 3 + 3)
+
+
+class Noted(nn.Module):
+    """Notes its width whenever Flax runs through it."""
+
+    width: int | list
+    seen: ClassVar[list] = []
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        self.seen.append(self.width)
+        return nn.Dense(np.sum(self.width))(x)
+
+
+def test_equal_modules_are_traced_once(monkeypatch):
+    monkeypatch.setattr(Noted, 'seen', [])
+    one = jax.ShapeDtypeStruct((1, 5), jnp.float32)
+    for width in (2, 2, 3, 2):
+        assert network_lib.output_shape(network_lib.from_linen(Noted(width), one)) == (1, width)
+    # To be initialised and to be applied.
+    assert Noted.seen == [2, 2, 3, 3]
+    # What cannot be compared is traced anew.
+    for _ in range(2):
+        network_lib.output_shape(network_lib.from_linen(Noted([1, 3]), one))
+    assert len(Noted.seen) == 4 + 4
+    wide = jax.ShapeDtypeStruct((1, 7), jnp.float32)
+    variables = network_lib.from_linen(Noted(2), wide).init(jax.random.key(0))
+    assert variables['params']['Dense_0']['kernel'].shape == (7, 2)

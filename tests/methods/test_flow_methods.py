@@ -55,16 +55,21 @@ def context(net, teacher=None, lr=0.1):
 def random_variables(net, seed):
     """Not the initial ones, whose output is zero."""
     shapes = jax.eval_shape(net.init, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    pairs = zip(keys, leaves, strict=True)
-    return jax.tree.unflatten(tree, [0.4 * jax.random.normal(k, x.shape) for k, x in pairs])
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.4 * rng.standard_normal(x.shape), jnp.float32), shapes
+    )
 
 
 @pytest.fixture(name='batch')
 def _batch():
-    key = jax.random.key(5)
-    return {'input': jax.random.normal(key, (BATCH, 2)), 'label': jnp.arange(BATCH) % 3}
+    points = np.random.default_rng(5).standard_normal((BATCH, 2))
+    return {'input': jnp.asarray(points, jnp.float32), 'label': jnp.arange(BATCH) % 3}
+
+
+def started(method, seed, frozen=None):
+    """The first state: one program, where leaf after leaf would be one each."""
+    return jax.jit(method.init)(jax.random.key(seed), frozen)
 
 
 def keys_of_step(state):
@@ -86,7 +91,7 @@ def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
     else:
         method = flow_map(context(net), algorithm=name)
     params = random_variables(net, 2)['params']
-    state = method.init(jax.random.key(1), {'teacher': teacher} if taught else {})
+    state = started(method, 1, {'teacher': teacher} if taught else {})
     state = state.with_params(params)
     _, noise_key, _, _, times_key = keys_of_step(state)
     x0 = 0.5 * jax.random.normal(noise_key, (BATCH, 2))
@@ -116,7 +121,7 @@ def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
         )
         return jnp.mean(jnp.exp(-weight) * error + weight), error
 
-    (loss, error), grads = jax.value_and_grad(by_hand, has_aux=True)(params)
+    (loss, error), grads = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
     new, metrics = jax.jit(method.step)(state, batch)
     np.testing.assert_allclose(metrics['loss'].total / BATCH, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics['map_error'].total / 4, error[12:].mean(), rtol=1e-5)
@@ -135,13 +140,12 @@ def test_step_is_the_gradient_of_the_residuals_composed_by_hand(name, batch):
 def test_all_on_the_diagonal_every_algorithm_is_flow_matching(batch):
     net = network()
     plain = flow_matching(context(net))
-    state = plain.init(jax.random.key(0))
-    expected = plain.step(state, batch)[0].params['network']
+    state = started(plain, 0)
+    expected = jax.jit(plain.step)(state, batch)[0].params['network']
     for name in ('esd', 'meanflow'):
         other = flow_map(context(net), algorithm=name, diagonal_fraction=1.0)
-        jax.tree.map(
-            np.testing.assert_array_equal, other.step(state, batch)[0].params['network'], expected
-        )
+        found = jax.jit(other.step)(state, batch)[0].params['network']
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_meanflow_target_is_stopped_but_for_the_prediction(batch):
@@ -162,10 +166,14 @@ def test_meanflow_target_is_stopped_but_for_the_prediction(batch):
     def velocity(params, s, x):
         return net.module.apply({'params': params}, s, t, x)
 
-    value, along = jax.jvp(lambda s, x: velocity(params, s, x), (s, x_s), (jnp.ones_like(s), dx))
-    residual = value - dx - (t - s)[:, None] * along
-    ours = jax.grad(error)(params)
-    theirs = jax.grad(lambda p: jnp.sum(residual * velocity(p, s, x_s)))(params)
+    @jax.jit
+    def by_hand(params):
+        tangents = jnp.ones_like(s), dx
+        value, along = jax.jvp(lambda s, x: velocity(params, s, x), (s, x_s), tangents)
+        residual = value - dx - (t - s)[:, None] * along
+        return jax.grad(lambda p: jnp.sum(residual * velocity(p, s, x_s)))(params)
+
+    ours, theirs = jax.jit(jax.grad(error))(params), by_hand(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
 
 
@@ -188,28 +196,32 @@ def test_dropout_acts_on_the_diagonal_only(batch):
     x0, data = jax.random.normal(jax.random.key(0), (BATCH, 2)), batch['input']
     # The same times and noise with two dropout keys: only the diagonal errors may differ.
     variables = net.init(jax.random.key(0))
-    errors = [
-        flow_map_errors(
+
+    @jax.jit
+    def errors_of(key):
+        return flow_map_errors(
             jax.random.key(1),
-            velocity_function(net, variables, train=True, key=jax.random.key(k)),
+            velocity_function(net, variables, train=True, key=key),
             x0, data, interpolant=linear(), algorithm=get_algorithm('lsd'), diagonal=12,
             off_diagonal_vfn=velocity_function(net, variables),
-        )[0]
-        for k in (2, 3)
-    ]  # fmt: skip
+        )[0]  # fmt: skip
+
+    errors = [errors_of(jax.random.key(k)) for k in (2, 3)]
     assert (errors[0][:12] != errors[1][:12]).any()
     np.testing.assert_array_equal(errors[0][12:], errors[1][12:])
     # And so does the method: its map error is that of the network without dropout.
     method = flow_map(context(net), noise_scale=1.0)
-    state = method.init(jax.random.key(7))
+    state = started(method, 7)
     step_keys = keys_of_step(state)
     noise = jax.random.normal(step_keys[1], (BATCH, 2))
     silent = velocity_function(net, {'params': state.params['network']})
-    expected = flow_map_errors(
-        step_keys[4], silent, noise, data, interpolant=linear(),
-        algorithm=get_algorithm('lsd'), diagonal=12,
-    )[0]  # fmt: skip
-    metrics = method.step(state, batch)[1]
+    expected = jax.jit(
+        lambda: flow_map_errors(
+            step_keys[4], silent, noise, data, interpolant=linear(),
+            algorithm=get_algorithm('lsd'), diagonal=12,
+        )[0]
+    )()  # fmt: skip
+    metrics = jax.jit(method.step)(state, batch)[1]
     np.testing.assert_allclose(metrics['map_error'].total, expected[12:].sum(), rtol=1e-5)
     assert abs(metrics['diagonal_error'].total - expected[:12].sum()) > 1e-3
 
@@ -222,11 +234,11 @@ def test_guidance_of_one_is_the_conditional_velocity_and_of_zero_the_uncondition
     variables = random_variables(net, 2)
     label, x = jnp.array([0, 1, 2, 1]), jax.random.normal(jax.random.key(0), (4, 2))
     s, t = jnp.full(4, 0.2), jnp.full(4, 0.7)
-    plain = net.module.apply(variables, s, t, x, label=label)
-    null = net.module.apply(variables, s, t, x)
+    plain = jax.jit(net.module.apply)(variables, s, t, x, label=label)
+    null = jax.jit(net.module.apply)(variables, s, t, x)
     assert float(jnp.abs(plain - null).max()) > 1e-2
     for scale, expected in ((1.0, plain), (0.0, null), (2.5, null + 2.5 * (plain - null))):
-        found = velocity_function(net, variables, label, guidance=scale)(s, t, x)
+        found = jax.jit(velocity_function(net, variables, label, guidance=scale))(s, t, x)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -236,15 +248,18 @@ def test_labels_condition_the_loss_and_are_dropped_at_the_stated_rate(batch):
     losses = {}
     for rate in (0.0, 1.0):
         method = flow_matching(context(net), label_dropout=rate)
-        state = method.init(jax.random.key(1)).with_params(variables['params'])
-        losses[rate] = method.step(state, batch)[1]['loss'].total
+        state = started(method, 1).with_params(variables['params'])
+        losses[rate] = jax.jit(method.step)(state, batch)[1]['loss'].total
         step_keys = keys_of_step(state)
         x0 = 0.5 * jax.random.normal(step_keys[1], (BATCH, 2))
         label = batch['label'] if rate == 0.0 else jnp.full(BATCH, 3)
-        expected = flow_map_errors(
-            step_keys[4], velocity_function(net, variables, label), x0, batch['input'],
-            interpolant=linear(), algorithm=get_algorithm('lsd'), diagonal=BATCH,
-        )[0].sum()  # fmt: skip
+        vfn = velocity_function(net, variables, label)
+        expected = jax.jit(
+            lambda key, x0, vfn=vfn: flow_map_errors(
+                key, vfn, x0, batch['input'],
+                interpolant=linear(), algorithm=get_algorithm('lsd'), diagonal=BATCH,
+            )[0].sum()
+        )(step_keys[4], x0)  # fmt: skip
         np.testing.assert_allclose(losses[rate], expected, rtol=1e-5)
     assert abs(losses[0.0] - losses[1.0]) > 1e-3
 
@@ -255,7 +270,7 @@ def test_a_guided_teacher_is_distilled_as_the_guided_field(batch):
     method = flow_map_distillation(
         context(net, frozen), algorithm='lmd', guidance=2.0, label_dropout=0.0
     )
-    state = method.init(jax.random.key(1), {'teacher': teacher})
+    state = started(method, 1, {'teacher': teacher})
     state = state.with_params(random_variables(net, 2)['params'])
     step_keys = keys_of_step(state)
     x0 = 0.5 * jax.random.normal(step_keys[1], (BATCH, 2))
@@ -265,12 +280,14 @@ def test_a_guided_teacher_is_distilled_as_the_guided_field(batch):
         null = frozen.module.apply(teacher, t, t, x)
         return 2.0 * plain - null
 
-    expected = flow_map_errors(
-        step_keys[4], velocity_function(net, {'params': state.params['network']}, batch['label']),
-        x0, batch['input'], interpolant=linear(),
-        algorithm=get_algorithm('lmd', teacher=True), diagonal=0, teacher=field,
-    )[0]  # fmt: skip
-    metrics = method.step(state, batch)[1]
+    vfn = velocity_function(net, {'params': state.params['network']}, batch['label'])
+    expected = jax.jit(
+        lambda: flow_map_errors(
+            step_keys[4], vfn, x0, batch['input'], interpolant=linear(),
+            algorithm=get_algorithm('lmd', teacher=True), diagonal=0, teacher=field,
+        )[0]
+    )()  # fmt: skip
+    metrics = jax.jit(method.step)(state, batch)[1]
     np.testing.assert_allclose(metrics['loss'].total, expected.sum(), rtol=1e-4)
 
 
@@ -278,15 +295,15 @@ def test_reflow_regresses_the_straight_line_to_the_teachers_sample(batch):
     net, frozen = network(), network()
     teacher = random_variables(frozen, 3)
     method = reflow(context(net, frozen), sampler='euler', sampler_steps=4)
-    state = method.init(jax.random.key(1), {'teacher': teacher})
+    state = started(method, 1, {'teacher': teacher})
     # At initialisation the student is zero, so its error is the squared length of the lines.
-    metrics = method.step(state, batch)[1]
+    metrics = jax.jit(method.step)(state, batch)[1]
     collect_key = jax.random.fold_in(state.step_key(), zlib.crc32(b'collect'))
     x0 = 0.5 * jax.random.normal(collect_key, (BATCH, 2))
     x1 = x0
     for k in range(4):
         t = jnp.full(BATCH, k / 4)
-        x1 = x1 + frozen.module.apply(teacher, t, t, x1) / 4
+        x1 = x1 + jax.jit(frozen.module.apply)(teacher, t, t, x1) / 4
     np.testing.assert_allclose(metrics['loss'].total, jnp.sum((x1 - x0) ** 2), rtol=1e-5)
 
 
@@ -334,7 +351,8 @@ def test_linear_flow_trained_on_a_gaussian_matches_the_closed_form():
     # And Euler-100 of it carries the noise to the data.
     noise = 0.5 * jax.random.normal(jax.random.key(1), (500, 2))
     params = jax.tree.map(lambda x: x[0], state.params['network'])
-    end = euler_sample(velocity_function(net, {'params': params}), noise, time_grid(100))
+    vfn = velocity_function(net, {'params': params})
+    end = euler_sample(vfn, noise, time_grid(100))
     exact = mean + deviation / 0.5 * noise
     assert float(jnp.sqrt(jnp.mean((end - exact) ** 2))) < 2e-2
 
@@ -453,7 +471,7 @@ def _stage():
     made = dataclasses.replace(
         context(net), stage='map', config=recipe.stages['map'], recipe=recipe
     )
-    state = flow_map(made).init(jax.random.key(0))
+    state = started(flow_map(made), 0)
     average = random_variables(net, 9)['params']
     return made, state.replace(ema={'slow': {'network': average}}), net
 
