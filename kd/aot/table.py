@@ -115,8 +115,8 @@ are trained one after another, and ftd and smooth_experts, whose steps are those
 experts' with a second gradient.
 
 The last column is the commit whose step a row is, '+' where it had changes besides; of the first
-rows, from before there was this column, the commit that brought them. Before 6af2922 a step held
-more: its guard against non-finite updates kept the state of before until it was through.
+rows, from before there was this column, the commit that brought them. Rows of commits before
+6af2922 have another guard against non-finite updates.
 """
 
 
