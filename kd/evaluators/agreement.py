@@ -8,7 +8,8 @@ from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.evaluators.classification import negative_log_likelihood, predictor
-from kd.losses import divergence, numerics
+from kd.losses import divergence
+from kd.losses.token import entropy
 from kd.metrics import divide, mean
 
 
@@ -16,13 +17,6 @@ def top_1_agreement(student_logits: jax.Array, teacher_logits: ArrayLike) -> jax
     """1 where both have the same argmax; logits [..., V], float32 [...]."""
     same = jnp.argmax(student_logits, -1) == jnp.argmax(teacher_logits, -1)
     return same.astype(jnp.float32)
-
-
-def entropy(logits: ArrayLike) -> jax.Array:
-    """Entropy of softmax(logits) in nats; logits [..., V], float32 [...]."""
-    log_p = numerics.log_softmax(logits)
-    p = jnp.exp(log_p)
-    return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
 
 
 def agreement(context: Context, *, weights: str = 'final') -> Evaluator:

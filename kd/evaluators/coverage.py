@@ -8,9 +8,9 @@ from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
 from kd.errors import UserError
-from kd.evaluators.agreement import entropy
 from kd.losses import divergence, numerics
 from kd.losses.signal import Dense, as_signal
+from kd.losses.token import entropy
 from kd.methods.teacher import teacher_logits
 from kd.metrics import divide, mean
 from kd.ranges import Count

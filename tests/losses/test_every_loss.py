@@ -20,6 +20,7 @@ from kd.losses import (
     relation,
     sequence,
     signal,
+    token,
 )
 
 B, V, TEMPERATURE = 8, 6, 3.0
@@ -120,6 +121,25 @@ def cka(x, y):
     return norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
 
 
+def ranking(s, t, k):
+    values = []
+    for row, preferred in zip(np.asarray(s, np.float64), np.asarray(t), strict=True):
+        chosen = np.argsort(-row, kind='stable')[:k]
+        chosen = chosen[np.isfinite(row[chosen])]
+        scores = row[chosen[np.argsort(-preferred[chosen], kind='stable')]]
+        rest = [scipy.special.logsumexp(scores[j:]) for j in range(len(scores))]
+        values.append(np.sum(rest) - np.sum(scores))
+    return np.array(values)
+
+
+def of_label(z):
+    return log_softmax(z)[np.arange(B), LABELS]
+
+
+def squared_log_ratio(s, t):
+    return token.k2(*(-classification.cross_entropy(z, jnp.asarray(LABELS)) for z in (s, t)))
+
+
 def q_of(s):
     return np.exp(log_softmax(s))
 
@@ -194,6 +214,9 @@ LOSSES = {
         partial(relation.intra_class_correlation, eps=0.0),
         lambda s, t: 1 - correlations(q_of(s).T, q_of(t).T),
     ),
+    'entropy': (lambda s, t: token.entropy(s), lambda s, t: -kl(log_softmax(s), 0.0)),
+    'list_mle': (partial(token.list_mle, k=4), partial(ranking, k=4)),
+    'k2': (squared_log_ratio, lambda s, t: (of_label(s) - of_label(t)) ** 2 / 2),
     'hint': (feature.hint, lambda s, t: ((s - t) ** 2).sum(-1) / 2),
     'attention_transfer': (
         lambda s, t: feature.attention_transfer(as_maps(s), as_maps(t)),
