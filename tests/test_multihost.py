@@ -1,5 +1,6 @@
 """Runs of two real processes with two devices each, on loopback."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -256,6 +257,33 @@ def test_what_is_wrong_in_one_process_stops_both(context, tmp_path):
     assert run.finish(2, 2, extra) == [EXIT_USER] * 2, run.said(0) + run.said(1)
     assert 'kd: process 1: ' in run.said(0)
     assert 'mnist' in run.said(0)
+
+
+def _at_its_own_pace(address, index, error):
+    """A process whose part takes long after the other's, which may only be gone together."""
+    jax.config.update('jax_platforms', 'cpu')
+    distributed.SHUTDOWN_S = 2
+    with contextlib.suppress(UserError), distributed.session(f'{address},2,{index}'):
+        distributed.agree(lambda: None)
+        if index == 0:
+            time.sleep(6)
+            if error:
+                raise UserError('the report cannot be made')
+
+
+@pytest.mark.parametrize('error', [False, True])
+def test_a_process_that_is_done_waits_for_the_report_of_the_first(context, error):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{probe.getsockname()[1]}'
+    pair = [
+        context.Process(target=_at_its_own_pace, args=(address, index, error)) for index in (0, 1)
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(60)
+    assert [process.exitcode for process in pair] == [0, 0]
 
 
 class _Device:

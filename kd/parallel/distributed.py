@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from kd.errors import UserError, reason
 from kd.parallel.local_devices import local_devices
@@ -39,8 +40,11 @@ ENVIRONMENT = 'KD_DISTRIBUTED'
 EXIT_LOST = 76
 # A process that sends no sign of life for so long counts as dead.
 HEARTBEAT_S = 30
-# Others may still be writing the report when one is done; the dead are told by their heartbeat.
-SHUTDOWN_S = 3600
+# One that is done waits so long for the others, the first of which makes the report; the dead are
+# told by their heartbeat.
+END_S = 30 * 24 * 3600
+# How long parting takes, once all are done. JAX allows 300 s at most, whatever it is given.
+SHUTDOWN_S = 60
 # How long a process that stops with an error waits for the others to stop with it.
 _FAREWELL_S = 10.0
 
@@ -76,13 +80,13 @@ def session(spec: str = '') -> Iterator[None]:
     except (ValueError, RuntimeError):
         # Of an error meant for people the others know as a rule, and are about to stop too; but
         # none may wait for ever for one that does not.
-        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving = threading.Thread(target=_part, daemon=True)
         leaving.start()
         leaving.join(_FAREWELL_S)
         raise
     except BaseException:
         _crash()
-    jax.distributed.shutdown()
+    _part()
 
 
 def is_first() -> bool:
@@ -183,6 +187,12 @@ def _join(spec: str) -> None:
             f'--distributed={spec}: the processes do not come together: {reason(error)} '
             "'auto' needs Slurm, a TPU pod or Open MPI; elsewhere give HOST:PORT,COUNT,INDEX."
         ) from error
+
+
+def _part() -> None:
+    """Leaves the run together with the others, when all are done."""
+    get_barrier_sync_fn()(key='kd/end', timeout_ms=END_S * 1000)
+    jax.distributed.shutdown()
 
 
 def gather(text: str) -> list[str]:
