@@ -13,7 +13,7 @@ What a teacher says, and how far the student is from it:
 |---|---|
 | `signal` | the forms of a teacher: dense, top-k with tail, sampled, hidden states and head |
 | `divergence` | forward, reverse, Jensen-Shannon, skewed, total variation, alpha-beta, Renyi |
-| `sequence` | the same straight from hidden states, without the logits of all tokens |
+| `sequence` | these and any loss of tokens from hidden states, without the logits of all tokens |
 | `token` | of language models: TAID's targets, entropies, gates, masks, rankings, temperatures |
 | `classification` | cross-entropy, its mixture with a teacher, decoupled KD, logits as such |
 | `relation` | DIST: correlations across classes and across examples |
@@ -27,7 +27,7 @@ Flows and diffusion: `interpolant` (paths from noise to data), `flow_map` (the r
 Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `distribution_matching`,
 `batch_statistics`, `sharpness`.
 
-`numerics` has the softmax arithmetic that the others share.
+`numerics` has the softmax arithmetic that the others share, `fused` the sweep behind `sequence`.
 
 A few are statistics of the batch they are given, and of its parts another number: `OF_BATCH`.
 """

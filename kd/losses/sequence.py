@@ -1,14 +1,19 @@
-"""Divergences straight from hidden states and output heads, for large vocabularies.
+"""Losses straight from hidden states and output heads, for large vocabularies.
 
-The logits [tokens, vocabulary] are the largest array of a language model's step by far, and a
-divergence with its gradient needs several of that size. `fused_divergence` never forms one: it
-takes `chunk` tokens at a time through both heads, the divergence and back.
+The logits [tokens, vocabulary] are the largest array of a language model's step by far, and a loss
+with its gradient needs several of that size. The functions here never form one: they take `chunk`
+tokens at a time through the head, the loss and back.
+
+    loss, aux = fused_token_loss(hidden, head, token_loss, teacher=..., per_token=..., valid=...)
+
+is the general form. `fused_divergence` is it for a divergence from a teacher, `token_log_probs` for
+the log-probabilities of given tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +21,84 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from kd.losses import divergence as divergences
-from kd.losses import numerics, signal
+from kd.losses import fused, numerics, signal
 
 Divergence = Callable[..., jax.Array]
+# (logits [n, V], teacher, per_token) -> (loss [n], aux), see fused_token_loss.
+TokenLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+def fused_token_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    token_loss: TokenLoss,
+    *,
+    teacher: signal.TeacherSignal | None = None,
+    per_token: Any = (),
+    valid: ArrayLike | None = None,
+    chunk: int = 256,
+    shards: int = 1,
+) -> tuple[jax.Array, Any]:
+    """token_loss(hidden @ head, teacher, per_token) without the logits [N, V].
+
+    What exists at once is a slab [chunk, V] of each model's logits and, under differentiation, the
+    head's own gradient [D, V]. The latter is the larger for chunk < D, so splitting the slabs over
+    the vocabulary as well would save little, and cost a second pass for the normaliser.
+
+    The gradient is formed in the forward sweep, while a slab's logits exist, for a loss that counts
+    all tokens alike; the backward pass only scales it, and the whole costs the matrix products that
+    the dense form costs. So let `token_loss` multiply by the weights of tokens (`per_token`, from
+    `aggregate.weights`), and sum or average what comes out. Where the cotangents of tokens differ,
+    as those of a loss of sequences do, the backward pass notices and runs a second sweep for the
+    head's gradient: as exact, 1.7 times the work. A cotangent of `aux` (an entropy bonus added
+    outside) costs a second sweep for both gradients, twice the work.
+
+    Args:
+      hidden: [N, D] last hidden states, float32 or bfloat16.
+      head: [D, V] output projection.
+      token_loss: (logits [n, V], teacher, per_token) -> (loss [n], aux), both of a slab of n
+        tokens; it treats tokens independently. `aux` is a pytree of arrays [n, ...], possibly ():
+        what else is wanted, such as an entropy. It may close over numbers and arrays, to which no
+        gradient comes.
+      teacher: a TeacherSignal with one leading axis [N], such as `HiddenHead(hidden [N, D'], head
+        [D', V'])`; handed on in slabs.
+      per_token: pytree of arrays [N, ...], handed on in slabs: labels, advantages, weights.
+      valid: bool [N]. Tokens with False are 0 in the loss and in aux, whatever they hold, and cost
+        nothing: those that count are packed first, and slabs without one are skipped.
+      chunk: tokens per slab. Memory grows with it; below about 128 the matrix products starve.
+      shards: into how many equal parts the axis of tokens lies over devices (the 'data' and 'fsdp'
+        axes of the mesh); N must divide by it. Changes no number. Packing stays within the parts,
+        and the head's gradient is summed over devices once, not for each slab. (Let the head lie
+        whole along those axes, by `jax.lax.with_sharding_constraint` before the call: else it is
+        gathered for each slab.)
+
+    Returns:
+      (loss [N], aux [N, ...]); float32 (float64 for float64 factors) where token_loss keeps the
+      dtype of the logits it gets. Products accumulate in that dtype. Gradients with respect to
+      `hidden` and `head` come in the dtype of each; for bfloat16 factors the logits' gradient is
+      rounded to bfloat16 before its products, as in a bfloat16 layer. `teacher`, `per_token` and
+      `valid` are stop-gradiented. Reverse mode only.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    of_teacher: Any = teacher
+    teacher_head = None
+    if isinstance(teacher, signal.HiddenHead):
+        of_teacher, teacher_head = teacher.hidden, teacher.head
+    valid = None if valid is None else jnp.asarray(valid)
+    _check(hidden, head, valid, chunk, shards)
+    _check_leading(hidden.shape[0], of_teacher, f'the {type(teacher).__name__} signal')
+    _check_leading(hidden.shape[0], per_token, 'per_token')
+
+    def run(logits, per_token, shared):
+        of_teacher, per_token = per_token
+        if shared is not None:
+            of_teacher = signal.HiddenHead(of_teacher, shared)
+        return token_loss(logits, of_teacher, per_token)
+
+    given = fused.Given((of_teacher, per_token), teacher_head, valid)
+    return fused.token_losses(run, chunk, shards, hidden, head, given)
 
 
 def fused_divergence(
@@ -27,20 +107,14 @@ def fused_divergence(
     teacher: divergences.Teacher,
     *,
     divergence: Divergence = divergences.forward_kl,
-    chunk: int = 256,
     where: ArrayLike | None = None,
+    valid: ArrayLike | None = None,
+    chunk: int = 256,
+    shards: int = 1,
 ) -> jax.Array:
     """divergence(student_hidden @ student_head, teacher) without the logits [N, V].
 
-    What exists at once is a slab [chunk, V] of each model's logits and, under differentiation, the
-    head's own gradient [D, V]. The latter is the larger for chunk < D, so splitting the slabs over
-    the vocabulary as well would save little, and cost a second pass for the normaliser.
-
-    The gradient is formed in the forward sweep, while a slab's logits exist, for a loss that weighs
-    all tokens alike; the backward pass only scales it, and the whole costs the four matrix products
-    that the dense form costs. That covers sums and means, also over the tokens that `where` keeps.
-    Where the cotangents differ between tokens (a weight per token or sequence), the backward pass
-    notices and runs a second sweep for the head's gradient: as exact, about 1.75 times the work.
+    One call of `fused_token_loss`, which says what it costs and how gradients are formed.
 
     Args:
       student_hidden: [N, D] last hidden states, float32 or bfloat16.
@@ -50,166 +124,150 @@ def fused_divergence(
       divergence: any function `(logits [n, V], teacher, where=...) -> [n]` that treats positions
         independently: those of `kd.losses.divergence`, with options bound by `functools.partial`
         (`partial(generalized_jsd, beta=0.1)`), or your own. It defines which signals are accepted.
-      chunk: tokens per slab. Memory grows with it; below about 128 the matrix products starve.
       where: bool, broadcasts against the logits [N, V]: `mask[:, None]` for tokens, [V] for the
-        vocabulary. Passed on to `divergence`; None is not passed.
+        vocabulary. Passed on to `divergence`; None is not passed. Tokens that it takes out are
+        computed all the same; those outside `valid` are not.
+      valid, chunk, shards: see `fused_token_loss`.
 
     Returns:
-      [N] in float32 (float64 for float64 input); products accumulate in that dtype. Gradients with
-      respect to `student_hidden` and `student_head` come in the dtype of each; for bfloat16 factors
-      the logits' gradient is rounded to bfloat16 before its products, as in a bfloat16 layer. The
-      teacher is stop-gradiented. Reverse mode only.
+      [N] in float32 (float64 for float64 input). The teacher is stop-gradiented.
 
     Raises:
       ValueError: shapes that do not fit; a `where` over tokens without its second axis.
     """
     teacher = signal.as_signal(teacher)
-    where = None if where is None else jnp.atleast_2d(where)
-    _check(student_hidden, student_head, teacher, where, chunk)
-    given = lax.stop_gradient((teacher, where))
-    # Inside shard_map one operand may be replicated where another varies over the devices. Adding a
-    # zero that varies like all of them makes JAX sum the gradient of a replicated head over the
-    # devices; XLA drops the addition.
-    zero = jnp.zeros_like(student_hidden, shape=())
-    for operand in jax.tree.leaves((student_head, given)):
-        zero += jnp.zeros_like(operand, zero.dtype, ())
-    head = student_head + zero.astype(student_head.dtype)
-    return _fused(divergence, chunk, student_hidden + zero, head, given)
+    size = (student_hidden.shape[0], student_head.shape[-1])
+    everywhere, per_token = _split_where(where, *size)
+
+    def token_loss(logits, teacher, per_token):
+        masks = [x for x in (everywhere, per_token) if x is not None]
+        options = {'where': masks[0]} if masks else {}
+        return divergences.per_position(divergence, logits, teacher, **options), ()
+
+    return fused_token_loss(
+        student_hidden,
+        student_head,
+        token_loss,
+        teacher=teacher,
+        per_token=per_token,
+        valid=valid,
+        chunk=chunk,
+        shards=shards,
+    )[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(divergence, chunk, hidden, head, given):
-    slabs = _Slabs(chunk, hidden, *given)
+def token_log_probs(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    valid: ArrayLike | None = None,
+    chunk: int = 256,
+    shards: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """log q(tokens) and the entropy of q = softmax(hidden @ head / temperature), without logits.
 
-    def sweep(_, i):
-        h, teacher, options = slabs[i]
-        return None, divergences.per_position(divergence, _product(h, head), teacher, **options)
+    Both are differentiable; see `fused_token_loss` for what that costs. What a policy is compared
+    with itself by (an importance ratio) needs one temperature and one `where` on both sides.
 
-    return slabs.join(lax.scan(sweep, None, jnp.arange(slabs.count))[1])
+    Args:
+      hidden: [N, D] last hidden states at the positions that predict `tokens`.
+      head: [D, V] output projection.
+      tokens: int [N].
+      temperature: positive; a number or [N]. Without gradient.
+      where: bool, broadcasts against the logits [N, V]: the tokens that q may have.
+      valid, chunk, shards: see `fused_token_loss`.
 
+    Returns:
+      (log_probs [N], entropy [N]) in nats. The first is -inf, with zero gradient, where a token is
+      outside `where` or none of 0 .. V - 1 (take padding out by `valid`).
 
-def _fused_forward(divergence, chunk, hidden, head, given):
-    ones = jnp.ones_like(hidden, numerics.accumulation_dtype(hidden, head), hidden.shape[:1])
-    value, to_hidden, to_head = _value_and_gradients(divergence, chunk, hidden, head, given, ones)
-    return value, (hidden, head, given, to_hidden, to_head)
-
-
-def _fused_backward(divergence, chunk, residuals, cotangent):
-    hidden, head, given, to_hidden, to_head = residuals
-    where = given[1]
-    kept = jnp.ones(cotangent.shape, bool)
-    if where is not None:
-        kept &= jnp.any(where, axis=1)
-    common = cotangent[jnp.argmax(kept)]
-
-    def scale():
-        return common * to_head
-
-    def sweep_again():
-        return _value_and_gradients(divergence, chunk, hidden, head, given, cotangent)[2]
-
-    to_head = lax.cond(jnp.all((cotangent == common) | ~kept), scale, sweep_again)
-    to_hidden = cotangent[:, None] * to_hidden
-    return to_hidden.astype(hidden.dtype), to_head.astype(head.dtype), None
-
-
-_fused.defvjp(_fused_forward, _fused_backward)
-
-
-def _value_and_gradients(divergence, chunk, hidden, head, given, weights):
-    """d_n [N], w_n dd_n/dhidden_n [N, D] and d(sum_n w_n d_n)/dhead [D, V], for weights w [N]."""
-    slabs = _Slabs(chunk, hidden, *given)
-    weights = slabs.split(weights, constant_values=0)
-    dtype = weights.dtype
-
-    def sweep(to_head, i):
-        h, teacher, options = slabs[i]
-        value, pull = jax.vjp(
-            lambda z: divergences.per_position(divergence, z, teacher, **options),
-            _product(h, head),
-        )
-        (to_logits,) = pull(_Slabs.take(weights, i).astype(value.dtype))
-        to_logits = to_logits.astype(head.dtype)
-        to_head += jnp.matmul(h.T, to_logits, preferred_element_type=dtype)
-        return to_head, (value, jnp.matmul(to_logits, head.T, preferred_element_type=dtype))
-
-    start = jnp.zeros_like(head, dtype)
-    to_head, (value, to_hidden) = lax.scan(sweep, start, jnp.arange(slabs.count))
-    return slabs.join(value), slabs.join(to_hidden), to_head
-
-
-def _product(hidden, head):
-    return signal.HiddenHead(hidden, head).logits()
-
-
-class _Slabs:
-    """Tokens dealt out to slabs like cards: slab i has the tokens i, i + count, i + 2 count, ...
-
-    Dealt, not cut: where the tokens are sharded over devices, each slab then has a share of every
-    device's tokens and all work on it together.
+    Raises:
+      ValueError: shapes that do not fit, or a concrete temperature that is not positive.
     """
+    numerics.check_positive('temperature', temperature)
+    tokens, temperature = jnp.asarray(tokens), lax.stop_gradient(jnp.asarray(temperature))
+    everywhere, allowed = _split_where(where, hidden.shape[0], head.shape[-1])
+    own = temperature if temperature.ndim else None
 
-    def __init__(self, chunk, hidden, teacher, where):
-        self.tokens = hidden.shape[0]
-        self.count = -(-self.tokens // chunk)
-        self.size = -(-self.tokens // self.count)
-        self.hidden = self.split(hidden)
-        self.teacher_head = None
-        if isinstance(teacher, signal.HiddenHead):
-            self.teacher_head = teacher.head
-            teacher = teacher.hidden
-        self.teacher = jax.tree.map(self.split, teacher)
-        self.where = where
-        self.where_is_split = where is not None and where.shape[0] == self.tokens
-        if self.where_is_split:
-            self.where = self.split(where)
+    def token_loss(logits, _, per_token):
+        tokens, own, allowed = per_token
+        log_q = numerics.log_softmax(
+            logits,
+            temperature=temperature if own is None else own[:, None],
+            where=everywhere if allowed is None else allowed,
+        )
+        chosen = numerics.take_outcomes(log_q, tokens[:, None], missing=-jnp.inf)[:, 0]
+        surprise = numerics.relative_entropy_term(log_q, jnp.zeros_like(log_q))
+        return chosen, -jnp.sum(surprise, axis=-1)
 
-    def __getitem__(self, i):
-        """Student hidden [size, D], teacher signal and keyword arguments of slab i."""
-        teacher = jax.tree.map(lambda x: self.take(x, i), self.teacher)
-        if self.teacher_head is not None:
-            teacher = signal.HiddenHead(teacher, self.teacher_head)
-        where = self.take(self.where, i) if self.where_is_split else self.where
-        return self.take(self.hidden, i), teacher, {} if where is None else {'where': where}
-
-    def split(self, x, **padding):
-        """[N, ...] -> [size, count, ...]; without `padding` the missing tokens repeat the last."""
-        missing = self.size * self.count - self.tokens
-        if missing:
-            mode = 'constant' if padding else 'edge'
-            x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode, **padding)
-        return x.reshape((self.size, self.count) + x.shape[1:])
-
-    @staticmethod
-    def take(x, i):
-        return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-
-    def join(self, x):
-        """[count, size, ...] -> [N, ...]"""
-        x = jnp.swapaxes(x, 0, 1)
-        return x.reshape((self.size * self.count,) + x.shape[2:])[: self.tokens]
+    return fused_token_loss(
+        hidden,
+        head,
+        token_loss,
+        per_token=(tokens, own, allowed),
+        valid=valid,
+        chunk=chunk,
+        shards=shards,
+    )
 
 
-def _check(hidden, head, teacher, where, chunk):
+def sequence_log_probs(log_probs: ArrayLike, where: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Sums of the log-probabilities of sequences, and how many tokens they have.
+
+    What the losses of `preference_family` take. The sum of a sequence without a token is 0, with
+    zero gradient.
+
+    Args:
+      log_probs: [..., R] of tokens, in nats.
+      where: bool [..., R], the tokens that count.
+
+    Returns:
+      (sums [...], counts [...]), both float32 (float64 for float64 input).
+    """
+    log_probs = jnp.asarray(log_probs)
+    log_probs = log_probs.astype(numerics.accumulation_dtype(log_probs))
+    where = jnp.broadcast_to(jnp.asarray(where, bool), log_probs.shape)
+    return (
+        jnp.sum(jnp.where(where, log_probs, 0.0), axis=-1),
+        jnp.sum(where, axis=-1, dtype=log_probs.dtype),
+    )
+
+
+def _split_where(where: ArrayLike | None, tokens: int, size: int) -> tuple[Any, Any]:
+    """(what holds for all tokens [1, V], what each token has [N, 1 or V]); at most one of them."""
+    if where is None:
+        return None, None
+    where = jnp.atleast_2d(jnp.asarray(where))
+    if where.shape[0] not in (1, tokens) or where.shape[1:] not in ((1,), (size,)):
+        raise ValueError(
+            f'where must broadcast against the logits [{tokens}, {size}], got shape '
+            f'{where.shape}; a mask over tokens is where=mask[:, None].'
+        )
+    return (None, where) if where.shape[0] == tokens else (where, None)
+
+
+def _check(hidden, head, valid, chunk, shards):
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
         raise ValueError(
-            'fused_divergence needs student_hidden [N, D] and student_head [D, V], got shapes '
+            'hidden states [N, D] and a head [D, V] are needed, got shapes '
             f'{hidden.shape} and {head.shape}; flatten leading axes first.'
         )
-    tokens, size = hidden.shape[0], head.shape[1]
+    tokens = hidden.shape[0]
     if chunk < 1 or tokens < 1:
-        raise ValueError(f'fused_divergence needs tokens and chunk >= 1, got {tokens} and {chunk}.')
-    rows = teacher.hidden if isinstance(teacher, signal.HiddenHead) else teacher
-    for leaf in jax.tree.leaves(rows):
+        raise ValueError(f'tokens and chunk >= 1 are needed, got {tokens} and {chunk}.')
+    if valid is not None and (valid.shape != (tokens,) or valid.dtype != bool):
+        raise ValueError(f'valid must be bool [{tokens}], got {valid.dtype} {valid.shape}.')
+    if shards < 1 or tokens % shards:
+        raise ValueError(f'{tokens} tokens do not divide into shards={shards} equal parts.')
+
+
+def _check_leading(tokens, tree, name):
+    for leaf in jax.tree.leaves(tree):
         if jnp.shape(leaf)[:1] != (tokens,):
             raise ValueError(
-                f'fused_divergence: the {type(teacher).__name__} signal needs the leading axis of '
-                f'the {tokens} tokens on each array, got shape {jnp.shape(leaf)}.'
+                f'{name} needs the leading axis of the {tokens} tokens on each array, got shape '
+                f'{jnp.shape(leaf)}.'
             )
-    if where is not None and any(
-        n not in (1, full) for n, full in zip(where.shape, (tokens, size), strict=True)
-    ):
-        raise ValueError(
-            f'fused_divergence: where must broadcast against the logits [{tokens}, {size}], got '
-            f'shape {where.shape}; a mask over tokens is where=mask[:, None].'
-        )
