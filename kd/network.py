@@ -99,7 +99,8 @@ def _network(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Net
             )
         return Output(outputs, updated, {name: features[name] for name in capture})
 
-    return Network(init, apply, module, inputs, tuple(getattr(module, 'fields', ('input',))))
+    fields = getattr(module, 'fields', None) or ('input',)
+    return Network(init, apply, module, inputs, tuple(fields))
 
 
 _shared = lru_cache(maxsize=64)(_network)

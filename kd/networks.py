@@ -42,8 +42,9 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
 
     `num_classes` is filled in from the data where the module takes it and the block is silent.
 
-    A module takes the field `input` of the data, or those that its attribute `fields` names. One
-    that takes what no field gives, such as times, says so by a method `example_inputs(spec)`, which
+    A module takes the field `input` of the data, or those that its attribute `fields` names; where
+    that is None, `input` and those of its `optional_fields` that the data have. One that takes what
+    no field gives, such as times, says so by a method `example_inputs(spec)`, which
     returns the shapes of a batch of one.
     """
     if not block:
@@ -54,6 +55,9 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
         given = block.setdefault('num_classes', source.num_classes)
         _check_classes(given, source, where)
     module = config_lib.build(block, where=where)
+    if getattr(module, 'fields', ()) is None:
+        known = [name for name in module.optional_fields if name in source.spec]
+        module = module.clone(fields=('input', *known))
     if hasattr(module, 'example_inputs'):
         inputs = module.example_inputs(source.spec)
     else:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from kd import packages
 from kd.errors import UserError, did_you_mean, reason
 from kd.io.safetensors import Index
 
@@ -56,7 +56,7 @@ class Tensor:
         rows = np.ascontiguousarray(self.raw[index[:-1]])
         if self.kind in ('F32', 'F16', 'BF16'):
             return rows.view(self.dtype)[..., index[-1]]
-        package = _package()
+        package = packages.need('gguf')
         kind = package.GGMLQuantizationType[self.kind]
         return package.quants.dequantize(rows, kind)[..., index[-1]]
 
@@ -65,7 +65,7 @@ def metadata(file: str | Path) -> dict[str, Any]:
     """The metadata of a file by key: numbers, strings, and lists of these.
 
     Raises:
-      UserError: not a GGUF file, of a version that is not known, or cut short.
+      UserError: no GGUF file, one of a version that is not known, or one that is cut short.
     """
     return _open(Path(file))[1]
 
@@ -92,8 +92,8 @@ def read(file: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         start = header.start + offset
         if start + count > header.bytes.size:
             raise UserError(
-                f"{file} is cut short: '{name}' ends at byte {start + count:,}, and the file has "
-                f'{header.bytes.size:,}. Fetch it again.'
+                f"{file} is no whole GGUF file: '{name}' ends at byte {start + count:,}, of "
+                f'{header.bytes.size:,}; fetch it again.'
             )
         raw = header.bytes[start : start + count].reshape(*shape[:-1], row)
         tensors[name] = Tensor(name, shape, _dtype(kind), kind, raw)
@@ -106,9 +106,11 @@ def _open(file: Path) -> tuple[_Header, dict[str, Any]]:
         return header, header.fields()
     except FileNotFoundError as error:
         near = [str(each) for each in file.parent.glob('*.gguf')]
-        raise UserError(f'{file} is not there.{did_you_mean(str(file), near)}') from error
+        raise UserError(f'There is no GGUF file {file}.{did_you_mean(str(file), near)}') from error
     except (OSError, ValueError, struct.error) as error:
-        raise UserError(f'{file} is not a GGUF file, or is cut short ({reason(error)}).') from error
+        raise UserError(
+            f'{file} is no whole GGUF file ({reason(error)}); fetch it again.'
+        ) from error
 
 
 class _Header:
@@ -182,7 +184,7 @@ class _Header:
 
 def _kind(code: int) -> tuple[str, int, int]:
     """Name of a type, and values and bytes of one of its blocks."""
-    package = _package()
+    package = packages.need('gguf')
     try:
         kind = package.GGMLQuantizationType(code)
     except ValueError:
@@ -196,11 +198,3 @@ def _dtype(kind: str) -> np.dtype:
 
         return np.dtype(jnp.bfloat16)
     return np.dtype(np.float16 if kind == 'F16' else np.float32)
-
-
-def _package() -> ModuleType:
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise UserError("The package gguf is missing: pip install -e '.[lm]' brings it.") from error
-    return gguf

@@ -233,14 +233,17 @@ class Decoder(Architecture, nn.Module):
         products with weights ('dots').
       stacked: whether the blocks' parameters are stacked, [depth, ...], and run by one scan, which
         compiles faster. Decoding takes them apart, see `unstacked`.
-      fields: of a batch, as many of `input`, `positions`, `segments` as there are.
+      fields: of a batch, as many of `input`, `positions`, `segments` as there are. Where a recipe
+        builds the decoder, None is for those that the data have, so that packed documents stay
+        apart.
 
     Features: `embed`, `block0`, ... (unless stacked), `final_norm`.
     """
 
     remat: Literal['none', 'block', 'dots'] = 'none'
     stacked: bool = False
-    fields: tuple[str, ...] = ('input',)
+    fields: tuple[str, ...] | None = None
+    optional_fields = ('positions', 'segments')
 
     def __post_init__(self):
         _check(self)

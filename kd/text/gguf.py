@@ -7,14 +7,11 @@ for Qwen2 composes characters first (NFC) where llama.cpp takes them as they are
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from kd.errors import UserError, reason
-from kd.text import packages
+from kd.errors import UserError
 
 # Kinds of tokens, `tokenizer.ggml.token_type`.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
@@ -37,31 +34,11 @@ PRE_TOKENIZERS = {
 }
 
 
-def metadata(file: str | os.PathLike) -> dict[str, Any]:
-    """The metadata of a GGUF file: numbers, strings and lists by their keys.
-
-    Raises:
-      UserError: there is no such file, it is no GGUF file or a truncated one, or the package
-        `gguf` is missing.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f'There is no GGUF file {path}.')
-    reader = packages.need('gguf').GGUFReader
-    try:
-        fields = reader(path).fields
-        return {key: field.contents() for key, field in fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(
-            f'{path} is no whole GGUF file ({reason(error)}); fetch it again.'
-        ) from error
-
-
 def tokenizer_json(fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """The `tokenizer.json` of a GGUF file's metadata, without a post-processor.
 
     Args:
-      fields: `metadata` of the file.
+      fields: `kd.io.gguf.metadata` of the file.
       where: the file, for messages.
 
     Raises:

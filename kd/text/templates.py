@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kd import packages
 from kd.errors import UserError, reason
-from kd.text import packages
 from kd.text.tokenizer import Tokenizer
 from kd.text.words import Place
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kd.errors import UserError
+from kd.io import gguf as gguf_files
 from kd.text import gguf, hugging_face
 from kd.text.words import Place, Words
 
@@ -142,7 +143,7 @@ def _load(kind: str, path: Path, template: str, stamp: tuple) -> Tokenizer:
     if kind == 'hf':
         description, roles = hugging_face.read(path)
     else:
-        fields = gguf.metadata(path)
+        fields = gguf_files.metadata(path)
         description, roles = gguf.tokenizer_json(fields, where=str(path)), gguf.roles(fields)
     if template:
         roles['template'] = Path(template).read_text('utf-8')

@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from kd import packages
 from kd.errors import UserError, reason
-from kd.text import packages
 
 # Where a piece of text stands: at the start, after a control token, or in the middle of text. A
 # tokenizer may put a space before the first two.

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from kd import files
 from kd.errors import UserError
 from kd.io import export, pretrained
 from kd.io import safetensors as kd_safetensors
 from kd.models.decoder import Decoder
-from kd.training import loop
 
 SIZES = dict(
     num_classes=hf.V, width=hf.D, depth=2, heads=4, kv_heads=2, mlp_hidden=48, max_length=32
@@ -133,16 +133,16 @@ def test_a_decoder_that_transformers_does_not_have_is_told(tmp_path, changes):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope='module')
-def stage(tmp_path_factory):
-    """The directory of a finished stage whose network's vocabulary is that of the data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend('tests/recipes')
-        import tokens
-
-        workdir = tmp_path_factory.mktemp('run')
-        loop.run(tokens.get_config(), workdir)
-        yield workdir / 'student'
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """The directory of a stage whose network's vocabulary was left to the data, 40 tokens."""
+    block = dict(name='kd.models.decoder.Decoder', width=16, depth=2, heads=2, stacked=True)
+    (tmp_path / 'run').mkdir()
+    files.write_json(tmp_path / 'run' / 'config.json', {'student': {'network': block}})
+    module = Decoder(num_classes=40, width=16, depth=2, heads=2, stacked=True)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    monkeypatch.setattr(kd_safetensors, 'stage_variables', lambda *_: variables)
+    return tmp_path / 'run' / 'student'
 
 
 def command(monkeypatch, *arguments):
@@ -159,8 +159,9 @@ def test_a_finished_stage_is_exported_by_one_command(stage, tmp_path, monkeypatc
     module = pretrained.network(f'hf:{tmp_path}/out')
     assert (module.num_classes, module.depth) == (40, 2)
     variables = kd_safetensors.stage_variables(stage)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-    same(pretrained.load(f'hf:{tmp_path}/out', abstract), variables)
+    blocks = variables['params']['blocks']
+    found = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
+    same(found['model.layers.1.mlp.up_proj.weight'], np.asarray(blocks['mlp']['up']['kernel'][1]).T)
 
 
 def test_what_cannot_be_exported_is_one_line(stage, tmp_path, monkeypatch, capsys):
@@ -170,13 +171,14 @@ def test_what_cannot_be_exported_is_one_line(stage, tmp_path, monkeypatch, capsy
         assert told.count('\n') == 1
         return told
 
-    assert 'is not a finished stage' in line(tmp_path, tmp_path / 'out')
-    assert "has no weights 'slow'" in line(stage, tmp_path / 'out', '--weights=slow')
+    assert 'is no stage of a run' in line(tmp_path / 'x' / 'student', tmp_path / 'out')
     assert 'x is not there' in line(stage, tmp_path / 'out', f'--tokenizer=hf:{tmp_path}/x')
     (tmp_path / 'file').write_text('')
     assert 'file cannot be written' in line(stage, tmp_path / 'file')
     monkeypatch.setattr(kd_safetensors, 'stage_variables', lambda *_: {'params': {}})
     assert 'student.network is no kd.models.decoder.Decoder' in line(stage, tmp_path / 'out')
+    monkeypatch.undo()
+    assert 'is not a finished stage' in line(tmp_path, tmp_path / 'out')
 
 
 @pytest.mark.parametrize('name', DECODERS)

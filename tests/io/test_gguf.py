@@ -79,14 +79,10 @@ def test_a_file_that_is_cut_short_anywhere_is_one_line(tmp_path):
     gguf.read(whole)
     for size in (0, 3, 10, 23, 24, 30, 100, 500, 1000, len(content) // 2, len(content) - 33):
         cut.write_bytes(content[:size])
-        with pytest.raises(
-            UserError, match=r'cut\.gguf is (not a GGUF file, or is )?cut short'
-        ) as e:
+        with pytest.raises(UserError, match=r'cut\.gguf is no whole GGUF file') as e:
             gguf.read(cut)
         assert '\n' not in str(e.value)
-    with pytest.raises(
-        UserError, match=r"'output_norm.weight' ends at byte [\d,]+, and the file has"
-    ):
+    with pytest.raises(UserError, match=r"'output_norm.weight' ends at byte [\d,]+, of "):
         gguf.read(cut)
 
 
@@ -107,5 +103,7 @@ def test_other_files_are_told(tmp_path, content, message):
 
 def test_a_missing_file_is_told_with_the_nearest(tmp_path):
     write(tmp_path / 'model-q8.gguf')
-    with pytest.raises(UserError, match=r"model-q4.gguf is not there. Did you mean '.*-q8.gguf'\?"):
+    with pytest.raises(
+        UserError, match=r"GGUF file .*model-q4\.gguf\. Did you mean '.*-q8.gguf'\?"
+    ):
         gguf.metadata(tmp_path / 'model-q4.gguf')

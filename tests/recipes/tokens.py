@@ -13,7 +13,7 @@ from kd.metrics import mean
 V, T = 40, 8
 
 
-def rows(context, *, vocabulary: int = V):
+def rows(context, *, packed=False):
     """Rows of tokens that count upwards."""
 
     def read(indices):
@@ -25,8 +25,10 @@ def rows(context, *, vocabulary: int = V):
         'input': jax.ShapeDtypeStruct((T,), np.int32),
         'index': jax.ShapeDtypeStruct((), np.int64),
     }
-    data = sources.DataSet('rows', {'train': 64}, lambda _: read, spec, vocabulary)
-    return sources.Source(data, context.split)
+    if packed:
+        spec |= dict.fromkeys(('positions', 'segments'), spec['input'])
+    data = sources.DataSet('rows', {'train': 64}, lambda _: read, spec, V)
+    return sources.Source(data, 'train')
 
 
 def learn(context):

@@ -13,8 +13,10 @@ import pytest
 import toy_tokenizers as toys
 from tokenizers import Tokenizer
 
+from kd import packages
 from kd.errors import UserError
-from kd.text import gguf, packages, table, tokenizer
+from kd.io import gguf as gguf_files
+from kd.text import gguf, table, tokenizer
 
 SMOLLM2 = os.environ.get('KD_SMOLLM2', '')
 TEXTS = (
@@ -129,7 +131,7 @@ def test_smollm2s_ids_are_those_of_merging_by_hand_and_of_llama_cpp():
     assert (tokens.size, tokens.eos, tokens.pad, tokens.bos) == (49152, 2, 2, 1)
     assert tokens.stop == (2, 0)
     assert not tokens.begins
-    fields = gguf.metadata(SMOLLM2)
+    fields = gguf_files.metadata(SMOLLM2)
     vocabulary = fields['tokenizer.ggml.tokens']
     # Digits first, as llama.cpp does: two spaces before a number are one token.
     assert [vocabulary[i] for i in tokens.encode('a  12')] == ['a', 'ĠĠ', '1', '2']

@@ -146,13 +146,14 @@ def test_weights_of_others_are_in_the_manifest(models):
     assert manifest.teachers(plain) == before
 
 
-def test_without_a_file_a_preset_is_checked_and_compiled():
+def test_without_a_file_a_preset_is_checked_and_compiled(quick_compilation):
     entry = dict(weights='hf:/nowhere', network=decoder(**LLAMA, dtype='bfloat16'))
     config = recipe(pretrained=dict(big=entry), teacher='big')
     config.frozen_sharding = (('kernel', 'fsdp'),)
     stage = prepared(config)
     assert stage.frozen['teacher']['params']['block1']['mlp']['up']['kernel'].shape == (32, 64)
-    report = compile_stage(config, 'student', 'cpu:2')
+    with quick_compilation():
+        report = compile_stage(config, 'student', 'cpu:2')
     assert report.refused == ''
     with pytest.raises(UserError, match=r'^student\.teacher: /nowhere is not there, or is no dir'):
         loop.check(kd_config.parse(config), 'student', make_mesh({'data': 1}))
@@ -176,7 +177,7 @@ def test_without_a_file_a_preset_is_checked_and_compiled():
             'is a Decoder, and the network a MLP',
         ),
         (dict(network=dict(depht=3)), "Decoder has no 'depht'. Did you mean 'depth'"),
-        (dict(weights='gguf:/nowhere.gguf'), r'/nowhere\.gguf is not there'),
+        (dict(weights='gguf:/nowhere.gguf'), r'There is no GGUF file /nowhere\.gguf'),
     ],
 )
 def test_a_network_and_its_file_agree(models, monkeypatch, entry, message):
@@ -256,3 +257,20 @@ def test_references_that_are_none_are_told(models):
         prepared(recipe(pretrained=entries, teacher='qwem'))
     with pytest.raises(UserError, match="there is no 'slow' of 'qwen', only 'final'"):
         prepared(recipe(pretrained=entries, teacher='qwen', teacher_weights='slow'))
+
+
+def test_packed_documents_stay_apart_without_a_word(models):
+    """A decoder takes positions and segments where the data have them, a teacher's too."""
+    import tokens
+
+    from kd import networks
+
+    recipe_ = kd_config.parse(recipe(teacher=f'hf:{models}/llama'))
+    packed = tokens.rows(None, packed=True)
+    found = networks.trained_network(
+        recipe_, f'hf:{models}/llama', None, make_mesh({'data': 1}), packed, where='here'
+    )
+    assert found.network.fields == ('input', 'positions', 'segments')
+    block = decoder(**SHARED, fields=('input', 'segments'))
+    assert networks.build_network(block, packed, where='x').fields == ('input', 'segments')
+    assert prepared(recipe()).context.network.fields == ('input',)
