@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from kd import config as kd_config
+from kd import files
 from kd.aot.compile import compile_stage
 from kd.errors import UserError
 from kd.io import manifest, pretrained, safetensors
-from kd.overrides import override
 from kd.parallel.mesh import make_mesh
-from kd.training import loop
+from kd.training import loop, reuse
 from kd.training.stage import prepare
 
 SHARED = dict(num_classes=40, width=32, depth=2, heads=4, kv_heads=2, mlp_hidden=64)
@@ -108,21 +108,29 @@ def test_a_student_starts_from_a_file_and_learns_from_another(models, tmp_path):
     same(safetensors.stage_variables(tmp_path / 'run' / 'student'), params_of(shape['of']))
     lines = (tmp_path / 'run' / 'student' / 'metrics.jsonl').read_text().splitlines()
     assert np.isfinite(json.loads(lines[-1])['train/loss'])
-    # Done, and still done: its network may move, if its name stays.
-    loop.run(config, tmp_path / 'run')
-    with pytest.raises(UserError, match=r"pretrained\.big\.weights was '.*' and is 'gguf:"):
-        loop.run(changed(config, 'pretrained.big.weights', f'gguf:{models}/llama.gguf'),
-                 tmp_path / 'run')  # fmt: skip
-    # What no stage names is nobody's affair.
-    other = changed(config, 'seed', '0')
-    other.pretrained = {**other.pretrained, 'spare': dict(weights='hf:/nowhere')}
-    loop.run(other, tmp_path / 'run')
 
 
-def changed(config, path, text):
-    config = config.copy_and_resolve_references()
-    override(config, {path: text})
-    return config
+def test_a_stage_that_is_done_is_of_the_networks_that_it_names():
+    def plain(**changes):
+        entries = dict(big=dict(weights='hf:a'), spare=dict(weights='hf:a'))
+        made = recipe(pretrained={**entries, **changes}, teacher='big')
+        return json.loads(files.json_text(kd_config.parse(made).plain()))
+
+    def check(old, new):
+        reuse.check(old, new, ['student'], reuse.EVERYTHING)
+
+    check(plain(), plain(spare=dict(weights='hf:b')))
+    older = {key: value for key, value in plain().items() if key != 'pretrained'}
+    for old, message in (
+        (plain(big=dict(weights='hf:b')), r"pretrained\.big\.weights was 'hf:b' and is 'hf:a'"),
+        (plain(big=dict(weights='hf:a', network=dict(depth=1))), r'pretrained\.big\.network'),
+        (older, r'pretrained\.big is only in the new config'),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(old, plain())
+    # A recipe of before there were such networks.
+    new = json.loads(files.json_text(kd_config.parse(recipe()).plain()))
+    check({key: value for key, value in new.items() if key != 'pretrained'}, new)
 
 
 def test_weights_of_others_are_in_the_manifest(models):
