@@ -11,7 +11,7 @@ from kd import config as kd_config
 from kd import files
 from kd.aot.compile import compile_stage
 from kd.errors import UserError
-from kd.io import manifest, pretrained, safetensors
+from kd.io import cache, manifest, pretrained, safetensors
 from kd.parallel.mesh import make_mesh
 from kd.training import loop, reuse
 from kd.training.stage import prepare
@@ -134,13 +134,14 @@ def test_a_stage_that_is_done_is_of_the_networks_that_it_names():
 
 
 def test_weights_of_others_are_in_the_manifest(models):
-    plain = kd_config.parse(
+    parsed = kd_config.parse(
         recipe(
             pretrained=dict(big=dict(weights=f'hf:{models}/llama')),
             teacher='big',
             references=dict(start=f'gguf:{models}/llama.gguf'),
         )
-    ).plain()
+    )
+    plain = parsed.plain()
     before = manifest.teachers(plain)
     assert set(before) == {'big', f'gguf:{models}/llama.gguf'}
     file = models / 'llama' / 'model.safetensors'
@@ -152,6 +153,9 @@ def test_weights_of_others_are_in_the_manifest(models):
         file.write_bytes(content)
     assert [name for name in before if before[name] != after[name]] == ['big']
     assert manifest.teachers(plain) == before
+    # What a cache remembers of its teacher.
+    for reference, digest in before.items():
+        assert cache.training_fingerprint(parsed.locate(reference, models)) == digest
 
 
 def test_without_a_file_a_preset_is_checked_and_compiled(quick_compilation):
