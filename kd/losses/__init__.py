@@ -14,6 +14,7 @@ What a teacher says, and how far the student is from it:
 | `signal` | the forms of a teacher: dense, top-k with tail, sampled, hidden states and head |
 | `divergence` | forward, reverse, Jensen-Shannon, skewed, total variation, alpha-beta, Renyi |
 | `sequence` | these and any loss of tokens from hidden states, without the logits of all tokens |
+| `aggregate` | weights of tokens: the denominators of means over tokens and sequences |
 | `token` | of language models: TAID's targets, entropies, gates, masks, rankings, temperatures |
 | `classification` | cross-entropy, its mixture with a teacher, decoupled KD, logits as such |
 | `relation` | DIST: correlations across classes and across examples |
