@@ -19,7 +19,7 @@ What a teacher says, and how far the student is from it:
 | `classification` | cross-entropy, its mixture with a teacher, decoupled KD, logits as such |
 | `relation` | DIST: correlations across classes and across examples |
 | `feature` | FitNets, attention transfer, similarity-preserving, CKA; capture from Flax |
-| `preference`, `preference_family` | anchored cross-entropy over candidates: DPO and relatives |
+| `preference`, `preference_family` | over candidates: DPO and relatives, SimPO, REDI, KTO |
 
 Flows and diffusion: `interpolant` (paths from noise to data), `flow_map` (the residuals),
 `flow_map_family` and `flow_map_algorithms` (the published losses made of them),

@@ -1,20 +1,27 @@
-"""Known losses as cells of the anchored cross-entropy of `kd.losses.preference`.
+"""Known preference losses, most of them cells of the anchored cross-entropy of `preference`.
 
 | loss | candidates | anchor | target q | tau |
 |---|---|---|---|---|
 | dpo | 2 | reference | (1, 0) | 1 / beta |
+| simpo, of means | 2 | the margin | (1, 0) | 1 / beta |
 | soft_dpo | 2 | reference | softmax of rewards | 1 / beta |
 | distillation | P | uniform | softmax(z_T / T) | T |
 | supervised | P | uniform | one-hot | 1 |
 | max_entropy | P | uniform | softmax(Q / alpha) | 1 |
 
-Shapes, units and stopped gradients are those of `kd.losses.preference`.
+Shapes, units and stopped gradients are those of `kd.losses.preference`. `kto_pair` and `redi` are
+no cells: the first is bounded, the second has no sigmoid at all.
+
+A pair of answers is [..., 2], the preferred one first, as the layout 'pairs' of text sources has it
+([B, 2, T]): `log_p` are sums of log-probabilities over the tokens of an answer, its end included,
+in float32 (in bfloat16 a thousand tokens lose a tenth), and `counts` how many these are.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from kd.losses import numerics, preference
@@ -64,6 +71,110 @@ def soft_dpo(
     return preference.anchored_cross_entropy(
         _pair('log_p', log_p), anchor_log_p, target, 1 / jnp.asarray(beta)
     )
+
+
+def simpo(
+    log_p: ArrayLike, counts: ArrayLike, beta: ArrayLike = 2.0, gamma: ArrayLike = 1.0
+) -> jax.Array:
+    """Preference without a reference: -log sigma(beta (l_0 / n_0 - l_1 / n_1) - gamma).
+
+    DPO on means, its anchor a log-ratio of gamma / beta. As beta goes to 0 its gradient goes to
+    beta sigma(gamma) times that of `redi` with alpha = 1.
+
+    Args:
+      log_p: [..., 2] sums, see the module.
+      counts: [..., 2]; an empty answer counts as one token.
+      beta: positive.
+      gamma: the margin, in units of the argument of sigma (papers also write gamma / beta).
+
+    Returns:
+      [...] nats.
+
+    Source: Meng et al. 2024, arXiv 2405.14734, eq. 6.
+    """
+    numerics.check_positive('beta', beta)
+    mean = _means(log_p, counts)
+    margin = jnp.asarray(gamma, mean.dtype) / jnp.asarray(beta, mean.dtype)
+    anchor = jnp.stack([margin, jnp.zeros_like(margin)], axis=-1)
+    return dpo(mean, jnp.broadcast_to(anchor, mean.shape), beta)
+
+
+def redi(log_p: ArrayLike, counts: ArrayLike, alpha: ArrayLike = 0.8) -> jax.Array:
+    """-l_0 / n_0 + alpha l_1 / n_1: learns the right answer, unlearns the wrong one a little less.
+
+    alpha = 0 is fine-tuning on the right ones, alpha = 1 the limit of `simpo` for beta -> 0. It is
+    not bounded below and expected to become negative: the learning rate is its only brake.
+
+    Args:
+      log_p: [..., 2] sums, see the module.
+      counts: [..., 2]; an empty answer counts as one token.
+      alpha: the weight of the wrong answer; below 1, or no law but the wrong one's own is a
+        stationary point.
+
+    Returns:
+      [...] nats per token.
+
+    Source: REDI, arXiv 2505.24850.
+    """
+    mean = _means(log_p, counts)
+    return jnp.asarray(alpha, mean.dtype) * mean[..., 1] - mean[..., 0]
+
+
+def kto_pair(
+    log_p: ArrayLike, anchor_log_p: ArrayLike, baseline: ArrayLike, beta: ArrayLike = 0.1
+) -> jax.Array:
+    """The mean of sigma(beta (b_1 - a_0)) and sigma(beta (a_1 - b_0)), a = l - r, in [0, 1].
+
+    1/2 where the student is the anchor. Each answer is compared with the batch's mean of the other
+    kind, not with its partner.
+
+    Args:
+      log_p: [..., 2] sums, see the module.
+      anchor_log_p: [..., 2] under the reference, in LLaVA-MoD the teacher; stop-gradiented.
+      baseline: [2] of `kto_baseline`, of the whole batch.
+      beta: positive.
+
+    Returns:
+      [...].
+
+    Source: LLaVA-MoD, arXiv 2408.15881, preference distillation, as its code has it; the loss is of
+    Ethayarajh et al. 2024, arXiv 2402.01306, for pairs.
+    """
+    numerics.check_positive('beta', beta)
+    advantage = _advantage(log_p, anchor_log_p)
+    baseline = jnp.asarray(baseline, advantage.dtype)
+    against = baseline[..., ::-1] - advantage
+    sides = jax.nn.sigmoid(jnp.asarray(beta, advantage.dtype) * against * jnp.array([1, -1]))
+    return jnp.mean(sides, axis=-1)
+
+
+def kto_baseline(
+    log_p: ArrayLike,
+    anchor_log_p: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    official: bool = False,
+) -> jax.Array:
+    """b_i = max(0, mean over the batch of l_i - r_i), the estimated KL of either kind of answer.
+
+    A statistic of the batch: taken in a method's `collect`, it does not depend on micro-batches.
+
+    Args:
+      log_p, anchor_log_p: [B, 2], see `kto_pair`.
+      where: bool [B], the pairs that count; of none it is 0.
+      official: as in the released code of LLaVA-MoD, where the student gets a gradient through the
+        baseline too (and the batch is a device's own). Else no gradient.
+
+    Returns:
+      [2].
+    """
+    advantage = _advantage(log_p, anchor_log_p)
+    if not official:
+        advantage = lax.stop_gradient(advantage)
+    counted = jnp.asarray(True) if where is None else jnp.asarray(where, bool)
+    counted = jnp.broadcast_to(counted, advantage.shape[:1])[:, None]
+    total = jnp.sum(jnp.where(counted, advantage, 0.0), axis=0)
+    return jnp.maximum(total / jnp.maximum(jnp.sum(counted), 1), 0.0)
 
 
 def distillation(
@@ -124,6 +235,18 @@ def max_entropy(logits: ArrayLike, values: ArrayLike, temperature: ArrayLike = 1
     """
     target = preference.target_from_rewards(values, temperature)
     return preference.anchored_cross_entropy(logits, jnp.zeros_like(logits), target)
+
+
+def _means(log_p: ArrayLike, counts: ArrayLike) -> jax.Array:
+    log_p, counts = _pair('log_p', log_p), _pair('counts', counts)
+    dtype = numerics.accumulation_dtype(log_p)
+    return log_p.astype(dtype) / jnp.maximum(counts.astype(dtype), 1)
+
+
+def _advantage(log_p: ArrayLike, anchor_log_p: ArrayLike) -> jax.Array:
+    log_p, anchor = _pair('log_p', log_p), lax.stop_gradient(_pair('anchor_log_p', anchor_log_p))
+    dtype = numerics.accumulation_dtype(log_p, anchor)
+    return log_p.astype(dtype) - anchor.astype(dtype)
 
 
 def _pair(name: str, x: ArrayLike) -> jax.Array:
