@@ -16,8 +16,8 @@ def override(config: ConfigDict, assignments: Mapping[str, str]) -> list[str]:
 
     A field takes the type of the value it has. A block that names a callable also takes arguments
     of it that the config leaves at their defaults; named another one, it loses the arguments that
-    the other does not take. Where names are free (`ema`, `references`, `data`, labels of
-    `evaluators` and `writers`) new ones may be given. The empty text empties a block:
+    the other does not take. Where names are free (`ema`, `references`, `data`, `pretrained`,
+    labels of `evaluators` and `writers`) new ones may be given. The empty text empties a block:
     `{'report': ''}` is no report.
 
     Returns:
@@ -70,7 +70,8 @@ def _block(config: ConfigDict, parents: list[str]) -> ConfigDict:
 
 def _free(parents: list[str]) -> bool:
     """Whether a block takes any name."""
-    return parents[-1:] in (['ema'], ['references'], ['data'], ['evaluators'], ['writers'])
+    free = ('ema', 'references', 'data', 'evaluators', 'writers')
+    return parents[:1] == ['pretrained'] or parents[-1:] in [[name] for name in free]
 
 
 def _check_new(block: ConfigDict, parents: list[str], field: str) -> None:

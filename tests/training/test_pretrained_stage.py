@@ -12,6 +12,7 @@ from kd import files
 from kd.aot.compile import compile_stage
 from kd.errors import UserError
 from kd.io import cache, manifest, pretrained, safetensors
+from kd.overrides import override
 from kd.parallel.mesh import make_mesh
 from kd.training import loop, reuse
 from kd.training.stage import prepare
@@ -261,6 +262,27 @@ def test_other_tokenizers_are_refused(models, monkeypatch):
 def test_entries_that_lack_something_are_told(entries, message):
     with pytest.raises(UserError, match=message):
         kd_config.parse(recipe(pretrained=entries))
+
+
+def test_the_command_line_names_networks_and_changes_them(models):
+    config = recipe(pretrained=dict(small=dict(weights='hf:/nowhere')), teacher='small')
+    override(
+        config,
+        {
+            'pretrained.small.weights': f'hf:{models}/llama',
+            'pretrained.small.network.dtype': 'bfloat16',
+            'pretrained.other.weights': f'gguf:{models}/llama.gguf',
+            'student.references.start': 'other',
+        },
+    )
+    trained = prepared(config).trained
+    assert trained['teacher'].network.module.dtype == 'bfloat16'
+    assert trained['start'].network.module.dtype == np.float32
+    override(config, {'student.teacher': f'gguf:{models}/llama.gguf'})
+    assert prepared(config).trained['teacher'].network.module.dtype == np.float32
+    override(config, {'pretrained.small.netwrk.depth': '3'})
+    with pytest.raises(UserError, match=r"'pretrained\.small\.netwrk'\. Did you mean 'network"):
+        kd_config.parse(config)
 
 
 def test_references_that_are_none_are_told(models):
