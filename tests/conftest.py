@@ -53,6 +53,16 @@ def quick_compilation():
     return quick
 
 
+@pytest.fixture(scope='module')
+def compiled_quickly(quick_compilation):
+    """For a whole file: `pytestmark = pytest.mark.usefixtures('compiled_quickly')`.
+
+    Not for one that says something of compiled programs, nor around `quick_compilation`.
+    """
+    with quick_compilation():
+        yield
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

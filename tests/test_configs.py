@@ -60,10 +60,16 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(catalogue, 'load', loaded)
 
 
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    """Where the small data sets are prepared, once for all recipes."""
+    return str(tmp_path_factory.mktemp('data'))
+
+
 @pytest.mark.parametrize('path', list(_recipes()))
-def test_every_recipe_traces(path, stand_ins, tmp_path):
+def test_every_recipe_traces(path, stand_ins, data_dir):
     config = kd_config.load(path)
-    config.data_dir = str(tmp_path)
+    config.data_dir = data_dir
     recipe = kd_config.parse(config)
     mesh = make_mesh({'data': 1})
     # Generations that differ in whom they learn from, and not in what that one is, are traced once.

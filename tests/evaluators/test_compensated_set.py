@@ -14,6 +14,8 @@ from kd.models.mlp import MLP
 from kd.network import from_linen
 from kd.state import State
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CLASSES, SHAPE = 4, (4, 4, 1)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(12, *SHAPE)).astype(np.float32)

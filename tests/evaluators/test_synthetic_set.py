@@ -14,6 +14,8 @@ from kd.evaluators import synthetic_set
 from kd.evaluators.fresh_training import Protocol
 from kd.models import convnet, mlp
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CLASSES = 3
 
 

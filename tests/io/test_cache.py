@@ -15,6 +15,8 @@ from kd.io import cache, checksums, safetensors
 from kd.losses import divergence
 from kd.training import loop
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 MADE_OF = {'teacher': 'aa', 'data': 'bb'}
 RNG = np.random.default_rng(0)
 

@@ -8,6 +8,8 @@ import pytest
 
 from kd.losses import feature
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 GENERATOR = np.random.default_rng(5)
 STUDENT = GENERATOR.normal(size=(6, 2, 2, 3))
 TEACHER = GENERATOR.normal(size=(6, 2, 2, 4))

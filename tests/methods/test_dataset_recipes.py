@@ -23,6 +23,8 @@ from kd.reports import dataset
 from kd.training import loop
 from kd.training.stage import prepare
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 ROUNDS, TOGETHER, EPOCHS, PER_EPOCH = 2, 2, 2, 3
 
 
@@ -129,7 +131,7 @@ def test_the_report_has_every_row_and_the_set_of_its_files(finished):
         assert (workdir / 'synthetic' / 'tfds' / name / '1.0.0' / 'dataset_info.json').exists()
 
 
-def test_every_further_architecture_learns_from_a_small_set(quick_compilation):
+def test_every_further_architecture_learns_from_a_small_set():
     digits = catalogue.load('digits', 'train[:10]')
     train = digits.fetch(np.arange(10))
     made = synthetic.SyntheticSet(train['input'], train['label'], np.float32(0.05))
@@ -141,8 +143,7 @@ def test_every_further_architecture_learns_from_a_small_set(quick_compilation):
     networks['ResNet-20'] = networks['ResNet-20'] | dict(depth=8)
     for name, block in networks.items():
         network = build_network(block, digits, where='network')
-        with quick_compilation():
-            cell = trial.cell(Protocol(network, epochs=30, batch_size=10), made, ())
+        cell = trial.cell(Protocol(network, epochs=30, batch_size=10), made, ())
         assert cell['accuracy'] > 0.5, name
         assert cell['step_size'] == pytest.approx(0.05)
 

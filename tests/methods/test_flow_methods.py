@@ -38,6 +38,8 @@ from kd.sampling.velocity import velocity_function
 from kd.training import loop
 from kd.training.stage import prepare
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SPEC = {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
 BATCH = 16
 

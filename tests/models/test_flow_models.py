@@ -19,6 +19,8 @@ from kd.models.dit import DiT
 from kd.models.unet import Block, UNet
 from kd.models.velocity_mlp import VelocityMLP
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B, CLASSES = 2, 3
 
 

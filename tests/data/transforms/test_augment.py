@@ -11,6 +11,8 @@ from PIL import Image
 from kd import errors
 from kd.data.transforms import augment, warp
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SHAPE = (64, 6, 5, 2)
 
 

@@ -8,6 +8,8 @@ from scipy import ndimage
 
 from kd.data.transforms import augment, siamese, warp
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SHAPE = (6, 8, 8, 2)
 _compiled = jax.jit(siamese.siamese, static_argnames='shared')
 GEOMETRIC = ('crop', 'cutout', 'flip', 'scale', 'rotate')
