@@ -12,10 +12,33 @@ from collections import Counter, defaultdict
 
 import pytest
 
-# CPU seconds, of this process and its children. New files that are longer want to be two, or
-# smaller; those of before are listed with what they may take.
+# CPU seconds, of this process and its children, on an idle machine; a quarter more is a warning.
+# New files that are longer want to be two, or smaller; those of before have what they take.
 BUDGET = 15.0
-ALLOWED: dict[str, float] = {}
+ALLOWED: dict[str, float] = {
+    'tests/aot/test_aot.py': 30.0,
+    'tests/benchmarks/test_trajectory_benchmark.py': 18.0,
+    'tests/claims/test_claims.py': 105.0,
+    'tests/data/test_sources.py': 17.0,
+    'tests/data/transforms/test_augment.py': 20.0,
+    'tests/evaluators/test_compensated_set.py': 20.0,
+    'tests/io/test_cache.py': 20.0,
+    'tests/losses/test_every_loss.py': 25.0,
+    'tests/losses/test_flow_map.py': 22.0,
+    'tests/losses/test_sequence.py': 28.0,
+    'tests/losses/test_signal.py': 17.0,
+    'tests/losses/test_trajectory.py': 28.0,
+    'tests/methods/test_dataset_methods.py': 105.0,
+    'tests/methods/test_dataset_recipes.py': 50.0,
+    'tests/methods/test_flow_methods.py': 47.0,
+    'tests/methods/test_infer_recipe.py': 38.0,
+    'tests/methods/test_infer_ufc.py': 33.0,
+    'tests/models/test_flow_models.py': 43.0,
+    'tests/models/test_vision_models.py': 32.0,
+    'tests/test_colabs.py': 75.0,
+    'tests/test_configs.py': 115.0,
+    'tests/theory/test_verify.py': 35.0,
+}
 # What a worker may hold, in MB.
 MEMORY = 2500.0
 # Files that take longest, first, so that no worker is left with one at the end.

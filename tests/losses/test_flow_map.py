@@ -10,6 +10,8 @@ from kd.losses import interpolant as interpolants
 from kd.losses.flow_map_checks import check_times, check_velocity_function
 from kd.losses.flow_map_family import emd_residual, fmm_residuals, lmd_residual, pfmm_residual
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 S0, S1, MEAN = 0.8, 0.35, jnp.array([1.3, -0.4])
 
 

@@ -10,6 +10,8 @@ from kd.losses import flow_map_algorithms as algorithms
 from kd.losses import flow_map_family as family
 from kd.losses import interpolant as interpolants
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B = 6
 
 

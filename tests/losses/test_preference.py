@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 
 from kd.losses import preference, preference_family
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 RNG = np.random.default_rng(0)
 B, P = 8, 5
 LOG_P, ANCHOR = scipy.special.log_softmax(2 * RNG.normal(size=(2, B, P)), axis=-1)

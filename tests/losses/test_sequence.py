@@ -26,6 +26,16 @@ VARIED = normal(N)
 MESH_AXIS = 'tokens'
 
 
+@pytest.fixture(autouse=True)
+def quick(request, quick_compilation):
+    """Compilation is most of the time, but what is said of programs is said of optimised ones."""
+    if 'never_exist' in request.node.name:
+        yield
+    else:
+        with quick_compilation():
+            yield
+
+
 @pytest.fixture(scope='module')
 def mesh():
     return jax.make_mesh((8,), (MESH_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))

@@ -7,6 +7,8 @@ import pytest
 
 from kd.losses import sharpness
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 RNG = np.random.default_rng(0)
 gsam = jax.jit(sharpness.gsam_gradient, static_argnums=0, static_argnames='adaptive')
 MATRIX = RNG.normal(size=(5, 5))

@@ -11,6 +11,8 @@ import scipy.special
 
 from kd.losses import classification, divergence, signal
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 GENERATOR = np.random.default_rng(2)
 POSITIONS, SIZE = 3, 6
 STUDENT, TEACHER = GENERATOR.normal(size=(2, POSITIONS, SIZE)) * 2
