@@ -4,13 +4,14 @@
         --config=configs/vision/logit_kd.py:cpu --workdir=runs/two
 
 Everything after `--` goes to `kd.main`. Each process has `--devices` virtual CPU devices; they
-speak over Gloo. The exit status is that of the first process to fail, 0 if none does. SIGTERM and
-Ctrl-C are passed on to all. `--dry_run` prints the commands.
+speak over Gloo. The exit status is that of the first process to fail, 0 if none does. SIGTERM,
+SIGHUP and Ctrl-C are passed on to all. `--dry_run` prints the commands.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
     return _wait(processes)
 
@@ -78,7 +79,9 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
         if failed and not status:
             status, failed_at = processes[failed[0]].returncode, time.monotonic()
             how = f'status {status}' if status > 0 else signal.Signals(-status).name
-            print(f'local_multiprocess: process {failed[0]} ended with {how}', file=sys.stderr)
+            # A reader that is gone is no reason to leave the processes alone.
+            with contextlib.suppress(OSError):
+                print(f'local_multiprocess: process {failed[0]} ended with {how}', file=sys.stderr)
         if status and time.monotonic() - failed_at > PATIENCE_S:
             for process in processes:
                 process.kill()

@@ -29,6 +29,14 @@ done
 [[ -n "$name" && -n "$zone" ]] || { echo 'tpu_pod.sh: --name and --zone are needed' >&2; usage; }
 [[ $# -gt 0 ]] || { echo 'tpu_pod.sh: the arguments of kd.main are missing, after --' >&2; usage; }
 
+for argument in "$@"; do
+  case "$argument" in
+    --workdir=*://* | --data_dir=*://*)
+      echo "tpu_pod.sh: '$argument' is an address: mount the bucket and name the folder" >&2
+      exit 2 ;;
+  esac
+done
+
 run() {
   if [[ -n "$dry" ]]; then printf '%q ' "$@"; echo; else "$@"; fi
 }

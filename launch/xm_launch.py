@@ -111,6 +111,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for argument in rest:
         if not argument.startswith(('--config.', '--data_dir=')):
             parser.error(f"unknown argument '{argument}'; fields are set by --config.FIELD=VALUE")
+    for text in (arguments.workdir, *rest):
+        if '://' in text:
+            parser.error(f"'{text}' is an address: mount the bucket and name the folder")
     sweep = {}
     for text in arguments.sweep:
         field, _, values = text.partition('=')

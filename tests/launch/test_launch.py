@@ -98,6 +98,8 @@ def test_cloud_executors_are_told_the_accelerator_and_join_their_hosts(executor)
         (['--sweep=seed=3'], 'must be FIELD=[VALUE, ...], a Python list'),
         (['--steps=3'], "unknown argument '--steps=3'"),
         (['--executor=borg'], 'invalid choice'),
+        (['--workdir=gs://bucket/x'], "'gs://bucket/x' is an address"),
+        (['--data_dir=gs://bucket/x'], 'is an address: mount the bucket'),
     ],
 )
 def test_bad_arguments_of_a_launch_are_told(arguments, message):
@@ -149,6 +151,12 @@ def test_a_pod_is_made_used_by_all_workers_and_deleted():
     config, workdir, joined = _parses(command)
     assert (workdir, joined) == ('/gcs/a b', 'auto')
     override(config, {'student.steps': '3'})
+
+
+def test_a_pod_is_not_made_for_a_work_directory_that_is_an_address():
+    done = _run(*POD, '--type=v5litepod-256', '--', RECIPE, '--workdir=gs://bucket/x')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert "'--workdir=gs://bucket/x' is an address" in done.stderr
 
 
 def test_a_pod_that_exists_is_left_alone():
