@@ -26,7 +26,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd import ranges
+from kd import files, ranges
 from kd.errors import UserError, did_you_mean, one_line
 from kd.ranges import Count, Fraction, Seed, Size, Whole
 from kd.references import (
@@ -156,7 +156,9 @@ class Recipe:
         foreign = self.foreign(reference)
         if foreign is not None:
             return split_foreign(foreign.weights)[1]
-        return (workdir or Path()) / reference if reference in self.stages else Path(reference)
+        if reference in self.stages:
+            return (workdir or Path()) / reference
+        return files.local(reference, 'a stage of another run')
 
     def foreign(self, reference: str) -> Pretrained | None:
         """What a reference names that others have trained; None where it names a stage."""
@@ -263,6 +265,7 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Recipe:
     made = Recipe(stages=stages, **plain)
     if made.on_nonfinite not in ('stop', 'skip'):
         raise UserError(f"on_nonfinite must be 'stop' or 'skip', got '{made.on_nonfinite}'.")
+    files.local(made.data_dir, 'data_dir')
     if set(made.profile) != {'start', 'steps'}:
         raise UserError(f"profile has the keys 'start' and 'steps', not {_list(made.profile)}.")
     for name in stages:
@@ -311,7 +314,11 @@ def _check_references(recipe: Recipe, name: str) -> None:
     named = {'teacher': stage.teacher}
     named |= {f'references.{label}': split_reference(r)[0] for label, r in stage.references.items()}
     for field, reference in named.items():
-        if reference in names and reference not in earlier:
+        if recipe.foreign(reference) is not None:
+            continue
+        if reference not in names:
+            files.local(reference, f'{name}.{field}')
+        elif reference not in earlier:
             raise UserError(
                 f"{name}.{field}='{reference}' must come before '{name}' in stages={names}."
             )

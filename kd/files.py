@@ -43,7 +43,8 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     partial = file.with_name(file.name + '.partial')
     try:
-        yield partial
+        with naming(file):
+            yield partial
         _sync(partial)
         partial.replace(file)
     except BaseException:
@@ -53,6 +54,17 @@ def replacing(file: Path) -> Iterator[Path]:
     # Some file systems have no directories to be synced.
     with contextlib.suppress(OSError):
         _sync(file.parent)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """An `OSError` of a write does not say of which file it is: within, it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import files, process
-from kd.errors import NonFiniteError, Preempted, UserError, did_you_mean
+from kd.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-EXIT_USER, EXIT_NONFINITE, EXIT_PREEMPTED = process.EXIT_USER, 3, process.EXIT_STOPPED
+EXIT_USER, EXIT_NONFINITE = process.EXIT_USER, process.EXIT_NONFINITE
+EXIT_PREEMPTED = process.EXIT_STOPPED
 _PREFIX = '--config.'
 _FLAGS = (
     *('--config', '--workdir', '--data_dir', '--distributed'),
@@ -39,43 +40,27 @@ _FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. Errors meant for people become one line."""
-    with process.output(), process.signals(own=__name__ == '__main__'):
-        try:
-            return _main(sys.argv[1:] if argv is None else argv)
-        except UserError as error:
-            return process.told(str(error), EXIT_USER)
-        except NonFiniteError as error:
-            return process.told(str(error), EXIT_NONFINITE)
-        except Preempted as error:
-            return process.told(str(error), process.exit_status(error.number))
-        except process.Stopped as stop:
-            return process.told(f'{stop}.', process.exit_status(stop.number))
-        except KeyboardInterrupt:
-            return process.told('interrupted.', process.EXIT_INTERRUPTED)
-        except OSError as error:
-            line = process.trouble(error)
-            if line is None:
-                raise
-            return process.told(line, EXIT_USER)
+    return process.entry(lambda: _main(argv))
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     # TensorFlow writes TensorBoard events and tfds copies, and would have much to say of itself.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    known, assignments = parse(argv)
-    enable_compilation_cache()
+    known, assignments = parse(sys.argv[1:] if argv is None else argv)
     # Importing takes seconds: a mistyped flag is told before, and a signal finds its handler.
-    import jax
+    with process.active().nothing_to_lose():
+        import jax
 
-    from kd.parallel import distributed
+        from kd.parallel import distributed
+        from kd.training import loop, reuse
+
+    enable_compilation_cache()
 
     # The processes join before the config is read, which may ask JAX for the devices.
     with distributed.session(known.distributed):
         config = read(known, assignments)
-        from kd.training import loop, reuse
-
         choice = reuse.Choice(only=known.stages, again=known.again, longer=known.longer)
         report = loop.run(config, known.workdir, choice)
     if jax.process_index() == 0:
@@ -152,4 +137,4 @@ def enable_compilation_cache() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(_main)

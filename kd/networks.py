@@ -17,7 +17,7 @@ from kd import config as config_lib
 from kd import files
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
-from kd.io import checkpoints, pretrained
+from kd.io import finished, pretrained
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
 from kd.references import Pretrained
@@ -165,16 +165,16 @@ def trained_network(
     abstract = _abstract(network, recipe, mesh)
 
     def verify() -> int:
-        done = checkpoints.read_done(directory)
+        done = finished.read_done(directory)
         if done is None:
             raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
-        wanted = checkpoints.of_part(abstract, part, weights)
-        checkpoints.check_variables(directory, done['step'], wanted, where)
+        wanted = finished.of_part(abstract, part, weights)
+        finished.check_variables(directory, done['step'], wanted, where)
         return done['step']
 
     def restore() -> Any:
         step = verify()
-        return checkpoints.restore_part(directory, step, abstract, where, part, weights)
+        return finished.restore_part(directory, step, abstract, where, part, weights)
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
     return Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
@@ -244,10 +244,13 @@ def _stored_stage(directory: Path, where: str, recipe: Recipe) -> tuple[dict[str
     if directory.name not in stored:
         raise UserError(f"{where}: the run in {directory.parent} has no stage '{directory.name}'.")
     plain = config_lib.to_plain(stored)
+    block = plain[directory.name]
+    if not isinstance(block, dict) or not {'network', 'ema'} <= set(block):
+        raise UserError(f"{file} is damaged: '{directory.name}' is no stage in it.")
     try:
         its_recipe = config_lib.parse(plain)
     except UserError:
         # Of another version of kd, perhaps: its data are what counts.
         its_recipe = Recipe(stages={}, data=plain.get('data', {}))
     # Where data lie is a matter of this run.
-    return plain[directory.name], dataclasses.replace(its_recipe, data_dir=recipe.data_dir)
+    return block, dataclasses.replace(its_recipe, data_dir=recipe.data_dir)

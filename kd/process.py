@@ -8,6 +8,7 @@ compilation of minutes as a rule, is ended by a thread.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import errno
@@ -17,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kd import files
-from kd.errors import UserError
+from kd.errors import NonFiniteError, Preempted, UserError, reason
 
-EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 75, 130
+EXIT_USER, EXIT_NONFINITE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 75, 130
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # How long a signal may wait for the interpreter before the thread acts.
 _GRACE_S = 5.0
@@ -51,15 +53,17 @@ class Signals:
     """The signals that ask a process to end.
 
     Attributes:
+      own: see `signals`.
       came: the first that came, 0 for none.
       forward: what a signal becomes in a run of several processes, which agree on a step to stop
         at; None in one process.
     """
 
-    def __init__(self) -> None:
-        self.came = 0
+    def __init__(self, *, own: bool = False) -> None:
+        self.own, self.came = own, 0
         self.forward: Callable[[], None] | None = None
         self._deferred = self._leaving = False
+        self._idle = own  # Until it is set up, and after.
         self._rescue: Callable[[], None] | None = None
 
     def asked(self) -> bool:
@@ -90,6 +94,20 @@ class Signals:
         finally:
             self._deferred, self._rescue = before, None
 
+    @contextlib.contextmanager
+    def nothing_to_lose(self) -> Iterator[None]:
+        """Within, a signal ends a process of its own at once: for imports, which would lose it."""
+        before, self._idle = self._idle, self.own and self.forward is None
+        try:
+            yield
+        finally:
+            self._idle = before
+
+    def repeat(self) -> None:
+        """Lets a signal come again whose `Stopped` was lost."""
+        number, self.came = self.came, 0
+        threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
+
     def alone(self) -> None:
         """What follows concerns this process only: signals end it, whoever took them before."""
         self.forward = None
@@ -104,6 +122,8 @@ class Signals:
         """The handler."""
         if self._leaving:
             time.sleep(3600)  # The thread is saving, and ends the process.
+        if self._idle:
+            _leave(number)
         if self.came and number == signal.SIGINT:
             raise KeyboardInterrupt
         again, self.came = self.came, self.came or number
@@ -125,13 +145,17 @@ class Signals:
             if not numbers or self.came or self._deferred or self.forward is not None:
                 continue
             self._leaving = True
-            if self._rescue is not None:
-                self._rescue()
-            told = f'kd: {Stopped(numbers[0])}; run the same command to go on.\n'
-            with contextlib.suppress(OSError):
-                os.write(2, told.encode())
-            os._exit(exit_status(numbers[0]))
+            if self._rescue is None:
+                _leave(numbers[0])
+            self._rescue()
+            _leave(numbers[0], '; run the same command to go on')
         os.close(descriptor)
+
+
+def _leave(number: int, more: str = '') -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, f'kd: {Stopped(number)}{more}.\n'.encode())
+    os._exit(exit_status(number))
 
 
 _active: Signals | None = None
@@ -154,13 +178,17 @@ def signals(*, own: bool = False) -> Iterator[Signals]:
     if _active is not None or threading.current_thread() is not threading.main_thread():
         yield _active or Signals()
         return
-    _active = handler = Signals()
+    _active = handler = Signals(own=own)
     # What is ignored, by nohup for example, stays so.
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handler.handle) for number in taken}
     try:
         with _watched(handler) if own else contextlib.nullcontext():
-            yield handler
+            handler._idle = False
+            try:
+                yield handler
+            finally:
+                handler._idle = own
     finally:
         _active = None
         for number, old in previous.items():
@@ -237,20 +265,58 @@ def trouble(error: OSError) -> str | None:
     return f'{error.strerror}{f": {error.filename}" if error.filename else ""}.'
 
 
-def entry(main: Callable[[], int]) -> int:
-    """Runs the command of a module as a person starts it; errors for people become one line."""
-    with output():
+def cause(error: BaseException) -> str:
+    """What a library's error says of a write: the trouble of the machine, if it names one."""
+    said = str(error)
+    words = [os.strerror(number) for number in sorted(_TROUBLES)]
+    return next((word for word in words if word in said), reason(error))
+
+
+def entry(main: Callable[[], int], *, own: bool = False) -> int:
+    """The exit status of `main`, as a person starts it; errors for people become one line.
+
+    Args:
+      main: returns an exit status.
+      own: see `signals`.
+    """
+    with output(), signals(own=own) as handler:
         try:
             return main()
         except UserError as error:
             return told(str(error), EXIT_USER)
+        except NonFiniteError as error:
+            return told(str(error), EXIT_NONFINITE)
+        except Preempted as error:
+            return told(str(error), exit_status(error.number))
+        except Stopped as stop:
+            return told(f'{stop}.', exit_status(stop.number))
         except KeyboardInterrupt:
             return told('interrupted.', EXIT_INTERRUPTED)
-        except OSError as error:
-            line = trouble(error)
+        except Exception as error:
+            if handler.came:  # A library has made another error of it.
+                return told(f'{Stopped(handler.came)}.', exit_status(handler.came))
+            line = trouble(error) if isinstance(error, OSError) else None
             if line is None:
                 raise
             return told(line, EXIT_USER)
+
+
+def command(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` as `entry` does and ends the process, which is there for nothing else."""
+    sys.unraisablehook = partial(_unraisable, sys.unraisablehook)
+    status = entry(main, own=True)
+    if status in (EXIT_STOPPED, EXIT_INTERRUPTED):
+        # JAX may be in the middle of something, waits for it, and crashes now and then.
+        os._exit(status)
+    sys.exit(status)
+
+
+def _unraisable(before: Callable[[Any], None], what: Any) -> None:
+    """What is raised in destructors: a signal comes again, TensorStore is not heard."""
+    if isinstance(what.exc_value, Stopped):
+        active().repeat()
+    elif str(what.exc_value) != 'Event loop is closed':
+        before(what)
 
 
 def path_argument(text: str) -> Path:
@@ -259,3 +325,11 @@ def path_argument(text: str) -> Path:
         return files.local(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def file_argument(text: str) -> Path:
+    """For `type=` of argparse: a file to be written, in a folder that is there."""
+    file = path_argument(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'there is no folder {file.parent}')
+    return file

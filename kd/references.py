@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd import files
 from kd.errors import UserError, did_you_mean
 
 # Kinds of files that other libraries write.
@@ -51,14 +52,14 @@ def split_foreign(reference: str) -> tuple[str, Path]:
     """('hf' or 'gguf', directory or file) of such a reference.
 
     Raises:
-      UserError: another kind of reference, or nothing behind the colon.
+      UserError: another kind of reference, nothing behind the colon, or an address.
     """
     kind, _, path = reference.partition(':')
     if not is_foreign(reference) or not path:
         raise UserError(
             f"a pretrained network is 'hf:DIRECTORY' or 'gguf:FILE', not '{reference}'."
         )
-    return kind, Path(path).expanduser()
+    return kind, files.local(path, kind).expanduser()
 
 
 def split_reference(reference: str) -> tuple[str, str]:

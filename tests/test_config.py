@@ -350,3 +350,21 @@ def test_a_config_is_the_same_after_json(config):
 def test_the_closest_word_is_suggested_or_none():
     assert did_you_mean('studnet', ['teacher', 'student']) == " Did you mean 'student'?"
     assert did_you_mean('xyz', ['teacher', 'student']) == ''
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'where'),
+    [
+        ('student.teacher', 'gs://bucket/run/teacher', r'student\.teacher'),
+        ('student.references', {'old': 's3://bucket/x'}, r'student\.references\.old'),
+        ('data_dir', 'gs://bucket/data', 'data_dir'),
+        ('pretrained', {'big': {'weights': 'hf:gs://bucket/x'}}, r'pretrained\.big\.weights: hf'),
+    ],
+)
+def test_addresses_are_refused_in_every_field_that_is_a_path(field, value, where):
+    made = kd_config.load('configs/vision/logit_kd.py:cpu')
+    *block, name = field.split('.')
+    with made.unlocked(), made.ignore_type():
+        (made[block[0]] if block else made)[name] = value
+    with pytest.raises(UserError, match=f"^{where}: '.*' is an address"):
+        kd_config.parse(made)

@@ -11,7 +11,8 @@ from kd import config as kd_config
 from kd.data import catalogue, sources
 from kd.papers import index
 from kd.parallel.mesh import make_mesh
-from kd.training import ending, loop
+from kd.training import ending
+from kd.training import step as step_lib
 
 ROOT = Path(__file__).parent.parent
 # Data that a machine without a network lacks: (input shape, classes, examples by split).
@@ -74,7 +75,7 @@ def test_every_recipe_traces(path, stand_ins, data_dir):
     mesh = make_mesh({'data': 1})
     # Generations that differ in whom they learn from, and not in what that one is, are traced once.
     for stage in {_described(recipe, stage): stage for stage in recipe.stages}.values():
-        loop.check(recipe, stage, mesh)
+        step_lib.check(recipe, stage, mesh)
     ending.check_report(recipe)
     # The last stage is asked something.
     assert list(recipe.stages.values())[-1].evaluators

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,3 +56,12 @@ def test_addresses_are_refused(path):
 @pytest.mark.parametrize('path', ['runs/a', '/runs/a:b', 'C:/runs', 'a:b/c', '', 'gs'])
 def test_paths_of_this_machine_are_not(path):
     assert str(files.local(path)) == (path or '.')
+
+
+def test_a_write_that_finds_no_room_is_told_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match='No space left') as full, files.naming(tmp_path / 'x'):
+        Path('/dev/full').write_text('x' * 100000)
+    assert full.value.filename == str(tmp_path / 'x')
+    with pytest.raises(OSError, match='No such file') as other, files.naming(tmp_path / 'x'):
+        (tmp_path / 'none').read_text()
+    assert other.value.filename == str(tmp_path / 'none')

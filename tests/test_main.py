@@ -113,6 +113,8 @@ WRONG = [
     ('too many devices', ['--config.mesh.data=16'], 'needs 16 devices, there are 8'),
     ('guard', ['--config.on_nonfinite=ignore'], "must be 'stop' or 'skip'"),
     ('best', ['--config.student.final=best'], 'must name a metric'),
+    ('best of training', ['--config.teacher.best=train/orders'], "Did you mean 'order'"),
+    ('best of evaluator', ['--config.teacher.best=-validation/nil'], "Did you mean 'nll'"),
 ]  # fmt: skip
 
 

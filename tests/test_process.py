@@ -1,6 +1,8 @@
 """Signals and output of a process: in this one where they can be, in real ones where not."""
 
+import argparse
 import errno
+import importlib
 import io
 import os
 import signal
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kd import process
-from kd.errors import UserError
+from kd.errors import NonFiniteError, Preempted, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,6 +135,9 @@ def test_what_cannot_be_said_is_not(monkeypatch, error):
     ('error', 'status', 'said'),
     [
         (UserError('wrong'), 2, 'kd: wrong\n'),
+        (NonFiniteError('nan'), 3, 'kd: nan\n'),
+        (Preempted('saved', signal.SIGTERM), 75, 'kd: saved\n'),
+        (process.Stopped(signal.SIGHUP), 75, 'kd: stopped by SIGHUP.\n'),
         (KeyboardInterrupt(), 130, 'kd: interrupted.\n'),
         (OSError(errno.ENOSPC, 'No space left on device'), 2, 'kd: No space left on device.\n'),
         (FileNotFoundError(errno.ENOENT, 'No such file', '/x'), 2, 'kd: No such file: /x.\n'),
@@ -152,3 +157,114 @@ def test_other_errors_keep_their_trace():
 
     with pytest.raises(OSError, match='a slip of ours'):
         process.entry(main)
+
+
+def test_an_error_that_a_library_makes_of_a_signal_is_not_told(capsys):
+    def main():
+        try:
+            kill(signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError('failed to import') from error
+
+    assert process.entry(main) == 75
+    assert capsys.readouterr().err == 'kd: stopped by SIGTERM.\n'
+
+
+def test_what_a_library_says_of_a_full_disk_is_a_word():
+    full = ValueError('RESOURCE_EXHAUSTED: Error writing "/x/y": [28: No space left on device]')
+    assert process.cause(full) == 'No space left on device'
+    assert process.cause(ValueError('something\nelse')) == 'something'
+
+
+COMMANDS = [
+    file.relative_to(ROOT)
+    for file in sorted((ROOT / 'kd').rglob('*.py'))
+    if "if __name__ == '__main__':" in file.read_text()
+]
+
+
+@pytest.mark.parametrize('file', COMMANDS, ids=str)
+def test_every_command_ends_as_a_person_expects(file):
+    started = (ROOT / file).read_text().rpartition("if __name__ == '__main__':\n")[2].strip()
+    assert started in ('process.command(main)', 'command(main)', 'process.command(_main)')
+
+
+def _said(*arguments, **environment):
+    """Exit status and errors of a process that has Ctrl-C as a program in a terminal has it."""
+    code = """
+        import os, signal, sys
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    """
+    done = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code), *arguments],
+        cwd=ROOT, env=os.environ | environment, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_ctrl_c_during_the_imports_of_a_command_is_silent(tmp_path):
+    (tmp_path / 'jax.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n')
+    path = f'{tmp_path}:{ROOT}'
+    said = _said('-m', 'kd.theory.verify', PYTHONPATH=path)
+    assert said == (-signal.SIGINT, '')
+
+
+def test_a_signal_that_a_destructor_loses_comes_again():
+    code = """
+        import os, signal, time
+        from kd import process
+
+        class Lost:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+
+        def main():
+            Lost()
+            time.sleep(20)
+
+        process.command(main)
+    """
+    said = _said('-c', textwrap.dedent(code))
+    assert said == (130, 'kd: stopped by SIGINT.\n')
+
+
+@pytest.mark.parametrize(
+    ('module', 'arguments'),
+    [
+        ('kd.claims.__main__', ['adpo', '--output=gs://bucket/results']),
+        ('kd.claims.__main__', ['adpo', '--data_dir=gs://bucket/data']),
+        ('kd.aot.__main__', ['--table=gs://bucket/aot.md']),
+        ('kd.aot.__main__', ['--config=x.py', '--json=s3://bucket/x.json']),
+        ('kd.theory.verify', ['--output=gs://bucket/theory']),
+        ('kd.data.prepare', ['digits', '--data_dir=gs://bucket/data']),
+        ('kd.benchmarks.fused_divergence', ['--json=gs://bucket/x.json']),
+        ('kd.benchmarks.scaling', ['--page=gs://bucket/x.md']),
+        ('kd.io.safetensors', ['gs://bucket/run/student', 'x']),
+        ('kd.io.safetensors', ['run/student', 'gs://bucket/x']),
+        ('kd.io.export', ['run/student', 'gs://bucket/x']),
+        ('kd.main', ['--config=x.py', '--workdir=gs://bucket/run']),
+        ('kd.main', ['--config=x.py', '--workdir=run', '--data_dir=gs://bucket/data']),
+    ],
+)
+def test_addresses_are_refused_at_once_wherever_a_path_is_given(
+    module, arguments, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [module, *arguments])
+    try:
+        status = process.entry(importlib.import_module(module).main)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    [*_, line] = capsys.readouterr().err.strip().splitlines()
+    assert "'" in line
+    assert 'is an address; kd reads and writes folders of this machine only' in line
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_for_what_is_written_must_be_there_before_anything_is_computed(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match=r'there is no folder .*none'):
+        process.file_argument(str(tmp_path / 'none' / 'x.json'))
+    assert process.file_argument(str(tmp_path / 'x.json')) == tmp_path / 'x.json'

@@ -20,21 +20,19 @@ and may exchange more. Then only the time of arithmetic is a lower bound.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import resource
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from kd import config as config_lib
+from kd import files, process
 from kd.aot import topology
 from kd.aot.compile import as_json, compile_stage, raise_batch, text
 from kd.errors import UserError
-from kd.main import EXIT_USER, overrides
+from kd.main import overrides
 from kd.overrides import override
 
 
@@ -47,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--config', metavar='FILE[:ARGUMENT]')
     parser.add_argument('--topology', default='cpu:8', help='v5e:16x16, v5p:8x8x8, cpu:8, ...')
     parser.add_argument('--stage', default='', help='the last one by default')
-    parser.add_argument('--json', type=Path, help='write the report there too')
+    parser.add_argument('--json', type=process.file_argument, help='write the report there too')
     parser.add_argument(
         '--raise_batch', action='store_true', help='to a multiple of the devices that share it'
     )
-    parser.add_argument('--table', type=Path, help='compile the table of full-scale recipes')
+    parser.add_argument(
+        '--table', type=process.path_argument, help='compile the table of full-scale recipes'
+    )
     parser.add_argument('--jobs', type=int, default=2, help='rows of the table at a time')
     parser.add_argument(
         '--effort',
@@ -64,37 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     known, rest = parser.parse_known_args(argv)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    try:
-        _virtual_devices(known.topology)
-        if known.table:
-            from kd.aot import table
+    _virtual_devices(known.topology)
+    if known.table:
+        from kd.aot import table
 
-            if known.effort:
-                raise UserError('Every row of the table has its own effort: leave --effort out.')
-            # Without the compiler every row would fail, and be kept as one that does.
-            topology.devices(table.SLICES[0])
-            table.write(known.table, jobs=known.jobs, cpu_minutes=known.cpu_minutes)
-            return 0
-        if not known.config:
-            raise UserError(
-                'Name a recipe with --config=FILE, or write the table with --table=FILE.'
-            )
-        config = config_lib.load(known.config)
-        override(config, overrides(rest))
-        name = known.stage or config.stages[-1]
-        if known.cpu_minutes:
-            # Past the soft limit comes SIGXCPU, which ends the process wherever it is.
-            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(60 * known.cpu_minutes), hard))
-        if known.raise_batch:
-            raise_batch(config, name, known.topology)
-        report = compile_stage(config, name, known.topology, known.effort)
-        print(text(report))
-        if known.json:
-            known.json.write_text(json.dumps(as_json(report)))
-    except UserError as error:
-        print(f'kd: {error}', file=sys.stderr)
-        return EXIT_USER
+        if known.effort:
+            raise UserError('Every row of the table has its own effort: leave --effort out.')
+        # Without the compiler every row would fail, and be kept as one that does.
+        topology.devices(table.SLICES[0])
+        table.write(known.table, jobs=known.jobs, cpu_minutes=known.cpu_minutes)
+        return 0
+    if not known.config:
+        raise UserError('Name a recipe with --config=FILE, or write the table with --table=FILE.')
+    config = config_lib.load(known.config)
+    override(config, overrides(rest))
+    name = known.stage or config.stages[-1]
+    if known.cpu_minutes:
+        # Past the soft limit comes SIGXCPU, which ends the process wherever it is.
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(60 * known.cpu_minutes), hard))
+    if known.raise_batch:
+        raise_batch(config, name, known.topology)
+    report = compile_stage(config, name, known.topology, known.effort)
+    print(text(report))
+    if known.json:
+        files.write_json(known.json, as_json(report))
     return 0
 
 
@@ -107,4 +101,4 @@ def _virtual_devices(target: str) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

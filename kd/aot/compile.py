@@ -141,7 +141,7 @@ def compile_stage(
       UserError: an unknown topology, libtpu missing, a mesh or batch that does not fit, a config
         that needs a correction, an effort outside its range.
     """
-    from kd.training import loop
+    from kd.training import step as step_lib
     from kd.training.stage import prepare
 
     if not -1.0 <= effort <= 1.0:
@@ -152,8 +152,8 @@ def compile_stage(
     devices, chip = topology.devices(target)
     mesh = mesh_lib.make_mesh(recipe.mesh, devices)
     stage = prepare(recipe, name, mesh)
-    arguments = loop.abstract_arguments(stage)
-    step: Any = loop.make_train_step(stage)
+    arguments = step_lib.abstract_arguments(stage)
+    step: Any = step_lib.make_train_step(stage)
     traced = step.trace(*arguments)
     report = Report(
         stage=name,

@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kd import files
 from kd.aot import compile as aot
 from kd.aot import hlo
 
@@ -124,41 +125,69 @@ def write(file: Path, *, jobs: int, cpu_minutes: float, rows: Sequence[Row] = RO
     """Compiles what is not compiled yet; page and record are written anew after each row."""
     file.parent.mkdir(parents=True, exist_ok=True)
     record = file.with_suffix('.json')
-    kept = json.loads(record.read_text()) if record.exists() else {}
+    kept = files.read_json(record, 'delete it to compile all rows again') if record.exists() else {}
     # Slice by slice, so that a table that is cut short has something of every recipe.
     slices = dict.fromkeys(target for row in rows for target in row.slices)
     keys = [row.key(target) for target in slices for row in rows if target in row.slices]
     todo = [key for key in keys if key not in kept]
+    children = _Children()
     with futures.ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(compiled, key, cpu_minutes): key for key in todo}
-        for done in futures.as_completed(running):
-            kept[running[done]] = done.result()
-            _keep(record, kept)
-            file.write_text(page(kept, rows))
-            print(running[done], flush=True)
-    file.write_text(page(kept, rows))
+        running = {pool.submit(compiled, key, cpu_minutes, children.add): key for key in todo}
+        try:
+            for done in futures.as_completed(running):
+                kept[running[done]] = done.result()
+                files.write_whole(record, json.dumps(kept, indent=0, sort_keys=True) + '\n')
+                files.write_whole(file, page(kept, rows))
+                print(running[done], flush=True)
+        except BaseException:
+            # Otherwise the pool would go on to the last row.
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.end()
+            raise
+    files.write_whole(file, page(kept, rows))
 
 
-def _keep(record: Path, kept: Mapping[str, Any]) -> None:
-    """Writes the record whole or not at all."""
-    partial = record.with_suffix('.partial')
-    partial.write_text(json.dumps(kept, indent=0, sort_keys=True) + '\n')
-    partial.replace(record)
+class _Children:
+    """Processes that threads begin, until they are to end."""
+
+    def __init__(self) -> None:
+        self._begun: list[subprocess.Popen] = []
+        self._ended = False
+
+    def add(self, child: subprocess.Popen) -> None:
+        self._begun.append(child)
+        if self._ended:
+            child.kill()
+
+    def end(self) -> None:
+        self._ended = True
+        for child in self._begun:
+            child.kill()
 
 
-def compiled(key: str, cpu_minutes: float) -> dict[str, Any]:
-    """What `kd.aot` tells about a row: a report, or {'left_out': why there is none}."""
+def compiled(
+    key: str,
+    cpu_minutes: float,
+    started: Callable[[subprocess.Popen], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What `kd.aot` tells about a row: a report, or {'left_out': why there is none}.
+
+    `started` is given the process that compiles it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.json'
         command = [
             *(sys.executable, '-m', 'kd.aot', *key.split(), '--raise_batch'),
             *(f'--json={report}', f'--cpu_minutes={cpu_minutes}'),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == -signal.SIGXCPU:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
+            started(child)
+            _, said = child.communicate()
+        if child.returncode == -signal.SIGXCPU:
             return {'left_out': f'not compiled within {cpu_minutes:g} CPU minutes'}
-        if done.returncode:
-            return {'left_out': (done.stderr.strip().splitlines() or ['no reason given'])[-1]}
+        if child.returncode:
+            return {'left_out': (said.strip().splitlines() or ['no reason given'])[-1]}
         return json.loads(report.read_text())
 
 

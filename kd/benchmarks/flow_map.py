@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -29,6 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kd import process
 from kd.losses.flow_map import VelocityFunction, uncertainty_weight
 from kd.losses.flow_map_algorithms import ALGORITHMS, flow_map_errors, get_algorithm
 from kd.losses.interpolant import linear
@@ -180,4 +180,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

@@ -25,17 +25,15 @@ of it, known only when it runs, for which its gradient needs a second sweep.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kd import files, process
 from kd.losses import divergence as divergences
 from kd.losses import sequence, signal
 
@@ -146,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--time_tokens', type=int, default=1024)
     parser.add_argument('--time_vocabulary', type=int, default=16384)
     parser.add_argument('--rounds', type=int, default=5, help='timed runs of each form')
-    parser.add_argument('--json', type=Path, help='also write the numbers to this file')
+    parser.add_argument(
+        '--json', type=process.file_argument, help='also write the numbers to this file'
+    )
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error('--rounds must be at least 1')
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 what: {name: ratio for name, (ratio, _) in of.items()} for what, of in found.items()
             },
         }
-        options.json.write_text(json.dumps(record, indent=2) + '\n')
+        files.write_json(options.json, record)
     return int(any(ratio > target for of in found.values() for ratio, target in of.values()))
 
 
@@ -188,4 +188,4 @@ def _title(what: str, name: str, size: tuple[Any, ...]) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

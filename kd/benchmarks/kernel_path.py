@@ -19,7 +19,6 @@ Target: at least 100 times faster than a refit per point, compilation not counte
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.kernel_ridge import KernelRidge
 
+from kd import process
 from kd.theory import kernel_regression as kr
 
 TARGET = 100.0
@@ -159,4 +159,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,9 +25,11 @@ from pathlib import Path
 import jax
 
 from kd import config as kd_config
+from kd import process
 from kd.io import checkpoints
 from kd.parallel import mesh as mesh_lib
 from kd.training import loop
+from kd.training import step as step_lib
 from kd.training.stage import Stage, prepare
 
 TARGETS = {'20 ms': (20.0, 0.95), '2 ms': (2.0, 0.85)}
@@ -54,8 +55,9 @@ def recipe(width: int, steps: int) -> kd_config.Recipe:
 
 def bare(stage: Stage, steps: int) -> float:
     """Seconds per step of the compiled step on batches that are on the device."""
-    step = loop.make_train_step(stage)
-    state, window = loop.initial_state(stage), loop.zeros(loop.abstract_arguments(stage)[2])
+    step = step_lib.make_train_step(stage)
+    state = step_lib.initial_state(stage)
+    window = step_lib.zeros(step_lib.abstract_arguments(stage)[2])
     host = itertools.islice(stage.batches(), 8)
     batches = [mesh_lib.put_batch(batch, stage.batch_sharding()) for batch in host]
     for batch in batches[:3]:
@@ -128,4 +130,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kd import process
 from kd.errors import UserError
 
 TARGET_S = 20.0
@@ -60,19 +61,23 @@ def _start(recipe: str, stage: str, folder: Path) -> Start:
     environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache')}
     log = folder / 'run' / stage / 'metrics.jsonl'
     before = _last_step(log)
-    with (folder / 'said').open('w+') as said:
+    with (
+        (folder / 'said').open('w+') as said,
+        subprocess.Popen(command, env=environment, stdout=said, stderr=said) as child,
+    ):
         began = time.monotonic()
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-        while (step := _last_step(log)) <= before:
-            wall = time.monotonic() - began
-            if process.poll() is not None or wall > PATIENCE_S:
-                process.kill()
-                said.seek(0)
-                raise UserError(f'{recipe} made no step within {wall:.0f} s:\n{said.read()}')
-            time.sleep(0.01)
-        wall, cpu = time.monotonic() - began, _cpu_seconds(process.pid)
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        try:
+            while (step := _last_step(log)) <= before:
+                wall = time.monotonic() - began
+                if child.poll() is not None or wall > PATIENCE_S:
+                    said.seek(0)
+                    raise UserError(f'{recipe} made no step within {wall:.0f} s:\n{said.read()}')
+                time.sleep(0.01)
+        except BaseException:
+            child.kill()
+            raise
+        wall, cpu = time.monotonic() - began, _cpu_seconds(child.pid)
+        child.send_signal(signal.SIGTERM)
     return Start(wall, cpu, step)
 
 
@@ -98,11 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = []
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                pairs.append(measure(arguments.config, arguments.stage, Path(folder)))
-            except UserError as error:
-                print(f'kd: {error}', file=sys.stderr)
-                return 2
+            pairs.append(measure(arguments.config, arguments.stage, Path(folder)))
     print('| start | wall, s | processor, s | wall over that of the cold start | target, s |')
     print('|---|---:|---:|---:|---:|')
     cold, resumed = ([pair[i] for pair in pairs] for i in range(2))
@@ -121,4 +122,4 @@ def _medians(starts: Sequence[Start]) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from typing import Any
 import jax
 
 from kd import config as config_lib
+from kd import process
 from kd.aot import compile as aot
 from kd.aot import hlo, topology
 from kd.aot import table as aot_table
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument('names', nargs='*', metavar='TABLE', help=', '.join(TABLES))
-    parser.add_argument('--page', type=Path, help='write them into it')
+    parser.add_argument('--page', type=process.file_argument, help='write them into it')
     arguments = parser.parse_args(argv)
     names = arguments.names or list(TABLES)
     if unknown := set(names) - set(TABLES):
@@ -318,4 +318,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

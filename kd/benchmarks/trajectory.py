@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -37,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd import network
+from kd import network, process
 from kd.losses import trajectory
 from kd.models import convnet, mlp
 
@@ -239,4 +238,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kd.claims import results
 from kd.claims.claim import names, run, text
-from kd.process import entry
+from kd.process import command, path_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('names', nargs='*', metavar='NAME')
     parser.add_argument('--smoke', action='store_true', help='a tiny version')
     parser.add_argument(
-        '--data_dir', metavar='DIRECTORY',
+        '--data_dir', type=path_argument, metavar='DIRECTORY',
         help='where tfds data lies; default: TFDS_DATA_DIR, then ~/tensorflow_datasets',
     )  # fmt: skip
-    parser.add_argument('--output', type=Path, help='where results go; default: results/')
+    parser.add_argument('--output', type=path_argument, help='where results go; default: results/')
     parser.add_argument('--list', action='store_true', help='all claims, as without a name')
     arguments = parser.parse_args(argv)
     if arguments.data_dir:
         # What `kd.data.sources.load` goes by where no directory is named.
-        os.environ['TFDS_DATA_DIR'] = arguments.data_dir
+        os.environ['TFDS_DATA_DIR'] = str(arguments.data_dir)
     if arguments.list or not arguments.names:
         measured = results.measured()
         for name in names():
@@ -51,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(entry(main))
+    command(main)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from kd import files
 
 RESULTS = Path('results')
 REPRODUCED, NOT_REPRODUCED = 'reproduced', 'not reproduced at this scale'
@@ -17,8 +18,8 @@ Result = Mapping[str, Any]
 
 def measured(root: Path = Path()) -> dict[str, Result]:
     """All results so far, by claim, below the root of a checkout."""
-    files = sorted((root / RESULTS).glob('*.json'))
-    return {file.stem: json.loads(file.read_text()) for file in files}
+    found = sorted((root / RESULTS).glob('*.json'))
+    return {file.stem: files.read_json(file, 'run the claim again') for file in found}
 
 
 def verdict(claim: str, results: Mapping[str, Result]) -> str:

@@ -3,14 +3,13 @@
 Downloads what the data set needs, so this wants a network (`digits` does not).
 """
 
-from absl import app, flags
+import argparse
+from collections.abc import Sequence
+
 from etils import epath
 
 from kd.data import sources
-
-_DATA_DIR = flags.DEFINE_string(
-    'data_dir', None, 'Where to write; default TFDS_DATA_DIR, then ~/tensorflow_datasets.'
-)
+from kd.process import command, path_argument
 
 
 def prepare(name: str, data_dir: str) -> epath.Path:
@@ -27,11 +26,18 @@ def prepare(name: str, data_dir: str) -> epath.Path:
     return epath.Path(builder.data_dir)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) != 2:
-        raise app.UsageError('name one data set: python -m kd.data.prepare NAME [--data_dir=DIR]')
-    print(prepare(argv[1], sources.default_data_dir(_DATA_DIR.value)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog='python -m kd.data.prepare', description=__doc__)
+    parser.add_argument('name', metavar='NAME', help='of a data set of tfds')
+    parser.add_argument(
+        '--data_dir', type=path_argument, metavar='DIRECTORY',
+        help='where to write; default TFDS_DATA_DIR, then ~/tensorflow_datasets',
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    print(prepare(arguments.name, sources.default_data_dir(arguments.data_dir)))
+    return 0
 
 
 if __name__ == '__main__':
-    app.run(main)
+    command(main)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from kd import files
 from kd.errors import UserError
 from kd.io import safetensors, torch_weights
 from kd.models.inception import InceptionV3
@@ -36,7 +37,7 @@ def inception_features(file: str | Path) -> Callable[[ArrayLike], np.ndarray]:
       UserError: no such file, or other weights, such as those of torchvision, whose features give
         other distances.
     """
-    module, file = InceptionV3(), Path(file)
+    module, file = InceptionV3(), files.local(file, 'the weights')
     _check_origin(file)
     example = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), example)

@@ -29,13 +29,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from kd import config as config_lib
 from kd import files
-from kd.errors import UserError
-from kd.io import checkpoints, checksums
+from kd.errors import UserError, reason
+from kd.io import checksums, finished
 from kd.losses import signal as signal_lib
 
 PREFIX = 'teacher_'
 _FOLDER = 'teacher'
 _DTYPES = ('float32', 'float16')
+_AGAIN = 'delete what is damaged, and the recipe of its stage makes it again'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,12 +173,17 @@ class Writer:
     def begin(self) -> list[int]:
         """Starts the cache or goes on with it; returns the files that are still to be written."""
         file = self.folder / 'manifest.json'
+        self.complete = False
         if file.exists():
-            _check(_read(file), self.manifest, self.folder)
+            found = _read(file)
+            _check(found, self.manifest, self.folder)
+            self.complete = bool(found.get('complete'))
         else:
             files.write_json(file, self.manifest)
         count = -(-self.examples // self.per_file)
-        return [index for index in range(count) if not _shard(self.folder, index).exists()]
+        missing = [index for index in range(count) if not _shard(self.folder, index).exists()]
+        self.complete = self.complete and not missing
+        return missing
 
     def write(self, index: int, fields: Mapping[str, np.ndarray]) -> None:
         """Writes file `index`; `fields` have its examples on their first axis."""
@@ -251,23 +257,45 @@ class Cache:
         if missing:
             raise UserError(
                 f'The cache {self.folder} lacks {len(missing)} of its {count} files, the first is '
-                f'{_shard(self.folder, missing[0]).name}; delete it, or bring them back.'
+                f'{_shard(self.folder, missing[0]).name}; {_AGAIN}.'
             )
         self._record = self.form.record(self.shape)
-        self._reader = functools.lru_cache(maxsize=64)(
-            lambda index: ArrayRecordReader(str(_shard(self.folder, index)))
-        )
+        self._reader = functools.lru_cache(maxsize=64)(self._open)
 
     def __len__(self) -> int:
         return self.manifest['examples']
 
+    def _open(self, index: int) -> ArrayRecordReader:
+        file = _shard(self.folder, index)
+        per_file = self.manifest['per_file']
+        try:
+            reader = ArrayRecordReader(str(file))
+            found = reader.num_records()
+        except Exception as error:  # RuntimeError, whatever is wrong.
+            raise UserError(f'{file} cannot be read ({reason(error)}); {_AGAIN}.') from error
+        if found != min(per_file, len(self) - index * per_file):
+            raise UserError(f'{file} is damaged: it has {found} records; {_AGAIN}.')
+        return reader
+
+    def _read(self, index: int, places: list[int]) -> list[bytes]:
+        reader = self._reader(index)
+        try:
+            found = reader.read(places)
+        except Exception as error:  # As above.
+            file = _shard(self.folder, index)
+            raise UserError(f'{file} cannot be read ({reason(error)}); {_AGAIN}.') from error
+        for record in found:
+            if len(record) != self._record.itemsize:
+                raise UserError(f'{_shard(self.folder, index)} holds other records; {_AGAIN}.')
+        return found
+
     def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Fields of the examples `indices` [B] as in `Form.spec`, each [B, ...]."""
         records: list[bytes] = [b''] * len(indices)
-        files, places = np.divmod(np.asarray(indices), self.manifest['per_file'])
-        for index in np.unique(files):
-            at = np.flatnonzero(files == index)
-            found = self._reader(int(index)).read(places[at].tolist())
+        shards, places = np.divmod(np.asarray(indices), self.manifest['per_file'])
+        for index in np.unique(shards):
+            at = np.flatnonzero(shards == index)
+            found = self._read(int(index), places[at].tolist())
             for position, record in zip(at, found, strict=True):
                 records[position] = record
         rows = np.frombuffer(b''.join(records), self._record)
@@ -285,7 +313,7 @@ def training_fingerprint(place: Path) -> str:
 
     Of the weights themselves, where others have trained them.
     """
-    done = checkpoints.read_done(place)
+    done = finished.read_done(place)
     if done is None:
         return checksums.sample(place)
     record = {name: value for name, value in done.items() if name != 'steps_per_s'}

@@ -12,9 +12,9 @@ Saving is asynchronous. Frozen trees (teachers) are never part of a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,21 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from kd import files
+from kd import files, process
 from kd import metrics as metrics_lib
 from kd.errors import UserError, reason
-from kd.io import checksums
+from kd.io import checksums, finished
+from kd.io.finished import CHECKSUMS
 from kd.parallel import distributed
-from kd.state import State, path_name
+from kd.state import State
 
 log = logging.getLogger('kd')
 
-# Orbax narrates every save at INFO and warns about things that are as we want them.
-logging.getLogger('absl').setLevel(logging.ERROR)
+# Orbax narrates every save at INFO and warns about things that are as we want them. Its errors come
+# as exceptions too.
+logging.getLogger('absl').setLevel(logging.CRITICAL)
 
-_MERITS, _CHECKSUMS = 'merits.json', 'checksums.json'
+_MERITS = 'merits.json'
 
 
 class _Manager(ocp.CheckpointManager):
@@ -122,14 +124,15 @@ class Checkpoints:
             self.rank(int(state.step), metrics)
         self.wait()
         self._saving = int(state.step)
-        self._manager.save(
-            self._saving,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(variables(state)),
-                training=ocp.args.StandardSave(_training(state, window)),
-                data=ocp.args.JsonSave(data),
-            ),
-        )
+        with self._writing():
+            self._manager.save(
+                self._saving,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(variables(state)),
+                    training=ocp.args.StandardSave(_training(state, window)),
+                    data=ocp.args.JsonSave(data),
+                ),
+            )
 
     def restore_latest(self, state: State, window: Any) -> tuple[State, Any, Any] | None:
         """The newest checkpoint that is whole, as (state, window, data position).
@@ -176,13 +179,13 @@ class Checkpoints:
         part = (jax.process_index(), jax.process_count())
 
         def verify() -> str:
-            file = folder / _CHECKSUMS
+            file = folder / CHECKSUMS
             if not file.exists():
                 return ''
             try:
                 expected = files.read_json(file, '')
             except UserError:
-                return f'{_CHECKSUMS} is not what was written'
+                return f'{CHECKSUMS} is not what was written'
             try:
                 return checksums.damage(folder, expected, part)
             except OSError as error:
@@ -192,7 +195,7 @@ class Checkpoints:
 
     def _trouble(self, step: int, error: Exception) -> str:
         folder = self.directory / 'checkpoints' / str(step)
-        whole = (folder / _CHECKSUMS).exists()
+        whole = (folder / CHECKSUMS).exists()
         return (
             f'{self.directory}: checkpoint {step} cannot be read ({reason(error)}). '
             + ('It is not damaged' if whole else 'Whether it is damaged cannot be known')
@@ -212,7 +215,7 @@ class Checkpoints:
             for item in ('variables', 'training', 'data')
             for name, value in checksums.of_files(place / item).items()
         }
-        files.write_json(place / _CHECKSUMS, found)
+        files.write_json(place / CHECKSUMS, found)
 
     def _restore(self, step: int, state: State, window: Any) -> Any:
         try:
@@ -227,17 +230,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
             raise UserError(self._trouble(step, error)) from error
 
-    def restore_variables(self, step: int, abstract: Mapping[str, Any], where: str) -> Any:
-        """`{'params', 'mutables', 'ema'}` of one checkpoint, as far as `abstract` asks for it.
-
-        Raises:
-          UserError: the checkpoint's tree differs from `abstract`, or it cannot be read.
-        """
-        return restore_variables(self.directory, step, abstract, where)
-
     def _check_tree(self, step: int, abstract: Any) -> None:
         path = self.directory / 'checkpoints' / str(step) / 'variables'
-        _check_tree(path, abstract, str(self.directory), whole=True)
+        finished.check_tree(path, abstract, str(self.directory), whole=True)
 
     def _set_aside(self, step: int, found: str) -> None:
         target = self.directory / 'broken_checkpoints' / str(step)
@@ -249,124 +244,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for the save in progress."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
-
-def check_variables(directory: Path, step: int, abstract: Any, where: str) -> Path:
-    """The path of a checkpoint's variables, which are there and of the tree `abstract`.
-
-    Raises:
-      UserError: they are not.
-    """
-    path = (directory / 'checkpoints' / str(step) / 'variables').absolute()
-    if not path.is_dir():
-        raise UserError(f'{where}: {directory} is marked as done but checkpoint {step} is missing.')
-    _check_tree(path, abstract, where)
-    return path
-
-
-def restore_variables(directory: Path, step: int, abstract: Any, where: str) -> Any:
-    """See `Checkpoints.restore_variables`."""
-    path = check_variables(directory, step, abstract, where)
-    # A report is made by one process: the others take no part in reading.
-    readers = {d.process_index for x in jax.tree.leaves(abstract) for d in x.sharding.device_set}
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=min(readers), active_processes=readers, barrier_sync_key_prefix='report'
-    )
-    everyone = len(readers) == jax.process_count()
-    options = ocp.options.MultiprocessingOptions() if everyone else alone
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            restored = checkpointer.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    item=abstract,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                    partial_restore=True,
-                ),
-            )
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # Of a device, or of a process that is gone.
         except Exception as error:  # Orbax and TensorStore raise bare Exceptions.
             raise UserError(
-                f'{where}: checkpoint {path} cannot be read: {reason(error)}'
+                f'{self.directory}: checkpoint {self._saving} cannot be written '
+                f'({process.cause(error)}). Those before it stand: put this right, and run the '
+                'same command to go on from the last.'
             ) from error
-
-    done = read_done(directory)
-    if done is not None and done['step'] == step:
-        _check_weights(restored, done.get('weights', {}), where, path)
-    return restored
-
-
-def _check_weights(restored: Any, expected: Mapping[str, str], where: str, path: Path) -> None:
-    """Holds what was read to the checksums with which the stage ended."""
-    for name, found in checksums.of_tree(restored).items():
-        wanted = expected.get(name, found)
-        # Read as another type, the same numbers have other bits.
-        if found != wanted and found.split()[0] == wanted.split()[0]:
-            raise UserError(
-                f'{where}: {name} in {path} is not what the stage ended with: the checkpoint is '
-                'damaged or another. Bring back a copy, or delete the folder of that stage and run '
-                'its recipe again.'
-            )
-
-
-def of_part(abstract: Mapping[str, Any], part: str, weights: str) -> dict[str, Any]:
-    """The variables {'params': ..., **mutables} of a part, as they lie in a checkpoint."""
-    mutables = dict(abstract)
-    params = {part: mutables.pop('params')}
-    wanted = {'params': params} if weights == 'final' else {'ema': {weights: params}}
-    return {**wanted, 'mutables': {part: mutables}} if mutables else wanted
-
-
-def restore_part(
-    directory: Path, step: int, abstract: Mapping[str, Any], where: str, part: str, weights: str
-) -> dict[str, Any]:
-    """The variables {'params': ..., **mutables} of a part of one checkpoint.
-
-    Args:
-      directory: of the stage.
-      step: of the checkpoint.
-      abstract: the variables with their shardings.
-      where: place in the config, for messages.
-      part: which part of the state.
-      weights: 'final', or the name of an average.
-
-    Raises:
-      UserError: the checkpoint's tree differs from `abstract`, or it cannot be read.
-    """
-    restored = restore_variables(directory, step, of_part(abstract, part, weights), where)
-    params = restored['params'] if weights == 'final' else restored['ema'][weights]
-    return {'params': params[part], **restored.get('mutables', {}).get(part, {})}
-
-
-def mark_done(directory: Path, record: Mapping[str, Any]) -> None:
-    """Writes the marker of a finished stage, atomically."""
-    files.write_json(directory / 'done.json', record)
-
-
-def unmark_done(directory: Path) -> None:
-    """Makes a finished stage one that goes on from its last checkpoint."""
-    (directory / 'done.json').unlink(missing_ok=True)
-
-
-def read_done(directory: Path) -> dict[str, Any] | None:
-    """The marker of a finished stage, or None.
-
-    Raises:
-      UserError: it is damaged.
-    """
-    marker = directory / 'done.json'
-    if not marker.exists():
-        return None
-    advice = 'delete it, and run the recipe of that stage again: it goes on from its checkpoint'
-    done = files.read_json(marker, advice)
-    if not isinstance(done.get('step'), int) or not isinstance(done.get('metrics'), dict):
-        raise UserError(f'{marker} is damaged: it lacks the step or the metrics; {advice}.')
-    metrics = done['metrics'].items()
-    return {**done, 'metrics': {n: math.nan if value is None else value for n, value in metrics}}
 
 
 def _read_merits(directory: Path) -> dict[int, dict[str, float]]:
@@ -388,46 +284,3 @@ def variables(state: State) -> dict[str, Any]:
 def _training(state: State, window: Any) -> dict[str, Any]:
     names = ('step', 'key', 'opt_state', 'extra')
     return {'window': window, **{name: getattr(state, name) for name in names}}
-
-
-def _check_tree(path: Path, abstract: Any, where: str, *, whole: bool = False) -> None:
-    """Compares names and shapes with what is stored; names the first differences.
-
-    Unless `whole`, only parts of the parameters that are asked for must be there as a whole.
-    """
-    try:
-        metadata = ocp.PyTreeCheckpointHandler().metadata(ocp.path.step.epath.Path(path.absolute()))
-        stored = _shapes(metadata.tree)
-    except (OSError, ValueError, KeyError, AttributeError):
-        return  # Unreadable: the restoration that follows says so.
-    wanted = _shapes(abstract)
-    differences = [
-        f'{name}: {_shown(stored.get(name))} in the checkpoint, {_shown(shape)} in the config'
-        for name, shape in wanted.items()
-        if stored.get(name) != shape
-    ]
-    params = [name for name in (stored if whole else wanted) if name.startswith('params/')]
-    parts = tuple({'/'.join(name.split('/')[:2]) + '/' for name in params})
-    differences += [
-        f'{name}: {stored[name]} in the checkpoint, nothing in the config'
-        for name in sorted(set(stored) - set(wanted))
-        if name.startswith(parts)
-    ]
-    if differences:
-        shown = '; '.join(differences[:3])
-        more = f' (and {len(differences) - 3} more)' if len(differences) > 3 else ''
-        raise UserError(
-            f'{where}: the checkpoint does not fit the configured network. {shown}{more}. '
-            'Change the network in the config or name another checkpoint.'
-        )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: hasattr(x, 'shape') and not isinstance(x, dict)
-    )[0]
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')}
-
-
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return 'nothing' if shape is None else str(shape)

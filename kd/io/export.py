@@ -13,7 +13,6 @@ import dataclasses
 import inspect
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 
 from kd import config as config_lib
-from kd import files
+from kd import files, process
 from kd.errors import UserError
 from kd.io import decoder_names, hf_decoders, pretrained, safetensors
 from kd.io.torch_weights import Part
@@ -205,18 +204,15 @@ def stage_decoder(directory: Path, variables: Mapping[str, Any]) -> Decoder:
 def main() -> int:
     """Writes the language model of a finished stage as a directory that transformers loads."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument('stage', type=Path, help='directory of a stage, such as runs/mine/student')
-    parser.add_argument('directory', type=Path)
+    path = process.path_argument
+    parser.add_argument('stage', type=path, help='directory of a stage, such as runs/mine/student')
+    parser.add_argument('directory', type=path)
     parser.add_argument('--weights', default='final', help="'final' or the name of an average")
     parser.add_argument('--tokenizer', default='', help="'hf:DIR' whose tokenizer goes with it")
     arguments = parser.parse_args()
-    try:
-        variables = safetensors.stage_variables(arguments.stage, arguments.weights)
-        decoder = stage_decoder(arguments.stage, variables)
-        sizes = export(decoder, variables, arguments.directory, tokenizer=arguments.tokenizer)
-    except UserError as error:
-        print(f'kd: {error}', file=sys.stderr)
-        return 2
+    variables = safetensors.stage_variables(arguments.stage, arguments.weights)
+    decoder = stage_decoder(arguments.stage, variables)
+    sizes = export(decoder, variables, arguments.directory, tokenizer=arguments.tokenizer)
     count = sum(x.size for x in jax.tree.leaves(variables['params']))
     kind = json.loads((arguments.directory / 'config.json').read_text())['model_type']
     print(f'{arguments.directory}: {kind}, {count:,} parameters, {sum(sizes.values()):,} bytes')
@@ -224,4 +220,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
+from kd import process
 from kd.errors import UserError
-from kd.io import checkpoints
+from kd.io import finished
 from kd.state import NETWORK, path_name
 
 # What arrays of the host can have; the format has types of less than 16 bits beside these.
@@ -245,7 +245,7 @@ def stage_variables(directory: Path, weights: str = 'final') -> dict[str, Any]:
       directory: of the stage, such as runs/mine/student.
       weights: 'final', or the name of an average that the stage kept.
     """
-    done = checkpoints.read_done(directory)
+    done = finished.read_done(directory)
     if done is None:
         raise UserError(f'{directory} is not a finished stage (it has no done.json).')
     path = (directory / 'checkpoints' / str(done['step']) / 'variables').absolute()
@@ -261,7 +261,7 @@ def stage_variables(directory: Path, weights: str = 'final') -> dict[str, Any]:
         raise UserError(f"{directory} has no weights '{weights}', only: {have}.")
     params = abstract['params'] if weights == 'final' else abstract['ema'][weights]
     mutables = (abstract.get('mutables') or {}).get(part, {})
-    return checkpoints.restore_part(
+    return finished.restore_part(
         directory,
         done['step'],
         {'params': params[part], **mutables},
@@ -278,16 +278,13 @@ def _shown(x: Any) -> str:
 def main() -> int:
     """Writes the network of a finished stage as a safetensors file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument('stage', type=Path, help='directory of a stage, such as runs/mine/student')
-    parser.add_argument('file', type=Path)
+    path = process.path_argument
+    parser.add_argument('stage', type=path, help='directory of a stage, such as runs/mine/student')
+    parser.add_argument('file', type=path)
     parser.add_argument('--weights', default='final', help="'final' or the name of an average")
     arguments = parser.parse_args()
-    try:
-        variables = stage_variables(arguments.stage, arguments.weights)
-        save(arguments.file, variables, {'stage': str(arguments.stage)})
-    except UserError as error:
-        print(f'kd: {error}', file=sys.stderr)
-        return 2
+    variables = stage_variables(arguments.stage, arguments.weights)
+    save(arguments.file, variables, {'stage': str(arguments.stage)})
     size = arguments.file.stat().st_size
     count = sum(x.size for x in jax.tree.leaves(variables['params']))
     print(f'{arguments.file}: {count:,} parameters, {size:,} bytes')
@@ -295,4 +292,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

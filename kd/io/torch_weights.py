@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd import files
 from kd.errors import UserError, did_you_mean
 from kd.io import safetensors
 from kd.io.safetensors import Index
@@ -138,7 +139,7 @@ def load(
         name = rename('.'.join([*modules, LEAVES.get(last, last)]))
         return Part(name, kernel_axes(len(shape)) if last == 'kernel' else None)
 
-    file = Path(file)
+    file = files.local(file, 'the weights')
     tensors = tensors_of(file)
     return restore(file, tensors, abstract, find, dtype=lambda leaf: dtype, ignore=ignore)
 

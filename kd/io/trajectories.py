@@ -20,7 +20,7 @@ import numpy as np
 
 from kd import config as config_lib
 from kd import files
-from kd.errors import UserError
+from kd.errors import UserError, reason
 
 _FOLDER = 'trajectories'
 
@@ -78,7 +78,11 @@ class Buffer:
                 f'{directory} holds no trajectories; it must be a stage of the method '
                 'kd.methods.dataset.expert_trajectories with its writer `snapshots`.'
             )
-        self.manifest = Manifest(**json.loads(file.read_text()))
+        advice = f'bring back a copy, or delete {directory} and run its recipe again'
+        try:
+            self.manifest = Manifest(**files.read_json(file, advice))
+        except TypeError as error:
+            raise UserError(f'{file} is damaged: {reason(error)}; {advice}.') from error
         rounds = self.manifest.experts // self.manifest.together
         wanted = [(r, e) for r in range(rounds) for e in range(self.manifest.epochs + 1)]
         missing = [_file(directory, *place) for place in wanted]
@@ -89,14 +93,27 @@ class Buffer:
                 f'snapshots are missing, the first is {missing[0].name} of {missing[0].parent.name}'
                 '; run its recipe again to finish it.'
             )
-        self._opened = functools.cache(
-            lambda number, epoch: np.load(_file(directory, number, epoch), mmap_mode='r')
-        )
+        self._opened = functools.cache(self._open)
 
     def snapshot(self, expert: int, epoch: int) -> np.ndarray:
         """Parameters of one expert after some epochs, float32 [P], memory-mapped."""
         number, place = divmod(expert, self.manifest.together)
         return self._opened(number, epoch)[place]
+
+    def _open(self, number: int, epoch: int) -> np.ndarray:
+        file = _file(self.directory, number, epoch)
+        wanted = (self.manifest.together, self.manifest.parameters)
+        try:
+            values = np.load(file, mmap_mode='r')
+            problem = '' if values.shape == wanted else f'it holds {values.shape}, not {wanted}'
+        except (OSError, ValueError, EOFError) as error:
+            problem = reason(error)
+        if problem:
+            raise UserError(
+                f'{file} cannot be read: {problem}; bring back a copy, or delete {self.directory} '
+                'and run its recipe again.'
+            )
+        return values
 
     def check(self, expected: Mapping[str, Any], where: str) -> None:
         """Raises `UserError` where the fingerprint differs from `expected` in one of its parts."""

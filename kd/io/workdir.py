@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from kd import config as config_lib
-from kd import files
+from kd import files, process
 from kd.errors import UserError
 from kd.io import manifest
 
@@ -98,9 +98,10 @@ class Workdir:
                 'The file system of %s has no locks: see to it that no other run uses it.',
                 self.path,
             )
-        self._lock.truncate(0)
-        self._lock.write(f'process {os.getpid()} on {socket.gethostname()}')
-        self._lock.flush()
+        with files.naming(self.path / '.lock'):
+            self._lock.truncate(0)
+            self._lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+            self._lock.flush()
 
 
 class MetricLog:
@@ -122,7 +123,8 @@ class MetricLog:
         kept = [line for line in read_metrics(directory) if line['step'] <= resume_step]
         files.write_whole(self._file, ''.join(files.json_text(line) + '\n' for line in kept))
         # Imports TensorFlow, which takes seconds: only where something is written.
-        from clu import metric_writers
+        with process.active().nothing_to_lose():
+            from clu import metric_writers
 
         self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))
         # TensorFlow's first write takes most of a second: here, and not between two steps.
@@ -132,8 +134,9 @@ class MetricLog:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         if not self._writes:
             return
-        self._stream.write(files.json_text({'step': step, **scalars}) + '\n')
-        self._stream.flush()
+        with files.naming(self._file):
+            self._stream.write(files.json_text({'step': step, **scalars}) + '\n')
+            self._stream.flush()
         self._writer.write_scalars(step, dict(scalars))
 
     def close(self) -> None:

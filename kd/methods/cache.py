@@ -93,7 +93,7 @@ def teacher_outputs(
             if file % jax.process_count() == jax.process_index():
                 writer.write(file, rows)
         distributed.agree(lambda: None)
-        if missing and distributed.is_first():
+        if distributed.is_first() and not writer.complete:
             sizes = writer.finish()
             say(
                 context.stage,

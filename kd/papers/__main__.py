@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from kd.claims import results
 from kd.claims.results import Result
 from kd.papers import citations, index, pages
 from kd.papers.index import Paper
-from kd.process import entry
+from kd.process import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,4 +126,4 @@ def _losses(paper: Paper) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(entry(main))
+    command(main)

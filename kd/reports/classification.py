@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from kd.context import ReportContext
 from kd.data import pipeline, sources
 from kd.evaluators import agreement, calibration
 from kd.evaluators import classification as metrics
-from kd.io import checkpoints
+from kd.io import finished
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.losses import divergence
@@ -63,7 +64,7 @@ class Row(NamedTuple):
     Attributes:
       title, stage: of the run.
       parameters: their number.
-      steps_per_s: of its training.
+      steps_per_s: of its training; NaN if nobody measured it.
       logits: float32 [N, V] on the whole split, for every seed; the run's own network is the first.
     """
 
@@ -156,7 +157,8 @@ def _row(
         others = range(recipe.seed + 1, recipe.seed + seeds)
         states = repeats(prepare(recipe, stage, mesh, workdir), others)
         logits += [of(state.variables()) for state in states]
-    speed = (checkpoints.read_done(workdir / stage) or {}).get('steps_per_s', 0.0)
+    speed = (finished.read_done(workdir / stage) or {}).get('steps_per_s')
+    speed = math.nan if speed is None else speed
     return Row(title, stage, parameter_count(variables), speed, logits)
 
 
@@ -184,7 +186,9 @@ def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, Any
     reference = None if teacher is None else teacher.logits[0]
     every = [_scores(logits, labels, reference) for logits in row.logits]
     result: dict[str, Any] = every[0]
-    result |= {'parameters': float(row.parameters), 'steps_per_s': float(row.steps_per_s)}
+    result['parameters'] = float(row.parameters)
+    if math.isfinite(row.steps_per_s):
+        result['steps_per_s'] = float(row.steps_per_s)
     if len(every) > 1:
         # The teacher agrees with itself, whatever other teachers do.
         names = [m for m in every[1] if row is not teacher or m not in ('agreement', 'kl')]

@@ -20,7 +20,7 @@ from kd.errors import UserError
 from kd.evaluators import compensated_set as compensator
 from kd.evaluators import synthetic_set
 from kd.evaluators.fresh_training import Protocol, page, pixels
-from kd.io import checkpoints
+from kd.io import finished
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
 from kd.networks import build_network
@@ -229,12 +229,12 @@ def restore_state(context: ReportContext, name: str) -> State:
     workdir = context.workdir
     stage = prepare(context.recipe, name, context.mesh, workdir)
     abstract = stage.abstract_state()
-    done = checkpoints.read_done(workdir / name)
+    done = finished.read_done(workdir / name)
     if done is None:
         raise UserError(f'report: stage {name} of {workdir} is not finished.')
     parts = {part: getattr(abstract, part) for part in ('params', 'mutables', 'ema')}
     wanted = {part: tree for part, tree in parts.items() if jax.tree.leaves(tree)}
-    found = checkpoints.restore_variables(workdir / name, done['step'], wanted, f'report ({name})')
+    found = finished.restore_variables(workdir / name, done['step'], wanted, f'report ({name})')
     return abstract.replace(**found, frozen=stage.frozen)
 
 

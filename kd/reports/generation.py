@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from kd import figures, files
 from kd.config import Recipe
 from kd.context import ReportContext
-from kd.io import checkpoints
+from kd.io import finished
 from kd.ranges import StageName
 
 # {metric: {steps: value}}
@@ -44,7 +44,7 @@ def generation(
     tables, others, results, pages = {}, {}, {}, []
     perfect: ByStep = {}
     for title, stage in rows:
-        done = checkpoints.read_done(workdir / stage) or {'metrics': {}, 'step': 0}
+        done = finished.read_done(workdir / stage) or {'metrics': {}, 'step': 0}
         results[title] = done['metrics']
         tables[title], others[title], floors = _split(done['metrics'], samples)
         perfect |= floors

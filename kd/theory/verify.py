@@ -18,13 +18,13 @@ import importlib
 import json
 import math
 import pkgutil
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 
+from kd import process
 from kd.errors import did_you_mean
 from kd.theory import figures, statements
 from kd.theory.statements.rows import Paper, Row
@@ -142,7 +142,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('papers', nargs='*', metavar='paper', help=f'of {", ".join(PAPERS)}')
     parser.add_argument('--list', action='store_true', help='list papers and statements')
-    parser.add_argument('--output', type=Path, help='folder for report.md, rows.json, figures')
+    parser.add_argument(
+        '--output', type=process.path_argument, help='folder for report.md, rows.json, figures'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of the random draws')
     arguments = parser.parse_args(argv)
     for slug in arguments.papers:
@@ -173,4 +175,4 @@ def _as_json(row: Row) -> dict:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    process.command(main)

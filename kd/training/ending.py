@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
@@ -11,11 +12,11 @@ from typing import Any
 import jax
 
 from kd import config as config_lib
-from kd import ranges
+from kd import files, ranges
 from kd.config import Recipe
 from kd.data.context import splits
 from kd.errors import UserError, did_you_mean, one_line
-from kd.io import checkpoints, checksums
+from kd.io import checkpoints, checksums, finished
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.network import parameter_count
@@ -24,6 +25,7 @@ from kd.state import State
 from kd.training import nonfinite
 from kd.training.stage import Stage
 
+_REPORT = '.report.json'
 # What a stage's directory holds beside the files of its writers.
 _OWN = ('checkpoints', 'broken_checkpoints', 'tensorboard', 'figures', 'profile')
 
@@ -40,7 +42,7 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables
         )
-        variables = saved.restore_variables(step, abstract, stage.name)
+        variables = finished.restore_variables(directory, step, abstract, stage.name)
     weights = checksums.of_tree(variables)
     parameters = parameter_count(state.variables())
 
@@ -60,13 +62,13 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
             'weights': weights,
             'files': _products(directory) if stage.writers else {},
         }
-        gone = lost(directory, checkpoints.read_done(directory) or {})
+        gone = lost(directory, finished.read_done(directory) or {})
         if gone:
             raise UserError(
                 f'{directory / gone[0]} is gone, and the last checkpoint does not hold what made '
                 f'it: bring it back, or delete {directory} to run the stage from its beginning.'
             )
-        checkpoints.mark_done(directory, record)
+        finished.mark_done(directory, record)
 
     distributed.from_first(mark)
 
@@ -113,13 +115,13 @@ def _check_blocks(value: Any, where: str) -> None:
 
 def reported(recipe: Recipe, chosen: Iterable[str], workdir: Path) -> bool:
     """Whether a run makes its report now; where it makes none, says what its stages have found."""
-    left = [name for name in recipe.stages if checkpoints.read_done(workdir / name) is None]
+    left = [name for name in recipe.stages if finished.read_done(workdir / name) is None]
     if recipe.report and not left:
         return True
     if recipe.report:
         say('report', f'left out: not done in {workdir} are {", ".join(left)}')
     for name in chosen:
-        done = checkpoints.read_done(workdir / name) or {'metrics': {}}
+        done = finished.read_done(workdir / name) or {'metrics': {}}
         found = [
             f'{metric} {value:.4g}'
             for metric, value in done['metrics'].items()
@@ -130,8 +132,40 @@ def reported(recipe: Recipe, chosen: Iterable[str], workdir: Path) -> bool:
     return False
 
 
+def report_there(recipe: Recipe, workdir: Path) -> Path | None:
+    """The report, if it is there and of this recipe and these results."""
+    noted = workdir / _REPORT
+    if not noted.exists():
+        return None
+    found = files.read_json(noted, 'delete it, and the report is made again')
+    report = workdir / str(found.get('path'))
+    return report if found.get('of') == _made_of(recipe, workdir) and report.exists() else None
+
+
+def note_report(recipe: Recipe, workdir: Path, report: Path) -> None:
+    """Notes what a report was made of."""
+    record = {'path': str(report.relative_to(workdir)), 'of': _made_of(recipe, workdir)}
+    files.write_json(workdir / _REPORT, record)
+
+
+def _made_of(recipe: Recipe, workdir: Path) -> str:
+    plain = recipe.plain()
+    results = {name: finished.read_done(workdir / name) for name in recipe.stages}
+    kept = {name: plain[name] for name in ('report', 'data', 'seed', *recipe.stages)}
+    return hashlib.sha256(files.json_text([kept, results]).encode()).hexdigest()[:16]
+
+
 def lost(directory: Path, done: dict[str, Any]) -> list[str]:
-    """Files of a finished stage that are missing, or cut short."""
+    """Files of a finished stage that are missing, or cut short.
+
+    Raises:
+      UserError: its checkpoint is missing.
+    """
+    if done and not (directory / 'checkpoints' / str(done['step'])).is_dir():
+        raise UserError(
+            f'{directory} is marked as done but checkpoint {done["step"]} is missing: bring it '
+            f'back, or begin the stage anew with --again={directory.name}.'
+        )
     return [
         name
         for name, size in done.get('files', {}).items()

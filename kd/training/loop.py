@@ -7,32 +7,30 @@ the host waits for the device only where something is logged, evaluated or saved
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from kd import config as config_lib
 from kd import metrics as metrics_lib
 from kd import process
 from kd.config import Recipe
-from kd.context import Probe, ReportContext
-from kd.errors import Preempted, UserError, one_line
-from kd.io import checkpoints
+from kd.context import ReportContext
+from kd.errors import Preempted
+from kd.io import checkpoints, finished
 from kd.io.progress import Progress, doing, say
 from kd.io.workdir import MetricLog, Workdir, read_metrics
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
-from kd.state import State
 from kd.training import ending, nonfinite, reuse, watch
 from kd.training.evaluation import Evaluation
-from kd.training.stage import Stage, prepare, replicated
+from kd.training.stage import Stage, prepare
+from kd.training.step import abstract_arguments, check, initial_state, make_train_step, zeros
 
 # Batches that are on their way to the device while a step runs.
 PREFETCH = 2
@@ -77,10 +75,15 @@ def run(
         watch.obey(stop)
         if not distributed.is_first() or not ending.reported(recipe, chosen, directory.path):
             return None
+        if (there := ending.report_there(recipe, directory.path)) is not None:
+            say('report', f'is there; delete {there} to have it made again')
+            return there
         process.active().alone()
         with doing('report', 'evaluating and drawing'):
             context = ReportContext(recipe, directory.path, mesh_lib.local_mesh(mesh))
-            return config_lib.build(recipe.report, context, where='report')
+            report = config_lib.build(recipe.report, context, where='report')
+        ending.note_report(recipe, directory.path, report)
+        return report
     finally:
         directory.close()
 
@@ -94,7 +97,7 @@ def train_stage(
 ) -> None:
     """Runs one stage to its end, from its last checkpoint if there is one."""
     directory = workdir.stage(name)
-    done = distributed.from_first(lambda: checkpoints.read_done(directory))
+    done = distributed.from_first(lambda: finished.read_done(directory))
     if done is not None:
         lost = distributed.from_first(lambda: ending.lost(directory, done))
         if not lost:
@@ -110,108 +113,6 @@ def train_stage(
         ending.finish(stage, directory, saved, loop.state)
     finally:
         saved.close()
-
-
-def check(recipe: Recipe, name: str, mesh: jax.sharding.Mesh) -> None:
-    """Traces a stage's step and evaluators, computing nothing: what is wrong shows at once."""
-    stage = prepare(recipe, name, mesh)
-    for split in (*stage.context.splits, *(split for split, _ in stage.evaluators.values())):
-        stage.context.source(split)
-    stage.batches()  # Raises where a batch does not fit the data.
-    for found in stage.trained.values():
-        if found.recipe is not recipe:  # Those of this run may still be to come.
-            found.verify()
-    with _tracing(stage, f'the step of {stage.config.method["name"]}'):
-        state, frozen, _, batch = abstract_arguments(stage)
-    batch['mask'] = jax.ShapeDtypeStruct((stage.config.batch_size,), bool)
-    for label, (_, evaluator) in stage.evaluators.items():
-        if not isinstance(evaluator, Probe):
-            with _tracing(stage, f'the evaluator {label}'):
-                jax.eval_shape(evaluator.update, state.replace(frozen=frozen), batch)
-
-
-@contextlib.contextmanager
-def _tracing(stage: Stage, what: str) -> Iterator[None]:
-    """Says in one line what of a stage fails, in whose code, and which field its data lack."""
-    try:
-        with one_line(f'{stage.name}: {what} fails'):
-            yield
-    except UserError as error:
-        # Some are raised far from what knows the stage.
-        if str(error).startswith(stage.name):
-            raise
-        raise UserError(f'{stage.name}: {error}') from error
-    except KeyError as error:
-        if error.args[0] in stage.context.spec:
-            raise
-        raise UserError(
-            f'{stage.name}: {what} asks for {error.args[0]!r}, and the data have only '
-            f'{", ".join(stage.context.spec)}.'
-        ) from error
-
-
-def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
-    """`train_step(state, frozen, window, batch) -> (state, window)`, jitted.
-
-    `state` has no frozen trees and is donated, as is `window`, the sum of the metrics since they
-    were last written.
-    """
-    abstract = stage.abstract_state()
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    trained = shardings.replace(frozen={})
-    everywhere = replicated(stage.mesh)
-
-    def train_step(state, frozen, window, batch):
-        state, metrics = stage.method.step(state.replace(frozen=frozen), batch)
-        return state.replace(frozen={}), metrics_lib.merge(window, metrics)
-
-    return jax.jit(
-        train_step,
-        donate_argnums=(0, 2),
-        in_shardings=(trained, shardings.frozen, everywhere, stage.batch_sharding()),
-        out_shardings=(trained, everywhere),
-    )
-
-
-def abstract_arguments(stage: Stage) -> tuple[State, Any, Any, dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes and shardings of the arguments of the train step, for ahead-of-time compilation."""
-    state = stage.abstract_state()
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (stage.config.batch_size, *x.shape), x.dtype, sharding=stage.batch_sharding()
-        )
-        for name, x in stage.context.spec.items()
-    }
-    metrics = jax.eval_shape(stage.method.step, state, batch)[1]
-    window = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(stage.mesh)), metrics
-    )
-    return state.replace(frozen={}), state.frozen, window, batch
-
-
-def initial_state(stage: Stage) -> State:
-    """The state at step 0, computed on the mesh; its `frozen` is left empty."""
-    return make_init(stage)(stage.key())
-
-
-def make_init(stage: Stage) -> Callable[[jax.Array], State]:
-    """`init(key)`, the state at step 0, jitted."""
-    shardings = jax.tree.map(lambda x: x.sharding, stage.abstract_state().replace(frozen={}))
-
-    def init(key, frozen):
-        return stage.method.init(key, frozen).replace(frozen={})
-
-    # Initialisation runs once: on CPU, where compiling it well takes longer than running it badly,
-    # it is compiled badly.
-    on_cpu = stage.mesh.devices.flat[0].platform == 'cpu'
-    options = {'xla_backend_optimization_level': '0'} if on_cpu else None
-    compiled = jax.jit(init, out_shardings=shardings, compiler_options=options)
-    return lambda key: compiled(key, stage.frozen)
-
-
-def zeros(abstract: Any) -> Any:
-    """An empty metric window."""
-    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
 
 
 class Loop:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from kd.parallel import mesh as mesh_lib
 from kd.state import State
-from kd.training import loop
+from kd.training import step as step_lib
 from kd.training.stage import Stage
 
 
@@ -23,11 +23,11 @@ def repeats(stage: Stage, seeds: Sequence[int]) -> Iterator[State]:
       stage: made by `kd.training.stage.prepare` with the workdir of the run.
       seeds: from 0 on.
     """
-    init, step = loop.make_init(stage), loop.make_train_step(stage)
-    window = loop.abstract_arguments(stage)[2]
+    init, step = step_lib.make_init(stage), step_lib.make_train_step(stage)
+    window = step_lib.abstract_arguments(stage)[2]
     for seed in seeds:
         one = dataclasses.replace(stage, seed=seed)
-        state, sums = init(one.key()), loop.zeros(window)
+        state, sums = init(one.key()), step_lib.zeros(window)
         for batch in itertools.islice(one.batches(), stage.config.steps):
             batch = mesh_lib.put_batch(batch, stage.batch_sharding())
             state, sums = step(state, stage.frozen, sums, batch)

@@ -18,9 +18,11 @@ from typing import Any
 from kd import files
 from kd.config import Recipe, first_difference, resolve
 from kd.errors import UserError, did_you_mean
-from kd.io import checkpoints
+from kd.io import finished
 from kd.io.workdir import Workdir
 
+# Fields that decide which checkpoint of a stage is its result.
+_OF_RESULT = ('best', 'final', 'keep')
 # Where the files of stages that begin anew go.
 OLD = 'old'
 
@@ -76,7 +78,12 @@ def named(recipe: Mapping[str, Any], name: str) -> list[str]:
 
 
 def check(
-    old: Mapping[str, Any], new: Mapping[str, Any], started: Iterable[str], choice: Choice
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    started: Iterable[str],
+    choice: Choice,
+    *,
+    done: Iterable[str] = (),
 ) -> None:
     """Refuses what is there of a stage, if it is not of the config that now is asked for.
 
@@ -84,6 +91,8 @@ def check(
       old, new: plain recipes, after a journey through JSON both.
       started: stages of which there are files.
       choice: what the command asks for.
+      done: those of them that are finished; of the others one may still choose which checkpoint
+        is the result.
 
     Raises:
       UserError: says the first difference and what to do.
@@ -97,7 +106,7 @@ def check(
             raise UserError(
                 f"'{name}' was made from '{stale[0]}', which begins anew: --again={both}"
             )
-        difference = _difference(old, new, name, choice)
+        difference = _difference(old, new, name, choice, open_=name not in done)
         if difference:
             steps = f'{name}.steps was'
             more = f', let it go on with --longer={name}' if difference.startswith(steps) else ''
@@ -110,9 +119,10 @@ def check(
 def check_workdir(workdir: Workdir, recipe: Recipe, choice: Choice) -> None:
     """Refuses a work directory whose stages are others, or lack what chosen ones are made from."""
     old, started = workdir.stored(), workdir.started()
+    done = [name for name in recipe.stages if finished.read_done(workdir.path / name)]
     if old is not None:
-        check(old, json.loads(files.json_text(recipe.plain())), started, choice)
-    done = [name for name in recipe.stages if checkpoints.read_done(workdir.path / name)]
+        plain = json.loads(files.json_text(recipe.plain()))
+        check(old, plain, started, choice, done=done)
     kept = set(done) - set(choice.again)
     check_made(recipe, choice.stages(recipe), kept, workdir.path)
 
@@ -123,11 +133,11 @@ def settle(workdir: Workdir, choice: Choice) -> None:
         if (workdir.path / name).exists():
             set_aside(workdir.path, name)
     for name in choice.longer:
-        checkpoints.unmark_done(workdir.path / name)
+        finished.unmark_done(workdir.path / name)
 
 
 def _difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], name: str, choice: Choice
+    old: Mapping[str, Any], new: Mapping[str, Any], name: str, choice: Choice, *, open_: bool
 ) -> str | None:
     if name not in old:
         return None
@@ -138,6 +148,8 @@ def _difference(
     before: dict[str, Any] = {part: old.get(part) for part in parts}
     now: dict[str, Any] = {part: new.get(part) for part in parts}
     before['pretrained'], now['pretrained'] = (_pretrained(of, parts) for of in (old, new))
+    if open_:
+        before[name] = {**before[name], **{field: now[name][field] for field in _OF_RESULT}}
     if name in choice.longer:
         if now[name]['steps'] < before[name]['steps']:
             return f'{name}.steps was {before[name]["steps"]} and is {now[name]["steps"]}'

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd import config as kd_config
+from kd import process
 from kd.aot import compile as aot
 from kd.aot import hlo, topology
 from kd.aot import table as aot_table
@@ -259,14 +260,14 @@ def test_a_missing_libtpu_names_the_extra(monkeypatch):
 
 
 def test_a_table_without_the_compiler_is_one_line_and_leaves_the_record_alone(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch
 ):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
-    assert main([f'--table={tmp_path / "aot.md"}']) == 2
-    assert capsys.readouterr().err.startswith('kd: Compiling for v5e:4x4 takes the package libtpu')
+    with pytest.raises(UserError, match=r'^Compiling for v5e:4x4 takes the package libtpu'):
+        main([f'--table={tmp_path / "aot.md"}'])
     # Rows bring their own effort; one for all of them is not taken silently.
-    assert main([f'--table={tmp_path / "aot.md"}', '--effort=-1']) == 2
-    assert 'leave --effort out' in capsys.readouterr().err
+    with pytest.raises(UserError, match='leave --effort out'):
+        main([f'--table={tmp_path / "aot.md"}', '--effort=-1'])
     assert not list(tmp_path.iterdir())
 
 
@@ -435,7 +436,7 @@ def test_an_interrupted_table_goes_on_and_tells_what_it_leaves_out(tmp_path, mon
     row = aot_table.Row('configs/x.py', 'student', ('mesh.fsdp=4',), ('v5e:4x4', 'v5e:2x2'))
     asked = []
 
-    def compiled(key, cpu_minutes):
+    def compiled(key, cpu_minutes, started):
         asked.append(key)
         if key.endswith('v5e:4x4 --config.mesh.fsdp=4'):
             return aot.as_json(REPORT)
@@ -452,6 +453,22 @@ def test_an_interrupted_table_goes_on_and_tells_what_it_leaves_out(tmp_path, mon
     page = file.read_text()
     assert '| x.py student, `mesh.fsdp=4` | v5e:4x4 | 64 |' in page
     assert '- x.py student, `mesh.fsdp=4`: not compiled within 3 CPU minutes (v5e:2x2)' in page
+
+
+def test_a_table_that_is_stopped_compiles_no_more(tmp_path, monkeypatch):
+    """The rows that are being compiled are given up, those that wait are not begun."""
+    python, begun = tmp_path / 'python', tmp_path / 'begun'
+    python.write_text(
+        f'#!/bin/sh\necho $$ >> {begun}\nsleep 0.5\nkill -TERM $PPID\nexec sleep 60\n'
+    )
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, 'executable', str(python))
+    row = aot_table.Row('configs/x.py', 'student', (), ('v5e:4x4', 'v5e:2x2', 'v5e:2x4'))
+    with process.signals(), pytest.raises(process.Stopped):
+        aot_table.write(tmp_path / 'page.md', jobs=1, cpu_minutes=3, rows=[row])
+    [child] = begun.read_text().split()
+    assert not Path('/proc', child).exists()
+    assert not (tmp_path / 'page.json').exists()
 
 
 def test_a_row_that_takes_too_long_or_fails_says_so():

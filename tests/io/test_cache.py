@@ -249,6 +249,56 @@ def test_a_stage_cut_off_writes_what_is_missing_and_nothing_else(distilled, tmp_
     ).read_bytes()
 
 
+def test_a_finished_cache_that_lost_files_makes_them_again(distilled, tmp_path, capsys):
+    run = tmp_path / 'run'
+    shutil.copytree(distilled, run, ignore=shutil.ignore_patterns('.lock', 'student'))
+    folder = run / 'cache' / 'teacher'
+    gone, short, manifest = (
+        folder / name for name in ('00002.array_record', '00003.array_record', 'manifest.json')
+    )
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    gone.unlink()
+    short.write_bytes(before[short][:-100])
+    manifest.unlink()
+    loop.run(_recipe(distilled.parent, 'dense'), run)
+    assert '[cache] teacher/00002.array_record is missing or cut' in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert (run / 'student' / 'done.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('damage', 'words'),
+    [
+        ('bit', 'cannot be read'),
+        ('short', 'is damaged: it has 0 records'),
+        ('empty', 'is damaged: it has 0 records'),
+        ('records', 'is damaged: it has 3 records'),
+        ('size', 'holds other records'),
+    ],
+)
+def test_a_damaged_file_of_a_cache_is_told_by_its_name(tmp_path, damage, words):
+    logits = RNG.normal(size=(8, 20)).astype('f4')
+    form = cache.Form(form='dense', dtype='float32')
+    _write(tmp_path, form, logits, per_file=4)
+    file = tmp_path / 'teacher' / '00001.array_record'
+    content = bytearray(file.read_bytes())
+    if damage == 'bit':
+        content[content.index(logits[5].tobytes()[:8])] ^= 1
+    elif damage == 'records':
+        _write(tmp_path / 'other', form, logits[:3], per_file=4)
+        content = (tmp_path / 'other' / 'teacher' / '00000.array_record').read_bytes()
+    elif damage == 'size':
+        _write(tmp_path / 'other', form, logits[:4, :10], per_file=4)
+        content = (tmp_path / 'other' / 'teacher' / '00000.array_record').read_bytes()
+    else:
+        content = content[: len(content) // 2] if damage == 'short' else b''
+    file.write_bytes(content)
+    stored = cache.Cache(tmp_path)
+    np.testing.assert_array_equal(_signal(stored, [0, 3]).logits, logits[[0, 3]])
+    with pytest.raises(UserError, match=rf'00001\.array_record {words}.*; delete what is damaged'):
+        stored.fetch(np.array([0, 5]))
+
+
 def test_a_student_refuses_the_cache_of_another_teacher(distilled, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(distilled, run, ignore=shutil.ignore_patterns('.lock', 'student'))

@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, which is best, what is damaged."""
 
 import errno
+import gc
 import json
 import math
 import zlib
@@ -121,6 +122,8 @@ def test_a_passing_trouble_leaves_the_checkpoint_where_it_is(two, monkeypatch, t
     assert restored(saved) == (2, [2.0, 2.0], {'next_index': 2})
 
 
+# Orbax leaves a coroutine behind where files are missing.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_without_checksums_nothing_is_known_to_be_damaged(two):
     folder, saved = two
     damaged(folder, 'bit')
@@ -131,6 +134,7 @@ def test_without_checksums_nothing_is_known_to_be_damaged(two):
     with pytest.raises(UserError, match='Whether it is damaged cannot be known and stays'):
         restored(saved)
     assert saved.steps() == [1, 2]
+    gc.collect()
 
 
 def test_checksums_are_in_a_checkpoint_before_it_has_its_name(two):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kd import files
+from kd import files, process
 from kd.errors import UserError
 from kd.io import export, pretrained
 from kd.io import safetensors as kd_safetensors
@@ -147,7 +147,7 @@ def stage(tmp_path, monkeypatch):
 
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, 'argv', ['export', *map(str, arguments)])
-    return export.main()
+    return process.entry(export.main)
 
 
 def test_a_finished_stage_is_exported_by_one_command(stage, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd import process
 from kd.errors import UserError
 from kd.io import safetensors
 from kd.network import from_linen
@@ -211,7 +212,7 @@ def test_a_folder_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
             safetensors.save(file, TREE)
     monkeypatch.setattr(safetensors, 'stage_variables', lambda *_: TREE)
     monkeypatch.setattr('sys.argv', ['safetensors', 'stage', str(tmp_path / 'none' / 'x')])
-    assert safetensors.main() == 2
+    assert process.entry(safetensors.main) == 2
     message = capsys.readouterr().err
     assert message.startswith('kd: ')
     assert message.count('\n') == 1

@@ -20,7 +20,7 @@ from kd.metrics import mean
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import tree_shardings
 from kd.state import State, path_name
-from kd.training import loop
+from kd.training import step as step_lib
 from kd.training.evaluation import Evaluation
 from kd.training.stage import prepare
 
@@ -288,8 +288,8 @@ def a_stage(mesh, *, frozen_sharding=(), teacher='', **options):
 def a_run(mesh, *, steps=5, **options):
     """The state and metrics of a few steps of the loop's own train step on a mesh."""
     stage = a_stage(mesh, steps=steps, **options)
-    step, state = loop.make_train_step(stage), loop.initial_state(stage)
-    _, _, window, _ = loop.abstract_arguments(stage)
+    step, state = step_lib.make_train_step(stage), step_lib.initial_state(stage)
+    _, _, window, _ = step_lib.abstract_arguments(stage)
     window = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), window)
     batches = stage.batches()
     for _ in range(steps):
@@ -383,7 +383,7 @@ def of_no_field(context):
 
 def test_a_student_may_start_from_its_teacher():
     stage = a_stage({'data': 1, 'fsdp': 2}, method='initialised_from_teacher')
-    state = loop.initial_state(stage)
+    state = step_lib.initial_state(stage)
     teacher = stage.frozen['teacher']['params']
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(x, 2 * y), state.params['network'], teacher
@@ -417,7 +417,7 @@ def test_what_is_wrong_with_a_stage_is_found_before_anything_runs(change, messag
         for name, value in change.items():
             config.student[name] = value
     with pytest.raises(UserError, match=message):
-        loop.check(kd_config.parse(config), 'student', make(data=1))
+        step_lib.check(kd_config.parse(config), 'student', make(data=1))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_a_best_metric_must_be_one_there_is(best, message, tmp_path):
     with config.ignore_type():
         config.student.update(best=best, evaluators=evaluators)
     stage = prepare(kd_config.parse(config), 'student', make(data=1))
-    evaluate, state = Evaluation(stage), loop.initial_state(stage)
+    evaluate, state = Evaluation(stage), step_lib.initial_state(stage)
     if message is None:
         assert set(evaluate(state, 0, tmp_path)) == {'test/accuracy', 'test/nll'}
     else:

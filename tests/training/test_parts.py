@@ -14,6 +14,7 @@ from kd.files import read_json
 from kd.io import safetensors
 from kd.parallel.mesh import make_mesh
 from kd.training import loop
+from kd.training import step as step_lib
 from kd.training.stage import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def test_a_later_stage_starts_from_an_average_and_is_taught_by_another(workdir):
     recipe = kd_config.parse(a_recipe())
     stage = prepare(recipe, 'after', make_mesh({'data': 1}), workdir)
     slow, both = (safetensors.stage_variables(workdir / 'student', w) for w in ('slow', 'both'))
-    begun = loop.initial_state(stage).variables()
+    begun = step_lib.initial_state(stage).variables()
     jax.tree.map(np.testing.assert_array_equal, begun, slow)
     jax.tree.map(np.testing.assert_array_equal, stage.frozen['teacher'], both)
 

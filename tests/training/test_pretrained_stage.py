@@ -15,6 +15,7 @@ from kd.io import cache, manifest, pretrained, safetensors
 from kd.overrides import override
 from kd.parallel.mesh import make_mesh
 from kd.training import loop, reuse
+from kd.training import step as step_lib
 from kd.training.stage import prepare
 
 SHARED = dict(num_classes=40, width=32, depth=2, heads=4, kv_heads=2, mlp_hidden=64)
@@ -169,7 +170,7 @@ def test_without_a_file_a_preset_is_checked_and_compiled(quick_compilation):
         report = compile_stage(config, 'student', 'cpu:2')
     assert report.refused == ''
     with pytest.raises(UserError, match=r'^student\.teacher: /nowhere is not there, or is no dir'):
-        loop.check(kd_config.parse(config), 'student', make_mesh({'data': 1}))
+        step_lib.check(kd_config.parse(config), 'student', make_mesh({'data': 1}))
     with pytest.raises(UserError, match=r'^student\.teacher: /nowhere is not there'):
         prepared(recipe(teacher='hf:/nowhere'))
 

@@ -1,134 +1,19 @@
 """Runs that are killed, stopped, corrupted and poisoned, for real and in processes of their own."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
 import time
-import warnings
-from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from runs import Command, arrays, assert_same_run, copy, metrics
 
-from kd.io import checkpoints
+from kd.io import finished
+from kd.io.manifest import commit
 from kd.main import EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_USER
-
-RECIPES = Path(__file__).parents[1] / 'recipes'
-CONFIG = str(RECIPES / 'moons.py')
-
-
-@pytest.fixture(scope='module')
-def processes():
-    """Starts `kd.main` in fresh processes whose imports were paid for once."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(
-        ['kd.main', 'kd.training.loop', 'kd.reports.classification', 'clu.metric_writers']
-    )
-    sys.path.insert(0, str(RECIPES))
-    yield context
-    sys.path.remove(str(RECIPES))
-
-
-def _child(arguments, cache, log):
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_compilation_cache_dir', cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    from kd.main import main
-
-    sys.exit(main(arguments))
-
-
-class Command:
-    """One `kd.main` command that can be started over and over."""
-
-    def __init__(self, context, workdir: Path, argument: str = 'plain', extra=()):
-        self.context, self.workdir = context, workdir
-        self.arguments = [f'--config={CONFIG}:{argument}', f'--workdir={workdir}', *extra]
-        self.log = workdir.parent / f'{workdir.name}.log'
-        self.cache = str(Path(__file__).parents[2] / '.cache' / 'jax-processes')
-
-    def start(self):
-        arguments = (self.arguments, self.cache, str(self.log))
-        process = self.context.Process(target=_child, args=arguments)
-        process.start()
-        return process
-
-    def run(self) -> int:
-        process = self.start()
-        process.join(120)
-        assert process.exitcode is not None, self.said()
-        return process.exitcode
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def lines(self) -> int:
-        """Log lines written by all stages so far."""
-        return sum(len(f.read_text().splitlines()) for f in self.workdir.glob('*/metrics.jsonl'))
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(processes, tmp_path_factory):
-    command = Command(processes, tmp_path_factory.mktemp('whole') / 'run')
-    assert command.run() == 0, command.said()
-    return command.workdir
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copies a run without its lock."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns('.lock'))
-
-
-def _arrays(workdir: Path, stage: str, item: str) -> dict[str, np.ndarray]:
-    """All arrays of the last checkpoint, read without kd."""
-    step = max(int(p.name) for p in (workdir / stage / 'checkpoints').iterdir() if p.name.isdigit())
-    with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
-        warnings.simplefilter('ignore')  # Reading without being told a sharding is meant.
-        tree = checkpointer.restore(workdir / stage / 'checkpoints' / str(step) / item)
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(leaf)
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else leaf
-        )
-        for path, leaf in leaves
-    }
-
-
-def _metrics(workdir: Path, stage: str) -> list[dict]:
-    lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith('time/')}
-        for line in lines
-    ]
-
-
-def _assert_same_run(first: Path, second: Path) -> None:
-    for stage in ('teacher', 'student'):
-        assert _metrics(first, stage) == _metrics(second, stage)
-        for item in ('variables', 'training'):
-            a, b = _arrays(first, stage, item), _arrays(second, stage, item)
-            assert a.keys() == b.keys()
-            for name in a:
-                np.testing.assert_array_equal(a[name], b[name], err_msg=f'{stage} {item} {name}')
-    first_report, second_report = (
-        json.loads((p / 'report.json').read_text()) for p in (first, second)
-    )
-    for title, row in first_report.items():
-        row.pop('steps_per_s')
-        second_report[title].pop('steps_per_s')
-    assert first_report == second_report
 
 
 def test_a_run_killed_at_random_moments_ends_bit_identical(processes, uninterrupted, tmp_path):
@@ -151,7 +36,7 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(processes, uninterrup
     assert kills >= 5
     assert command.run() == 0, command.said()
     assert command.said().count('resuming from step') >= 2
-    _assert_same_run(uninterrupted, command.workdir)
+    assert_same_run(uninterrupted, command.workdir)
 
 
 def test_sigterm_saves_and_exits_with_its_own_status(processes, uninterrupted, tmp_path):
@@ -166,23 +51,56 @@ def test_sigterm_saves_and_exits_with_its_own_status(processes, uninterrupted, t
     assert (command.workdir / 'teacher' / 'checkpoints' / str(stopped)).is_dir()
     assert command.run() == 0
     assert f'resuming from step {stopped}' in command.said()
-    _assert_same_run(uninterrupted, command.workdir)
+    assert_same_run(uninterrupted, command.workdir)
 
 
 def test_a_finished_run_says_so_at_once(processes, uninterrupted, tmp_path):
-    _copy(uninterrupted, tmp_path / 'run')
-    before = _metrics(uninterrupted, 'student')
+    copy(uninterrupted, tmp_path / 'run')
+    before = metrics(uninterrupted, 'student')
     command = Command(processes, tmp_path / 'run')
+    report = command.workdir / 'report.md'
+    report.write_text('as it was')
     assert command.run() == 0
     assert command.said().count('done at step 240') == 2
-    assert _metrics(command.workdir, 'student') == before
+    assert metrics(command.workdir, 'student') == before
+    assert f'[report] is there; delete {report}' in command.said()
+    assert report.read_text() == 'as it was'
+    # Both starts are told of, with what their numbers depend on.
+    lines = (command.workdir / 'manifest.json').read_text().splitlines()
+    assert [json.loads(line)['commit'] for line in lines] == [commit()] * 2
+    report.unlink()
+    assert command.run() == 0
+    assert report.read_text() == (uninterrupted / 'report.md').read_text()
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_loses_nothing(
+    processes, uninterrupted, tmp_path
+):
+    copy(uninterrupted, tmp_path / 'run')
+    command = Command(processes, tmp_path / 'run')
+    student = command.workdir / 'student'
+    for file in (student / 'done.json', command.workdir / 'report.md'):
+        file.unlink()
+    shutil.rmtree(student / 'checkpoints' / '240')
+    # Less than the description of the optimiser's state has.
+    command.room = 6000
+    assert command.run() == EXIT_USER, command.said()
+    [line] = [x for x in command.said().splitlines() if not x.startswith('[')]
+    assert line == (
+        f'kd: {student}: checkpoint 240 cannot be written (File too large). Those before it stand: '
+        'put this right, and run the same command to go on from the last.'
+    )
+    assert [x.name for x in (student / 'checkpoints').iterdir() if x.name.isdigit()] == ['220']
+    command.room = 0
+    assert command.run() == 0, command.said()
+    assert_same_run(uninterrupted, command.workdir)
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'delete'])
 def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(
     processes, uninterrupted, tmp_path, damage
 ):
-    _copy(uninterrupted, tmp_path / 'run')
+    copy(uninterrupted, tmp_path / 'run')
     command = Command(processes, tmp_path / 'run')
     student = command.workdir / 'student'
     (student / 'done.json').unlink()
@@ -197,18 +115,18 @@ def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(
     assert f'Checkpoint {steps[-1]} is damaged' in command.said()
     assert f'resuming from step {steps[-2]}' in command.said()
     assert (student / 'broken_checkpoints' / str(steps[-1])).is_dir()
-    _assert_same_run(uninterrupted, command.workdir)
+    assert_same_run(uninterrupted, command.workdir)
 
 
 def test_a_done_stage_without_its_checkpoint_is_an_error(processes, uninterrupted, tmp_path):
-    _copy(uninterrupted, tmp_path / 'run')
+    copy(uninterrupted, tmp_path / 'run')
     command = Command(processes, tmp_path / 'run')
-    done = checkpoints.read_done(command.workdir / 'teacher')
+    done = finished.read_done(command.workdir / 'teacher')
     shutil.rmtree(command.workdir / 'teacher' / 'checkpoints' / str(done['step']))
-    metrics = _metrics(command.workdir, 'teacher')
+    before = metrics(command.workdir, 'teacher')
     assert command.run() == EXIT_USER
     assert f'marked as done but checkpoint {done["step"]} is missing' in command.said()
-    assert _metrics(command.workdir, 'teacher') == metrics
+    assert metrics(command.workdir, 'teacher') == before
 
 
 def test_a_nonfinite_loss_stops_with_the_last_good_state_and_the_batch(
@@ -218,9 +136,9 @@ def test_a_nonfinite_loss_stops_with_the_last_good_state_and_the_batch(
     assert command.run() == EXIT_NONFINITE
     student = command.workdir / 'student'
     assert 'non-finite at step 100' in command.said()
-    saved = _arrays(command.workdir, 'student', 'variables')
+    saved = arrays(command.workdir, 'student', 'variables')
     assert all(np.isfinite(x).all() for x in saved.values())
-    assert int(_arrays(command.workdir, 'student', 'training')["['step']"]) == 100
+    assert int(arrays(command.workdir, 'student', 'training')["['step']"]) == 100
     # The batch is the one that step 100 of an undisturbed run reads.
     batch = np.load(student / 'nonfinite_100' / 'batch.npz')
     from kd.data import catalogue, pipeline
@@ -236,10 +154,10 @@ def test_a_nonfinite_loss_stops_with_the_last_good_state_and_the_batch(
         processes, command.workdir, argument='poison=100', extra=['--config.on_nonfinite=skip']
     )
     assert skipping.run() == 0, skipping.said()
-    counted = [line['train/nonfinite'] for line in _metrics(command.workdir, 'student')]
+    counted = [line['train/nonfinite'] for line in metrics(command.workdir, 'student')]
     assert sum(counted) * 15 == pytest.approx(1.0)
     assert all(
-        np.isfinite(x).all() for x in _arrays(command.workdir, 'student', 'variables').values()
+        np.isfinite(x).all() for x in arrays(command.workdir, 'student', 'variables').values()
     )
 
 

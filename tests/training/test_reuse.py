@@ -81,6 +81,13 @@ def test_a_change_reaches_the_stages_made_from_it_and_no_others(change, kept, lo
             reuse.check(old, new, (name,), Choice())
 
 
+def test_what_decides_the_result_may_change_until_there_is_one():
+    old, new = plain(), plain(student__best='train/x', student__final='best')
+    reuse.check(old, new, ALL, Choice(), done=('teacher', 'cache'))
+    with pytest.raises(UserError, match=r"student\.best was '' and is 'train/x'"):
+        reuse.check(old, new, ALL, Choice(), done=ALL)
+
+
 def test_a_stage_at_another_place_has_another_key():
     old = plain()
     new = plain()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from kd import files
 from kd.data.distilled.synthetic import SyntheticSet
+from kd.errors import UserError, reason
 
 VERSION = '1.0.0'
 
@@ -35,9 +37,16 @@ def write_npz(file: Path, made: SyntheticSet, images: np.ndarray) -> None:
 
 
 def read_npz(file: Path) -> SyntheticSet:
-    """The set of `write_npz`, bit for bit."""
-    with np.load(file) as stored:
-        return SyntheticSet(*(stored[name] for name in ('input', 'label', 'step_size')))
+    """The set of `write_npz`, bit for bit.
+
+    Raises:
+      UserError: the file is damaged, or another.
+    """
+    try:
+        with np.load(file) as stored:
+            return SyntheticSet(*(stored[name] for name in ('input', 'label', 'step_size')))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f'{file} cannot be read: {reason(error)}') from error
 
 
 def write_tfds(

@@ -108,3 +108,20 @@ def test_a_buffer_that_is_not_there_or_not_finished_is_said(buffer):
         opened(buffer)
     with pytest.raises(UserError, match='holds no trajectories'):
         opened(buffer, experts=str(buffer / 'elsewhere'))
+
+
+@pytest.mark.parametrize('damage', ['short', 'empty', 'garbage', 'shape', 'manifest', 'fields'])
+def test_a_damaged_file_of_a_buffer_is_told_by_its_name(buffer, damage):
+    folder = buffer / 'experts' / 'trajectories'
+    file = folder / 'round_0001' / 'epoch_002.npy'
+    whole = file.read_bytes()
+    if damage in ('manifest', 'fields'):
+        file = folder / 'manifest.json'
+        file.write_text('{"experts": 4' if damage == 'manifest' else '{"experts": 4}')
+    elif damage == 'shape':
+        trajectories.write_snapshot(buffer / 'experts', 1, 2, np.zeros((1, SIZE)))
+    else:
+        file.write_bytes({'short': whole[:-8], 'empty': b'', 'garbage': b'x' * 99}[damage])
+    told = rf'{file.name} (is damaged|cannot be read).*delete .*experts and run its recipe again'
+    with pytest.raises(UserError, match=told):
+        opened(buffer).fetch(range(EXPERTS * 2))
