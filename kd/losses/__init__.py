@@ -16,6 +16,7 @@ What a teacher says, and how far the student is from it:
 | `sequence` | these and any loss of tokens from hidden states, without the logits of all tokens |
 | `aggregate` | weights of tokens: the denominators of means over tokens and sequences |
 | `token` | of language models: TAID's targets, entropies, gates, masks, rankings, temperatures |
+| `calibration` | the calibration error, and teachers recalibrated to it |
 | `classification` | cross-entropy, its mixture with a teacher, decoupled KD, logits as such |
 | `relation` | DIST: correlations across classes and across examples |
 | `feature` | FitNets, attention transfer, similarity-preserving, CKA; capture from Flax |

@@ -22,6 +22,7 @@ from kd.io import finished
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.losses import divergence
+from kd.losses.calibration import confidence_bins, expected_calibration_error
 from kd.metrics import mean_interval
 from kd.network import Network, parameter_count
 from kd.networks import trained_network
@@ -203,7 +204,7 @@ def _scores(
     values: dict[str, Any] = {
         'accuracy': metrics.top_k_correct(logits, labels).mean(),
         'nll': metrics.negative_log_likelihood(logits, labels).mean(),
-        'ece': calibration.expected_calibration_error(calibration.confidence_bins(logits, labels)),
+        'ece': expected_calibration_error(confidence_bins(logits, labels)),
         'brier': calibration.brier_score(logits, labels).mean(),
     }
     if reference is not None:
@@ -217,12 +218,12 @@ def _scores(
 
 def _bins(row: Row, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Counts over all seeds, and the mean of their calibration errors."""
-    every = [calibration.confidence_bins(logits, labels) for logits in row.logits]
+    every = [confidence_bins(logits, labels) for logits in row.logits]
     examples, correct = (
         np.sum([np.asarray(part) for part in parts], axis=0)
         for parts in zip(*((bins.examples, bins.correct) for bins in every), strict=True)
     )
-    error = np.mean([calibration.expected_calibration_error(bins) for bins in every])
+    error = np.mean([expected_calibration_error(bins) for bins in every])
     return examples, correct, float(error)
 
 
