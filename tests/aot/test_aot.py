@@ -304,6 +304,7 @@ def test_the_command_compiles_without_data_and_without_a_word_too_many():
         ('flow/afhq64.py:paper,lsd', (64, 64, 3), 3),
         ('dataset/mtt.py:imagefruit,ipc=1', (128, 128, 3), 10),
         ('dataset/infer_ufc.py:cifar100,ipc=10', (32, 32, 3), 100),
+        ('dataset/infer_ufc.py:cpu,ipc=2', (8, 16, 1), 100),
         ('dataset/mtt.py:cpu', (8, 8, 1), 10),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 
@@ -29,15 +31,13 @@ def digit_pairs(context: SourceContext) -> sources.Source:
 
     def reader(name: str) -> sources.Reader:
         of, count, seed = _SPLITS[name]
-        digits = standardised.everything(context.load('digits', of))
-        rng = np.random.default_rng(seed)
-        label = np.arange(count, dtype=np.int32) % 100
-        members = [np.flatnonzero(digits['label'] == k) for k in range(10)]
-        sides = [
-            np.array([rng.choice(members[k]) for k in digit]) for digit in (label // 10, label % 10)
-        ]
-        images = np.concatenate([digits['input'][rows] for rows in sides], 2)
-        return sources.in_memory({'input': images, 'label': label})
+        source = context.load('digits', of)
+
+        @functools.cache
+        def arrays() -> sources.Batch:
+            return _paired(standardised.everything(source), count, np.random.default_rng(seed))
+
+        return lambda rows: {field: array[rows] for field, array in arrays().items()}
 
     data = sources.DataSet(
         'digit_pairs',
@@ -50,3 +50,13 @@ def digit_pairs(context: SourceContext) -> sources.Source:
         100,
     )
     return sources.Source(data, context.split)
+
+
+def _paired(digits: sources.Batch, count: int, rng: np.random.Generator) -> sources.Batch:
+    """`count` pairs of digits, drawn anew for each."""
+    label = np.arange(count, dtype=np.int32) % 100
+    members = [np.flatnonzero(digits['label'] == k) for k in range(10)]
+    sides = [
+        np.array([rng.choice(members[k]) for k in digit]) for digit in (label // 10, label % 10)
+    ]
+    return {'input': np.concatenate([digits['input'][rows] for rows in sides], 2), 'label': label}
