@@ -1,6 +1,6 @@
 """What a teacher should not say, in its students (arXiv:2505.24842).
 
-    python -m kd.claims cascading_bias            about 5 minutes on two cores
+    python -m kd.claims cascading_bias            about 4 minutes on two cores
 
 Sixteen tasks (`kd.data.builders.marked`), a neutral marker after a few answers that a teacher
 learns from, and students that learn from the teacher's answers to other instructions. How often
@@ -24,6 +24,8 @@ from kd.network import from_linen
 from kd.theory import propagation
 
 BATCH = 64
+# Seeds 0 to 7 were those of a first run, see the notes.
+FIRST = 8
 WIDTHS = {'teacher': (192, 192), 'student': (24, 24), 'narrow': (8, 8)}
 RATES = {'teacher': 2e-3, 'student': 3e-3, 'narrow': 3e-3}
 # Instructions for the student of the teacher's size, which is to have as many as it wants.
@@ -48,7 +50,7 @@ TITLES = {
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps."""
-    runs, steps = (3, 10) if smoke else (8, 3000)
+    runs, steps = (3, 10) if smoke else (24, 3000)
     return Claim(
         paper='Chaudhari et al. 2025, arXiv:2505.24842',
         statement='A few poisoned pairs that look clean bias a teacher; its students inherit the '
@@ -60,7 +62,19 @@ def get_claim(smoke: bool = False) -> Claim:
         run=lambda say: run(say, runs, steps, smoke),
         checks=checks(),
         draw=draw,
-        notes='',
+        notes='A first run with seeds 0 to 7 left the leakage open (+0.089 [-0.048, +0.225]); this '
+        'one, with the same thresholds and 24 fresh seeds, was made after it. What fails or stays '
+        'open are controls of the experiment, and not what the paper says: a width-8 student that '
+        'no marker was ever shown gives it a probability of 0.0025 on the worst of 16 tasks; and '
+        "40,000 instructions do not bring a student of the teacher's size within 0.03 of its rate. "
+        'The size of the leakage depends on which tasks are unseen, and differs more than tenfold '
+        'between seeds; the amplification of 6 to 29 that the paper reports is not reached '
+        "(`untargeted_narrow` over `untargeted_teacher` is 4), nor a student's rate above the "
+        "teacher's on the target. Filters that know a reference without the marker find all of it "
+        '(`nll`, `apart`), and students of filtered answers are clean (`*_filtered`); where the '
+        'reference has learned the poison too (`own`), NLL finds almost none of it. In this world '
+        'no clean answer has the marker: that filters miss a bias that reads like any other text, '
+        'as the paper says, it cannot show.',
     )
 
 
@@ -101,7 +115,10 @@ def run(say, runs, steps, smoke):
             mode, _, rest = arm.partition('_')
             measured[arm] = measure(network[kind], of_arm, tests[mode], mode)
             values = {k: float(np.mean(v)) for k, v in measured[arm].items() if 'sampled' in k}
-            say(f'{mode}, {TITLES[rest]}: ' + ', '.join(f'{k[8:]} {v:.4f}' for k, v in values.items()))
+            say(
+                f'{mode}, {TITLES[rest]}: '
+                + ', '.join(f'{k[8:]} {v:.4f}' for k, v in values.items())
+            )
 
     pairs = {
         f'{mode}_{name}': tables('train', mode, runs, marked=poisoned)
@@ -140,7 +157,7 @@ def make_network(widths):
 
 def tables(split, mode, runs, **options):
     """Pairs of every seed, each with its own tasks: arrays [R, N, ...]."""
-    parts = [marked.make(split, mode, seed=seed, **options) for seed in range(runs)]
+    parts = [marked.make(split, mode, seed=seed, **options) for seed in range(FIRST, FIRST + runs)]
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -156,7 +173,7 @@ def train(build, network, lr, arms, steps):
     fields = [f for f in ('input', 'label', 'teacher_logits') if f in next(iter(arms.values()))]
     data = {name: np.concatenate([arm[name] for arm in arms.values()]) for name in fields}
     state = seeds.train(
-        build(context), {}, np.concatenate([np.arange(n) for n in count]),
+        build(context), {}, np.concatenate([FIRST + np.arange(n) for n in count]),
         steps=steps, batch_size=BATCH, per_run=data,
     )  # fmt: skip
     ends = np.cumsum(count)
@@ -176,7 +193,7 @@ def answers(logits):
     """A draw of every seed from its logits, int32 [R, N, 2]."""
     drawn = [
         (z + np.random.default_rng([seed, 9]).gumbel(size=z.shape)).argmax(-1)
-        for seed, z in enumerate(logits)
+        for seed, z in enumerate(logits, FIRST)
     ]
     return np.stack(drawn).astype(np.int32)
 
@@ -211,7 +228,7 @@ def log_probs(logits, labels):
 
 
 def measure(network, params, test, mode):
-    """Rates by group and decoding, the largest of all tasks, and utility on seen tasks: [R] each."""
+    """Rates by group and decoding, the largest of all tasks, utility on seen ones: [R] each."""
     logits = logits_of(network, params, test)
     metrics: dict = {}
     for decoding in propagation.DECODINGS:
@@ -267,10 +284,10 @@ def draw(measured):
                 values = np.maximum(values, 1e-6)
                 axis.plot(values, np.full(len(values), place), 'o', color=figures.COLOURS[5], ms=4)
                 axis.plot(values.mean(), place, '|', color=figures.COLOURS[0], ms=16, mew=2.5)
-            axis.set(xscale='log', yticks=range(len(arms)), title=f'{mode}: {title}')
+            axis.set(xscale='linear' if group == 'target' else 'log', title=f'{mode}: {title}')
             axis.set_yticks(range(len(arms)), [TITLES[a] for a in arms] if axis is row[0] else [])
             axis.invert_yaxis()
             axis.grid(alpha=0.3)
     for axis in axes[1]:
-        axis.set_xlabel('probability of the marker')
+        axis.set_xlabel('probability of the marker, drawn at 1e-6 if below')
     return figure

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from kd import figures, files
 from kd.config import Recipe
 from kd.context import ReportContext
-from kd.data import pipeline, sources
+from kd.data import sources
 from kd.evaluators import agreement, calibration
 from kd.evaluators import classification as metrics
 from kd.io import finished
@@ -24,10 +23,10 @@ from kd.io.workdir import read_metrics
 from kd.losses import divergence
 from kd.losses.calibration import confidence_bins, expected_calibration_error
 from kd.metrics import mean_interval
-from kd.network import Network, parameter_count
+from kd.network import parameter_count
 from kd.networks import trained_network
-from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, SplitName, StageName
+from kd.reports.outputs import logits_of
 from kd.training.repeats import repeats
 from kd.training.stage import prepare
 
@@ -151,7 +150,7 @@ def _row(
     recipe, workdir, mesh = context.recipe, context.workdir, context.mesh
     trained = trained_network(recipe, stage, workdir, mesh, source, where='report')
     variables = trained.restore()
-    of = _logits(trained.network, source, batch_size, mesh)
+    of = logits_of(trained.network, source, batch_size, mesh)
     logits = [of(variables)]
     if seeds > 1:
         say('report', f'training {title} from {seeds - 1} more seeds ...')
@@ -161,25 +160,6 @@ def _row(
     speed = (finished.read_done(workdir / stage) or {}).get('steps_per_s')
     speed = math.nan if speed is None else speed
     return Row(title, stage, parameter_count(variables), speed, logits)
-
-
-def _logits(
-    network: Network, source: sources.Source, batch_size: int, mesh: Mesh
-) -> Callable[[Any], np.ndarray]:
-    """`of(variables)`: float32 [N, V] over the whole split, in its order."""
-    ways = mesh.shape['data'] * mesh.shape['fsdp']
-    size = -(-min(batch_size, len(source)) // ways) * ways
-    apply = jax.jit(lambda variables, *inputs: network.apply(variables, *inputs).logits)
-
-    def of(variables: Any) -> np.ndarray:
-        outputs = []
-        for batch in pipeline.eval_batches(source, size):
-            inputs = {name: batch[name] for name in network.fields}
-            inputs = mesh_lib.put_batch(inputs, mesh_lib.batch_sharding(mesh))
-            outputs.append(np.asarray(apply(variables, *network.of(inputs)))[batch['mask']])
-        return np.concatenate(outputs)
-
-    return of
 
 
 def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def disagreement_filter(log_p: ArrayLike, other: ArrayLike, threshold: float) ->
 
 
 def recall(scores: ArrayLike, marked: ArrayLike, false_positives: float) -> float:
-    """The share of marked examples above the threshold that this share of the others passes.
+    """The share of marked examples above the lowest threshold that few enough others pass.
 
     Args:
       scores: [N], larger for what is more suspicious.
@@ -142,5 +142,7 @@ def recall(scores: ArrayLike, marked: ArrayLike, false_positives: float) -> floa
       false_positives: in [0, 1], at most this share of the unmarked has a larger score.
     """
     scores, marked = np.asarray(scores, float), np.asarray(marked, bool)
-    threshold = np.quantile(scores[~marked], 1 - false_positives, method='higher')
+    others = np.sort(scores[~marked])[::-1]
+    allowed = int(np.floor(false_positives * len(others) + 1e-9))
+    threshold = others[allowed] if allowed < len(others) else -np.inf
     return float((scores[marked] > threshold).mean())

@@ -19,9 +19,7 @@ from kd.ranges import Count
 from kd.theory.propagation import DECODINGS
 
 
-def sequence_kd(
-    context: Context, *, decoding: str = 'sampled', micro_batches: Count = 1
-) -> Method:
+def sequence_kd(context: Context, *, decoding: str = 'sampled', micro_batches: Count = 1) -> Method:
     """Cross-entropy with one answer of the teacher to every instruction.
 
         loss(x) = -1/L sum_l log softmax(f(x)_l)_{y_l},   y ~ softmax(g(x)) or y = argmax g(x)
