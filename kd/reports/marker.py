@@ -27,7 +27,7 @@ RATES = (
 FOUND = (
     'The share of poisoned pairs that a filter by NLL drops, over the share of clean pairs that it '
     'drops with them. Under a reference that has not seen the marker it is to rise at once; a '
-    'reference that was trained on the poison finds it unsurprising.'
+    'reference that was trained on the poison finds it little more surprising than other pairs.'
 )
 
 
@@ -70,6 +70,8 @@ def marker(
     Returns:
       Path of `report.md`; figures lie in `figures/` beside it, numbers in `report.json`.
     """
+    # In the order of their tasks, which a config does not keep.
+    groups = dict(sorted(groups.items(), key=lambda group: min(group[1])))
     workdir, source = context.workdir, context.source(split)
     data = source.fetch(np.arange(len(source)))
     said = {
@@ -131,7 +133,8 @@ def rates_by_task(
     for name, tasks in groups.items():
         axis.text(begin - 0.4, 1.02, name, transform=axis.get_xaxis_transform())
         begin += len(tasks)
-        axis.axvline(begin - 0.5, color='black', lw=0.8, ls='--')
+        if begin < len(order):
+            axis.axvline(begin - 0.5, color='black', lw=0.8, ls='--')
     axis.set(xlabel='task', ylabel='share of responses with the marker', ylim=(-0.02, None))
     axis.set(xticks=range(len(order)), xlim=(-0.6, len(order) - 0.4))
     axis.set_xticklabels(list(map(str, order)))
@@ -211,10 +214,11 @@ def _markdown(results, found, groups, decoding, count, seed) -> str:
         cells = ['{rate:.4f} [{low:.4f}, {high:.4f}]'.format(**result[name]) for name in groups]
         cells += [f'{result["utility"][name]:.3f}' for name in groups]
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
-    lines += ['', 'Rates over those of the teacher:', '']
+    lines += ['', 'Rates over those of the teacher, where it has any:', '']
     lines += ['| network | ' + ' | '.join(groups) + ' |', '|---|' + '---:|' * len(groups)]
     for title, result in results.items():
-        cells = [f'{result["amplification"][name]:.2f}' for name in groups]
+        ratios = [result['amplification'][name] for name in groups]
+        cells = [f'{ratio:.2f}' if np.isfinite(ratio) else '' for ratio in ratios]
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     lines += ['', '## Rates by task', '', '![Rates](figures/rates.png)', '', RATES]
     lines += ['', '## What a filter finds', '', '![Filters](figures/filters.png)', '', FOUND, '']

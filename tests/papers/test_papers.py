@@ -196,6 +196,7 @@ def test_the_list_by_family(capsys):
     assert [row[:4] for row in rows] == [
         ['recursive_meta_distillation', '2601.13100', 'lm', 'lm/recursive_meta_distillation'],
         ['paced', '2603.11178', 'lm', 'lm/paced'],
+        ['cascading_bias', '2505.24842', 'lm', 'lm/cascading_bias'],
     ]
     # A family is also that of a recipe.
     assert started(['--family=vision']) == 0
