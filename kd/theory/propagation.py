@@ -22,7 +22,7 @@ import scipy.special
 from jax.typing import ArrayLike
 
 Decoding = Literal['sampled', 'greedy']
-DECODINGS = ('sampled', 'greedy')
+DECODINGS: tuple[Decoding, ...] = ('sampled', 'greedy')
 
 
 def marker_probability(logits: ArrayLike, marker: int, decoding: Decoding = 'sampled') -> jax.Array:
