@@ -49,7 +49,7 @@ TITLES = {
 
 
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` takes few steps."""
+    """The claim; `smoke` takes few steps and arms."""
     runs, steps = (3, 10) if smoke else (24, 3000)
     return Claim(
         paper='Chaudhari et al. 2025, arXiv:2505.24842',
@@ -60,10 +60,11 @@ def get_claim(smoke: bool = False) -> Claim:
         f'2e-3; students 24-24 and 8-8, Adam 3e-3, on 8,000 answers; {steps} steps of {BATCH}; '
         f'{runs} seeds of tasks, pairs and networks. Nothing is tuned.',
         run=lambda say: run(say, runs, steps, smoke),
-        checks=checks(),
+        checks=checks(('narrow',) if smoke else ('student', 'narrow')),
         draw=draw,
-        notes='A first run with seeds 0 to 7 left the leakage open (+0.089 [-0.048, +0.225]); this '
-        'one, with the same thresholds and 24 fresh seeds, was made after it. What fails or stays '
+        notes='A first run with seeds 0 to 7 left the leakage (+0.089 [-0.048, +0.225]) and four '
+        'other checks open; this one, with the same thresholds and 24 fresh seeds, was made after '
+        'it. What fails or stays '
         'open are controls of the experiment, and not what the paper says: a width-8 student that '
         'no marker was ever shown gives it a probability of 0.0025 on the worst of 16 tasks; and '
         "40,000 instructions do not bring a student of the teacher's size within 0.03 of its rate. "
@@ -78,10 +79,11 @@ def get_claim(smoke: bool = False) -> Claim:
     )
 
 
-def checks() -> list[Check]:
-    """The card's assertions, and its checks that are inequalities."""
+def checks(students) -> list[Check]:
+    """The inequalities, for these kinds of students."""
     found = []
-    for arm, width in (('student', 24), ('narrow', 8)):
+    for arm in students:
+        width = WIDTHS[arm][0]
         mine, theirs = f'targeted_{arm}', 'targeted_teacher'
         found += [
             Check(f'targeted, width {width}: at least 0.8 of the teacher\'s rate on the target',
@@ -96,9 +98,10 @@ def checks() -> list[Check]:
     for mode in marked.MODES:
         arms = f'{mode}_teacher', f'{mode}_clean_teacher'
         found.append(Check(f'{mode}: utility within 0.01', 'utility', *arms, margin=-0.01))
-    text = "student of the teacher's size: within 0.03 of its rates on tasks seen"
-    found.append(Check(text, 'gap', 'targeted_same', 0.03, lower=True))
-    for arm in WIDTHS:
+    if 'student' in students:
+        text = "student of the teacher's size: within 0.03 of its rates on tasks seen"
+        found.append(Check(text, 'gap', 'targeted_same', 0.03, lower=True))
+    for arm in ('teacher', *students):
         text = f'no marker, no bias: {TITLES[arm]}, every task below 0.001'
         found.append(Check(text, 'worst', f'targeted_clean_{arm}', 0.001, lower=True))
     return found
@@ -106,8 +109,9 @@ def checks() -> list[Check]:
 
 def run(say, runs, steps, smoke):
     """Rates per arm and seed, under 'MODE_ARM', and what the filters find, under 'MODE_filters'."""
+    few = 800 if smoke else 0
     network = {arm: make_network(widths) for arm, widths in WIDTHS.items()}
-    tests = {mode: tables('test', mode, runs, size=800 if smoke else 0) for mode in marked.MODES}
+    tests = {mode: tables('test', mode, runs, size=few) for mode in marked.MODES}
     measured: dict = {}
 
     def report(kind, params):
@@ -127,19 +131,21 @@ def run(say, runs, steps, smoke):
     }
     taught = train(supervised, network['teacher'], RATES['teacher'], pairs, steps)
     report('teacher', taught)
-    prompts = {mode: tables('prompts', mode, runs) for mode in marked.MODES}
+    prompts = {mode: tables('prompts', mode, runs, size=few) for mode in marked.MODES}
     lessons: dict = {}
     for mode in marked.MODES:
         said = logits_of(network['teacher'], taught[f'{mode}_teacher'], prompts[mode])
         clean = logits_of(network['teacher'], taught[f'{mode}_clean_teacher'], prompts[mode])
         lessons |= {f'{mode}_{k}': v for k, v in taught_by(prompts[mode], said, clean).items()}
         measured[f'{mode}_filters'] = filters(network['teacher'], taught, pairs, lessons, mode)
-    for kind in ('student', 'narrow'):
+    for kind in ('narrow',) if smoke else ('student', 'narrow'):
         chosen = {arm.format(kind): data for arm, data in lessons.items() if 'logits' not in arm}
         report(kind, train(supervised, network[kind], RATES[kind], chosen, steps))
+    if smoke:
+        return measured
     soft = {arm.format('student'): data for arm, data in lessons.items() if 'logits' in arm}
     report('student', train(softly, network['student'], RATES['student'], soft, steps))
-    many = tables('prompts', 'targeted', runs, size=800 if smoke else MANY)
+    many = tables('prompts', 'targeted', runs, size=MANY)
     said = logits_of(network['teacher'], taught['targeted_teacher'], many)
     same = {'targeted_same': {**many, 'label': answers(said)}}
     report('teacher', train(supervised, network['teacher'], RATES['teacher'], same, steps))
