@@ -12,7 +12,7 @@ What a teacher says, and how far the student is from it:
 | module | holds |
 |---|---|
 | `signal` | the forms of a teacher: dense, top-k with tail, sampled, hidden states and head |
-| `divergence` | forward, reverse, Jensen-Shannon, skewed, total variation, alpha-beta, Renyi |
+| `divergence` | KL in all mixtures, Jensen-Shannon, total variation, alpha-beta, Renyi |
 | `sequence` | these and any loss of tokens from hidden states, without the logits of all tokens |
 | `aggregate` | weights of tokens: the denominators of means over tokens and sequences |
 | `token` | of language models: TAID's targets, entropies, gates, masks, rankings, temperatures |
@@ -29,7 +29,8 @@ Flows and diffusion: `interpolant` (paths from noise to data), `flow_map` (the r
 Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `distribution_matching`,
 `batch_statistics`, `sharpness`.
 
-`numerics` has the softmax arithmetic that the others share, `fused` the sweep behind `sequence`.
+`numerics` has the softmax arithmetic that the others share, `outcomes` what divergences are made
+of, `fused` the sweep behind `sequence`.
 
 A few are statistics of the batch they are given, and of its parts another number: `OF_BATCH`.
 """

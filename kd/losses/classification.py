@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd.losses import divergence as divergences
-from kd.losses import numerics, signal
+from kd.losses import numerics, outcomes, signal
 
 
 def cross_entropy(
@@ -102,7 +102,7 @@ def soft_and_hard(
 
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
-    soft = divergences.per_position(
+    soft = outcomes.per_position(
         divergence, student_logits, teacher, temperature=temperature, where=where
     )
     hard = cross_entropy(student_logits, labels, label_smoothing=label_smoothing, where=where)
@@ -138,7 +138,7 @@ def target_kl(
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eq. 5.
     """
-    teacher_logits = _dense('target_kl', teacher)
+    teacher_logits = signal.all_logits('target_kl', teacher)
     is_label = _is_label(teacher_logits, labels)
 
     def binary(logits):
@@ -167,7 +167,7 @@ def non_target_kl(
 
     Source: Zhao et al. 2022 (DKD), arXiv 2203.08679, eqs. 5-7.
     """
-    teacher_logits = _dense('non_target_kl', teacher)
+    teacher_logits = signal.all_logits('non_target_kl', teacher)
     others = ~_is_label(teacher_logits, labels)
     if where is not None:
         others = others & where
@@ -225,7 +225,7 @@ def logit_mse(
 
     Source: Kim et al. 2021, arXiv 2105.08919, eq. 4; Hinton et al. 2015, arXiv 1503.02531, eq. 4.
     """
-    student, target = jnp.asarray(student_logits), _dense('logit_mse', teacher)
+    student, target = jnp.asarray(student_logits), signal.all_logits('logit_mse', teacher)
     dtype = numerics.accumulation_dtype(student, target)
     counted = (student != -jnp.inf) | (target != -jnp.inf)
     if where is not None:
@@ -251,15 +251,3 @@ def _is_label(teacher_logits, labels):
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f'decoupled KD needs int labels [...], got {labels.dtype} {labels.shape}.')
     return jnp.arange(teacher_logits.shape[-1]) == labels[..., None]
-
-
-def _dense(name, teacher):
-    teacher = signal.as_signal(teacher)
-    if isinstance(teacher, signal.HiddenHead):
-        return teacher.logits()
-    if isinstance(teacher, signal.Dense):
-        return teacher.logits
-    raise TypeError(
-        f'{name} is not defined by a teacher signal of the form {type(teacher).__name__}: '
-        'it needs Dense or HiddenHead.'
-    )

@@ -8,7 +8,7 @@ functions share one signature and these conventions:
 - `teacher`: logits of the same shape (leading axes may broadcast) or a `signal.TeacherSignal`. Of
   the signals, `Dense` has its outcomes on `axis`, the others on their last axis. From `TopK` a
   divergence is that of the k + 1 outcomes 'one of the k, or any other': a lower bound of the full
-  one. `Sampled` defines forward_kl only.
+  one (`rest` has other readings). `Sampled` defines forward_kl only.
 - `temperature`: divides both logits; a number, or an array that broadcasts against the logits (with
   `TopK` and `Sampled`: the number they were recorded at). The value is the divergence of the
   tempered distributions and nothing else: gradients shrink like 1/T^2, and who wants Hinton's
@@ -25,22 +25,39 @@ functions share one signature and these conventions:
 - Nothing is stop-gradiented: differentiate with respect to the student, or wrap the teacher
   yourself.
 - Raises TypeError for a signal that does not define the divergence, ValueError for class counts
-  that differ and for parameters outside their range.
+  that differ (`signal.cut` cuts padded vocabularies) and for parameters outside their range.
+
+What other libraries and papers call the parameters:
+
+| there | here |
+|---|---|
+| GKD and TRL: beta; TSD-KD: GJSD .9; PACED: JSD beta | `generalized_jsd(beta=beta)` |
+| SDPO (verl) and SRPO: alpha; KEPO's JSD parameter | `generalized_jsd(beta=alpha)` |
+| DistiLLM: js_distance(lam), .9 by default | `generalized_jsd(beta=1 - lam)` |
+| DistiLLM: skewed_forward_kl(lam), its paper's alpha | `skew_kl(alpha=lam)` |
+| DistiLLM: skewed_reverse_kl(lam) | `skew_reverse_kl(alpha=lam)` |
+| DistiLLM: symmetric_kl(lam) | `mixed_kl(weight=1 - lam)` |
+| SD-Zero: mixed with weight w | `mixed_kl(weight=w)` |
+| MiniLLM (its alpha is the teacher's share of what is sampled) | `reverse_kl` |
+| AKL: mu | `adaptive_kl(mass=mu)` |
+| ABKD: alpha, beta | `alpha_beta(alpha=alpha, beta=beta)` |
+| TAID: t | `forward_kl` from `token.interpolated_logits(..., t)` |
+
+In the Jensen-Shannon family all of the first two rows have the teacher's weight in the mixture, 0
+for exactly the forward and 1 for exactly the reverse KL. MiniLLM, DistiLLM and TAID often drop the
+teacher's entropy: their 'forward KL' is a cross-entropy, of the same gradient and another value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
-from kd.losses import numerics, signal
+from kd.losses import numerics, outcomes, signal
 
 Teacher = signal.TeacherSignal | ArrayLike
-# (log q, log p) -> the contribution of one outcome, elementwise; both may be -inf.
-Term = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def forward_kl(
@@ -61,8 +78,8 @@ def forward_kl(
     """
     teacher = signal.as_signal(teacher)
     if isinstance(teacher, signal.Sampled):
-        return _sampled_forward_kl(student_logits, teacher, temperature, axis, where)
-    return _sum_of_terms(
+        return outcomes.sampled_forward_kl(student_logits, teacher, temperature, axis, where)
+    return outcomes.sum_of_terms(
         'forward_kl', _forward_term, student_logits, teacher, temperature, axis, where
     )
 
@@ -83,7 +100,7 @@ def reverse_kl(
 
     Source: Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
     """
-    return _sum_of_terms(
+    return outcomes.sum_of_terms(
         'reverse_kl', _reverse_term, student_logits, teacher, temperature, axis, where
     )
 
@@ -121,7 +138,9 @@ def generalized_jsd(
         to_teacher = numerics.relative_entropy_term(log_p, log_m)
         return beta * to_teacher + (1 - beta) * numerics.relative_entropy_term(log_q, log_m)
 
-    return _sum_of_terms('generalized_jsd', term, student_logits, teacher, temperature, axis, where)
+    return outcomes.sum_of_terms(
+        'generalized_jsd', term, student_logits, teacher, temperature, axis, where
+    )
 
 
 def skew_kl(
@@ -146,7 +165,7 @@ def skew_kl(
         mixture = numerics.log_mixture(log_p, log_q, alpha)
         return numerics.relative_entropy_term(log_p, mixture)
 
-    return _sum_of_terms('skew_kl', term, student_logits, teacher, temperature, axis, where)
+    return outcomes.sum_of_terms('skew_kl', term, student_logits, teacher, temperature, axis, where)
 
 
 def skew_reverse_kl(
@@ -171,7 +190,82 @@ def skew_reverse_kl(
         mixture = numerics.log_mixture(log_q, log_p, alpha)
         return numerics.relative_entropy_term(log_q, mixture)
 
-    return _sum_of_terms('skew_reverse_kl', term, student_logits, teacher, temperature, axis, where)
+    return outcomes.sum_of_terms(
+        'skew_reverse_kl', term, student_logits, teacher, temperature, axis, where
+    )
+
+
+def mixed_kl(
+    student_logits: ArrayLike,
+    teacher: Teacher,
+    *,
+    weight: float = 0.5,
+    temperature: ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """weight KL(p || q) + (1 - weight) KL(q || p), the symmetric KL at 1/2.
+
+    Args:
+      weight: of the forward KL; Python number in [0, 1]. The ends are exactly `forward_kl` and
+        `reverse_kl`. Others: see the module.
+    """
+    weight = numerics.number_in('weight', weight, 0, 1)
+    if weight == 1:
+        return forward_kl(student_logits, teacher, temperature=temperature, axis=axis, where=where)
+    if weight == 0:
+        return reverse_kl(student_logits, teacher, temperature=temperature, axis=axis, where=where)
+
+    def term(log_q, log_p):
+        return weight * _forward_term(log_q, log_p) + (1 - weight) * _reverse_term(log_q, log_p)
+
+    return outcomes.sum_of_terms(
+        'mixed_kl', term, student_logits, teacher, temperature, axis, where
+    )
+
+
+def adaptive_kl(
+    student_logits: ArrayLike,
+    teacher: Teacher,
+    *,
+    mass: float = 0.5,
+    temperature: ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t): each KL as far as its part is yet to learn.
+
+    The head is the smallest set of the teacher's most probable outcomes with `mass` between them,
+    up to a millionth of rounding; g_h is sum |p - q| over the head, g_t over the others. The
+    weights are stop-gradiented. Sorts the outcomes of every position.
+
+    `TopK` does not define it: no bound is left where the weights come from coarser outcomes.
+
+    Args:
+      mass: Python number in [0, 1]; 0 makes the most probable outcome the head, 1 all of them,
+        which is the forward KL. Others: see the module.
+
+    Source: Wu et al. 2024 (AKL), arXiv 2404.02657.
+    """
+    mass = numerics.number_in('mass', mass, 0, 1)
+    log_q, log_p = outcomes.log_probs(
+        'adaptive_kl', student_logits, teacher, temperature, axis, where, top_k=False
+    )
+    forward = jnp.sum(_forward_term(log_q, log_p), axis=-1)
+    if mass == 1:
+        return forward
+    reverse = jnp.sum(_reverse_term(log_q, log_p), axis=-1)
+    p, q = jnp.exp(lax.stop_gradient(log_p)), jnp.exp(lax.stop_gradient(log_q))
+    p, gap = lax.sort((-p, jnp.abs(p - q)), dimension=-1, num_keys=1)
+    so_far = jnp.cumsum(-p, axis=-1)
+    # The sum up to, and without, each outcome; the first is always in the head.
+    before = jnp.roll(so_far, 1, axis=-1).at[..., 0].set(-1.0)
+    in_head = jnp.sum(jnp.where(before < mass * (1 - 1e-6), gap, 0.0), axis=-1)
+    total = jnp.sum(gap, axis=-1)
+    share = jnp.where(total > 0, in_head / jnp.where(total > 0, total, 1.0), 0.5)
+    # A part of weight 0 does not count, even where it is infinite.
+    forward = jnp.where(share > 0, share * jnp.where(share > 0, forward, 0.0), 0.0)
+    return forward + jnp.where(share < 1, (1 - share) * jnp.where(share < 1, reverse, 0.0), 0.0)
 
 
 def total_variation(
@@ -192,7 +286,9 @@ def total_variation(
     def term(log_q, log_p):
         return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
 
-    return _sum_of_terms('total_variation', term, student_logits, teacher, temperature, axis, where)
+    return outcomes.sum_of_terms(
+        'total_variation', term, student_logits, teacher, temperature, axis, where
+    )
 
 
 def alpha_beta(
@@ -233,7 +329,7 @@ def alpha_beta(
     else:
         term = _alpha_beta_interior(alpha, beta)
     name = f'alpha_beta(alpha={alpha}, beta={beta})'
-    return _sum_of_terms(
+    return outcomes.sum_of_terms(
         name, term, student_logits, teacher, temperature, axis, where, top_k=alpha + beta == 1
     )
 
@@ -262,7 +358,7 @@ def renyi(
         raise ValueError('renyi needs alpha > 0, got 0.')
     if alpha == 1:
         return forward_kl(student_logits, teacher, temperature=temperature, axis=axis, where=where)
-    log_q, log_p = _outcomes('renyi', student_logits, teacher, temperature, axis, where)
+    log_q, log_p = outcomes.log_probs('renyi', student_logits, teacher, temperature, axis, where)
     # p = 0 contributes 0 whatever q; q = 0 contributes 0 below 1 and, if p > 0, infinity above.
     shared = log_p > -jnp.inf
     if alpha < 1:
@@ -274,38 +370,6 @@ def renyi(
     return jnp.where(empty, 0.0, log_total / (alpha - 1))
 
 
-def per_position(
-    divergence: Callable[..., jax.Array],
-    student_logits: ArrayLike,
-    teacher: Teacher,
-    **options,
-) -> jax.Array:
-    """divergence(student_logits, teacher, **options), held to one value per position [...].
-
-    For divergences that others hand in: a scalar or [..., V] would broadcast into a loss of another
-    weight without a word.
-
-    Args:
-      divergence: a function of this module, or one of the same signature.
-      student_logits: [..., V].
-      teacher: any signal, or logits [..., V].
-      **options: of the divergence.
-
-    Raises:
-      ValueError: a value of another shape.
-    """
-    value = jnp.asarray(divergence(student_logits, teacher, **options))
-    leading = signal.positions(signal.as_signal(teacher))
-    wanted = jnp.broadcast_shapes(jnp.shape(student_logits)[:-1], leading)
-    if value.shape != wanted:
-        name = getattr(divergence, '__name__', repr(divergence))
-        raise ValueError(
-            f'{name} returned shape {value.shape} for logits {jnp.shape(student_logits)}; a '
-            f'divergence returns one value per position, {wanted}.'
-        )
-    return value
-
-
 def _forward_term(log_q, log_p):
     return numerics.relative_entropy_term(log_p, log_q)
 
@@ -314,7 +378,7 @@ def _reverse_term(log_q, log_p):
     return numerics.relative_entropy_term(log_q, log_p)
 
 
-def _alpha_edge(alpha: float) -> Term:
+def _alpha_edge(alpha: float) -> outcomes.Term:
     """The limit beta -> 0 of the alpha-beta divergence."""
 
     def term(log_q, log_p):
@@ -325,7 +389,7 @@ def _alpha_edge(alpha: float) -> Term:
     return term
 
 
-def _alpha_beta_interior(alpha: float, beta: float) -> Term:
+def _alpha_beta_interior(alpha: float, beta: float) -> outcomes.Term:
     total = alpha + beta
 
     def term(log_q, log_p):
@@ -333,91 +397,3 @@ def _alpha_beta_interior(alpha: float, beta: float) -> Term:
         return (own - jnp.exp(alpha * log_p + beta * log_q)) / (alpha * beta)
 
     return term
-
-
-def _sum_of_terms(name, term: Term, student_logits, teacher, temperature, axis, where, **accepts):
-    """sum over outcomes of term(log q_v, log p_v), for every divergence that has this form."""
-    log_q, log_p = _outcomes(name, student_logits, teacher, temperature, axis, where, **accepts)
-    return jnp.sum(term(log_q, log_p), axis=-1)
-
-
-def _outcomes(name, student_logits, teacher, temperature, axis, where, *, top_k=True):
-    """log q and log p over the outcomes that the signal tells apart, on the last axis."""
-    teacher = signal.as_signal(teacher)
-    if isinstance(teacher, signal.Sampled) or (isinstance(teacher, signal.TopK) and not top_k):
-        raise TypeError(
-            f'{name} is not defined by a teacher signal of the form {type(teacher).__name__}: '
-            f'it needs Dense or HiddenHead{" or TopK" if top_k else ""}.'
-        )
-    if isinstance(teacher, signal.TopK):
-        _check_temperature(name, teacher, temperature)
-        log_q = _student_log_probs(student_logits, temperature, axis, where)
-        return _top_k_outcomes(log_q, teacher, _kept_positions(where, axis, student_logits))
-    if isinstance(teacher, signal.HiddenHead):
-        teacher_logits = jnp.moveaxis(teacher.logits(), -1, axis)
-    else:
-        teacher_logits = teacher.logits
-    student_logits = jnp.asarray(student_logits)
-    if student_logits.shape[axis] != teacher_logits.shape[axis]:
-        raise ValueError(
-            f'{name} needs a student and a teacher with the same outcomes on axis {axis}, got '
-            f'shapes {student_logits.shape} and {teacher_logits.shape}.'
-        )
-    return tuple(
-        jnp.moveaxis(
-            numerics.log_softmax(logits, temperature=temperature, axis=axis, where=where), axis, -1
-        )
-        for logits in (student_logits, teacher_logits)
-    )
-
-
-def _top_k_outcomes(log_q, teacher: signal.TopK, kept):
-    """log q and log p of the k listed outcomes and of 'any other': [..., k + 1] each."""
-    size = log_q.shape[-1]
-    # An empty slot's index is sent out of range, where it neither lists an outcome nor reads one.
-    indices = jnp.where(teacher.log_probs > -jnp.inf, teacher.indices, size)
-    others = jnp.where(signal.outcome_mask(indices, size), -jnp.inf, log_q)
-    # Summed over the other outcomes: 1 - sum of the listed loses a small tail to rounding.
-    tail_q = numerics.log_sum_exp(others, axis=-1, keepdims=True)
-    listed_q = numerics.take_outcomes(log_q, indices, missing=-jnp.inf)
-    log_q = jnp.concatenate([listed_q, tail_q], axis=-1)
-    tail = teacher.tail[..., None].astype(log_q.dtype)
-    tail_p = jnp.where(tail > 0, jnp.log(jnp.where(tail > 0, tail, 1.0)), -jnp.inf)
-    log_p = jnp.concatenate([teacher.log_probs.astype(log_q.dtype), tail_p], axis=-1)
-    return log_q, log_p if kept is None else jnp.where(kept[..., None], log_p, -jnp.inf)
-
-
-def _sampled_forward_kl(student_logits, teacher: signal.Sampled, temperature, axis, where):
-    _check_temperature('forward_kl', teacher, temperature)
-    log_q = _student_log_probs(student_logits, temperature, axis, where)
-    log_q = numerics.take_outcomes(log_q, teacher.tokens, missing=-jnp.inf)
-    weights = teacher.weights.astype(log_q.dtype)
-    kept = _kept_positions(where, axis, student_logits)
-    counted = weights > 0 if kept is None else (weights > 0) & kept[..., None]
-    value = -jnp.sum(jnp.where(counted, weights, 0.0) * jnp.where(counted, log_q, 0.0), axis=-1)
-    if teacher.entropy is None:
-        return value
-    entropy = teacher.entropy.astype(log_q.dtype)
-    return value - (entropy if kept is None else jnp.where(kept, entropy, 0.0))
-
-
-def _student_log_probs(student_logits, temperature, axis, where):
-    log_q = numerics.log_softmax(student_logits, temperature=temperature, axis=axis, where=where)
-    return jnp.moveaxis(log_q, axis, -1)
-
-
-def _kept_positions(where, axis, student_logits):
-    """bool [...]: the positions at which `where` keeps an outcome; None for all."""
-    if where is None:
-        return None
-    shape = jnp.broadcast_shapes(jnp.shape(where), jnp.shape(student_logits))
-    return jnp.any(jnp.broadcast_to(where, shape), axis=axis)
-
-
-def _check_temperature(name, teacher: signal.TopK | signal.Sampled, temperature):
-    if not isinstance(temperature, (int, float)) or temperature != teacher.temperature:
-        raise ValueError(
-            f'{name}: a {type(teacher).__name__} signal recorded at temperature '
-            f'{teacher.temperature} cannot be used at temperature {temperature}; record it at '
-            'that temperature, or pass the recorded one as a Python number.'
-        )

@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from kd.losses import divergence as divergences
-from kd.losses import fused, numerics, signal
+from kd.losses import fused, numerics, outcomes, signal
 
 Divergence = Callable[..., jax.Array]
 # (logits [n, V], teacher, per_token) -> (loss [n], aux), see fused_token_loss.
@@ -142,7 +142,7 @@ def fused_divergence(
     def token_loss(logits, teacher, per_token):
         masks = [x for x in (everywhere, per_token) if x is not None]
         options = {'where': masks[0]} if masks else {}
-        return divergences.per_position(divergence, logits, teacher, **options), ()
+        return outcomes.per_position(divergence, logits, teacher, **options), ()
 
     return fused_token_loss(
         student_hidden,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from kd.losses import divergence, signal
+from kd.losses import divergence, outcomes, signal
 
 GENERATOR = np.random.default_rng(1)
 STUDENT, TEACHER = GENERATOR.normal(size=(2, 4, 7)) * 2
@@ -20,6 +20,8 @@ DIVERGENCES = {
     'generalized_jsd': divergence.generalized_jsd,
     'skew_kl': divergence.skew_kl,
     'skew_reverse_kl': divergence.skew_reverse_kl,
+    'mixed_kl': partial(divergence.mixed_kl, weight=0.3),
+    'adaptive_kl': divergence.adaptive_kl,
     'total_variation': divergence.total_variation,
     'alpha_beta': partial(divergence.alpha_beta, alpha=0.2, beta=0.7),
     'alpha_beta at an edge': partial(divergence.alpha_beta, alpha=0.0, beta=0.7),
@@ -156,6 +158,97 @@ def test_skewed_divergences_lie_between_zero_and_minus_log_alpha():
     )
 
 
+def head_share(mass):
+    """g_h / (g_h + g_t) of every row, by a loop."""
+    shares = []
+    for p, q in zip(P, Q, strict=True):
+        head, held = [], 0.0
+        for v in np.argsort(-p):
+            if head and held >= mass * (1 - 1e-6):
+                break
+            head.append(v)
+            held += p[v]
+        gap = np.abs(p - q)
+        shares.append(gap[head].sum() / gap.sum())
+    return np.array(shares)
+
+
+@pytest.mark.parametrize('mass', [0.0, 1e-9, 0.5, 0.9])
+def test_adaptive_kl_and_its_gradient_with_weights_that_are_constants(mass):
+    f = partial(divergence.adaptive_kl, mass=mass)
+    share = head_share(mass)
+    forward, reverse = np.sum(P * np.log(P / Q), -1), np.sum(Q * np.log(Q / P), -1)
+    expected = share * forward + (1 - share) * reverse
+    np.testing.assert_allclose(f(STUDENT, TEACHER), expected, rtol=1e-12)
+    to_reverse = Q * (np.log(Q / P) - reverse[:, None])
+    slope = share[:, None] * (Q - P) + (1 - share)[:, None] * to_reverse
+    np.testing.assert_allclose(student_gradient(f), slope, atol=1e-12)
+    # The weights belong to outcomes, not to places: any order of them is as good.
+    shuffled = f(STUDENT[:, ::-1], TEACHER[:, ::-1])
+    np.testing.assert_allclose(shuffled, expected, rtol=1e-12)
+
+
+def test_the_head_of_adaptive_kl_is_the_favourite_alone_half_of_equals_or_all():
+    gap = np.abs(P - Q)
+    favourite = gap[np.arange(4), P.argmax(-1)] / gap.sum(-1)
+    np.testing.assert_allclose(head_share(1e-9), favourite, rtol=1e-12)
+    all_ = divergence.adaptive_kl(STUDENT, TEACHER, mass=1)
+    np.testing.assert_allclose(all_, divergence.forward_kl(STUDENT, TEACHER), rtol=1e-12)
+    # Half of six equal outcomes is three, though sums of sixths miss a half by rounding.
+    student = np.log([[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]])
+    for dtype in (np.float32, np.float64):
+        value = divergence.adaptive_kl(student.astype(dtype), np.zeros((1, 6), dtype))
+        q, p = np.exp(student[0]), np.full(6, 1 / 6)
+        share = np.abs(p - q)[:3].sum() / np.abs(p - q).sum()
+        expected = share * np.sum(p * np.log(p / q)) + (1 - share) * np.sum(q * np.log(q / p))
+        np.testing.assert_allclose(value, [expected], rtol=1e-6)
+
+
+def test_a_part_of_adaptive_kl_without_weight_does_not_count_even_where_it_is_infinite():
+    # The head agrees, so the forward KL has weight 0; the student excludes the last outcome.
+    teacher = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    student = jnp.log(jnp.array([0.5, 0.5, 0.0]))
+    value, slope = jax.value_and_grad(divergence.adaptive_kl)(student, teacher)
+    np.testing.assert_allclose(value, 0.5 * np.log(0.5 / 0.3), rtol=1e-12)
+    assert np.isfinite(slope).all()
+    # Where it has weight, it counts.
+    assert np.isposinf(divergence.adaptive_kl(student, teacher, mass=0.9))
+
+
+def test_mixed_kl_has_both_ends_exactly_and_the_middle_between():
+    forward, reverse = (f(STUDENT, TEACHER) for f in (divergence.forward_kl, divergence.reverse_kl))
+    np.testing.assert_array_equal(divergence.mixed_kl(STUDENT, TEACHER, weight=1), forward)
+    np.testing.assert_array_equal(divergence.mixed_kl(STUDENT, TEACHER, weight=0.0), reverse)
+    middle = divergence.mixed_kl(STUDENT, TEACHER, weight=0.3)
+    np.testing.assert_allclose(middle, 0.3 * forward + 0.7 * reverse, rtol=1e-12)
+    restricted = np.where(np.arange(7) < 5, STUDENT, -np.inf)
+    assert np.all(np.isfinite(divergence.mixed_kl(restricted, TEACHER, weight=0)))
+
+
+def test_the_conventions_of_other_libraries():
+    def kl(a, b):
+        return np.sum(a * np.log(a / b), -1)
+
+    # TRL's generalized_jsd_loss(beta), SDPO's alpha: the weight is the teacher's.
+    for beta in (0.1, 0.9):
+        m = (1 - beta) * Q + beta * P
+        trl = beta * kl(P, m) + (1 - beta) * kl(Q, m)
+        ours = divergence.generalized_jsd(STUDENT, TEACHER, beta=beta)
+        np.testing.assert_allclose(ours, trl, rtol=1e-12)
+    # DistiLLM's: lam is the student's weight in js_distance, the skew of the others.
+    lam = 0.9
+    m = lam * Q + (1 - lam) * P
+    js = (1 - lam) * kl(P, m) + lam * kl(Q, m)
+    ours = divergence.generalized_jsd(STUDENT, TEACHER, beta=1 - lam)
+    np.testing.assert_allclose(ours, js, rtol=1e-12)
+    skewed = kl(P, lam * P + (1 - lam) * Q), kl(Q, (1 - lam) * P + lam * Q)
+    for f, expected in zip((divergence.skew_kl, divergence.skew_reverse_kl), skewed, strict=True):
+        np.testing.assert_allclose(f(STUDENT, TEACHER, alpha=lam), expected, rtol=1e-12)
+    symmetric = (1 - lam) * kl(P, Q) + lam * kl(Q, P)
+    ours = divergence.mixed_kl(STUDENT, TEACHER, weight=1 - lam)
+    np.testing.assert_allclose(ours, symmetric, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ('alpha', 'beta', 'expected'),
     [
@@ -229,13 +322,13 @@ def test_divergences_of_others_are_held_to_one_value_per_position(size):
     student, teacher = STUDENT[:, :size], TEACHER[:, :size]
     ensemble = np.stack([teacher, teacher + student])
     for given in (teacher, ensemble, signal.top_k(teacher, 2)):
-        value = divergence.per_position(divergence.forward_kl, student, given)
+        value = outcomes.per_position(divergence.forward_kl, student, given)
         np.testing.assert_array_equal(value, divergence.forward_kl(student, given))
     for wrong in (lambda s, t: jnp.mean(s), lambda s, t: s * t, lambda s, t: jnp.mean(s, 0)):
         if size == 4 and wrong(student, teacher).shape == (4,):
             continue  # One value per class then has the shape of one per position.
         with pytest.raises(ValueError, match=r'returns one value per position, \(4,\)'):
-            divergence.per_position(wrong, student, teacher)
+            outcomes.per_position(wrong, student, teacher)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +342,8 @@ def test_divergences_of_others_are_held_to_one_value_per_position(size):
         (lambda: divergence.alpha_beta(STUDENT, TEACHER, alpha=-1, beta=2), 'alpha must be'),
         (lambda: divergence.alpha_beta(STUDENT, TEACHER, alpha=0, beta=0), r'alpha \+ beta > 0'),
         (lambda: divergence.renyi(STUDENT, TEACHER, alpha=0), 'alpha > 0'),
+        (lambda: divergence.mixed_kl(STUDENT, TEACHER, weight=2), r'weight .* in \[0, 1\]'),
+        (lambda: divergence.adaptive_kl(STUDENT, TEACHER, mass=-0.5), r'mass .* in \[0, 1\]'),
     ],
 )
 def test_refusals_say_what_was_expected(call, message):

@@ -157,6 +157,49 @@ def fused(s, t):
     return sequence.fused_divergence(s, head, signal.HiddenHead(t, head), chunk=3)
 
 
+def adaptive(s, t):
+    log_q, log_p = log_softmax(s), log_softmax(t)
+    gap = np.abs(np.exp(log_p) - np.exp(log_q))
+    order = np.argsort(-log_p, axis=-1, kind='stable')
+    held = np.cumsum(np.take_along_axis(np.exp(log_p), order, -1), -1)
+    in_head = np.concatenate([np.zeros((B, 1)), held[:, :-1]], -1) < 0.5 * (1 - 1e-6)
+    in_head[:, 0] = True
+    total = gap.sum(-1)
+    head = np.sum(np.take_along_axis(gap, order, -1), -1, where=in_head)
+    share = np.divide(head, total, out=np.full(B, 0.5), where=total > 0)
+    return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
+
+
+COUNTED, WEIGHTS = np.arange(B) % 3 > 0, np.arange(1.0, B + 1)
+TOKENS = LABELS % HEAD.shape[1]
+
+
+def fused_tokens(s, t):
+    """What tokens are weighted by, what is added from aux, and tokens that do not count."""
+
+    def token_loss(logits, teacher, per_token):
+        tokens, weights = per_token
+        return weights * classification.cross_entropy(logits, tokens), token.entropy(logits)
+
+    head = jnp.asarray(HEAD, jnp.promote_types(s.dtype, jnp.float32))
+    loss, entropy = sequence.fused_token_loss(
+        s,
+        head,
+        token_loss,
+        per_token=(jnp.asarray(TOKENS), jnp.asarray(WEIGHTS, head.dtype)),
+        valid=jnp.asarray(COUNTED),
+        chunk=3,
+        shards=2,
+    )
+    return loss + 0.1 * entropy
+
+
+def unfused_tokens(s, t):
+    log_q = log_softmax(s @ HEAD)
+    loss = -WEIGHTS * log_q[np.arange(B), TOKENS]
+    return np.where(COUNTED, loss + 0.1 * scipy.special.entr(np.exp(log_q)).sum(-1), 0.0)
+
+
 # name: (loss, oracle), each of student [B, V] and teacher [B, V].
 LOSSES = {
     'forward_kl': (divergence.forward_kl, lambda s, t: kl(log_softmax(t), log_softmax(s))),
@@ -174,6 +217,13 @@ LOSSES = {
         divergence.skew_reverse_kl,
         lambda s, t: kl(log_softmax(s), mixed(log_softmax(s), log_softmax(t), 0.1)),
     ),
+    'mixed_kl': (
+        partial(divergence.mixed_kl, weight=0.3),
+        lambda s, t: (
+            0.3 * kl(log_softmax(t), log_softmax(s)) + 0.7 * kl(log_softmax(s), log_softmax(t))
+        ),
+    ),
+    'adaptive_kl': (divergence.adaptive_kl, adaptive),
     'total_variation': (
         divergence.total_variation,
         lambda s, t: np.abs(q_of(s) - q_of(t)).sum(-1) / 2,
@@ -231,6 +281,7 @@ LOSSES = {
         fused,
         lambda s, t: kl(log_softmax(t @ HEAD), log_softmax(s @ HEAD)),
     ),
+    'fused_token_loss': (fused_tokens, unfused_tokens),
 }
 ON_FEATURES = (
     'hint',
@@ -238,6 +289,7 @@ ON_FEATURES = (
     'similarity_preserving',
     'linear_cka',
     'fused_divergence',
+    'fused_token_loss',
 )
 each_loss = pytest.mark.parametrize('name', LOSSES)
 
@@ -278,7 +330,8 @@ def test_value_is_that_of_an_independent_float64_computation(name, logits, in_fl
     np.testing.assert_allclose(value, LOSSES[name][1](*logits), rtol=1e-10, atol=1e-12)
 
 
-@each_loss
+# Those of adaptive_kl hold its weights constant: see test_divergence.
+@pytest.mark.parametrize('name', [name for name in LOSSES if name != 'adaptive_kl'])
 def test_gradient_is_the_finite_difference_of_the_oracle(name, logits, in_float64):
     oracle, step = LOSSES[name][1], 1e-5
     student, teacher = logits

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from kd.losses import classification, divergence, signal
+from kd.losses import classification, divergence, sequence, signal
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -24,12 +24,14 @@ DIVERGENCES = {
     'generalized_jsd': divergence.generalized_jsd,
     'skew_kl': divergence.skew_kl,
     'skew_reverse_kl': divergence.skew_reverse_kl,
+    'mixed_kl': partial(divergence.mixed_kl, weight=0.3),
+    'adaptive_kl': divergence.adaptive_kl,
     'total_variation': divergence.total_variation,
     'amari alpha': partial(divergence.alpha_beta, alpha=0.25, beta=0.75),
     'alpha_beta': partial(divergence.alpha_beta, alpha=0.5, beta=0.7),
     'renyi': partial(divergence.renyi, alpha=2.0),
 }
-COARSE = [name for name in DIVERGENCES if name != 'alpha_beta']
+COARSE = [name for name in DIVERGENCES if name not in ('alpha_beta', 'adaptive_kl')]
 
 with jax.enable_x64(True):
     TOP = {k: signal.top_k(TEACHER, k) for k in (1, 3, SIZE - 1, SIZE)}
@@ -103,6 +105,123 @@ def test_renormalized_top_k_pulls_the_student_towards_the_listed_outcomes_alone(
     expected = np.sum(scipy.special.rel_entr(target, q), axis=-1)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(gradient, (q - target) / 2, atol=1e-12)
+
+
+def of_two():
+    """The teacher's two favourites: their indices, p and q on them, the gradient's places."""
+    top = signal.top_k(TEACHER, 2)
+    indices = np.asarray(top.indices)
+    p, q = (np.take_along_axis(x, indices, -1) for x in (P, Q))
+    listed = np.zeros(P.shape, bool)
+    np.put_along_axis(listed, indices, True, axis=-1)
+    return top, p, q, listed
+
+
+def test_a_partial_sum_has_the_listed_terms_alone_and_may_be_negative():
+    top, p, q, listed = of_two()
+    partial_sum = top.replace(rest='partial')
+    value, gradient = value_and_gradient(divergence.forward_kl, partial_sum)
+    np.testing.assert_allclose(value, np.sum(p * np.log(p / q), -1), rtol=1e-12)
+    np.testing.assert_allclose(
+        gradient, p.sum(-1, keepdims=True) * Q - np.where(listed, P, 0), atol=1e-12
+    )
+    value, gradient = value_and_gradient(divergence.reverse_kl, partial_sum)
+    expected = np.sum(q * np.log(q / p), -1)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    log_ratio = np.where(listed, np.log(Q / P) + 1, 0)
+    slope = Q * (log_ratio - np.sum(Q * log_ratio, -1, keepdims=True))
+    np.testing.assert_allclose(gradient, slope, atol=1e-12)
+    # Not clamped: at its minimum, all of the student's mass on what is listed, it is P log P < 0.
+    mass = p.sum(-1)
+    value, gradient = value_and_gradient(
+        lambda s, t: divergence.forward_kl(jnp.where(listed, s + TEACHER - STUDENT, -jnp.inf), t),
+        partial_sum,
+    )
+    np.testing.assert_allclose(value, mass * np.log(mass), rtol=1e-9)
+    np.testing.assert_allclose(gradient, 0, atol=1e-12)
+    everything = signal.top_k(TEACHER, SIZE).replace(rest='partial')
+    np.testing.assert_allclose(
+        divergence.forward_kl(STUDENT, everything), divergence.forward_kl(STUDENT, TEACHER)
+    )
+
+
+def test_the_renormalised_form_compares_what_is_listed_and_says_nothing_else():
+    top, p, q, listed = of_two()
+    renormalised = top.replace(rest='renormalised')
+    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+    value, gradient = value_and_gradient(divergence.forward_kl, renormalised)
+    np.testing.assert_allclose(value, np.sum(p * np.log(p / q), -1), rtol=1e-12)
+    of_all = [np.where(listed, x, 0) for x in (P, Q)]
+    p_all, q_all = (x / x.sum(-1, keepdims=True) for x in of_all)
+    np.testing.assert_allclose(gradient, q_all - p_all, atol=1e-12)
+    for f, expected in (
+        (divergence.reverse_kl, np.sum(q * np.log(q / p), -1)),
+        (divergence.total_variation, np.abs(p - q).sum(-1) / 2),
+    ):
+        np.testing.assert_allclose(f(STUDENT, renormalised), expected, rtol=1e-12)
+    # Proportional on what is listed is no distance, however much mass is elsewhere.
+    away = np.where(listed, TEACHER - 7.0, 3.0)
+    np.testing.assert_allclose(divergence.mixed_kl(away, renormalised), 0, atol=1e-12)
+    everything = signal.top_k(TEACHER, SIZE).replace(rest='renormalised')
+    np.testing.assert_allclose(
+        divergence.mixed_kl(STUDENT, everything), divergence.mixed_kl(STUDENT, TEACHER)
+    )
+
+
+@pytest.mark.parametrize('rest', ['partial', 'renormalised'])
+def test_every_reading_keeps_empty_slots_masks_and_extremes_finite(rest):
+    top = of_two()[0].replace(rest=rest)
+    log_probs = np.pad(top.log_probs, ((0, 0), (0, 2)), constant_values=-np.inf)
+    padded = top.replace(log_probs=log_probs, indices=np.pad(top.indices, ((0, 0), (0, 2))))
+    for f in (divergence.forward_kl, divergence.reverse_kl):
+        assert_same(value_and_gradient(f, padded), value_and_gradient(f, top))
+    rows = np.array([True, False, True])
+    value, gradient = value_and_gradient(divergence.forward_kl, top, where=rows[:, None])
+    full_value, full_gradient = value_and_gradient(divergence.forward_kl, top)
+    np.testing.assert_allclose(value, np.where(rows, full_value, 0), rtol=1e-12)
+    np.testing.assert_allclose(gradient, rows[:, None] * full_gradient, atol=1e-12)
+    slope = jax.grad(lambda s: jnp.sum(divergence.mixed_kl(s, top)))(jnp.asarray(1e4 * STUDENT))
+    assert np.isfinite(slope).all()
+
+
+def test_the_student_s_top_k_has_the_teacher_s_probabilities_and_its_tail():
+    found = signal.student_top_k(STUDENT, TEACHER, 2, temperature=2.0)
+    p, q = (scipy.special.softmax(x / 2, axis=-1) for x in (TEACHER, STUDENT))
+    indices = np.argsort(-STUDENT, axis=-1)[:, :2]
+    np.testing.assert_array_equal(found.indices, indices)
+    listed_p, listed_q = (np.take_along_axis(x, indices, -1) for x in (p, q))
+    np.testing.assert_allclose(np.exp(found.log_probs), listed_p, rtol=1e-12)
+    np.testing.assert_allclose(found.tail, 1 - listed_p.sum(-1), rtol=1e-12)
+    p, q = (np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (listed_p, listed_q))
+    value = divergence.reverse_kl(STUDENT, found, temperature=2.0)
+    np.testing.assert_allclose(value, np.sum(q * np.log(q / p), -1), rtol=1e-12)
+    # All but one outcome is all of them; and the choice carries no gradient.
+    expected = value_and_gradient(divergence.generalized_jsd, TEACHER)
+    most = lambda s, t: divergence.generalized_jsd(s, signal.student_top_k(s, t, SIZE - 1))  # noqa: E731
+    assert_same(value_and_gradient(most, TEACHER), expected)
+
+
+def test_vocabularies_padded_unlike_are_cut_to_what_both_have():
+    generator = np.random.default_rng(5)
+    hidden, head = generator.normal(size=(POSITIONS, 4)), generator.normal(size=(4, SIZE + 3))
+    wide = hidden @ head
+    expected = value_and_gradient(divergence.forward_kl, wide[:, :SIZE])
+
+    def cut(student, teacher):
+        return divergence.forward_kl(*signal.cut(student, teacher))
+
+    for teacher in (wide, signal.Dense(wide), signal.HiddenHead(hidden, head)):
+        assert_same(value_and_gradient(cut, teacher), expected, rtol=1e-9)
+    # The other way round, what the student has more counts for nothing and gets no gradient.
+    poisoned = jnp.where(np.arange(SIZE + 3) < SIZE, wide, np.nan)
+    value, slope = jax.value_and_grad(lambda s: jnp.sum(cut(s, TEACHER)))(poisoned)
+    plain = np.sum(divergence.forward_kl(wide[:, :SIZE], TEACHER))
+    np.testing.assert_allclose(value, plain, rtol=1e-12)
+    np.testing.assert_array_equal(slope[:, SIZE:], 0)
+    fused = sequence.fused_divergence(
+        hidden, head, TEACHER, divergence=lambda z, t: divergence.reverse_kl(*signal.cut(z, t))
+    )
+    np.testing.assert_allclose(fused, divergence.reverse_kl(wide[:, :SIZE], TEACHER), rtol=1e-9)
 
 
 def test_empty_slots_of_top_k_say_nothing():
@@ -222,8 +341,18 @@ def test_top_k_is_refused_by_name_where_it_defines_nothing():
     top2, labels = signal.top_k(TEACHER, 2), np.zeros(POSITIONS, np.int32)
     with pytest.raises(TypeError, match=r'^alpha_beta\(alpha=0.5, beta=0.7\).*TopK.*HiddenHead\.$'):
         DIVERGENCES['alpha_beta'](STUDENT, top2)
+    with pytest.raises(TypeError, match=r'^adaptive_kl .*TopK.*HiddenHead\.$'):
+        divergence.adaptive_kl(STUDENT, top2)
     with pytest.raises(TypeError, match=r'^logit_mse .*TopK'):
         classification.logit_mse(STUDENT, top2)
+    with pytest.raises(TypeError, match=r'^cut .*TopK.* needs Dense or HiddenHead\.$'):
+        signal.cut(STUDENT, top2)
+    with pytest.raises(TypeError, match=r'^student_top_k .*TopK'):
+        signal.student_top_k(STUDENT, top2, 2)
+    with pytest.raises(ValueError, match=r"^rest must be one of .*'partial'.* got 'none'"):
+        top2.replace(rest='none')
+    with pytest.raises(ValueError, match=r'^student_top_k .*\(3, 6\) and \(3, 5\); see signal.cut'):
+        signal.student_top_k(STUDENT, TEACHER[:, :5], 2)
     for f in (classification.target_kl, classification.non_target_kl):
         with pytest.raises(TypeError, match=r'kl .*TopK'):
             f(STUDENT, top2, labels)

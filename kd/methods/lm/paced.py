@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from kd import config as kd_config
 from kd.context import Context
 from kd.errors import UserError
-from kd.losses import check_micro_batches
-from kd.losses import divergence as divergences
+from kd.losses import check_micro_batches, outcomes
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start, teacher
 from kd.metrics import mean, scalar
@@ -89,7 +88,7 @@ def paced(
         variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=key)
         teacher_logits = teacher.teacher_logits(context, state, batch)
-        positions = divergences.per_position(
+        positions = outcomes.per_position(
             of_position, output.logits, teacher_logits, **divergence_arguments
         )
         # Positions are averaged within a problem first, or long answers would dominate.

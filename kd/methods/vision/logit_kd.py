@@ -8,8 +8,7 @@ from kd import config as config_lib
 from kd.context import Context
 from kd.data.transforms import augment
 from kd.errors import UserError
-from kd.losses import check_micro_batches, classification
-from kd.losses import divergence as divergences
+from kd.losses import check_micro_batches, classification, outcomes
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
 from kd.metrics import mean
@@ -61,7 +60,7 @@ def logit_kd(
         hard = classification.cross_entropy(
             output.logits, batch['label'], label_smoothing=label_smoothing
         )
-        soft = temperature**2 * divergences.per_position(
+        soft = temperature**2 * outcomes.per_position(
             soft_loss,
             output.logits,
             teacher_logits,
