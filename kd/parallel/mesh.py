@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from kd.errors import UserError
 AXES = ('data', 'fsdp', 'tensor')
 # Examples are spread over both: an FSDP group holds one copy of the parameters between them.
 BATCH_AXES = ('data', 'fsdp')
+# Steps that may be on their way at once on several devices of a CPU.
+AHEAD = 8
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -109,3 +112,21 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in arrays.items()
     }
+
+
+class Pace:
+    """Keeps the host from running far ahead of several devices of a CPU.
+
+    XLA lets 32 programs at a time onto each of them. Programs of which some devices have begun more
+    than others, and which wait for each other in a collective, can then wait for ever.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        several_of_a_cpu = mesh.devices.flat[0].platform == 'cpu' and mesh.devices.size > 1
+        self.every, self.steps = AHEAD if several_of_a_cpu else 0, 0
+
+    def __call__(self, value: Any) -> None:
+        """Call after every step, with something that it returned."""
+        self.steps += 1
+        if self.every and self.steps % self.every == 0:
+            jax.block_until_ready(value)

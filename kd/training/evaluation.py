@@ -27,7 +27,7 @@ class Evaluation:
 
     def __init__(self, stage: Stage, stop: Callable[[], bool] = lambda: False) -> None:
         """`stop` is asked between batches and probes in a run of several processes."""
-        self.stage = stage
+        self.stage, self.pace = stage, mesh_lib.Pace(stage.mesh)
         # One process is interrupted wherever it is.
         self.stop = stop if jax.process_count() > 1 else lambda: False
         self.updates = {
@@ -78,6 +78,7 @@ class Evaluation:
                         abstract = jax.eval_shape(evaluator.update, state, batch)
                         sums[name] = jax.tree.map(self._zero, abstract)
                     sums[name] = self.updates[name](state, batch, sums[name])
+                    self.pace(sums[name])
         return {
             f'{name}/{metric}': float(value)
             for name, (_, evaluator) in summed.items()

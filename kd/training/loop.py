@@ -145,7 +145,7 @@ class Loop:
             self.iterator.set_state(position)
             say(self.name, f'resuming from step {int(self.state.step)}')
         self.start = self.logged = self.saved_at = int(self.state.step)
-        self.train_step = make_train_step(stage)
+        self.train_step, self.pace = make_train_step(stage), mesh_lib.Pace(stage.mesh)
         # Batches on their way to the device, each with the iterator's position before it.
         self.queue: deque[tuple[Any, dict[str, jax.Array]]] = deque()
         # Positions before the batches since `logged`: where to find a batch that went wrong.
@@ -273,6 +273,7 @@ class Loop:
             self.progress.begin(self.start + 1)
         else:
             self.state, self.window = self.train_step(*arguments)
+            self.pace(self.window)
             self.clock.steps += 1
 
     def _write_files(self, step: int) -> None:

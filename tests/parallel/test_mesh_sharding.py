@@ -20,8 +20,10 @@ from kd.metrics import mean
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import tree_shardings
 from kd.state import State, path_name
+from kd.training import loop
 from kd.training import step as step_lib
 from kd.training.evaluation import Evaluation
+from kd.training.repeats import repeats
 from kd.training.stage import prepare
 
 
@@ -283,6 +285,39 @@ def a_stage(mesh, *, frozen_sharding=(), teacher='', **options):
     )
     shardings = tree_shardings(variables, frozen_sharding, stage.mesh)
     return dataclasses.replace(stage, frozen={'teacher': jax.device_put(variables, shardings)})
+
+
+@pytest.mark.parametrize(('ways', 'waits'), [(1, []), (2, [8, 16])])
+def test_the_host_runs_ahead_of_several_devices_of_a_cpu_by_few_steps(ways, waits, monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, 'block_until_ready', waited.append)
+    pace = mesh_lib.Pace(mesh_lib.make_mesh({'data': ways}))
+    for step in range(1, 21):
+        pace(step)
+    assert waited == waits
+
+
+def test_training_evaluation_and_further_seeds_keep_the_pace(monkeypatch, tmp_path):
+    kept = []
+
+    class Counted(mesh_lib.Pace):
+        def __call__(self, value):
+            kept.append(value)
+            super().__call__(value)
+
+    monkeypatch.setattr(mesh_lib, 'Pace', Counted)
+    config = a_recipe({'data': 2}, steps=3)
+    config.stages = ('teacher',)
+    del config['student']
+    config.data.test = 'test[:64]'
+    config.teacher.method = {'name': 'kd.methods.vision.supervised.supervised'}
+    config.teacher.evaluators = {'test': {'name': ACCURACY, 'split': 'test'}}
+    loop.run(config, tmp_path / 'run')
+    # The first step is waited for, two go ahead; two batches are evaluated.
+    assert len(kept) == 2 + 2
+    stage = prepare(kd_config.parse(config), 'teacher', mesh_lib.make_mesh({'data': 2}))
+    list(repeats(stage, (1,)))
+    assert len(kept) == 2 + 2 + 3
 
 
 def a_run(mesh, *, steps=5, **options):
