@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
-from kd.errors import UserError
 from kd.losses import divergence, numerics
-from kd.losses.signal import Dense, as_signal
 from kd.losses.token import entropy
-from kd.methods.teacher import teacher_logits
+from kd.methods.lm import common
 from kd.metrics import divide, mean
 from kd.ranges import Count
 
@@ -42,7 +40,7 @@ def law_metrics(
         'tv': divergence.total_variation(student_logits, teacher_logits),
         'forward_kl': divergence.forward_kl(student_logits, teacher_logits),
         'reverse_kl': divergence.reverse_kl(student_logits, teacher_logits),
-        'score': (jnp.exp(log_q) * log_p).sum(-1),
+        'score': jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * log_p, 0.0).sum(-1),
     }
 
 
@@ -52,12 +50,8 @@ def coverage(context: Context, *, top: Count = 3) -> Evaluator:
 
     def update(state, batch):
         student = network.apply(state.variables(), *network.of(batch)).logits
-        teacher = as_signal(teacher_logits(context, state, batch))
-        if not isinstance(teacher, Dense):
-            raise UserError(
-                f'coverage needs all logits of the teacher, got {type(teacher).__name__}.'
-            )
-        values = law_metrics(student, teacher.logits, top=top)
+        teacher = common.teacher_signal(context, state, batch)
+        values = law_metrics(student, common.logits_of(teacher), top=top)
         return {name: mean(value, batch['mask']) for name, value in values.items()}
 
     return Evaluator(update, divide)

@@ -31,10 +31,12 @@ __all__ = [
 
 # For `sharding` of a recipe: 'tensor' cuts heads, hidden units and the vocabulary, 'fsdp' the rest.
 SHARDING = (
-    (r'embed/embedding$', ('tensor', 'fsdp')),
+    (r'blocks/.*(query|key|value|gate|up)/kernel$', (None, 'fsdp', 'tensor')),
+    (r'blocks/.*(output|down)/kernel$', (None, 'tensor', 'fsdp')),
     (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'tensor')),
     (r'(output|down)/kernel$', ('tensor', 'fsdp')),
-    (r'head/kernel$', ('fsdp', 'tensor')),
+    (r'embed/embedding$', ('tensor', 'fsdp')),
+    (r'head$', ('fsdp', 'tensor')),
 )
 
 

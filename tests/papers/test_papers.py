@@ -197,6 +197,8 @@ def test_the_list_by_family(capsys):
         ['recursive_meta_distillation', '2601.13100', 'lm', 'lm/recursive_meta_distillation'],
         ['paced', '2603.11178', 'lm', 'lm/paced'],
         ['cascading_bias', '2505.24842', 'lm', 'lm/cascading_bias'],
+        ['word_level_kd', '1606.07947', 'lm', 'lm/distil'],
+        ['taid', '2501.16937', 'lm', 'lm/taid'],
     ]
     # A family is also that of a recipe.
     assert started(['--family=vision']) == 0
