@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from kd import config as config_lib
 from kd.context import Context
-from kd.losses import classification
-from kd.losses import divergence as divergences
+from kd.losses import classification, outcomes
 from kd.method import Method, Objective, minimize
 from kd.methods import start
 from kd.methods.lm import common
@@ -58,7 +57,7 @@ def distillation(
         hard = classification.cross_entropy(logits, labels)
         if teacher is None:
             return hard, {'hard_loss': hard}
-        soft = divergences.per_position(
+        soft = outcomes.per_position(
             soft_loss, logits, teacher, temperature=temperature, **divergence_arguments
         )
         losses = soft_weight * soft
