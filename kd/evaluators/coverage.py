@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd.context import Context, Evaluator
-from kd.losses import divergence, numerics
+from kd.losses import divergence, numerics, signal
 from kd.losses.token import entropy
 from kd.methods.lm import common
 from kd.metrics import divide, mean
@@ -51,7 +51,7 @@ def coverage(context: Context, *, top: Count = 3) -> Evaluator:
     def update(state, batch):
         student = network.apply(state.variables(), *network.of(batch)).logits
         teacher = common.teacher_signal(context, state, batch)
-        values = law_metrics(student, common.logits_of(teacher), top=top)
+        values = law_metrics(student, signal.all_logits('coverage', teacher), top=top)
         return {name: mean(value, batch['mask']) for name, value in values.items()}
 
     return Evaluator(update, divide)

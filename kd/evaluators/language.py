@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kd.context import Context, Evaluator
 from kd.evaluators.agreement import entropy, top_1_agreement
-from kd.losses import classification, divergence
+from kd.losses import classification, divergence, signal
 from kd.losses.signal import Dense, HiddenHead, TeacherSignal
 from kd.method import Batch
 from kd.methods.lm import common
@@ -66,7 +66,7 @@ def token_metrics(
             'entropy': entropy(logits),
         }
         if compare:
-            said = common.logits_of(teacher)
+            said = signal.all_logits('language', teacher)
             values['top_1'] = top_1_agreement(logits, said)
             values['kl'] = divergence.forward_kl(logits, said)
         return values['nll'], values

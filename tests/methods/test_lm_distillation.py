@@ -9,7 +9,7 @@ import pytest
 from kd.claims import seeds
 from kd.errors import UserError
 from kd.evaluators import language
-from kd.losses import classification, divergence
+from kd.losses import classification, divergence, signal
 from kd.losses.signal import Dense
 from kd.method import with_nonfinite_guard
 from kd.methods.lm import common
@@ -199,7 +199,7 @@ def test_teachers_whose_logits_are_whole_serve_as_well(student, teacher, batch):
     assert (labels[:, :-1] == batch['input'][:, 1:]).all()
 
     def of_token(logits, teacher, labels):
-        return divergence.forward_kl(logits, common.logits_of(teacher)), {}
+        return divergence.forward_kl(logits, signal.all_logits('test', teacher)), {}
 
     for said in (Dense(logits), common.said_by(teacher, theirs, batch)):
         found = common.token_losses(student, own, batch, of_token, teacher=said, chunk=4)

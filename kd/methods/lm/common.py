@@ -77,19 +77,6 @@ def said_by(network: Network, variables: PyTree, batch: Batch) -> TeacherSignal:
     return HiddenHead(hidden, head_of(decoder, variables))
 
 
-def logits_of(teacher: TeacherSignal) -> jax.Array:
-    """All logits of a teacher's signal, such as that of a few tokens.
-
-    Raises:
-      UserError: a signal that does not have them.
-    """
-    if isinstance(teacher, HiddenHead):
-        return teacher.logits()
-    if not isinstance(teacher, Dense):
-        raise UserError(f'this needs all logits of the teacher, got {type(teacher).__name__}.')
-    return teacher.logits
-
-
 def token_losses(
     network: Network,
     variables: PyTree,

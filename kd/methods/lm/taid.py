@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from kd.context import Context
 from kd.errors import UserError
-from kd.losses import classification, token
+from kd.losses import classification, signal, token
 from kd.method import Method, Objective, minimize, with_extra
 from kd.methods import start
 from kd.methods.lm import common
@@ -123,7 +123,7 @@ def taid(
         t = state.extra[SCHEDULE].t
 
         def of_token(logits, teacher, labels):
-            target = token.interpolated_logits(logits, common.logits_of(teacher), t)
+            target = token.interpolated_logits(logits, signal.all_logits('taid', teacher), t)
             soft = classification.cross_entropy(logits, jax.nn.softmax(target))
             hard = classification.cross_entropy(logits, labels)
             # A weight of 0 is exactly 0, also where a label is impossible.
