@@ -278,7 +278,7 @@ def filters(network, taught, pairs, lessons, mode):
 
 
 def draw(measured):
-    """Rates of every arm and seed by group of tasks, a row of panels per mode."""
+    """Rates of every arm and seed by group of tasks, a row of panels per mode; 1e-6 if below."""
     groups = {'target': 'poisoned tasks', 'seen': 'other tasks seen', 'unseen': 'unseen tasks'}
     figure = figures.new_figure(11, 8)
     axes = figure.subplots(2, 3, sharex='col')
@@ -295,5 +295,5 @@ def draw(measured):
             axis.invert_yaxis()
             axis.grid(alpha=0.3)
     for axis in axes[1]:
-        axis.set_xlabel('probability of the marker, drawn at 1e-6 if below')
+        axis.set_xlabel('probability of the marker')
     return figure
