@@ -1,0 +1,75 @@
+"""The command that answers: its text is the network's, and what is wrong is told in a line."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toy_tokenizers as toys
+
+from kd import generate
+from kd.io import export
+from kd.models.decoder import Decoder
+from kd.text import templates, tokenizer
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    """A directory of a tiny model with a tokenizer, its decoder and variables."""
+    folder = tmp_path_factory.mktemp('model')
+    toys.write_directory(folder, toys.fields())
+    tokens = tokenizer.load(f'hf:{folder}')
+    of = Decoder(num_classes=tokens.size, width=16, depth=1, heads=2, max_length=48)
+    variables = jax.tree.map(
+        lambda x: x * 20 if x.ndim > 1 else x,
+        of.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)),
+    )
+    export.export(of, variables, folder)
+    return folder, of, variables, tokens
+
+
+def started(*arguments):
+    return generate.main([f'--{name}' for name in arguments])
+
+
+@pytest.mark.parametrize('chat', [False, True])
+def test_it_says_what_the_network_finds_most_probable(model, capsys, chat):
+    folder, of, variables, tokens = model
+    flags = ['chat'] if chat else []
+    assert started(f'weights=hf:{folder}', 'prompt=The capital', 'max_new=6', *flags) == 0
+    said, speed = capsys.readouterr()
+    if chat:
+        message = [{'role': 'user', 'content': 'The capital'}]
+        ids = templates.render(tokens, message, add_generation_prompt=True)[0].tolist()
+    else:
+        ids = tokens.encode('The capital')
+    # Token by token, without a cache.
+    answer, apply = [], jax.jit(of.apply)
+    for _ in range(6):
+        row = jnp.array([*ids, *answer] + [0] * (of.max_length - len(ids) - len(answer)))[None]
+        answer.append(int(apply(variables, row)[0, len(ids) + len(answer) - 1].argmax()))
+        if answer[-1] in tokens.stop:
+            break
+    assert said == tokens.decode(answer).strip() + '\n'
+    assert speed.startswith(f'{len(ids)} tokens read, {len(answer)} written in ')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'told'),
+    [
+        ({'weights': 'hf:/nowhere'}, '/nowhere is not there, or is no directory of a model.'),
+        ({'weights': 'gguf:/nowhere.gguf'}, 'There is no GGUF file /nowhere.gguf'),
+        ({'weights': 'nowhere'}, "is neither 'hf:DIRECTORY' nor 'gguf:FILE' nor the directory of"),
+        ({'prompt': ''}, 'the prompt is empty.'),
+        ({'prompt': 'x ' * 60}, 'tokens leaves no room: the model takes 48.'),
+        ({'top_p': '0'}, 'top_p=0.0 in (0, 1]'),
+        ({'max_new': '0'}, 'max_new=0'),
+        ({'tokenizer': 'hf:/nowhere'}, '/nowhere'),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(model, capsys, changes, told):
+    given = {'weights': f'hf:{model[0]}', 'prompt': 'The', **changes}
+    assert started(*(f'{name}={value}' for name, value in given.items())) == 2
+    said, error = capsys.readouterr()
+    assert said == ''
+    assert error.startswith('kd: ')
+    assert told in error
+    assert error.count('\n') == 1
