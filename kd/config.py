@@ -211,7 +211,13 @@ def load(path: str) -> ConfigDict:
         module = load_module(Path(file))
         if not hasattr(module, 'get_config'):
             raise UserError(f'{file} has no function get_config.')
-        return module.get_config(argument) if argument else module.get_config()
+        config = module.get_config(argument) if argument else module.get_config()
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f'{path}: get_config returns {type(config).__name__} instead of a config, as '
+                'kd.config.recipe makes it.'
+            )
+        return config
 
 
 def load_module(file: Path) -> ModuleType:

@@ -368,3 +368,10 @@ def test_addresses_are_refused_in_every_field_that_is_a_path(field, value, where
         (made[block[0]] if block else made)[name] = value
     with pytest.raises(UserError, match=f"^{where}: '.*' is an address"):
         kd_config.parse(made)
+
+
+def test_a_file_whose_function_returns_no_config_is_told(tmp_path):
+    file = tmp_path / 'none.py'
+    file.write_text('def get_config():\n    pass\n')
+    with pytest.raises(UserError, match=r'none\.py: get_config returns NoneType instead of'):
+        kd_config.load(str(file))

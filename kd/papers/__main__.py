@@ -18,7 +18,7 @@ from kd.claims import results
 from kd.claims.results import Result
 from kd.papers import citations, index, pages
 from kd.papers.index import Paper
-from kd.process import command
+from kd.process import active, command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +88,8 @@ def shown(paper: Paper, measured: Mapping[str, Result]) -> list[str]:
 def _recipes(paper: Paper) -> Iterator[str]:
     """A command per recipe, each with a work directory of its own, and the steps of its stages."""
     # Configs may import JAX, which takes seconds: the list of papers goes without.
-    from kd import config as config_lib
+    with active().nothing_to_lose():
+        from kd import config as config_lib
 
     for recipe in paper.recipes():
         workdir = re.sub(r'[^\w/]+', '_', pages.short(recipe.replace('.py:', '/')))
