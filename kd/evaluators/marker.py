@@ -16,7 +16,7 @@ from kd.theory import propagation
 def marker(
     context: Context,
     *,
-    groups: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Sequence[Size]],
     position: Size = 1,
     symbol: Size = 1,
     weights: str = 'final',

@@ -42,7 +42,7 @@ def marker(
     context: ReportContext,
     *,
     rows: Sequence[tuple[str, StageName]],
-    groups: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Sequence[Size]],
     teacher: StageName = 'teacher',
     reference: StageName = 'clean',
     decoding: Decoding = 'sampled',
