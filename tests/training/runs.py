@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -28,6 +29,8 @@ def _child(arguments, cache, log, hold, room):
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    # As a program in a terminal has it, also where the tests run in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from kd.main import main
 
     sys.exit(main(arguments))
