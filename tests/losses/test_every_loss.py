@@ -175,14 +175,14 @@ TOKENS = LABELS % HEAD.shape[1]
 
 
 def fused_tokens(s, t):
-    """What tokens are weighted by, what is added from aux, and tokens that do not count."""
+    """Weights of tokens, and tokens that do not count."""
 
     def token_loss(logits, teacher, per_token):
         tokens, weights = per_token
-        return weights * classification.cross_entropy(logits, tokens), token.entropy(logits)
+        return weights * classification.cross_entropy(logits, tokens), ()
 
     head = jnp.asarray(HEAD, jnp.promote_types(s.dtype, jnp.float32))
-    loss, entropy = sequence.fused_token_loss(
+    loss, _ = sequence.fused_token_loss(
         s,
         head,
         token_loss,
@@ -191,13 +191,11 @@ def fused_tokens(s, t):
         chunk=3,
         shards=2,
     )
-    return loss + 0.1 * entropy
+    return loss
 
 
 def unfused_tokens(s, t):
-    log_q = log_softmax(s @ HEAD)
-    loss = -WEIGHTS * log_q[np.arange(B), TOKENS]
-    return np.where(COUNTED, loss + 0.1 * scipy.special.entr(np.exp(log_q)).sum(-1), 0.0)
+    return np.where(COUNTED, -WEIGHTS * log_softmax(s @ HEAD)[np.arange(B), TOKENS], 0.0)
 
 
 # name: (loss, oracle), each of student [B, V] and teacher [B, V].

@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kd.losses import segments, trajectory
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 LABELS = np.asarray([0, 1, 2, 0, 1, 2])
 STEPS = 5
 

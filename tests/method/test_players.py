@@ -13,6 +13,8 @@ from kd import metrics as metrics_lib
 from kd.method import Objective, Player, alternate, with_ema
 from kd.metrics import mean
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def test_two_players_move_as_in_a_hand_written_loop():
     players = {

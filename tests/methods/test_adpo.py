@@ -18,6 +18,8 @@ from kd.methods.rl.adpo import adpo
 from kd.models.structured import CandidateScorer
 from kd.network import from_linen
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B, P, F, LR = 5, 4, 6, 0.5
 
 

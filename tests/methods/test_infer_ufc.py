@@ -20,6 +20,8 @@ from kd.network import from_linen
 from kd.parallel.mesh import make_mesh
 from kd.parallel.sharding import tree_shardings
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CLASSES, SHAPE, GROUPS = 8, (8, 8, 2), 3
 INPUTS = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
 RATE = 0.1

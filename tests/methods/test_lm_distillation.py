@@ -17,14 +17,10 @@ from kd.methods.lm.distillation import distillation
 from kd.models.decoder import Decoder
 from kd.network import from_linen
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 V, T, LR = 20, 7, 0.3
 FIELDS = ('input', 'positions', 'segments')
-
-
-@pytest.fixture(autouse=True)
-def quick(quick_compilation):
-    with quick_compilation():
-        yield
 
 
 def decoder(**changes):

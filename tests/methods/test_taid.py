@@ -19,6 +19,8 @@ from kd.models.structured import BottleneckLM
 from kd.network import from_linen
 from kd.theory import kernel_regression
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B, V, N, LR = 6, 48, 10, 0.5
 
 

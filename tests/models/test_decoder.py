@@ -11,6 +11,8 @@ from kd.models import decoder, rope
 from kd.models.causal_attention import attend_causally
 from kd.models.decoder import Decoder, head_of, init_cache, unstacked
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SIZES = dict(num_classes=40, width=24, depth=2, heads=4, mlp_hidden=36, max_length=64)
 SHAPES = {
     'llama': dict(kv_heads=2),

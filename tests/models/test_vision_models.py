@@ -15,6 +15,8 @@ from kd.models.mlp import MLP
 from kd.models.resnet import ResNet, WideResNet
 from kd.models.vit import ViT
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CIFAR = (1, 32, 32, 3)
 
 
