@@ -137,11 +137,10 @@ def test_a_prompt_read_whole_and_an_answer_token_by_token_are_one_row(shape, tok
     for first, last in [(0, 6), *((i, i + 1) for i in range(6, T))]:
         hidden, cache = step(tokens[:, first:last], positions[:, first:last], cache)
         found.append(hidden)
-    wanted = of.apply(variables, tokens, method='hidden')
+    wanted = jax.jit(lambda t: of.apply(variables, t, method='hidden'))(tokens)
     np.testing.assert_allclose(jnp.concatenate(found, 1), wanted, atol=1e-5)
-    np.testing.assert_allclose(
-        wanted @ head_of(of, variables), of.apply(variables, tokens), atol=1e-4
-    )
+    logits = jax.jit(of.apply)(variables, tokens)
+    np.testing.assert_allclose(wanted @ head_of(of, variables), logits, atol=1e-4)
     assert int(cache.length) == T
     assert cache.valid[:, :T].all()
     assert not cache.valid[:, T:].any()
@@ -164,29 +163,28 @@ def test_a_cached_step_projects_the_new_tokens_alone(tokens):
 def test_documents_of_a_packed_row_are_as_alone_and_so_is_a_padded_prompt(tokens):
     of = module()
     variables = variables_of(of)
-    alone = jax.jit(of.apply)
+    alone, step = jax.jit(of.apply), jax.jit(lambda *a: of.apply(variables, *a, method='step'))
+    hidden_of = jax.jit(lambda row: of.apply(variables, row, method='hidden'))
     long, short = tokens[0, :8], tokens[1, :5]
     row = jnp.concatenate([long, short, jnp.zeros(3, int)])[None]
     segments = jnp.array([[1] * 8 + [2] * 5 + [0] * 3])
-    packed = of.apply(variables, row, None, segments)
+    packed = alone(variables, row, None, segments)
     np.testing.assert_allclose(packed[0, :8], alone(variables, long[None])[0], atol=1e-5)
     np.testing.assert_allclose(packed[0, 8:13], alone(variables, short[None])[0], atol=1e-5)
     # Positions alone do not keep documents apart.
     assert decoder.positions_in((1, 16), segments).tolist() == [[*range(8), *range(5), *range(3)]]
-    leaking = of.apply(variables, row, decoder.positions_in((1, 16), segments))
+    leaking = alone(variables, row, decoder.positions_in((1, 16), segments))
     assert np.abs(leaking[0, 8:13] - packed[0, 8:13]).max() > 0.1
     # A prompt that is padded on the left and then goes on.
     prompts = jnp.stack([jnp.concatenate([jnp.full(3, 7), short]), long])
     valid = jnp.array([[False] * 3 + [True] * 5, [True] * 8])
     positions = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
-    hidden, cache = of.apply(
-        variables, prompts, positions, init_cache(of, 2, 10), valid, method='step'
-    )
-    wanted = of.apply(variables, short[None], method='hidden')
+    hidden, cache = step(prompts, positions, init_cache(of, 2, 10), valid)
+    wanted = hidden_of(short[None])
     np.testing.assert_allclose(hidden[0, 3:], wanted[0], atol=1e-5)
     then = jnp.array([[3], [4]])
-    hidden, _ = of.apply(variables, then, positions[:, -1:] + 1, cache, method='step')
-    wanted = of.apply(variables, jnp.append(short, 3)[None], method='hidden')
+    hidden, _ = step(then, positions[:, -1:] + 1, cache)
+    wanted = hidden_of(jnp.append(short, 3)[None])
     np.testing.assert_allclose(hidden[0, 0], wanted[0, -1], atol=1e-5)
 
 
@@ -291,7 +289,7 @@ def test_what_does_not_go_together_is_told():
         of.apply(variables, jnp.zeros((1, 3)))
     with pytest.raises(ValueError, match='a row of 65 tokens exceeds max_length=64'):
         of.apply(variables, jnp.zeros((1, 65), int))
-    out = of.apply(variables, jnp.array([[1, -1, 2], [3, 1, 40], [3, 1, 39]]))
+    out = jax.jit(of.apply)(variables, jnp.array([[1, -1, 2], [3, 1, 40], [3, 1, 39]]))
     assert np.isnan(out).all((1, 2)).tolist() == [True, True, False]
 
 
@@ -299,8 +297,8 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(tokens):
     of = module(dtype='bfloat16')
     variables = variables_of(of)
     assert of.apply(variables, tokens, method='hidden').dtype == jnp.bfloat16
-    logits = of.apply(variables, tokens)
+    logits = jax.jit(of.apply)(variables, tokens)
     assert logits.dtype == jnp.float32
-    wanted = module().apply(variables, tokens)
+    wanted = jax.jit(module().apply)(variables, tokens)
     assert np.abs(logits - wanted).max() < 0.03 * np.abs(wanted).max()
     assert init_cache(of, 1, 4).keys[0].dtype == jnp.bfloat16
