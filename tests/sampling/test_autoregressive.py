@@ -36,7 +36,7 @@ def decoder():
 
 @pytest.fixture(scope='module')
 def variables(decoder):
-    made = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    made = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     # Larger than they start, so that the law is far from uniform.
     return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, made)
 
@@ -58,7 +58,8 @@ def forced(decoder, variables, prompt, mask, tokens):
     """Logits [B, R, V] of a whole row at once for the answer's tokens."""
     row = jnp.concatenate([prompt, tokens], 1)
     seen = jnp.concatenate([mask, jnp.ones_like(tokens, bool)], 1)
-    return decoder.apply(variables, row, None, seen.astype(int))[:, prompt.shape[1] - 1 : -1]
+    logits = jax.jit(decoder.apply)(variables, row, None, seen.astype(int))
+    return logits[:, prompt.shape[1] - 1 : -1]
 
 
 def test_at_temperature_0_every_token_is_the_most_probable_one(decoder, variables, prompts):
