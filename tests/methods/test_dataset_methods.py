@@ -29,6 +29,8 @@ from kd.network import from_linen
 from kd.parallel.mesh import make_mesh
 from kd.parallel.sharding import tree_shardings
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CLASSES, SHAPE = 10, (4, 4, 1)
 NET = from_linen(
     MLP(widths=(8,), activation='tanh'), jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)

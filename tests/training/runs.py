@@ -31,9 +31,11 @@ def _child(arguments, cache, log, hold, room):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     # As a program in a terminal has it, also where the tests run in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from kd import process
     from kd.main import main
 
-    sys.exit(main(arguments))
+    # Through the door of a command: the interpreter's own end crashes in JAX now and then.
+    process.command(lambda: main(arguments))
 
 
 class Command:

@@ -31,12 +31,9 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(processes, uninterrup
             break
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        if process.exitcode == 0:  # It was done before the signal came.
-            break
         assert process.exitcode == -signal.SIGKILL
         kills += 1
-    # On a busy machine a run may come to its end between two looks at it.
-    assert kills >= 3
+    assert kills >= 5
     assert command.run() == 0, command.said()
     assert command.said().count('resuming from step') >= 2
     assert_same_run(uninterrupted, command.workdir)
