@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 
 from kd.context import Context, Evaluator
@@ -87,16 +86,3 @@ def finish(sums: Mapping[str, Mean]) -> dict[str, float]:
     if 'nll' in means:
         means['perplexity'] = math.exp(min(means['nll'], 700.0))
     return means
-
-
-def compiled(network: Network, teacher: Network | None = None):
-    """`f(variables, teacher's variables, batch) -> sums`, jitted, outside any stage."""
-
-    @jax.jit
-    def of_batch(variables, teacher_variables, batch):
-        said = None
-        if teacher is not None:
-            said = common.said_by(teacher, teacher_variables, batch)
-        return token_metrics(network, variables, batch, teacher=said)
-
-    return of_batch

@@ -13,14 +13,17 @@ import numpy as np
 from kd import figures, files
 from kd.context import ReportContext
 from kd.data import pipeline
+from kd.errors import UserError
 from kd.evaluators import language as metrics
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
-from kd.network import parameter_count
-from kd.networks import Trained, trained_network
+from kd.methods.lm import common
+from kd.network import Network, parameter_count
+from kd.networks import trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, Size, SplitName
 from kd.sampling.autoregressive import sampler
+from kd.state import PyTree
 from kd.text import packing, templates
 
 
@@ -29,6 +32,13 @@ class Sample(NamedTuple):
 
     prompt: str
     answers: dict[str, str]
+
+
+class Restored(NamedTuple):
+    """A trained network and its variables."""
+
+    network: Network
+    variables: PyTree
 
 
 def language(
@@ -60,13 +70,23 @@ def language(
       Path of `report.md`; learning curves lie in `figures/`, numbers in `report.json`.
     """
     source = context.source(split)
-    found = {title: _found(context, reference, source) for title, reference in rows}
-    reference = _found(context, teacher, source) if teacher else None
+    tokenizer = getattr(source, 'tokenizer', None)
+    if prompts and tokenizer is None:
+        raise UserError('report.prompts are texts, and the data name no tokenizer; leave them out.')
+    ids = [_prompt(tokenizer, prompt, chat) for prompt in prompts]
+    reference = _restored(context, teacher, source) if teacher else None
     results: dict[str, Any] = {}
-    for title, trained in found.items():
-        say('report', f'{title}: perplexity on {split}')
-        results[title] = _measured(context, trained, reference, source, batch_size, batches)
-    samples = _samples(context, found, source, prompts, max_new, chat) if prompts else []
+    answers: dict[str, list[str]] = {}
+    for title, name in rows:
+        say('report', f'{title}: {split}')
+        # One network is held at a time, beside the teacher.
+        one = reference if reference and name == teacher else _restored(context, name, source)
+        results[title] = _measured(context, one, reference, source, batch_size, batches)
+        answers[title] = _answers(one, tokenizer, ids, max_new)
+    samples = [
+        Sample(prompt, {title: said[i] for title, said in answers.items()})
+        for i, prompt in enumerate(prompts)
+    ]
     curves = {
         title: read_metrics(context.workdir / stage)
         for title, stage in rows
@@ -83,57 +103,59 @@ def language(
     return report
 
 
-def _found(context: ReportContext, reference: str, source: Any) -> Trained:
-    return trained_network(
+def _restored(context: ReportContext, reference: str, source: Any) -> Restored:
+    trained = trained_network(
         context.recipe, reference, context.workdir, context.mesh, source, where='report.rows'
     )
+    return Restored(trained.network, trained.restore())
 
 
-def _measured(context, trained, reference, source, batch_size, batches) -> dict[str, float]:
-    """Metrics of a network on a split, its parameters, and how fast it was trained."""
-    variables = trained.restore()
-    others = reference.restore() if reference else None
-    of_batch = metrics.compiled(trained.network, reference.network if reference else None)
+def _measured(
+    context: ReportContext,
+    one: Restored,
+    teacher: Restored | None,
+    source: Any,
+    batch_size: int,
+    batches: int,
+) -> dict[str, float]:
+    """Metrics of a network on a split, and its parameters."""
+
+    @jax.jit
+    def sums_of(variables, theirs, batch):
+        said = common.said_by(teacher.network, theirs, batch) if teacher else None
+        return metrics.token_metrics(one.network, variables, batch, teacher=said)
+
     mesh = context.mesh
     part, parts = mesh_lib.batch_part(mesh)
     every = pipeline.eval_batches(source, batch_size, host_index=part, host_count=parts)
-    total: Any = None
+    theirs, total = teacher.variables if teacher else None, None
     for number in range(min(len(every), batches or len(every))):
         batch = mesh_lib.put_batch(every[number], mesh_lib.batch_sharding(mesh))
-        sums = of_batch(variables, others, batch)
+        sums = sums_of(one.variables, theirs, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     found = metrics.finish(jax.device_get(total))
-    return {'parameters': parameter_count(variables), **found}
+    return {'parameters': parameter_count(one.variables), **found}
 
 
-def _samples(context, found, source, prompts, max_new, chat) -> list[Sample]:
+def _prompt(tokenizer: Any, prompt: str, chat: bool) -> np.ndarray:
+    """Tokens of a prompt, int32 [n]."""
+    if not chat:
+        return np.asarray(tokenizer.encode(prompt), np.int32)
+    message = {'role': 'user', 'content': prompt}
+    return templates.render(tokenizer, [message], add_generation_prompt=True)[0]
 
-    tokenizer = source.tokenizer
-    ids = [
-        templates.render(
-            tokenizer, [{'role': 'user', 'content': prompt}], add_generation_prompt=True
-        )[0]
-        if chat
-        else np.asarray(tokenizer.encode(prompt), np.int32)
-        for prompt in prompts
-    ]
-    longest = max(map(len, ids))
-    rows = packing.prompts(ids, longest, pad=tokenizer.pad).arrays
-    answers: dict[str, list[str]] = {}
-    for title, trained in found.items():
-        say('report', f'{title}: samples')
-        module = trained.network.module
-        draw = sampler(module, max_new=max_new, temperature=0.0, stop=tokenizer.stop)
-        said = jax.jit(draw)(
-            trained.restore(), rows['input'], rows['prompt_mask'], jax.random.key(0)
-        )
-        answers[title] = [
-            tokenizer.decode(np.asarray(tokens)[np.asarray(mask)])
-            for tokens, mask in zip(said.tokens, said.mask, strict=True)
-        ]
+
+def _answers(one: Restored, tokenizer: Any, ids: Sequence[np.ndarray], max_new: int) -> list[str]:
+    """What a network says to each prompt at temperature 0."""
+    decoder = common.decoder_of(one.network)
+    if not ids or decoder is None:
+        return [''] * len(ids)
+    rows = packing.prompts(ids, max(map(len, ids)), pad=tokenizer.pad).arrays
+    draw = sampler(decoder, max_new=max_new, temperature=0.0, stop=tokenizer.stop)
+    said = jax.jit(draw)(one.variables, rows['input'], rows['prompt_mask'], jax.random.key(0))
     return [
-        Sample(prompt, {title: texts[i] for title, texts in answers.items()})
-        for i, prompt in enumerate(prompts)
+        tokenizer.decode(np.asarray(tokens)[np.asarray(mask)])
+        for tokens, mask in zip(said.tokens, said.mask, strict=True)
     ]
 
 

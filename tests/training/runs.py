@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path

@@ -92,14 +92,14 @@ def token_losses(
     """A loss of every token that counts; a decoder's logits are formed `chunk` tokens at a time.
 
     Vocabularies of one tokenizer may be padded to different sizes (Qwen2.5: 151,936 and 152,064):
-    logits are cut to the tokens that student and teacher both have.
+    logits are cut to the tokens that student and teacher both have (`signal.cut`).
 
     Args:
       network: of the student.
       variables: of the network.
       batch: see above.
       loss: `loss(logits [n, V], teacher, labels int [n], *per_token) -> ([n], {name: [n]})` of n
-        tokens; the teacher's signal has a leading axis [n], or is None.
+        tokens. The teacher is None or a signal with a leading axis [n], `Dense` if it is whole.
       teacher: with leading axes as of the labels.
       per_token: further arrays with leading axes as of the labels.
       key: for dropout.
@@ -113,6 +113,8 @@ def token_losses(
         return x.reshape(-1, *x.shape[len(leading) :])
 
     def of_tokens(logits, teacher, per_token):
+        if isinstance(teacher, Dense | HiddenHead):
+            logits, teacher = signal.cut(logits, teacher)
         return loss(logits, teacher, *per_token)
 
     given = tuple(flat(x) for x in (labels, *per_token))
@@ -120,17 +122,13 @@ def token_losses(
     decoder = decoder_of(network)
     if decoder is not None:
         output = network.apply(variables, *network.of(batch), method='hidden', **how)
-        head = head_of(decoder, variables)
-        size = min(head.shape[1], _outcomes(teacher) or head.shape[1])
         found, aux = sequence.fused_token_loss(
-            flat(output.logits), head[:, :size], of_tokens,
-            teacher=_flat(teacher, flat, size), per_token=given, valid=flat(where), chunk=chunk,
+            flat(output.logits), head_of(decoder, variables), of_tokens,
+            teacher=_flat(teacher, flat), per_token=given, valid=flat(where), chunk=chunk,
         )  # fmt: skip
     else:
         output = network.apply(variables, *network.of(batch), **how)
-        size = min(output.logits.shape[-1], _outcomes(teacher) or output.logits.shape[-1])
-        logits = flat(output.logits)[:, :size]
-        found, aux = of_tokens(logits, _flat(teacher, flat, size), given)
+        found, aux = of_tokens(flat(output.logits), _flat(teacher, flat), given)
     found, aux = jax.tree.map(lambda x: x.reshape(leading), (found, aux))
     return TokenLosses(found, where, aux, output.mutables)
 
@@ -156,17 +154,8 @@ def _own_parts(context: Context) -> Mapping[str, Any]:
     return jax.eval_shape(context.network.init, jax.random.key(0))['params']
 
 
-def _outcomes(teacher: TeacherSignal | None) -> int | None:
-    """Size of the vocabulary that a teacher speaks of, None where it does not say."""
+def _flat(teacher: TeacherSignal | None, flat: Callable) -> TeacherSignal | None:
+    """A teacher's signal with one leading axis."""
     if isinstance(teacher, HiddenHead):
-        return teacher.head.shape[1]
-    return teacher.logits.shape[-1] if isinstance(teacher, Dense) else None
-
-
-def _flat(teacher: TeacherSignal | None, flat: Callable, size: int) -> TeacherSignal | None:
-    """A teacher's signal with one leading axis, of the first `size` tokens."""
-    if isinstance(teacher, HiddenHead):
-        return HiddenHead(flat(teacher.hidden), teacher.head[:, :size])
-    if isinstance(teacher, Dense):
-        return Dense(flat(teacher.logits)[:, :size])
+        return HiddenHead(flat(teacher.hidden), teacher.head)
     return jax.tree.map(flat, teacher)

@@ -65,6 +65,9 @@ def test_what_a_student_gives_up_against_sums_by_hand():
         }
         for name, value in wanted.items():
             np.testing.assert_allclose(found[name][i], value, rtol=2e-5)
+    # What neither says is nothing, and what the teacher never says has no score.
+    impossible = law_metrics(np.array([0.0, 0.0, -np.inf]), np.array([0.0, 0.0, -np.inf]), top=1)
+    np.testing.assert_allclose(impossible['score'], np.log(0.5), rtol=1e-6)
 
 
 def test_the_bottleneck_bounds_the_rank_of_the_logits():
