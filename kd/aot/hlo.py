@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -63,18 +64,41 @@ class Program(NamedTuple):
     computations: dict[str, Computation]
     entry: str
 
-    def runs(self, ops: Container[str] | None = None) -> Counter[str]:
-        """How often each computation runs in one execution; calls by other `ops` do not count."""
-        found: Counter[str] = Counter()
+    def runs(
+        self, ops: Container[str] | None = None, cost: Callable[[str], float] | None = None
+    ) -> Counter[str]:
+        """How often each computation runs in one execution.
 
-        def count(name: str, times: int) -> None:
-            found[name] += times
+        Args:
+          ops: calls by others do not count.
+          cost: of one run of a computation, without its calls: of a conditional the dearest branch
+            runs. Without it, all branches do.
+        """
+
+        @functools.cache
+        def calls(name: str) -> list[tuple[str, int]]:
+            found = []
             within = self.computations.get(name, {})
             for each in within.values():
                 if ops is None or each.op in ops:
                     turns = _turns(each, within, self.computations) if each.op == 'while' else 1
-                    for called in each.called:
-                        count(called, times * (1 if turns is None else turns))
+                    called = each.called
+                    if each.op == 'conditional' and cost is not None:
+                        called = [max(called, key=whole)]
+                    found += [(one, 1 if turns is None else turns) for one in called]
+            return found
+
+        @functools.cache
+        def whole(name: str) -> float:
+            assert cost is not None
+            return cost(name) + sum(times * whole(called) for called, times in calls(name))
+
+        found: Counter[str] = Counter()
+
+        def count(name: str, times: int) -> None:
+            found[name] += times
+            for called, turns in calls(name):
+                count(called, times * turns)
 
         count(self.entry, 1)
         return found
@@ -128,9 +152,17 @@ def parse(text: str) -> Program:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of a compiled program (`compiled.as_text()`), loops taken into account."""
+    """All collectives of a compiled program (`compiled.as_text()`), loops taken into account.
+
+    Of a conditional those of one branch, that with the most bytes.
+    """
     program = parse(text)
-    runs = program.runs()
+
+    def sent(name: str) -> float:
+        own = program.computations.get(name, {}).values()
+        return sum(_result(each) for each in own if each.op.removesuffix('-start') in KINDS)
+
+    runs = program.runs(cost=sent)
     named = [
         (name, each)
         for name, computation in program.computations.items()
@@ -148,8 +180,7 @@ def collectives(text: str) -> list[Collective]:
     for name, each in named:
         if name in starts or _channel(each) not in pieces:
             kind = each.op.removesuffix('-start')
-            size = _size(kind, each.shape, each.op != kind, each.rest)
-            found.append(Collective(kind, size, runs[name], each.shape))
+            found.append(Collective(kind, _result(each), runs[name], each.shape))
     return found
 
 
@@ -236,8 +267,10 @@ def _channel(each: Instruction) -> str:
     return found[0] if found else each.name
 
 
-def _size(kind: str, shape: str, starts: bool, rest: str) -> int:
-    sizes = [_bytes(m) for m in SHAPE.finditer(shape)]
+def _result(each: Instruction) -> int:
+    """Bytes of a collective, see `Collective`."""
+    kind, starts, rest = each.op.removesuffix('-start'), each.op.endswith('-start'), each.rest
+    sizes = [_bytes(m) for m in SHAPE.finditer(each.shape)]
     if kind == 'reduce-scatter':
         operands = rest.partition(')')[0]
         into = [_bytes(m) for m in SHAPE.finditer(operands)]

@@ -2,12 +2,13 @@
 
 As in XLA's own analysis an instruction reads its operands and writes its result once, and a fusion
 is one instruction; of what is sliced, gathered or updated in place only the part counts. Other than
-there, the body of a loop counts as often as it runs, and what lies in the memory on the chip (space
-1 of a TPU) does not count.
+there, the body of a loop counts as often as it runs, of a conditional the dearest branch, and what
+lies in the memory on the chip (space 1 of a TPU) does not count.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -48,11 +49,14 @@ def traffic(text: str) -> int:
         name: {key: _sized(each) for key, each in computation.items()}
         for name, computation in program.computations.items()
     }
-    return sum(
-        times * _moved(each, computations[name], computations)
-        for name, times in program.runs(_CALLING).items()
-        for each in computations.get(name, {}).values()
-    )
+
+    @functools.cache
+    def moved(name: str) -> int:
+        within = computations.get(name, {})
+        return sum(_moved(each, within, computations) for each in within.values())
+
+    runs = program.runs(_CALLING, cost=moved)
+    return sum(times * moved(name) for name, times in runs.items())
 
 
 def _sized(each: hlo.Instruction) -> _Instruction:

@@ -136,6 +136,55 @@ def test_a_loop_that_does_not_tell_counts_once_and_is_named(place, other):
     assert hlo.parse(told).loops_of_unknown_length() == 0
 
 
+BRANCHES = """HloModule step
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %add = f32[]{:T(128)} add(%x, %y)
+}
+
+%made (a: (f32[64,128])) -> f32[64,128] {
+  %a = (f32[64,128]{1,0:T(8,128)}) parameter(0)
+  %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%a), index=0
+  %twice = f32[64,128]{1,0:T(8,128)} add(%x, %x)
+  ROOT %all = f32[64,128]{1,0:T(8,128)} all-reduce(%twice), replica_groups={{0,1}}, to_apply=%sum
+}
+
+%left_out (b: (f32[64,128])) -> f32[64,128] {
+  %b = (f32[64,128]{1,0:T(8,128)}) parameter(0)
+  %y = f32[64,128]{1,0:T(8,128)} get-tuple-element(%b), index=0
+  ROOT %copy = f32[64,128]{1,0:T(8,128)} copy(%y)
+}
+
+ENTRY %main (p: f32[64,128], q: pred[]) -> f32[64,128] {
+  %p = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %q = pred[]{:T(512)} parameter(1)
+  %t = (f32[64,128]{1,0:T(8,128)}) tuple(%p)
+  ROOT %out = f32[64,128]{1,0:T(8,128)} conditional(%q, %t, %t), CALLED
+}
+"""
+
+
+@pytest.mark.parametrize(
+    'called',
+    [
+        'true_computation=%made, false_computation=%left_out',
+        'branch_computations={%left_out, %made}',
+        'branch_computations={%made, %left_out, %made}',
+    ],
+)
+def test_of_a_conditional_the_dearest_branch_counts(called):
+    size = 4 * 64 * 128
+    text = BRANCHES.replace('CALLED', called)
+    [found] = hlo.collectives(text)
+    assert (found.kind, found.bytes, found.times) == ('all-reduce', size, 1)
+    # Of the sum an operand is named twice.
+    assert hlo_traffic.traffic(text) == 3 * size + 2 * size
+    # Both may run, one of them in each execution.
+    assert hlo.parse(text).runs()['left_out'] == 1
+
+
 PIECES = """HloModule step
 
 %begun (x: f32[8,128]) -> (f32[8,128], f32[64,128]) {
