@@ -6,7 +6,6 @@ Every seed has a table of its own; runs of all seeds are trained side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,10 @@ from kd.state import PyTree
 BATCH = 256
 
 
-def laws(runs: int, *, tokens: int = table.TOKENS, scale: float = 1.2) -> np.ndarray:
+def laws(runs: int) -> np.ndarray:
     """The teacher's logits of each seed, float32 [R, V^2, V]."""
-    made = [table.logits(seed, tokens, scale).reshape(tokens**2, tokens) for seed in range(runs)]
-    return np.stack(made)
+    made = [table.logits(seed) for seed in range(runs)]
+    return np.stack([law.reshape(-1, law.shape[-1]) for law in made])
 
 
 def student(width: int) -> Network:
@@ -51,50 +50,22 @@ def every_context(laws: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def context(network: Network, steps: int, lr: float, **optimizer: Any) -> Context:
+def context(network: Network, steps: int, lr: float) -> Context:
     """For a method's builder: Adam with a clipped gradient, the rate falling as a cosine."""
-    settings = dict(name='adam', lr=lr, schedule='cosine', clip_norm=1.0) | optimizer
+    optimizer = dict(name='adam', lr=lr, schedule='cosine', clip_norm=1.0)
     return seeds.context(
-        network=network, num_classes=table.TOKENS, steps=steps, batch_size=BATCH, optimizer=settings
+        network=network,
+        num_classes=table.TOKENS,
+        steps=steps,
+        batch_size=BATCH,
+        optimizer=optimizer,
     )
 
 
-def train(
-    method: Method,
-    data: Mapping[str, np.ndarray],
-    steps: int,
-    *,
-    params: PyTree | None = None,
-    batch_size: int = BATCH,
-    stream: int = 0,
-    frozen_per_run: Mapping[str, PyTree] | None = None,
-) -> PyTree:
-    """Parameters [R, ...] after so many steps of each seed on data of its own.
-
-    Args:
-      method: of the arm.
-      data: arrays [R, N, ...].
-      steps, batch_size: of every run.
-      params: [R, ...] to start from; None for new ones.
-      stream: of random numbers, another one for a second stage.
-      frozen_per_run: see `kd.claims.seeds.train`.
-    """
+def train(method: Method, data: Mapping[str, np.ndarray], steps: int) -> PyTree:
+    """Parameters [R, ...] after so many steps of each seed on data of its own, arrays [R, N, ...]."""
     runs = len(next(iter(data.values())))
-    frozen = dict(frozen_per_run or {})
-    if params is not None:
-        frozen['begin'] = params
-
-    def init(key: jax.Array, given: Mapping[str, PyTree]):
-        given = dict(given)
-        start = given.pop('begin', None)
-        state = method.init(key, given)
-        return state if start is None else state.with_params(start)
-
-    begun = Method(init, method.step)
-    state = seeds.train(
-        begun, {}, np.arange(runs) + 1_000 * stream, steps=steps, batch_size=batch_size,
-        per_run=data, frozen_per_run=frozen,
-    )  # fmt: skip
+    state = seeds.train(method, {}, np.arange(runs), steps=steps, batch_size=BATCH, per_run=data)
     return state.params['network']
 
 
