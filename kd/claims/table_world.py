@@ -63,7 +63,7 @@ def context(network: Network, steps: int, lr: float) -> Context:
 
 
 def train(method: Method, data: Mapping[str, np.ndarray], steps: int) -> PyTree:
-    """Parameters [R, ...] after so many steps of each seed on data of its own, arrays [R, N, ...]."""
+    """Parameters [R, ...] of each seed after so many steps on data of its own, [R, N, ...]."""
     runs = len(next(iter(data.values())))
     state = seeds.train(method, {}, np.arange(runs), steps=steps, batch_size=BATCH, per_run=data)
     return state.params['network']
