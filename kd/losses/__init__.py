@@ -21,6 +21,7 @@ What a teacher says, and how far the student is from it:
 | `relation` | DIST: correlations across classes and across examples |
 | `feature` | FitNets, attention transfer, similarity-preserving, CKA; capture from Flax |
 | `preference`, `preference_family` | over candidates: DPO and relatives, SimPO, REDI, KTO |
+| `policy` | of rewards: advantages, clipped surrogates, KL estimates |
 
 Flows and diffusion: `interpolant` (paths from noise to data), `flow_map` (the residuals),
 `flow_map_family` and `flow_map_algorithms` (the published losses made of them),
