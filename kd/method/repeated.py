@@ -23,6 +23,9 @@ def repeat(
 
     The guard leaves out each update by itself.
 
+    Statistics of a group or a batch (advantages, denominators of means) belong in `with_collect`
+    around this: a loss sees parts of the batch, and of these micro-batches that tear groups apart.
+
     Args:
       method: the method of a single update.
       updates: how many in a step.

@@ -18,8 +18,10 @@ from regression import (
     w_of,
 )
 
+from kd.losses import policy
 from kd.method import Objective, minimize, repeat, with_collect, with_ema
 from kd.metrics import mean, scalar
+from kd.parallel import mesh as mesh_lib
 from kd.training import optimizer as optim
 
 
@@ -107,6 +109,59 @@ def test_the_schedule_of_an_optimiser_for_several_updates_ends_with_the_last(dat
     tx = optim.optimizer(3, name='sgd', lr=1.0, schedule='linear', updates=2)
     state, _ = run(repeat(minimize(loss, tx, initial), 2), data[:3])
     np.testing.assert_allclose(w_of(state), START - 2 * (1 + 2 / 3 + 1 / 3), rtol=1e-6)
+
+
+GROUP = 4
+
+
+def of_groups(micro_batches, *, in_collect=True):
+    """Four updates on two parts of a batch of four groups, whose rewards are drawn."""
+
+    def collect(state, batch, key):
+        rewards = batch['y'] + jax.random.normal(key, batch['y'].shape)
+        old = jax.nn.log_sigmoid(batch['x'] @ state.variables()['params']['w'])
+        advantage = policy.group_advantage(rewards, GROUP) if in_collect else rewards
+        return {**batch, 'advantage': advantage, 'old': old}
+
+    def loss(params, state, batch, key):
+        advantage = batch['advantage']
+        if not in_collect:
+            advantage = advantage - advantage.mean()
+        ratio = policy.log_ratio(jax.nn.log_sigmoid(batch['x'] @ params['w']), batch['old'])
+        losses = policy.clipped_surrogate(ratio, advantage)
+        return Objective(mean(losses), {'clipped': mean(policy.is_clipped(ratio, advantage))})
+
+    one = minimize(loss, optax.adam(LR), initial, micro_batches=micro_batches)
+    return with_collect(repeat(one, 4, parts=2, group=GROUP), collect)
+
+
+@pytest.fixture(scope='module')
+def groups():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    return [{'x': x, 'y': rng.normal(size=16).astype(np.float32)}] * 2
+
+
+def test_statistics_of_groups_do_not_depend_on_micro_batches(groups):
+    whole, history = run(of_groups(1), groups)
+    # Two rows each: every group of four is torn apart.
+    torn, torn_history = run(of_groups(4), groups)
+    np.testing.assert_allclose(w_of(torn), w_of(whole), rtol=1e-5)
+    for one, other in zip(history, torn_history, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), one, other)
+    assert sum(float(metrics['clipped'].total) for metrics in history) > 0
+    # In a loss the same statistic would be of what is left of a group.
+    wrong = [w_of(run(of_groups(m, in_collect=False), groups)[0]) for m in (1, 4)]
+    assert np.abs(np.subtract(*wrong)).max() > 0.02
+
+
+def test_statistics_of_groups_do_not_depend_on_the_devices(groups):
+    method = of_groups(1)
+    whole, _ = run(method, groups)
+    sharding = mesh_lib.batch_sharding(mesh_lib.make_mesh({'data': 4}))
+    spread, _ = run(method, [mesh_lib.put_batch(batch, sharding) for batch in groups])
+    assert len(spread.step.sharding.device_set) == 4
+    np.testing.assert_allclose(w_of(spread), w_of(whole), rtol=1e-5)
 
 
 @pytest.mark.parametrize(('updates', 'parts', 'group'), [(0, 1, 1), (3, 2, 1), (2, 2, 0)])
