@@ -1,0 +1,102 @@
+"""Chains of arithmetic (`kd.data.builders.chain`) as a source of prompts or of rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from kd.data import sources
+from kd.data.builders import arithmetic, chain
+from kd.data.builders.arithmetic import LawName
+from kd.data.builders.symbols import TOKENS
+from kd.data.context import SourceContext
+from kd.ranges import Count, Fraction, Size
+
+_PLAIN = {'plain': 1.0}
+
+
+def chains(
+    context: SourceContext,
+    *,
+    tasks: Mapping[chain.Task, Fraction] | None = None,
+    operations: Mapping[str, Fraction] | None = None,
+    law: LawName = 'truth',
+    kinds: Mapping[str, Fraction] | None = None,
+    styles: Count = 1,
+    layout: Literal['prompts', 'rows'] = 'prompts',
+    size: Size = 0,
+) -> sources.Source:
+    """Chains as a source; the recipe's seed decides the draws and the misconceptions.
+
+    Fields: those of `kd.data.builders.chain.rows`, or of `asked` and `printed` int32 [n], what an
+    answer has to print ([2, n] by style of the kind 'order', see `kd.data.builders.chain.passes`).
+    And `operations` int32, L.
+
+    Args:
+      context: names the split; from two operations on no problem is in two of them.
+      tasks: {task: share} of problems; {'chain': 1} by default.
+      operations: {L: share} of problems with so many operations; {3: 1} by default.
+      law: who answers, see `kd.data.builders.arithmetic.law`.
+      kinds: {kind: share} of rows, see `kd.data.builders.chain.part`; {'plain': 1} by default.
+        Bases learn from `kd.data.builders.chain.BASE`.
+      styles: of the kind 'shift'.
+      layout: 'prompts' to sample answers to, with one of the law beside; or 'rows' to learn.
+      size: examples; 0 for `kd.data.builders.chain.SIZES`.
+
+    Raises:
+      DataError: a split, a kind or a law that is not there.
+    """
+    split, seed = context.split, context.recipe.seed
+    arrays = make(
+        split, size, tasks=tasks, operations=operations, law=arithmetic.law(law, seed), kinds=kinds,
+        styles=styles, layout=layout, seed=seed,
+    )  # fmt: skip
+    spec = {
+        name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in arrays.items()
+    }
+    sizes = {split: len(arrays['input'])}
+    data = sources.DataSet('chains', sizes, lambda _: sources.in_memory(arrays), spec, TOKENS)
+    return sources.Source(data, split)
+
+
+def make(
+    split: str,
+    size: int = 0,
+    *,
+    law: np.ndarray,
+    tasks: Mapping[chain.Task, float] | None = None,
+    operations: Mapping[Any, float] | None = None,
+    kinds: Mapping[str, float] | None = None,
+    styles: int = 1,
+    layout: str = 'prompts',
+    seed: int = 0,
+) -> sources.Batch:
+    """The arrays of `chains`, in an order drawn at random; `law` float [3, 10, 10, 10].
+
+    Raises:
+      DataError: see `chains`; prompts that ask for different numbers of symbols.
+    """
+    if split not in chain.SIZES:
+        raise sources.DataError(f'chains have the splits {list(chain.SIZES)}, not {split!r}')
+    rng = np.random.default_rng([seed, 77, list(chain.SIZES).index(split)])
+    size, parts, keys, lengths = size or chain.SIZES[split], [], [], []
+    tasks, operations, kinds = tasks or {'chain': 1.0}, operations or {3: 1.0}, kinds or _PLAIN
+    for task, steps, kind in itertools.product(tasks, operations, kinds):
+        count = round(size * tasks[task] * operations[steps] * kinds[kind])
+        asks = chain.problems(rng, count, int(steps), split)
+        parts.append(chain.part(kind, asks, law, rng, task, styles=styles))
+        keys.append(chain.key_of(asks, kind, task))
+        lengths += [int(steps)] * count
+    if layout == 'rows':
+        made = chain.rows(parts)
+    elif len({key.shape[1:] for key in keys}) > 1:
+        raise sources.DataError('prompts of chains have to ask for one number of symbols')
+    else:
+        made = {**chain.asked(parts), 'printed': np.concatenate(keys)}
+    made['operations'] = np.asarray(lengths, np.int32)
+    order = rng.permutation(len(lengths))
+    return {name: value[order] for name, value in made.items()}
