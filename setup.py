@@ -36,11 +36,15 @@ REQUIREMENTS = [
 
 # Tokenizers and weights of language models.
 LANGUAGE_MODELS = ['gguf>=0.17', 'jinja2>=3.1', 'tokenizers>=0.21']
+# Verdicts on answers to mathematical problems.
+MATHEMATICS = ['math-verify>=0.8']
 
 EXTRAS = {
     'lm': LANGUAGE_MODELS,
+    'math': MATHEMATICS,
     'test': [
         *LANGUAGE_MODELS,
+        *MATHEMATICS,
         'import-linter>=2.5',
         'mnist1d>=0.0.2.post1',
         'mypy>=2.4',

@@ -42,6 +42,7 @@ class Context:
       rollout: `rollout(variables, prefix='')`, inside a step: a tree of weights in the layout and
         type of the recipe's `rollout_sharding` and `rollout_dtype`, for use before a loop that
         samples; see `kd.parallel.sharding.rollout`.
+      mesh: the devices of the step; None for one.
       optional_network, optional_teacher, optional_tx: None where the stage has none; a builder
         that needs them asks for `network`, `teacher`, `tx`.
     """
@@ -64,6 +65,7 @@ class Context:
     optional_tx: optax.GradientTransformation | None
     trained_by: Mapping[str, Block] = dataclasses.field(default_factory=dict)
     rollout: Callable[..., Any] = lambda variables, prefix='': variables
+    mesh: Mesh | None = None
 
     @property
     def network(self) -> Network:

@@ -1,4 +1,4 @@
-"""Packages of the extra `lm`, imported where they are needed."""
+"""Packages of the extras, imported where they are needed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import ModuleType
 from kd.errors import UserError
 
 
-def need(name: str) -> ModuleType:
-    """Imports a package of the extra.
+def need(name: str, extra: str = 'lm') -> ModuleType:
+    """Imports a package of an extra.
 
     Raises:
       UserError: it is not installed; the message names the extra.
@@ -20,5 +20,5 @@ def need(name: str) -> ModuleType:
         if error.name != name.partition('.')[0]:
             raise
         raise UserError(
-            f"The package {error.name} is missing: pip install -e '.[lm]' brings it."
+            f"The package {error.name} is missing: pip install -e '.[{extra}]' brings it."
         ) from error

@@ -143,6 +143,7 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
             mesh=mesh,
             dtype=recipe.rollout_dtype,
         ),
+        mesh=mesh,
     )
     method = config_lib.build(stage.method, context, where=f'{name}.method')
     method = with_result(method, stage.result, where=f'{name}.result')

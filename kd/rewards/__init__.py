@@ -1,0 +1,19 @@
+"""Rewards of answers: jittable functions, and verifiers in Python that run beside the step.
+
+    reward(tokens, mask, batch) -> float32 [B]      tokens int32 [B, R], mask bool [B, R]
+
+with `batch` the fields of the prompts, a row for each answer. A config names the builder, a block:
+
+    reward=dict(name='kd.rewards.printed.printed')
+
+whose `builder(context, **arguments)` returns the reward. Where a verdict can be computed from
+tokens (`kd.rewards.printed`), it is a part of the compiled step. `kd.rewards.host.host` makes a
+reward of any function of Python, which judges answers one by one in processes of its own, each
+within a time limit: `kd.rewards.mathematics` does so.
+
+An answer that cannot be judged (a verifier hangs, raises or dies) has the reward NaN, which
+`kd.rewards.reward.judged` turns into 0 and counts.
+
+Programs that a model writes are never run by Python: a verifier reads answers, as text. What asks
+for their results needs an interpreter that can do nothing else, as those of the small worlds are.
+"""

@@ -1,0 +1,19 @@
+"""What a reward is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kd.method import Batch
+
+# (tokens int32 [B, R], mask bool [B, R], batch) -> float32 [B], NaN where there is no verdict.
+Reward = Callable[[jax.Array, jax.Array, Batch], jax.Array]
+
+
+def judged(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rewards float32 [B] with 0 in place of NaN, and which had no verdict, bool [B]."""
+    failed = jnp.isnan(rewards)
+    return jnp.where(failed, 0.0, rewards).astype(jnp.float32), failed
