@@ -1,7 +1,5 @@
 """The accountant against integrals of the laws it speaks of, closed forms and known figures."""
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
@@ -19,10 +17,8 @@ def laws(rate, sigma):
 
 def integral(f, sigma, order=1):
     """Over all that counts: the a-th power moves the law up to a."""
-    edges = np.linspace(-12 * sigma, order + 12 * sigma, 9)
-    return sum(
-        integrate.quad(f, a, b, epsabs=0, epsrel=1e-11)[0] for a, b in itertools.pairwise(edges)
-    )
+    z = np.linspace(-12 * sigma, order + 12 * sigma, 20_001)
+    return integrate.trapezoid(f(z), z)
 
 
 @pytest.mark.parametrize(('rate', 'sigma'), [(0.032, 1.443), (0.2, 0.8), (0.7, 3.0)])
@@ -75,7 +71,7 @@ def test_epsilon_bounds_what_one_step_gives_away_in_both_directions():
     eps = privacy.spent(rate, sigma, 1, delta)
     without, within = laws(rate, sigma)
     for one, other in ((within, without), (without, within)):
-        above = integral(lambda z: max(one(z) - np.exp(eps) * other(z), 0), sigma)  # noqa: B023
+        above = integral(lambda z: np.maximum(one(z) - np.exp(eps) * other(z), 0), sigma)  # noqa: B023
         assert above <= delta
 
 
