@@ -148,11 +148,7 @@ def trained_network(
             raise UserError(f"{where}: there is no '{weights}' of '{reference}', only 'final'.")
         return _pretrained(recipe, foreign, mesh, source, where)
     directory = recipe.locate(reference, workdir)
-    its_recipe = recipe
-    if reference in recipe.stages:
-        stage = dataclasses.asdict(recipe.stages[reference])
-    else:
-        stage, its_recipe = _stored_stage(directory, where, recipe)
+    stage, its_recipe = _stage_of(recipe, reference, directory, where)
     part = stage.get('result', NETWORK)
     averages = [name for name, kept in stage['ema'].items() if _is_of(part, kept)]
     network = build_network(stage['network'], source, where=f'{where} ({reference})')
@@ -178,6 +174,31 @@ def trained_network(
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
     return Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
+
+
+def described_network(
+    recipe: Recipe, reference: str, workdir: Path | None, source: Described, *, where: str
+) -> Network:
+    """The network behind a reference, without a look at its weights; see `trained_network`."""
+    foreign = recipe.foreign(reference)
+    if foreign is not None:
+        with _told(where):
+            network = build_network(foreign.block, source, where=where)
+    else:
+        stage, _ = _stage_of(recipe, reference, recipe.locate(reference, workdir), where)
+        network = build_network(stage['network'], source, where=f'{where} ({reference})')
+    if network is None:
+        raise UserError(f"{where}: stage '{reference}' trains no network.")
+    return network
+
+
+def _stage_of(
+    recipe: Recipe, reference: str, directory: Path, where: str
+) -> tuple[dict[str, Any], Recipe]:
+    """The config of a stage of this recipe or another run, and its recipe."""
+    if reference in recipe.stages:
+        return dataclasses.asdict(recipe.stages[reference]), recipe
+    return _stored_stage(directory, where, recipe)
 
 
 def _abstract(network: Network, recipe: Recipe, mesh: Mesh) -> Any:

@@ -3,8 +3,9 @@
     DIRECTORY/teacher/manifest.json           what the teacher said, of what, and in which form
     DIRECTORY/teacher/00003.array_record      examples 3 S .. 4 S - 1, one record each
 
-A record is the bytes of the fields of one example, little-endian, in the order of `Form.record`.
-Files are written whole or not at all, so a cache that was cut off goes on where it was.
+A record is the bytes of the fields of one example, little-endian, in the order of `Form.record`;
+of a row of text, those of each position that counts, one after the other, and nothing of the
+others: as many as the row has. Files are written as `kd.io.shards` says.
 Log-probabilities and logits are kept as float32, or as float16: half the bytes, at a relative error
 of 2^-11.
 
@@ -16,7 +17,6 @@ e^d d + (e^d - 1) max|log p - log q| over the kept outcomes and the tail.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -25,18 +25,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from kd import config as config_lib
-from kd import files
-from kd.errors import UserError, reason
-from kd.io import checksums, finished
+from kd.errors import UserError
+from kd.io import checksums, finished, shards
 from kd.losses import signal as signal_lib
 
 PREFIX = 'teacher_'
 _FOLDER = 'teacher'
 _DTYPES = ('float32', 'float16')
-_AGAIN = 'delete what is damaged, and the recipe of its stage makes it again'
+_WHAT = 'cache of teacher outputs'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +141,7 @@ class Writer:
       examples: how many there are.
       per_file: S, examples in a file.
       made_of: fingerprints of teacher and data, and whatever else must agree to go on.
-
-    Raises:
-      UserError: the directory holds a cache of something else.
+      ragged: whether an example has as many positions as count in it, `shape` being [T, V].
     """
 
     def __init__(
@@ -157,41 +152,42 @@ class Writer:
         examples: int,
         per_file: int,
         made_of: Mapping[str, Any],
+        *,
+        ragged: bool = False,
     ) -> None:
-        self.folder = directory / _FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.record = form.record(shape)
-        self.examples, self.per_file = examples, per_file
-        self.manifest = {
+        self.record = form.record(shape[-1:] if ragged else shape)
+        self.shape = tuple(shape)
+        manifest = {
             **dataclasses.asdict(form),
             'shape': list(shape),
+            'ragged': ragged,
             'examples': examples,
             'per_file': per_file,
             'made_of': dict(made_of),
         }
+        self.files = shards.Writer(directory / _FOLDER, manifest, _WHAT)
 
     def begin(self) -> list[int]:
-        """Starts the cache or goes on with it; returns the files that are still to be written."""
-        file = self.folder / 'manifest.json'
-        self.complete = False
-        if file.exists():
-            found = _read(file)
-            _check(found, self.manifest, self.folder)
-            self.complete = bool(found.get('complete'))
-        else:
-            files.write_json(file, self.manifest)
-        count = -(-self.examples // self.per_file)
-        missing = [index for index in range(count) if not _shard(self.folder, index).exists()]
-        self.complete = self.complete and not missing
-        return missing
+        """As `shards.Writer.begin`."""
+        return self.files.begin()
 
-    def write(self, index: int, fields: Mapping[str, np.ndarray]) -> None:
-        """Writes file `index`; `fields` have its examples on their first axis."""
-        count = min(self.per_file, self.examples - index * self.per_file)
-        rows = np.empty(count, self.record)
+    def write(
+        self, index: int, fields: Mapping[str, np.ndarray], lengths: np.ndarray | None = None
+    ) -> None:
+        """Writes file `index`.
+
+        Args:
+          index: of the file.
+          fields: by name, with the file's examples on the first axis; of a ragged cache with all
+            positions of the first example that count, then those of the second, and so on.
+          lengths: int [S], how many positions of each example count; None unless ragged.
+        """
+        if lengths is None:
+            lengths = np.ones(self.files.count(index), int)
+        rows = np.empty(int(lengths.sum()), self.record)
         for name in self.record.names or ():
-            if len(fields[name]) != count:
-                raise ValueError(f'file {index} has {count} examples, got {len(fields[name])}.')
+            if len(fields[name]) != len(rows):
+                raise ValueError(f'file {index} has {len(rows)} rows, got {len(fields[name])}.')
             with np.errstate(over='ignore'):
                 rows[name] = fields[name]
             # Minus infinity stays what it is; what is finite must not become infinite.
@@ -201,28 +197,20 @@ class Writer:
                     f'{name} of the teacher reach {np.abs(fields[name][finite]).max():.3g}, more '
                     "than float16 holds; set the method's dtype to 'float32'."
                 )
-        with files.replacing(_shard(self.folder, index)) as partial:
-            # Groups of one are read no faster, and take 64 bytes more an example.
-            writer = ArrayRecordWriter(str(partial), 'group_size:16')
-            for row in rows:
-                writer.write(row.tobytes())
-            writer.close()
+        size, content = self.record.itemsize, rows.tobytes()
+        ends = np.cumsum(lengths) * size
+        begins = ends - lengths * size
+        self.files.write(index, [content[a:b] for a, b in zip(begins, ends, strict=True)])
 
     def finish(self) -> dict[str, Any]:
-        """Marks the cache as complete; returns the manifest with its sizes in bytes an example.
+        """Marks the cache as complete; returns the manifest with its sizes in bytes.
 
-        `bytes_per_example` is what lies on disk, `dense_bytes_per_example` what the logits alone
+        `record_bytes` are those of an example, or of a position of a ragged cache,
+        `bytes_per_example` what lies on disk, `dense_bytes_per_example` what the logits alone
         would take as float32.
         """
-        on_disk = sum(file.stat().st_size for file in self.folder.glob('*.array_record'))
-        sizes = {
-            'bytes_per_example': on_disk / self.examples,
-            'record_bytes': self.record.itemsize,
-            'dense_bytes_per_example': 4 * int(np.prod(self.manifest['shape'])),
-            'complete': True,
-        }
-        files.write_json(self.folder / 'manifest.json', self.manifest | sizes)
-        return self.manifest | sizes
+        dense = 4 * int(np.prod(self.shape))
+        return self.files.finish(record_bytes=self.record.itemsize, dense_bytes_per_example=dense)
 
 
 class Cache:
@@ -240,64 +228,35 @@ class Cache:
     def __init__(
         self, directory: Path, form: Form | None = None, made_of: Mapping[str, Any] | None = None
     ) -> None:
-        self.folder = directory / _FOLDER
-        file = self.folder / 'manifest.json'
-        if not file.exists():
-            raise UserError(f'{directory} has no cache of teacher outputs (no {_FOLDER}/ in it).')
-        manifest = _read(file)
-        if not manifest.get('complete'):
-            raise UserError(f'The cache {self.folder} is not complete; run its stage to the end.')
-        expected: dict[str, Any] = {'made_of': made_of or {}}
-        _check(manifest, expected | (dataclasses.asdict(form) if form else {}), self.folder)
-        self.form = Form(**{f.name: manifest[f.name] for f in dataclasses.fields(Form)})
-        self.shape = tuple(manifest['shape'])
-        self.manifest = manifest
-        count = -(-manifest['examples'] // manifest['per_file'])
-        missing = [i for i in range(count) if not _shard(self.folder, i).exists()]
-        if missing:
-            raise UserError(
-                f'The cache {self.folder} lacks {len(missing)} of its {count} files, the first is '
-                f'{_shard(self.folder, missing[0]).name}; {_AGAIN}.'
-            )
-        self._record = self.form.record(self.shape)
-        self._reader = functools.lru_cache(maxsize=64)(self._open)
+        names = [field.name for field in dataclasses.fields(Form)]
+        self._stored = shards.Reader(
+            directory / _FOLDER,
+            _WHAT,
+            keys=(*names, 'shape', 'ragged'),
+            made_of=made_of,
+            expected=dataclasses.asdict(form) if form else None,
+        )
+        self.manifest = self._stored.manifest
+        self.form = Form(**{name: self.manifest[name] for name in names})
+        self.shape, self.ragged = tuple(self.manifest['shape']), self.manifest['ragged']
+        self._record = self.form.record(self.shape[-1:] if self.ragged else self.shape)
 
     def __len__(self) -> int:
-        return self.manifest['examples']
+        return len(self._stored)
 
-    def _open(self, index: int) -> ArrayRecordReader:
-        file = _shard(self.folder, index)
-        per_file = self.manifest['per_file']
-        try:
-            reader = ArrayRecordReader(str(file))
-            found = reader.num_records()
-        except Exception as error:  # RuntimeError, whatever is wrong.
-            raise UserError(f'{file} cannot be read ({reason(error)}); {_AGAIN}.') from error
-        if found != min(per_file, len(self) - index * per_file):
-            raise UserError(f'{file} is damaged: it has {found} records; {_AGAIN}.')
-        return reader
+    def fetch(self, indices: np.ndarray, where: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Fields of the examples `indices` [B] as in `Form.spec`, each [B, ...].
 
-    def _read(self, index: int, places: list[int]) -> list[bytes]:
-        reader = self._reader(index)
-        try:
-            found = reader.read(places)
-        except Exception as error:  # As above.
-            file = _shard(self.folder, index)
-            raise UserError(f'{file} cannot be read ({reason(error)}); {_AGAIN}.') from error
-        for record in found:
-            if len(record) != self._record.itemsize:
-                raise UserError(f'{_shard(self.folder, index)} holds other records; {_AGAIN}.')
-        return found
-
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Fields of the examples `indices` [B] as in `Form.spec`, each [B, ...]."""
-        records: list[bytes] = [b''] * len(indices)
-        shards, places = np.divmod(np.asarray(indices), self.manifest['per_file'])
-        for index in np.unique(shards):
-            at = np.flatnonzero(shards == index)
-            found = self._read(int(index), places[at].tolist())
-            for position, record in zip(at, found, strict=True):
-                records[position] = record
+        Args:
+          indices: int [B].
+          where: bool [B, T], the positions that count; for a ragged cache, in which the others are
+            nothing: log-probabilities -inf, weights 0.
+        """
+        records = self._stored.records(indices)
+        lengths = np.ones(len(indices), int) if where is None else where.sum(1)
+        for index, record, length in zip(indices, records, lengths, strict=True):
+            if len(record) != length * self._record.itemsize:
+                raise self._stored.refuse(index)
         rows = np.frombuffer(b''.join(records), self._record)
         fields = {}
         for name in self._record.names or ():
@@ -305,7 +264,7 @@ class Cache:
             fields[PREFIX + name] = rows[name].astype(dtype)
         if self.form.form == 'top_k':
             _rescale(fields)
-        return fields
+        return fields if where is None else _spread(fields, where)
 
 
 def training_fingerprint(place: Path) -> str:
@@ -329,26 +288,11 @@ def _rescale(fields: dict[str, np.ndarray]) -> None:
     fields[PREFIX + 'log_probs'] = (log_probs + scale[..., None]).astype(np.float32)
 
 
-def _check(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
-    for name, value in expected['made_of'].items():
-        if found['made_of'].get(name) != value:
-            raise UserError(
-                f'The cache {folder} was made from another {name} ({found["made_of"].get(name)}, '
-                f'not {value}); delete it, or name the stage that made the right one.'
-            )
-    plain = {name: value for name, value in expected.items() if name != 'made_of'}
-    difference = config_lib.first_difference({name: found[name] for name in plain}, plain)
-    if difference:
-        raise UserError(f'The cache {folder} does not fit: {difference}.')
-
-
-def _read(file: Path) -> dict[str, Any]:
-    manifest = files.read_json(file, f'delete {file.parent.parent} and run its recipe again')
-    needed = {f.name for f in dataclasses.fields(Form)} | {'shape', 'examples', 'per_file'}
-    if missing := sorted((needed | {'made_of'}) - set(manifest)):
-        raise UserError(f'{file} lacks {", ".join(missing)}; delete the cache it belongs to.')
-    return manifest
-
-
-def _shard(folder: Path, index: int) -> Path:
-    return folder / f'{index:05d}.array_record'
+def _spread(fields: Mapping[str, np.ndarray], where: np.ndarray) -> dict[str, np.ndarray]:
+    """Fields of the positions that count, at their places [B, T, ...]."""
+    spread = {}
+    for name, rows in fields.items():
+        nothing = -np.inf if name == PREFIX + 'log_probs' else 0
+        spread[name] = np.full((*where.shape, *rows.shape[1:]), nothing, rows.dtype)
+        spread[name][where] = rows
+    return spread

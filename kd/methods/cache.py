@@ -5,13 +5,15 @@
         writers={'teacher': dict(name='kd.methods.cache.teacher_outputs', size=64)})
 
 A later stage reads it with `data=dict(source=dict(name='kd.data.transforms.cached.cached'),
-train=...)` and runs no teacher.
+train=...)` and runs no teacher. Of rows of text the positions that count are kept, and of a decoder
+its logits are formed a few tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,15 @@ from kd.context import Context
 from kd.context import Writer as StageWriter
 from kd.data import pipeline, sources
 from kd.data.sources import Source
+from kd.data.transforms import cached
+from kd.errors import UserError
 from kd.io import cache, checksums
 from kd.io.progress import say
+from kd.losses.signal import TeacherSignal
 from kd.method import Batch, Method
+from kd.methods.lm import common
 from kd.metrics import Metrics, mean
+from kd.network import output_shape
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, Positive, Size
@@ -57,6 +64,8 @@ def teacher_outputs(
     proposal_temperature: Positive | None = None,
     dtype: str = 'float16',
     per_file: Count = 4096,
+    vocabulary: Size = 0,
+    chunk: Count = 256,
 ) -> StageWriter:
     """Writes the teacher's signal of every example of a split to `DIRECTORY/teacher/`.
 
@@ -68,6 +77,12 @@ def teacher_outputs(
       split: of the stage's data, read in its order and without augmentation.
       form, size, temperature, proposal_temperature, dtype: see `kd.io.cache.Form`.
       per_file: examples in a file; rounded up to whole batches.
+      vocabulary: of the student, where it is padded less than the teacher's: logits are cut to so
+        many outcomes before the softmax, as `signal.cut` does where both are run. 0 for all.
+      chunk: tokens at a time where logits are not formed whole.
+
+    Raises:
+      UserError: a form that is none, a teacher with fewer outcomes.
     """
     kept = cache.Form(
         form=form,
@@ -76,28 +91,30 @@ def teacher_outputs(
         proposal_temperature=proposal_temperature,
         dtype=dtype,
     )
-    batches_per_file = -(-per_file // context.batch_size)
-
-    context.source(split)  # Raises where there is none.
+    source = context.source(split)  # Raises where there is none.
+    teacher = _Teacher(context, kept, vocabulary, chunk)
+    if teacher.is_text(source):
+        kept.record(teacher.shape[-1:])  # Raises where it cannot be.
+    per_file = -(-per_file // context.batch_size) * context.batch_size
 
     def write(state: State, step: int, directory: Path) -> None:
         del step
         source, variables = context.source(split), state.frozen['teacher']
-        writer = _writer(
-            context, kept, directory, source, variables, batches_per_file * context.batch_size
-        )
-        rows_of = _rows(context, kept, writer, source, variables)
+        writer = _writer(context, teacher, directory, source, variables, per_file)
+        rows_of = _rows(context, teacher, writer, source, variables)
         missing = distributed.from_first(writer.begin)
+        batches = per_file // context.batch_size
         for file in missing:
-            rows = rows_of(range(file * batches_per_file, (file + 1) * batches_per_file))
+            rows = rows_of(range(file * batches, (file + 1) * batches))
             if file % jax.process_count() == jax.process_index():
-                writer.write(file, rows)
+                writer.write(file, *rows)
         distributed.agree(lambda: None)
-        if distributed.is_first() and not writer.complete:
+        if distributed.is_first() and not writer.files.complete:
             sizes = writer.finish()
+            each = ' a position' if teacher.is_text(source) else ''
             say(
                 context.stage,
-                f'{len(source):,} examples of {sizes["record_bytes"]} bytes, '
+                f'{len(source):,} examples of {sizes["record_bytes"]} bytes{each}, '
                 f'{sizes["bytes_per_example"]:.0f} on disk; dense float32 would be '
                 f'{sizes["dense_bytes_per_example"]}',
             )
@@ -105,61 +122,123 @@ def teacher_outputs(
     return write
 
 
+class _Teacher:
+    """What is kept of what a stage's teacher says.
+
+    Attributes:
+      network: of the teacher.
+      kept: the form.
+      shape: of one example's logits [..., V], cut to the vocabulary.
+    """
+
+    def __init__(self, context: Context, kept: cache.Form, vocabulary: int, chunk: int) -> None:
+        self.network, self.kept, self.chunk = context.teacher, kept, chunk
+        *positions, outcomes = output_shape(self.network)[1:]
+        if vocabulary > outcomes:
+            raise UserError(
+                f'vocabulary={vocabulary:,} is more than the {outcomes:,} outcomes of the teacher: '
+                'a student of a larger vocabulary cannot learn from its outputs on disk.'
+            )
+        self.shape = (*positions, vocabulary or outcomes)
+
+    def is_text(self, source: Source) -> bool:
+        """Whether positions are asked for the next token, and some of them count."""
+        return sources.MASK in source.spec and 'label' not in source.spec
+
+    def says(self, variables: PyTree, batch: Batch, key: jax.Array) -> TeacherSignal:
+        """Of every example."""
+        logits = self.network.apply(variables, *self.network.of(batch)).logits
+        return self.kept.signal(logits[..., : self.shape[-1]], key)
+
+    def says_of_tokens(
+        self, variables: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[TeacherSignal, jax.Array]:
+        """Of every position [B, T], and which of them count.
+
+        A draw depends on the key, the example's `index` and the position alone.
+        """
+        raw, leading = jax.random.key_data(key), batch['input'].shape
+
+        def of_token(logits, _, labels, index, place):
+            def said(logits, index, place):
+                own = jax.random.wrap_key_data(raw)
+                for number in (index, place):
+                    own = jax.random.fold_in(own, number)
+                return self.kept.signal(logits[: self.shape[-1]], own)
+
+            return jnp.zeros(labels.shape), jax.vmap(said)(logits, index, place)
+
+        index = jnp.broadcast_to(batch['index'][:, None], leading)
+        place = jnp.broadcast_to(jnp.arange(leading[1]), leading)
+        found = common.token_losses(
+            self.network, variables, batch, of_token,
+            per_token=(index, place), chunk=self.chunk, train=False,
+        )  # fmt: skip
+        return found.aux, found.where
+
+
 def _writer(
     context: Context,
-    kept: cache.Form,
+    teacher: _Teacher,
     directory: Path,
     source: Source,
     variables: PyTree,
     per_file: int,
 ) -> cache.Writer:
     """A writer whose manifest names the teacher, its training and the data."""
-    teacher = context.teacher
     assert context.locate is not None
     located = context.locate(context.config.teacher)
-    logits = jax.eval_shape(lambda v, *x: teacher.apply(v, *x).logits, variables, *teacher.inputs)
     return cache.Writer(
         directory,
-        kept,
-        logits.shape[1:],
+        teacher.kept,
+        teacher.shape,
         examples=len(source),
         per_file=per_file,
         made_of={
+            **cached.tokenizer_fingerprint(source),
             'teacher': checksums.fingerprint(variables),
             'training of the teacher': cache.training_fingerprint(located),
             'data': sources.fingerprint(source),
         },
+        ragged=teacher.is_text(source),
     )
 
 
 def _rows(
-    context: Context, kept: cache.Form, writer: cache.Writer, source: Source, variables: PyTree
-) -> Callable[[Iterable[int]], dict[str, np.ndarray]]:
-    """Numbers of batches (those past the end are left out) -> what is stored of their examples."""
-    teacher, size = context.teacher, context.batch_size
+    context: Context, teacher: _Teacher, writer: cache.Writer, source: Source, variables: PyTree
+) -> Callable[[Iterable[int]], tuple[dict[str, np.ndarray], np.ndarray | None]]:
+    """Numbers of batches (those past the end are left out) -> arguments of `writer.write`."""
+    size, text = context.batch_size, teacher.is_text(source)
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def outputs(variables, batch, key):
-        return kept.signal(teacher.apply(variables, *teacher.of(batch)).logits, key)
-
-    compute = jax.jit(outputs, out_shardings=everywhere)
+    says = teacher.says_of_tokens if text else teacher.says
+    compute = jax.jit(says, out_shardings=everywhere)
     part, parts = mesh_lib.batch_part(mesh)
     batches = pipeline.eval_batches(source, size, host_index=part, host_count=parts)
+    fields = set(source.spec) if text else set(teacher.network.fields)
+    names = writer.record.names or ()
+    base = jax.random.key(context.recipe.seed)
 
-    def rows_of(numbers: Iterable[int]) -> dict[str, np.ndarray]:
-        rows: dict[str, list[np.ndarray]] = {}
+    def rows_of(numbers: Iterable[int]):
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        lengths: list[np.ndarray] = []
         for number in numbers:
             if number >= len(batches):
                 break
-            batch = {name: batches[number][name] for name in teacher.fields}
+            batch = {name: batches[number][name] for name in fields}
             batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
-            # By position, so that a cache that was cut off has the draws of one that was not.
-            key = jax.random.fold_in(jax.random.key(context.recipe.seed), number)
-            found = jax.device_get(compute(variables, batch, key))
             count = min(size, len(source) - number * size)
-            for name in writer.record.names or ():
-                rows.setdefault(name, []).append(getattr(found, name)[:count])
-        return {name: np.concatenate(parts) for name, parts in rows.items()}
+            if text:
+                found, where = jax.device_get(compute(variables, batch, base))
+                chosen: Any = (where[:count],)
+                lengths.append(where[:count].sum(1))
+            else:
+                # By position, so that a cache that was cut off has the draws of one that was not.
+                found = jax.device_get(compute(variables, batch, jax.random.fold_in(base, number)))
+                chosen = ()
+            for name in names:
+                rows[name].append(getattr(found, name)[:count][chosen])
+        joined = {name: np.concatenate(parts) for name, parts in rows.items()}
+        return joined, np.concatenate(lengths) if text else None
 
     return rows_of

@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -254,7 +253,19 @@ def prompts(
     return Rows(arrays, counts)
 
 
-def shifted(batch: Mapping[str, jax.typing.ArrayLike]) -> tuple[jax.Array, jax.Array]:
+def targets(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The token that each position is asked for, int [B] or [B, T], and which positions count.
+
+    Text is shifted; a batch with a `label` says itself what each position is asked for. NumPy
+    arrays from NumPy arrays, as of `shifted`.
+    """
+    if 'response_mask' in batch and 'label' not in batch:
+        return shifted(batch)
+    where = _namespace(batch).broadcast_to(batch.get('response_mask', True), batch['label'].shape)
+    return batch['label'], where
+
+
+def shifted(batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """What each position predicts, and which of these predictions count.
 
         targets[b, i] = input[b, i + 1]
@@ -268,15 +279,22 @@ def shifted(batch: Mapping[str, jax.typing.ArrayLike]) -> tuple[jax.Array, jax.A
         and segments int [..., T] (one if absent).
 
     Returns:
-      targets int32 [..., T] and where bool [..., T], both by the predicting position.
+      targets int32 [..., T] and where bool [..., T], both by the predicting position; on the host
+      where all fields are NumPy arrays.
     """
-    tokens = jnp.asarray(batch['input'], jnp.int32)
-    where = jnp.asarray(batch.get('response_mask', jnp.ones(tokens.shape, bool)))[..., 1:]
+    xp = _namespace(batch)
+    tokens = xp.asarray(batch['input'], xp.int32)
+    where = xp.asarray(batch.get('response_mask', xp.ones(tokens.shape, bool)))[..., 1:]
     if 'segments' in batch:
-        segments = jnp.asarray(batch['segments'])
-        where &= (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
+        segments = xp.asarray(batch['segments'])
+        where = where & (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
     last = [(0, 0)] * (tokens.ndim - 1) + [(0, 1)]
-    return jnp.pad(tokens[..., 1:], last), jnp.pad(where, last)
+    return xp.pad(tokens[..., 1:], last), xp.pad(where, last)
+
+
+def _namespace(batch: Mapping[str, Any]) -> Any:
+    """`numpy` for arrays on the host alone, else `jax.numpy`."""
+    return np if all(isinstance(x, np.ndarray) for x in batch.values()) else jnp
 
 
 def first_fit(sizes: Sequence[int], length: int, window: int) -> list[list[int]]:

@@ -101,7 +101,7 @@ def test_a_cache_cut_off_goes_on_with_the_files_that_are_missing(tmp_path):
     signal = form.signal(jnp.asarray(logits[4:8]), jax.random.key(0))
     writer.write(1, {name: getattr(signal, name) for name in writer.record.names})
     # What a process leaves that dies while it writes.
-    (writer.folder / '00002.array_record.partial').write_bytes(b'half')
+    (writer.files.folder / '00002.array_record.partial').write_bytes(b'half')
     with pytest.raises(UserError, match='is not complete; run its stage'):
         cache.Cache(tmp_path / 'cut')
     again = cache.Writer(tmp_path / 'cut', form, (20,), 10, 4, MADE_OF)

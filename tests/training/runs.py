@@ -40,9 +40,11 @@ def _child(arguments, cache, log, hold, room):
 class Command:
     """One `kd.main` command that can be started over and over."""
 
-    def __init__(self, context, workdir: Path, argument: str = 'plain', extra=()):
+    def __init__(
+        self, context, workdir: Path, argument: str = 'plain', extra=(), config: str = CONFIG
+    ):
         self.context, self.workdir = context, workdir
-        self.arguments = [f'--config={CONFIG}:{argument}', f'--workdir={workdir}', *extra]
+        self.arguments = [f'--config={config}:{argument}', f'--workdir={workdir}', *extra]
         self.log = workdir.parent / f'{workdir.name}.log'
         self.hold = workdir.parent / f'{workdir.name}.hold'
         self.room = 0  # Bytes that a file may have, if not 0.

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kd import networks
 from kd.config import Recipe
 from kd.data import sources
 from kd.data.context import SourceContext
 from kd.errors import UserError
 from kd.io import cache
+from kd.network import output_shape
+from kd.text import packing
 
 _WRITER = 'kd.methods.cache.teacher_outputs'
 
@@ -19,8 +22,12 @@ _WRITER = 'kd.methods.cache.teacher_outputs'
 class CachedSource(sources.Source):
     """Another source whose batches bring the fields of a cache, `teacher_...`.
 
+    Rows of text have them at the positions that count, by which they predict the next token.
+
     Attributes:
       signal_temperature: at which the signals were recorded.
+      outcomes: how many the teacher knows.
+      tokenizer: of the other source, None where it has none.
     """
 
     def __init__(
@@ -36,7 +43,8 @@ class CachedSource(sources.Source):
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.seen = source.seen
         self.spec = {**source.spec, **form.spec(shape)}
-        self.signal_temperature = form.temperature
+        self.signal_temperature, self.outcomes = form.temperature, shape[-1]
+        self.tokenizer = getattr(source, 'tokenizer', None)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -45,7 +53,8 @@ class CachedSource(sources.Source):
         """As `Source.fetch`, with the teacher's fields."""
         assert self._stored is not None
         batch = self._source.fetch(indices)
-        return {**batch, **self._stored.fetch(batch['index'])}
+        where = packing.targets(batch)[1] if self._stored.ragged else None
+        return {**batch, **self._stored.fetch(batch['index'], where)}
 
 
 def cached(context: SourceContext, *, stage: str = 'cache') -> sources.Source:
@@ -63,15 +72,17 @@ def cached(context: SourceContext, *, stage: str = 'cache') -> sources.Source:
     recipe = context.recipe
     if stage not in recipe.stages:
         raise UserError(f"data.source.stage='{stage}' is no stage of {tuple(recipe.stages)}.")
-    split, form = _written(recipe, stage)
+    split, form, vocabulary = _written(recipe, stage)
     source = context.recipe_data(context.split)
     if recipe.data[split] != context.split:
         return source
     if context.workdir is None:
-        if source.num_classes is None:
-            raise UserError(f"data set '{source.name}' has no classes for a teacher to name.")
-        return CachedSource(source, form, (source.num_classes,), None)
+        where, reference = f'{stage}.teacher', recipe.stages[stage].teacher
+        teacher = networks.described_network(recipe, reference, None, source, where=where)
+        *positions, outcomes = output_shape(teacher)[1:]
+        return CachedSource(source, form, (*positions, vocabulary or outcomes), None)
     made_of = {
+        **tokenizer_fingerprint(source),
         'data': sources.fingerprint(source),
         'training of the teacher': cache.training_fingerprint(
             context.locate(recipe.stages[stage].teacher)
@@ -81,11 +92,17 @@ def cached(context: SourceContext, *, stage: str = 'cache') -> sources.Source:
     return CachedSource(source, form, stored.shape, stored)
 
 
-def _written(recipe: Recipe, stage: str) -> tuple[str, cache.Form]:
-    """Name of the split that the stage's writer records, and in which form."""
+def tokenizer_fingerprint(source: sources.Source) -> dict[str, str]:
+    """{'tokenizer': fingerprint} of a source of text."""
+    tokenizer = getattr(source, 'tokenizer', None)
+    return {} if tokenizer is None else {'tokenizer': tokenizer.fingerprint}
+
+
+def _written(recipe: Recipe, stage: str) -> tuple[str, cache.Form, int]:
+    """Name of the split that the stage's writer records, in which form, and its `vocabulary`."""
     for block in recipe.stages[stage].writers.values():
         if block['name'] == _WRITER:
             fields = {field.name for field in dataclasses.fields(cache.Form)}
             form = {name: value for name, value in block.items() if name in fields - {'name'}}
-            return block.get('split', 'train'), cache.Form(**form)
+            return block.get('split', 'train'), cache.Form(**form), block.get('vocabulary', 0)
     raise UserError(f"stage '{stage}' has no writer {_WRITER}.")

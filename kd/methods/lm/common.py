@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from kd.context import Context
 from kd.errors import UserError
@@ -20,13 +19,13 @@ from kd.losses import sequence, signal
 from kd.losses.signal import Dense, HiddenHead, TeacherSignal
 from kd.method import Batch
 from kd.methods import start
-from kd.methods.teacher import teacher_logits
+from kd.methods.teacher import is_cached, teacher_logits
 from kd.models.decoder import Decoder, head_of
 from kd.network import Network
 from kd.ranges import Count, Fraction, NonNegative, Positive, Size
 from kd.sampling.autoregressive import sampler
 from kd.state import PyTree, State
-from kd.text.packing import shifted
+from kd.text.packing import targets
 
 # What a decoder has beside its blocks.
 _PARTS = ('embed', 'positions', 'final_norm', 'head')
@@ -40,7 +39,7 @@ class TokenLosses(NamedTuple):
     Attributes:
       losses: float32, [B] or [B, T].
       where: bool like `losses`, the tokens that count.
-      aux: a tree of arrays like `losses`.
+      aux: a tree of arrays with leading axes as of `losses`; of a decoder 0 outside `where`.
       mutables: of the network.
     """
 
@@ -50,23 +49,18 @@ class TokenLosses(NamedTuple):
     mutables: PyTree
 
 
-def targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The token that each position is asked for, int [B] or [B, T], and which positions count."""
-    if 'response_mask' in batch and 'label' not in batch:
-        return shifted(batch)
-    where = jnp.broadcast_to(batch.get('response_mask', True), batch['label'].shape)
-    return batch['label'], where
-
-
 def decoder_of(network: Network) -> Decoder | None:
     """The module of a network with hidden states and a head, whose logits need not be formed."""
     return network.module if isinstance(network.module, Decoder) else None
 
 
 def teacher_signal(context: Context, state: State, batch: Batch) -> TeacherSignal:
-    """What the stage's teacher says of every position; hidden states where it is a decoder."""
+    """What the stage's teacher says of every position; hidden states where it is a decoder.
+
+    What a cache brings, if the batch is from one.
+    """
     teacher = context.optional_teacher
-    if teacher is None or decoder_of(teacher) is None:
+    if teacher is None or decoder_of(teacher) is None or is_cached(batch):
         return signal.as_signal(teacher_logits(context, state, batch))
     return said_by(teacher, state.frozen['teacher'], batch)
 
@@ -94,6 +88,8 @@ def token_losses(
 ) -> TokenLosses:
     """A loss of every token that counts; a decoder's logits are formed `chunk` tokens at a time.
 
+    Or whatever else is wanted of its logits: that is `aux`.
+
     Vocabularies of one tokenizer may be padded to different sizes (Qwen2.5: 151,936 and 152,064):
     logits are cut to the tokens that student and teacher both have (`signal.cut`).
 
@@ -101,8 +97,9 @@ def token_losses(
       network: of the student.
       variables: of the network.
       batch: see above.
-      loss: `loss(logits [n, V], teacher, labels int [n], *per_token) -> ([n], {name: [n]})` of n
-        tokens. The teacher is None or a signal with a leading axis [n], `Dense` if it is whole.
+      loss: `loss(logits [n, V], teacher, labels int [n], *per_token) -> ([n], {name: [n, ...]})`
+        of n tokens. The teacher is None or a signal with a leading axis [n], `Dense` if it is
+        whole.
       teacher: with leading axes as of the labels.
       per_token: further arrays with leading axes as of the labels.
       key: for dropout.
@@ -132,7 +129,7 @@ def token_losses(
     else:
         output = network.apply(variables, *network.of(batch), **how)
         found, aux = of_tokens(flat(output.logits), _flat(teacher, flat), given)
-    found, aux = jax.tree.map(lambda x: x.reshape(leading), (found, aux))
+    found, aux = jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), (found, aux))
     return TokenLosses(found, where, aux, output.mutables)
 
 
