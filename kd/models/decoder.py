@@ -80,6 +80,8 @@ class Architecture:
       window: how many tokens back, itself included, a token sees; None for all.
       tied: whether the embedding is the head too.
       max_length: the positions that there are.
+      deviation: of weights at the start, as of released models; None for 1 / sqrt(inputs), and 1 of
+        embeddings that are no head, from which small networks learn in fewer steps.
       dtype: compute type; logits, softmax and statistics of norms are at least float32.
       param_dtype: of the parameters.
       block: queries at a time where the maps of all would be large, see `attend_causally`.
@@ -103,6 +105,7 @@ class Architecture:
     window: Count | None = None
     tied: bool = True
     max_length: Count = 2048
+    deviation: Positive | None = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     block: Count = 512
@@ -124,14 +127,25 @@ class Architecture:
 
     def dense(self, features: int, bias: bool, depth: int | None = None) -> nn.Dense:
         """A projection; one that ends a residual branch of `depth` blocks starts smaller."""
-        deviation = 0.02 if depth is None else 0.02 * (2 * depth) ** -0.5
+        scale = 1.0 if depth is None else (2 * depth) ** -0.5
         return nn.Dense(
             features,
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(deviation),
+            kernel_init=self.initial(scale),
         )
+
+    def initial(self, scale: float = 1.0) -> nn.initializers.Initializer:
+        """Of a matrix [inputs, outputs]."""
+        if self.deviation is None:
+            return nn.initializers.variance_scaling(scale**2, 'fan_in', 'normal')
+        return nn.initializers.normal(scale * self.deviation)
+
+    def embedding(self) -> nn.initializers.Initializer:
+        """Of a table [tokens or positions, width]."""
+        own = self.width**-0.5 if self.tied else 1.0
+        return nn.initializers.normal(self.deviation or own)
 
     def normalise(self) -> nn.Module:
         """A norm over the last axis."""
@@ -257,12 +271,12 @@ class Decoder(Architecture, nn.Module):
             self.width,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=self.embedding(),
         )
         if self.rope_theta is None:
             self.positions = self.param(
                 'positions',
-                nn.initializers.normal(0.02),
+                self.embedding(),
                 (self.max_length, self.width),
                 self.param_dtype,
             )
@@ -284,7 +298,7 @@ class Decoder(Architecture, nn.Module):
         if not self.tied:
             self.head = self.param(
                 'head',
-                nn.initializers.normal(0.02),
+                self.initial(),
                 (self.width, self.num_classes),
                 self.param_dtype,
             )

@@ -1,4 +1,5 @@
-"""Language models known by name: the sizes of `kd.models.decoder.Decoder` that were released."""
+"""Language models known by name: the sizes of `kd.models.decoder.Decoder` that were released,
+and the one of the small worlds here."""
 
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ _GPT2 = dict(
     rope_theta=None,
     max_length=1_024,
 )
+_TOY = dict(num_classes=72, mlp='gelu', rope_theta=1e3, tied=False, max_length=256, deviation=None)
 _UNTIED = dict(tied=False)
 # The larger models of Qwen2 have a vocabulary padded further.
 _WIDE = dict(num_classes=152_064, tied=False)
@@ -107,6 +109,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'gpt2_medium': _of(_GPT2, 1_024, 24, 16, 16, 4_096)(),
     'gpt2_large': _of(_GPT2, 1_280, 36, 20, 20, 5_120)(),
     'gpt2_xl': _of(_GPT2, 1_600, 48, 25, 25, 6_400)(),
+    # Of the small worlds, see `kd.data.builders.symbols`.
+    'toy': _of(_TOY, 64, 2, 4, 4, 256)(),
 }
 
 

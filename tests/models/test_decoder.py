@@ -302,3 +302,23 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(tokens):
     wanted = jax.jit(module().apply)(variables, tokens)
     assert np.abs(logits - wanted).max() < 0.03 * np.abs(wanted).max()
     assert init_cache(of, 1, 4).keys[0].dtype == jnp.bfloat16
+
+
+def test_weights_start_as_in_released_models_or_by_their_inputs():
+    def deviations(**changes):
+        made = decoder.Decoder(num_classes=400, width=32, depth=2, heads=2, tied=False, **changes)
+        params = jax.jit(made.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
+        block = params['block0']
+        leaves = {
+            'embedding': params['embed']['embedding'],
+            'head': params['head'],
+            'up': block['mlp']['up']['kernel'],
+            'down': block['mlp']['down']['kernel'],
+        }
+        return {name: float(x.std()) for name, x in leaves.items()}
+
+    # What ends a branch starts smaller, by the root of the number of branches.
+    released = {'embedding': 0.02, 'head': 0.02, 'up': 0.02, 'down': 0.01}
+    assert deviations() == pytest.approx(released, rel=0.1)
+    inputs = {'embedding': 1.0, 'head': 32**-0.5, 'up': 32**-0.5, 'down': 128**-0.5 / 2}
+    assert deviations(deviation=None) == pytest.approx(inputs, rel=0.1)

@@ -48,6 +48,8 @@ PUBLISHED = {
     'gpt2_medium': 354_823_168,
     'gpt2_large': 774_030_080,
     'gpt2_xl': 1_557_611_200,
+    # Embedding and head, and of each block four projections, an MLP and two norms.
+    'toy': 2 * 72 * 64 + 2 * (4 * 64 * 64 + 2 * 64 * 256 + 2 * 64) + 64,
 }
 
 
