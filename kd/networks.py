@@ -45,25 +45,25 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     A module takes the field `input` of the data, or those that its attribute `fields` names; where
     that is None, `input` and those of its `optional_fields` that the data have. One that takes what
     no field gives, such as times, says so by a method `example_inputs(spec)`, which
-    returns the shapes of a batch of one.
+    returns the shapes of a batch of one. Of data in pairs it sees one answer at a time.
     """
     if not block:
         return None
-    block = dict(block)
+    block, spec = dict(block), _seen(source)
     factory = config_lib.resolve(block.get('name', ''))
     if 'num_classes' in inspect.signature(factory).parameters:
         given = block.setdefault('num_classes', source.num_classes)
-        _check_classes(given, source, where)
+        _check_classes(given, source.num_classes, spec, where)
     module = config_lib.build(block, where=where)
     if getattr(module, 'fields', ()) is None:
-        known = [name for name in module.optional_fields if name in source.spec]
+        known = [name for name in module.optional_fields if name in spec]
         module = module.clone(fields=('input', *known))
     if hasattr(module, 'example_inputs'):
-        inputs = module.example_inputs(source.spec)
+        inputs = module.example_inputs(spec)
     else:
         inputs = tuple(
             jax.ShapeDtypeStruct((1, *field.shape), field.dtype)
-            for field in _fields(module, source, where)
+            for field in _fields(module, spec, where)
         )
     network = from_linen(module, *inputs)
     with one_line(where):
@@ -71,25 +71,38 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     return network
 
 
-def _fields(module: Any, source: Described, where: str) -> list[jax.ShapeDtypeStruct]:
+def _seen(source: Described) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each field of an example as networks see it."""
+    if not getattr(source, 'pairs', False):
+        return source.spec
+    return {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in source.spec.items()}
+
+
+def _fields(
+    module: Any, spec: Mapping[str, jax.ShapeDtypeStruct], where: str
+) -> list[jax.ShapeDtypeStruct]:
     names = getattr(module, 'fields', ('input',))
-    if missing := [name for name in names if name not in source.spec]:
+    if missing := [name for name in names if name not in spec]:
         raise UserError(
             f'{where}: {type(module).__name__} takes the fields {list(names)}, and the data has no '
-            f'{missing}, only {list(source.spec)}.'
+            f'{missing}, only {list(spec)}.'
         )
-    return [source.spec[name] for name in names]
+    return [spec[name] for name in names]
 
 
-def _check_classes(given: int | None, source: Described, where: str) -> None:
+def _check_classes(
+    given: int | None,
+    classes: int | None,
+    spec: Mapping[str, jax.ShapeDtypeStruct],
+    where: str,
+) -> None:
     """Refuses a number of classes that is not the data's; a vocabulary may be padded."""
-    classes = source.num_classes
     if given is None or classes is None or given == classes:
         return
-    label = source.spec.get('label')
-    if label is None and np.issubdtype(source.spec['input'].dtype, np.integer):
+    label = spec.get('label')
+    if label is None and np.issubdtype(spec['input'].dtype, np.integer):
         # Tokens are labels of each other.
-        label = source.spec['input']
+        label = spec['input']
     if given < classes or label is None or not label.shape:
         raise UserError(
             f'{where}.num_classes is {given}, and the data has {classes} classes; leave it out, '

@@ -5,11 +5,13 @@ Every seed has a table of its own; runs of all seeds are trained side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 
 from kd import figures
@@ -50,15 +52,37 @@ def every_context(laws: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def context(network: Network, steps: int, lr: float) -> Context:
-    """For a method's builder: Adam with a clipped gradient, the rate falling as a cosine."""
-    optimizer = dict(name='adam', lr=lr, schedule='cosine', clip_norm=1.0)
+def context(network: Network, steps: int, lr: float, schedule: str = 'cosine') -> Context:
+    """For a method's builder: Adam with a clipped gradient, the rate falling to 0."""
+    optimizer = dict(name='adam', lr=lr, schedule=schedule, clip_norm=1.0)
     return seeds.context(
         network=network,
         num_classes=table.TOKENS,
         steps=steps,
         batch_size=BATCH,
         optimizer=optimizer,
+    )
+
+
+def tuned_context(network: Network, steps: int, references: Sequence[str]) -> Context:
+    """The same on a line, with references to such networks, and a rate for each run; see `tune`."""
+
+    @optax.inject_hyperparams
+    def adam(lr):
+        # Called anew at every step, with the rate of the run.
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.scale_by_adam(),
+            optax.scale_by_schedule(lambda step: -lr * (1 - step / steps)),
+        )
+
+    return seeds.context(
+        network=network,
+        tx=adam(lr=1e-3),
+        num_classes=table.TOKENS,
+        steps=steps,
+        batch_size=BATCH,
+        references=dict.fromkeys(references, network),
     )
 
 
@@ -69,19 +93,65 @@ def train(method: Method, data: Mapping[str, np.ndarray], steps: int) -> PyTree:
     return state.params['network']
 
 
-def measure(network: Network, params: PyTree, laws: np.ndarray) -> dict[str, np.ndarray]:
-    """`law_metrics` over all contexts, and how often both agree on the first answer: [R] each."""
+def tune(
+    method: Method,
+    data: Mapping[str, np.ndarray],
+    steps: int,
+    rates: Sequence[float],
+    references: Mapping[str, PyTree],
+) -> dict[float, PyTree]:
+    """Parameters {rate: [R, ...]} after a run of every seed at every rate, side by side.
+
+    Args:
+      method: of a `tuned_context`.
+      data: of each seed, [R, N, ...].
+      steps: of every run.
+      rates: learning rates.
+      references: parameters [R, ...] of the references by name.
+    """
+    runs = len(next(iter(data.values())))
+
+    def every(x):
+        return np.tile(x, (len(rates), *[1] * (np.ndim(x) - 1)))
+
+    state = seeds.train(
+        method, {}, every(np.arange(runs)), steps=steps, batch_size=BATCH,
+        per_run={name: every(value) for name, value in data.items()},
+        frozen_per_run={
+            name: {'params': jax.tree.map(every, params)} for name, params in references.items()
+        },
+        hyperparameters={'lr': np.repeat(rates, runs)},
+    )  # fmt: skip
+    return {
+        rate: jax.tree.map(lambda x, i=i: x[i * runs : (i + 1) * runs], state.params['network'])
+        for i, rate in enumerate(rates)
+    }
+
+
+def measure(
+    network: Network, params: PyTree, laws: np.ndarray, further: Callable | None = None
+) -> dict[str, np.ndarray]:
+    """`law_metrics` over all contexts, and how often both agree on the first answer: [R] each.
+
+    `further(logits, law)`, both [V^2, V], may give more by name, [V^2] each.
+    """
+    found = _measured(network, further, params, laws)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measured(network: Network, further: Callable | None, params: PyTree, laws: jax.Array):
     every = jnp.asarray(table.contexts(laws.shape[-1]))
 
-    @jax.jit
     @jax.vmap
     def of_run(params, law):
         logits = network.apply({'params': params}, every).logits
         found = law_metrics(logits, law)
+        found |= further(logits, law) if further else {}
         found['agreement'] = (logits.argmax(-1) == law.argmax(-1)).astype(jnp.float32)
         return {name: value.mean() for name, value in found.items()}
 
-    return {name: np.asarray(value) for name, value in of_run(params, laws).items()}
+    return of_run(params, laws)
 
 
 def draw(

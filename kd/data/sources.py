@@ -57,9 +57,12 @@ class Source:
       spec: shape and dtype of each field of one example, as delivered by `fetch`.
       seen: how the inputs differ from those of the data set, in words: as standardised, resized;
         '' for not at all. A network knows inputs of this kind alone.
+      pairs: whether an example is two answers, the preferred one first. Then every field but
+        'index' has a leading axis of 2, below which is what a network sees.
     """
 
     seen = ''
+    pairs = False
 
     def __init__(self, data: DataSet, split: str):
         self.name = data.name

@@ -129,4 +129,6 @@ class Form:
         data = sources.DataSet(
             self.name, {split: size}, lambda _: sources.in_memory(arrays), spec, classes
         )
-        return TextSource(data, split)
+        source = TextSource(data, split)
+        source.pairs = self.layout == 'pairs'
+        return source

@@ -49,6 +49,7 @@ def coverage(context: Context, *, top: Count = 3) -> Evaluator:
     network = context.network
 
     def update(state, batch):
+        batch = common.rows(network, batch)
         student = network.apply(state.variables(), *network.of(batch)).logits
         teacher = common.teacher_signal(context, state, batch)
         values = law_metrics(student, signal.all_logits('coverage', teacher), top=top)

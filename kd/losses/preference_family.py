@@ -99,7 +99,9 @@ def simpo(
     return dpo(mean, jnp.broadcast_to(anchor, mean.shape), beta)
 
 
-def redi(log_p: ArrayLike, counts: ArrayLike, alpha: ArrayLike = 0.8) -> jax.Array:
+def redi(
+    log_p: ArrayLike, counts: ArrayLike, alpha: ArrayLike = 0.8, fade: ArrayLike = 0.0
+) -> jax.Array:
     """-l_0 / n_0 + alpha l_1 / n_1: learns the right answer, unlearns the wrong one a little less.
 
     alpha = 0 is fine-tuning on the right ones, alpha = 1 the limit of `simpo` for beta -> 0. It is
@@ -110,6 +112,9 @@ def redi(log_p: ArrayLike, counts: ArrayLike, alpha: ArrayLike = 0.8) -> jax.Arr
       counts: [..., 2]; an empty answer counts as one token.
       alpha: the weight of the wrong answer; below 1, or no law but the wrong one's own is a
         stationary point.
+      fade: f >= 0; the weight is alpha exp(f sg[l_1 / n_1]), so that wrong answers are left alone
+        once they are unlikely. The paper's option, which it does not use; that the factor is a
+        constant to the gradient is ours.
 
     Returns:
       [...] nats per token.
@@ -117,7 +122,9 @@ def redi(log_p: ArrayLike, counts: ArrayLike, alpha: ArrayLike = 0.8) -> jax.Arr
     Source: REDI, arXiv 2505.24850.
     """
     mean = _means(log_p, counts)
-    return jnp.asarray(alpha, mean.dtype) * mean[..., 1] - mean[..., 0]
+    fade, wrong = jnp.asarray(fade, mean.dtype), lax.stop_gradient(mean[..., 1])
+    weight = alpha * jnp.exp(jnp.where(fade > 0, fade * wrong, 0.0))
+    return weight * mean[..., 1] - mean[..., 0]
 
 
 def kto_pair(

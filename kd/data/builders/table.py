@@ -61,6 +61,26 @@ def answers(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rows + rng.gumbel(size=rows.shape)).argmax(-1).astype(np.int32)
 
 
+def draw_pairs(
+    table: np.ndarray, size: int, seed: int, count: int = VALID
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts drawn uniformly, int32 [N, 2], and a right and a wrong answer to each, int32 [N, 2].
+
+    Both are the teacher's: drawn from its law on the `count` most probable answers, which are
+    valid, and on all the others, its mistakes.
+    """
+    rng = np.random.default_rng([seed, 51])
+    pairs = rng.integers(table.shape[0], size=(size, 2)).astype(np.int32)
+    return pairs, right_and_wrong(table[pairs[:, 0], pairs[:, 1]], rng, count)
+
+
+def right_and_wrong(rows: np.ndarray, rng: np.random.Generator, count: int = VALID) -> np.ndarray:
+    """A valid answer and another one drawn from softmax of each row, int32 [N, 2]."""
+    right = valid(rows, count)
+    kept = (np.where(chosen, rows, -np.inf) for chosen in (right, ~right))
+    return np.stack([answers(side, rng) for side in kept], axis=1)
+
+
 def table(
     context: SourceContext,
     *,
@@ -87,9 +107,7 @@ def table(
     Raises:
       DataError: a split that is not there.
     """
-    split, seed = context.split, context.recipe.seed
-    if split not in SIZES:
-        raise sources.DataError(f'the table has the splits {list(SIZES)}, not {split!r}')
+    split, seed = _split(context)
     law = logits(seed, tokens, scale)
     if split == 'train':
         pairs, label = draw(law, size or SIZES[split], seed, temperature=temperature or 1e-6)
@@ -100,10 +118,53 @@ def table(
     arrays = {'input': pairs, 'label': label}
     if teacher == 'logits':
         arrays['teacher_logits'] = law[pairs[:, 0], pairs[:, 1]]
+    return _source('table', split, arrays, tokens)
+
+
+def preferences(
+    context: SourceContext,
+    *,
+    tokens: Count = TOKENS,
+    scale: Positive = 1.2,
+    size: Size = 0,
+) -> sources.Source:
+    """Contexts with a right and a wrong answer of the teacher, see `draw_pairs`, as a source.
+
+    The splits are those of `table`. Fields: `input` int32 [2, 2], a context twice, `label` int32
+    [2], the right answer first, and `teacher_logits` float32 [2, V].
+
+    Args:
+      context, tokens, scale, size: as of `table`.
+
+    Raises:
+      DataError: a split that is not there.
+    """
+    split, seed = _split(context)
+    law = logits(seed, tokens, scale)
+    if split == 'train':
+        pairs, label = draw_pairs(law, size or SIZES[split], seed)
+    else:
+        pairs = contexts(tokens)
+        rng = np.random.default_rng([seed, 52, list(SIZES).index(split)])
+        label = right_and_wrong(law.reshape(-1, tokens), rng)
+    twice = {'input': pairs, 'teacher_logits': law[pairs[:, 0], pairs[:, 1]]}
+    arrays = {name: np.stack([value, value], axis=1) for name, value in twice.items()}
+    source = _source('table:preferences', split, {**arrays, 'label': label}, tokens)
+    source.pairs = True
+    return source
+
+
+def _split(context: SourceContext) -> tuple[str, int]:
+    """The split and the seed of the table."""
+    if context.split not in SIZES:
+        raise sources.DataError(f'the table has the splits {list(SIZES)}, not {context.split!r}')
+    return context.split, context.recipe.seed
+
+
+def _source(name: str, split: str, arrays: sources.Batch, tokens: int) -> sources.Source:
     spec = {
-        name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in arrays.items()
+        field: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for field, value in arrays.items()
     }
-    data = sources.DataSet(
-        'table', {split: len(pairs)}, lambda _: sources.in_memory(arrays), spec, tokens
-    )
+    sizes = {split: len(arrays['input'])}
+    data = sources.DataSet(name, sizes, lambda _: sources.in_memory(arrays), spec, tokens)
     return sources.Source(data, split)

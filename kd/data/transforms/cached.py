@@ -41,7 +41,7 @@ class CachedSource(sources.Source):
         self._source, self._stored = source, stored
         self.name, self.split = source.name, source.split
         self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.seen = source.seen
+        self.seen, self.pairs = source.seen, source.pairs
         self.spec = {**source.spec, **form.spec(shape)}
         self.signal_temperature, self.outcomes = form.temperature, shape[-1]
         self.tokenizer = getattr(source, 'tokenizer', None)

@@ -37,6 +37,7 @@ class MappedSource(sources.Source):
         self._source, self._transform = source, transform
         self.name, self.split = source.name, source.split
         self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.pairs = source.pairs
         self.seen = ', '.join(filter(None, (source.seen, seen)))
         self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
 

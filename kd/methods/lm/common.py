@@ -50,6 +50,23 @@ class TokenLosses(NamedTuple):
     mutables: PyTree
 
 
+def rows(network: Network, batch: Batch) -> Batch:
+    """A batch with an answer a row: of pairs, [B, 2, ...], both below each other, [2 B, ...].
+
+    Pairs (`kd.data.text.preferences`) have an axis more than the network takes; any other batch
+    stays as it is. Fields without an axis of 2, such as `index` [B], are repeated.
+    """
+    if batch[network.fields[0]].ndim == len(network.inputs[0].shape):
+        return batch
+
+    def row(x):
+        if x.ndim > 1 and x.shape[1] == 2:
+            return x.reshape(-1, *x.shape[2:])
+        return jnp.repeat(x, 2, axis=0)
+
+    return jax.tree.map(row, batch)
+
+
 def decoder_of(network: Network) -> Decoder | None:
     """The module of a network with hidden states and a head, whose logits need not be formed."""
     return network.module if isinstance(network.module, Decoder) else None
