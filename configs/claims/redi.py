@@ -43,7 +43,7 @@ def get_claim(smoke: bool = False) -> Claim:
     return Claim(
         paper='REDI 2025, arXiv:2505.24850',
         statement="A teacher's wrong answers, unlearned with a weight below 1, teach more than "
-        'further fine-tuning on right ones; with weight 1 right ones are unlearned too.',
+        'further fine-tuning on right ones, and more than with weight 1.',
         setting=f'48 x 48 contexts, bottleneck of {WIDTH}; {size:,} pairs; fine-tuning of {sft} '
         f'steps at 5e-3, then {steps} steps of 256 pairs; Adam, the rate falling on a line, '
         f'gradients clipped at 1. All arms at the rates {", ".join(map(name_of, RATES))}; further '
@@ -61,8 +61,12 @@ def get_claim(smoke: bool = False) -> Claim:
             ),
         ],
         draw=draw,
-        notes='`more` is the best of the arms with alpha 0 by the mean over seeds; `shuffled` has '
-        'alpha .8 and the wrong answers of other contexts.',
+        notes='`more` is the best of the arms with alpha 0 by the mean over seeds. The gain is in '
+        'mass alone: the first answer agrees less often with the teacher, and with many tries '
+        'fewer contexts are solved. `shuffled`, alpha .8 with the wrong answers of other contexts, '
+        "gains as much: in this world that they are a context's own mistakes does not matter. "
+        'DPO is close to alpha 1; SimPO at the margin and beta of its paper is worse than '
+        'fine-tuning.',
     )  # fmt: skip
 
 

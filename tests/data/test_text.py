@@ -207,6 +207,41 @@ def test_preferences_stand_one_above_the_other(make, tokens, data_dir):
     ]
 
 
+def test_of_several_answers_the_first_right_and_the_first_wrong_are_taken(make, tokens, data_dir):
+    tries = {
+        'both': (['an end', 'Paris', 'the end', 'the system'], [False, True, False, True]),
+        'right': (['Paris', 'the end'], [True, True]),
+        'wrong': (['an end'], [False]),
+    }
+    lines(data_dir / 'tries.jsonl', [
+        {'prompt': name, 'responses': responses, 'verified': verified}
+        for name, (responses, verified) in tries.items()
+    ])  # fmt: skip
+    pairs = everything(make('preferences', path='tries.jsonl', length=80))
+    assert learnt(pairs, tokens) == [['Paris', 'an end']]
+    rows = make('chats', path='tries.jsonl', length=80, layout='rows')
+    assert learnt(everything(rows), tokens) == ['Paris', 'Paris']
+    assert len(make('chats', path='tries.jsonl', length=80, layout='prompts')) == 3
+
+
+def learnt(batch, tokens):
+    """The texts that count, in lists like the leading axes."""
+    if batch['input'].ndim > 1:
+        parts = range(len(batch['input']))
+        return [learnt({k: batch[k][i] for k in ('input', 'response_mask')}, tokens) for i in parts]
+    text = tokens.decode(batch['input'][batch['response_mask']])
+    return text.split('<|')[0].strip()
+
+
+def test_networks_see_one_answer_of_a_pair(make, data_dir):
+    source = make('preferences', path='pairs.jsonl', length=80)
+    network = networks.build_network(
+        dict(name='kd.models.decoder.Decoder', width=16, depth=1, heads=2), source, where='network'
+    )
+    assert network.fields == ('input', 'positions', 'segments')
+    assert [x.shape for x in network.inputs] == [(1, 80)] * 3
+
+
 FORMS = {
     'prompt': ({'prompt': 'q', 'response': 'a'}, 'q', 'a'),
     'completion': ({'prompt': 'q', 'completion': 'a'}, 'q', 'a'),
@@ -411,6 +446,13 @@ def test_what_is_told_before_training(make, data_dir, tmp_path):
     assert told('preferences', [{'prompt': 'a', 'chosen': 'b'}]) == (
         f'{file}, example 1 has an empty response; leave it out'
     )
+    for verified in ([True], [1, 0], True):
+        uneven = {'prompt': 'a', 'responses': ['b', 'c'], 'verified': verified}
+        for name in ('chats', 'preferences'):
+            assert told(name, [uneven]) == (
+                f'{file}, example 1 needs `responses`, a list of texts, and `verified`, true or '
+                'false for each of them'
+            )
     long = [answered, {'prompt': 'the ' * 200, 'response': 'b'}]
     told_long = told('chats', long)
     assert told_long.startswith('chats, split train, example 2 has a prompt of ')

@@ -105,6 +105,13 @@ class TestREDI:
         alike = np.repeat(LOG_P[:, :1], 2, axis=1)
         np.testing.assert_array_equal(family.redi(alike, np.full((B, 2), 7), 1.0), 0)
 
+    def test_a_weight_that_fades_leaves_unlikely_answers_alone(self):
+        weight = 0.8 * np.exp(1.5 * MEANS[:, 1])
+        found = family.redi(LOG_P, COUNTS, 0.8, 1.5)
+        np.testing.assert_allclose(found, weight * MEANS[:, 1] - MEANS[:, 0], rtol=1e-5, atol=1e-6)
+        slope = gradient(lambda x: family.redi(x, COUNTS, 0.8, 1.5))
+        np.testing.assert_allclose(slope, np.stack([-np.ones(B), weight], 1) / COUNTS, rtol=1e-5)
+
     def test_an_empty_answer_has_neither_value_nor_nan(self):
         log_p, counts = np.array([[-3.0, 0.0]]), np.array([[2, 0]])
         np.testing.assert_allclose(family.redi(log_p, counts), [1.5])

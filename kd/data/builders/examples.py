@@ -121,10 +121,16 @@ def of_texts(
 def chats(
     tokenizer: Tokenizer, file: Path, changes: tuple, fields: tuple[str, ...], style: Style
 ) -> Sequence[Example]:
-    """Chats of a file, see `records.chat` and `of_chat`; `changes` is `stamp(file)`."""
+    """Chats of a file, see `records.chat` and `of_chat`; `changes` is `stamp(file)`.
+
+    Records of several answers none of which is right are left out.
+    """
     found = []
     for number, record in enumerate(records.read(file), 1):
         where = f'{file}, example {number}'
+        several = records.tried(record, where) if style.answers else None
+        if several and not several.right:
+            continue
         messages = records.chat(record, fields, where, answers=style.answers)
         found.append(of_chat(tokenizer, messages, style, where))
     return found
@@ -134,10 +140,16 @@ def chats(
 def pairs(
     tokenizer: Tokenizer, file: Path, changes: tuple, fields: tuple[str, ...], style: Style
 ) -> Sequence[tuple[Example, Example]]:
-    """(better, worse) of a file, see `records.pair` and `of_chat`; `changes` is `stamp(file)`."""
+    """(better, worse) of a file, see `records.pair` and `of_chat`; `changes` is `stamp(file)`.
+
+    Records of several answers all of which are right, or none, are left out.
+    """
     found = []
     for number, record in enumerate(records.read(file), 1):
         where = f'{file}, example {number}'
+        several = records.tried(record, where)
+        if several and not all(several):
+            continue
         pair = records.pair(record, fields, where)
         chosen, rejected = (
             of_chat(tokenizer, [*pair.prompt, {'role': 'assistant', 'content': text}], style, where)

@@ -24,6 +24,13 @@ _ROLES = {'human': 'user', 'gpt': 'assistant'}
 _TEXT = ('.txt', '.md')
 
 
+class Tried(NamedTuple):
+    """The first right and the first wrong of several answers, '' where there is none."""
+
+    right: str
+    wrong: str
+
+
 class Pair(NamedTuple):
     """A prompt, and a better and a worse answer to it."""
 
@@ -95,6 +102,31 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [record for _, record in records]
 
 
+def tried(record: Mapping[str, Any], where: str) -> Tried | None:
+    """What a record of several answers has: `responses`, texts, and `verified`, which are right.
+
+    None for a record of another form.
+
+    Raises:
+      DataError: lists of other lengths or kinds.
+    """
+    if not {'responses', 'verified'} <= set(record):
+        return None
+    responses, verified = record['responses'], record['verified']
+    texts = isinstance(responses, list) and all(isinstance(x, str) for x in responses)
+    truths = isinstance(verified, list) and all(isinstance(x, bool) for x in verified)
+    if not texts or not truths or len(responses) != len(verified):
+        raise DataError(
+            f'{where} needs `responses`, a list of texts, and `verified`, true or false for each '
+            'of them'
+        )
+    of = {
+        right: [x for x, v in zip(responses, verified, strict=True) if v is right and x.strip()]
+        for right in (True, False)
+    }
+    return Tried(*(next(iter(of[right]), '') for right in (True, False)))
+
+
 def chat(
     record: Mapping[str, Any], fields: Sequence[str], where: str, *, answers: bool = True
 ) -> list[Message]:
@@ -102,7 +134,8 @@ def chat(
 
     Known are `messages` (role, content), `conversations` (from, value), and a question with its
     answer in fields of `FORMS`; Alpaca's `input` is put below its instruction, and `instances` are
-    taken for the first of them. `system` comes before.
+    taken for the first of them. `system` comes before. Of several `responses` the first that is
+    `verified` is the answer, see `tried`.
 
     Args:
       record: of a file.
@@ -113,6 +146,9 @@ def chat(
     Raises:
       DataError: none of these forms, no answer or an empty one.
     """
+    several = tried(record, where) if answers else None
+    if several:
+        record = {**record, 'response': several.right}
     if not fields:
         for name in ('messages', 'conversations'):
             if name in record:
@@ -145,12 +181,15 @@ def chat(
 def pair(record: Mapping[str, Any], fields: Sequence[str], where: str) -> Pair:
     """The prompt of a record as of `chat`, and its answers `chosen` and `rejected`.
 
-    An answer is a text, a message, or the whole chat with it at the end. `fields` may name the
-    prompt's.
+    An answer is a text, a message, or the whole chat with it at the end; or the first right and the
+    first wrong of several, see `tried`. `fields` may name the prompt's.
 
     Raises:
       DataError: a field is missing or empty.
     """
+    several = tried(record, where)
+    if several:
+        record = {**record, 'chosen': several.right, 'rejected': several.wrong}
     if 'prompt' in record and not fields:
         fields = ('prompt',)
     elif 'instruction' in record and not fields:

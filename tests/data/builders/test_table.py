@@ -49,6 +49,23 @@ def test_all_contexts_are_there_once_and_answers_have_the_law():
         source('valid')
 
 
+def test_pairs_have_a_right_and_a_wrong_answer_of_the_law():
+    drawn = table.preferences(SourceContext('train', Recipe(stages={}, data={}, seed=3)), size=500)
+    assert drawn.pairs
+    batch = drawn.fetch(np.arange(500))
+    law, (a, b) = table.logits(3), batch['input'][:, 0].T
+    np.testing.assert_array_equal(batch['input'][:, 1], batch['input'][:, 0])
+    np.testing.assert_array_equal(batch['teacher_logits'][:, 1], law[a, b])
+    found = np.take_along_axis(table.valid(law[a, b]), batch['label'], 1)
+    np.testing.assert_array_equal(found, np.tile([True, False], (500, 1)))
+    # Each by the teacher's law on its side.
+    row = np.tile(law[5, 7], (20_000, 1))
+    sides = table.right_and_wrong(row, np.random.default_rng(0))
+    for side, kept in zip(sides.T, (table.valid(row[0]), ~table.valid(row[0])), strict=True):
+        wanted = special.softmax(np.where(kept, row[0], -np.inf))
+        np.testing.assert_allclose(np.bincount(side, minlength=48) / 20_000, wanted, atol=0.015)
+
+
 def test_what_a_student_gives_up_against_sums_by_hand():
     rng = np.random.default_rng(0)
     p, q = rng.dirichlet(np.ones(5), size=(2, 4))
