@@ -66,12 +66,18 @@ def learning_curves(
         for title, points in curves.items():
             x, y = zip(*points, strict=True)
             (lines[title],) = axis.plot(x, y, color=colours[title], marker='o', markersize=2)
-        axis.set(xlabel='step', yscale='log' if label.startswith('training') else 'linear')
+        # Losses of preferences may be negative.
+        positive = all(value > 0 for points in curves.values() for _, value in points)
+        logarithmic = label.startswith('training') and positive
+        axis.set(xlabel='step', yscale='log' if logarithmic else 'linear')
         axis.set_title(label, fontsize=9)
         axis.grid(alpha=0.3)
     titles = [title for title in runs if title in lines]
     handles = [lines[title] for title in titles]
-    figure.legend(handles, titles, loc='outside lower center', ncols=len(titles), frameon=False)
+    # As many side by side as fit, at about a tenth of an inch for a letter.
+    fit = int(figure.get_figwidth() / (0.1 * max(map(len, titles), default=0) + 0.6))
+    columns = min(max(fit, 1), len(titles)) or 1
+    figure.legend(handles, titles, loc='outside lower center', ncols=columns, frameon=False)
     return figure
 
 

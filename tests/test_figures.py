@@ -30,6 +30,17 @@ def test_losses_of_different_methods_have_axes_of_their_own():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
 
 
+def test_negative_losses_are_shown_and_long_titles_stand_below_each_other():
+    points = [{'step': step, 'train/loss': -float(step)} for step in (1, 2)]
+    titles = [f'a title of some length, number {i}' for i in range(3)]
+    figure = figures.learning_curves(dict.fromkeys(titles, points), dict.fromkeys(titles, 'redi'))
+    assert figure.axes[0].get_yscale() == 'linear'
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y1 <= figure.axes[0].get_window_extent().y0
+
+
 def test_a_comparison_has_a_dot_per_seed_and_a_bar_over_the_interval():
     spread = [0.7, 0.8], 0.75, 0.1
     figure = figures.comparison({'accuracy': {'a': spread, 'b': ([0.5], 0.5, 0.0)}})

@@ -9,8 +9,8 @@
 | qwen2_5_math_1_5b (default) | Qwen2.5-Math-1.5B | traces of DeepSeek-R1 | 8 A100 |
 
 Stages of `cpu`: fine-tuning on right answers, and from there more of it, REDI, and the symmetric
-loss. Expect .73 of the mass on valid answers from fine-tuning, .76 from REDI; with alpha = 1 right
-answers are unlearned too.
+loss. Expect .73 of the mass on valid answers from fine-tuning, .74 from more of it, .78 from REDI
+and .76 with alpha = 1.
 
 The larger one reads `/models/Qwen2.5-Math-1.5B`, a directory as Hugging Face has it, and
 `openr1_math.jsonl` in `--data_dir`: OpenR1-Math-Raw without cn_k12, a line of `prompt`, `responses`

@@ -43,8 +43,12 @@ def comparison(
     }
     figures.comparison(panels).savefig(folder / 'comparison.png')
     curves = {title: read_metrics(workdir / stage) for title, stage in rows}
-    # Losses of different methods are not to be compared.
-    losses = {title: str(context.recipe.stages[stage].method['name']) for title, stage in rows}
+    # Losses of different methods are not to be compared, nor of one with other options.
+    methods = {title: dict(context.recipe.stages[stage].method) for title, stage in rows}
+    losses = {
+        title: ', '.join(other for other, its in methods.items() if its == method)
+        for title, method in methods.items()
+    }
     figures.learning_curves(curves, losses).savefig(folder / 'learning_curves.png')
     files.write_json(workdir / 'report.json', results)
     lines = [f'# {", ".join(results)}', '', f'Seed {context.recipe.seed}.']
