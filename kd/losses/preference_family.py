@@ -123,7 +123,7 @@ def redi(
     """
     mean = _means(log_p, counts)
     fade, wrong = jnp.asarray(fade, mean.dtype), lax.stop_gradient(mean[..., 1])
-    weight = alpha * jnp.exp(jnp.where(fade > 0, fade * wrong, 0.0))
+    weight = jnp.asarray(alpha) * jnp.exp(jnp.where(fade > 0, fade * wrong, 0.0))
     return weight * mean[..., 1] - mean[..., 0]
 
 
