@@ -49,6 +49,9 @@ class StageConfig:
       method: block of the method's builder.
       steps: training steps.
       batch_size: global batch size, over all devices and hosts.
+      poisson: the expected number of examples in a batch where each is taken by a coin of its own,
+        as private training needs it; 0 where batches are cut from a shuffled order. `batch_size` is
+        then the rows of a batch, and the field `mask` says which of them hold an example.
       network: block of the linen module that is trained.
       optimizer: arguments of `kd.training.optimizer.optimizer`.
       teacher: a trained network: an earlier stage, the directory of a finished one, an entry of the
@@ -73,6 +76,7 @@ class StageConfig:
     method: Block
     steps: Count
     batch_size: Count
+    poisson: Size = 0
     network: Block = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     teacher: str = ''
@@ -290,6 +294,11 @@ def _stage(name: str, plain: Mapping[str, Any]) -> StageConfig:
     labelled = {key: _named(plain[key]) for key in ('evaluators', 'writers')}
     ranges.check(StageConfig, plain, where=name)
     stage = StageConfig(**{**plain, **labelled})
+    if stage.poisson > stage.batch_size:
+        raise UserError(
+            f'{name}.poisson={stage.poisson} examples are expected in a batch, which has '
+            f'{name}.batch_size={stage.batch_size} rows; it needs a few more than are expected.'
+        )
     if stage.final not in ('last', 'best'):
         raise UserError(f"{name}.final must be 'last' or 'best', got '{stage.final}'.")
     if stage.final == 'best' and not stage.best:

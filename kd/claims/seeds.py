@@ -17,6 +17,7 @@ import optax
 
 from kd.config import Recipe, StageConfig
 from kd.context import Context
+from kd.data import pipeline
 from kd.method import Method
 from kd.network import Network
 from kd.state import PyTree, State
@@ -33,6 +34,7 @@ def train(
     *,
     steps: int,
     batch_size: int,
+    poisson: int = 0,
     per_run: Mapping[str, np.ndarray] | None = None,
     frozen: Mapping[str, PyTree] | None = None,
     frozen_per_run: Mapping[str, PyTree] | None = None,
@@ -50,6 +52,8 @@ def train(
       seeds: int [R]; run r is the same whatever the others are.
       steps: of every run.
       batch_size: of every run.
+      poisson: as of a stage: the expected number of examples in a batch whose rows they fill by
+        coins; `mask` says which rows they fill.
       per_run: further arrays [R, N, ...], of which a run sees its own.
       frozen: read by all runs.
       frozen_per_run: trees whose leaves have a leading axis [R], of which a run reads its own.
@@ -75,21 +79,24 @@ def train(
     if hyperparameters:
         state = state.replace(opt_state=_injected(state.opt_state, hyperparameters))
 
-    def one_step(state: State, rows: jax.Array, own: PyTree, own_arrays: PyTree) -> State:
+    def one_step(state: State, taken: PyTree, own: PyTree, own_arrays: PyTree) -> State:
+        rows, mask = taken
         batch = {name: value[rows] for name, value in {**arrays, **own_arrays}.items()}
+        batch |= mask
         state = state.replace(frozen={**shared, **own})
         return method.step(state, batch)[0].replace(frozen={})
 
     together = jax.vmap(one_step, in_axes=(axes, 0, 0, 0), out_axes=axes)
 
     @jax.jit
-    def chunk(state: State, rows: jax.Array, own: PyTree, own_arrays: PyTree) -> State:
-        return jax.lax.scan(lambda s, r: (together(s, r, own, own_arrays), None), state, rows)[0]
+    def chunk(state: State, taken: PyTree, own: PyTree, own_arrays: PyTree) -> State:
+        return jax.lax.scan(lambda s, r: (together(s, r, own, own_arrays), None), state, taken)[0]
 
     for first in range(0, steps, _CHUNK):
         count = min(_CHUNK, steps - first)
-        rows = np.stack([_rows(int(seed), size, batch_size, first, count) for seed in seeds], 1)
-        state = chunk(state, jnp.asarray(rows), own_frozen, own_arrays)
+        each = [_taken(int(seed), size, batch_size, poisson, first, count) for seed in seeds]
+        taken = jax.tree.map(lambda *runs: jnp.stack(runs, 1), *each)
+        state = chunk(state, taken, own_frozen, own_arrays)
     state = state.replace(step=jnp.broadcast_to(state.step, seeds.shape))
     return jax.block_until_ready(state)
 
@@ -184,6 +191,15 @@ def context(
         optional_teacher=teacher,
         optional_tx=further(**optimizer) if optimizer else tx,
     )
+
+
+def _taken(seed: int, size: int, batch_size: int, poisson: int, first: int, count: int):
+    """Rows of the batches first .. first + count of a run, and {'mask': ...} where coins decide."""
+    if not poisson:
+        return _rows(seed, size, batch_size, first, count), {}
+    coins = pipeline.CoinIndices(size, batch_size, poisson, seed=seed, host_index=0, host_count=1)
+    rows, mask = zip(*(coins[i] for i in range(first, first + count)), strict=True)
+    return np.stack(rows).astype(np.int32), {'mask': np.stack(mask)}
 
 
 def _rows(seed: int, size: int, batch_size: int, first: int, count: int) -> np.ndarray:

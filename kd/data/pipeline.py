@@ -3,10 +3,13 @@
 The unit of the training pipeline is the batch: element i is the whole i-th batch, a pure function
 of (seed, i). The order of the examples is the concatenation of one permutation of the split per
 epoch, cut into batches of B; a batch may reach over the end of an epoch, and no example is dropped.
+Or every batch takes each example by a coin of its own, as private training needs it.
 """
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import numpy as np
@@ -63,11 +66,51 @@ class BatchIndices:
         return np.concatenate([head, self._order(epoch + 1)[: self._count - len(head)]])
 
 
+class CoinIndices:
+    """Endless random-access sequence: item i is this host's part of the i-th batch by coins.
+
+    Every batch takes each of the N examples with probability B / N, independent of the others and
+    of other batches (Poisson sampling), into the first of its rows. The rest of the rows are
+    padding, which repeats example 0. An item is (positions int64 [R / H], mask bool [R / H]).
+
+    Of more examples than rows some are left out, by chance: `kd.theory.privacy.overflow` tells how
+    rarely that happens. The batches are as secret as the seed is.
+
+    Args:
+      size: N.
+      rows: R.
+      expected: B.
+      seed: with the number of the batch decides it.
+      host_index, host_count: h and H, whose contiguous part of the rows is delivered.
+    """
+
+    def __init__(
+        self, size: int, rows: int, expected: int, *, seed: int, host_index: int, host_count: int
+    ):
+        self._size, self._rows, self._rate, self._seed = size, rows, expected / size, seed
+        self._first, self._count = _host_part(rows, host_index, host_count)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        # Three numbers, so that it is no epoch's order.
+        sequence = np.random.SeedSequence([self._seed, item, 1])
+        rng = np.random.Generator(np.random.Philox(sequence))
+        # A number of heads, and which ones: the law of a coin for each.
+        count = min(rng.binomial(self._size, self._rate), self._rows)
+        positions = np.zeros(self._rows, np.int64)
+        positions[:count] = rng.choice(self._size, count, replace=False)
+        part = slice(self._first, self._first + self._count)
+        return positions[part], (np.arange(self._rows) < count)[part]
+
+
 def train_iterator(
     source: Source,
     batch_size: int,
     *,
     seed: int,
+    poisson: int = 0,
     shuffle: bool = True,
     host_index: int = 0,
     host_count: int = 1,
@@ -79,6 +122,8 @@ def train_iterator(
       source: the split to iterate over.
       batch_size: examples of a global batch, B; at most the size of the split.
       seed: with the epoch's number, decides the epoch's order.
+      poisson: B where batches are taken by coins, see `CoinIndices`: `batch_size` is the rows of a
+        batch then, and batches have a bool `mask`, False on padding. 0 for the order of epochs.
       shuffle: False keeps the order of the split in every epoch.
       host_index: which of `host_count` contiguous parts of each global batch to deliver.
       host_count: number of hosts; divides `batch_size`.
@@ -98,18 +143,19 @@ def train_iterator(
             f'batch_size={batch_size} exceeds the {len(source):,} examples of split '
             f'{source.split!r} of data set {source.name!r}; lower batch_size'
         )
-    indices = BatchIndices(
-        len(source),
-        batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        host_index=host_index,
-        host_count=host_count,
-    )
+    hosts = dict(host_index=host_index, host_count=host_count)
+    indices: Any
+    read: Callable[[Any], Batch]
+    if poisson:
+        indices = CoinIndices(len(source), batch_size, poisson, seed=seed, **hosts)
+        read = functools.partial(_read_masked, source)
+    else:
+        indices = BatchIndices(len(source), batch_size, seed=seed, shuffle=shuffle, **hosts)
+        read = source.fetch
     options = grain.ReadOptions(
         num_threads=_READ_THREADS if prefetch else 0, prefetch_buffer_size=prefetch
     )
-    return iter(grain.MapDataset.source(indices).map(source.fetch).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(indices).map(read).to_iter_dataset(options))
 
 
 def eval_batches(
@@ -136,6 +182,11 @@ def eval_batches(
         return result
 
     return grain.MapDataset.range(-(-size // batch_size)).map(read)
+
+
+def _read_masked(source: Source, item: tuple[np.ndarray, np.ndarray]) -> Batch:
+    positions, mask = item
+    return {**source.fetch(positions), 'mask': mask}
 
 
 def _check_batch(source: Source, batch_size: int, host_count: int) -> None:

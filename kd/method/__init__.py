@@ -35,6 +35,7 @@ from kd.method.averages import with_ema
 from kd.method.base import Batch, Change, Init, Loss, Method, Objective
 from kd.method.guard import guarded, stepwise, with_nonfinite_guard
 from kd.method.players import Player, alternate
+from kd.method.private import Privacy, private
 from kd.method.repeated import repeat
 from kd.method.single import gradient, minimize
 from kd.method.wrappers import with_collect, with_extra, with_projection, with_result
@@ -47,10 +48,12 @@ __all__ = [
     'Method',
     'Objective',
     'Player',
+    'Privacy',
     'alternate',
     'gradient',
     'guarded',
     'minimize',
+    'private',
     'repeat',
     'stepwise',
     'with_collect',

@@ -20,6 +20,8 @@ from kd.state import NETWORK, PyTree, State, alone, path_name
 # Which leaves are trained: a regular expression to be found in their paths, or a function of them;
 # None for all.
 Trainable = str | Callable[[str], bool] | None
+# Of the form of `gradient`.
+Gradient = Callable[..., tuple[PyTree, Objective]]
 
 
 def minimize(
@@ -29,6 +31,7 @@ def minimize(
     *,
     micro_batches: int = 1,
     trainable: Trainable = None,
+    along: Gradient | None = None,
 ) -> Method:
     """Minimises `loss` with the optax transformation `tx`.
 
@@ -45,7 +48,9 @@ def minimize(
       trainable: regular expression to be found in the path of a leaf ('Dense_0/kernel', or
         'projector/Dense_0/kernel' of several parts), or a function of the path. The other leaves
         stay as they are: they have neither gradient nor optimiser state nor weight decay.
+      along: what gives the direction in place of `gradient`: `kd.method.private(...)`, say.
     """
+    direction = along or gradient
 
     def init_state(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
         state = initial(init, key, frozen)
@@ -53,7 +58,7 @@ def minimize(
 
     def propose(state: State, batch: Batch) -> tuple[Change, Metrics]:
         params, several = alone(state.params), len(state.params) > 1
-        grads, objective = gradient(
+        grads, objective = direction(
             *(loss, params, state, batch, state.step_key(), micro_batches),
             part='' if several else next(iter(state.params)),
             trainable=trainable,
@@ -109,10 +114,7 @@ def gradient(
 
     differentiate = jax.grad(summed, has_aux=True)
     moving = trained(params, trainable)
-    if micro_batches == 1:
-        grads, objective = differentiate(moving, state.mutables, batch, key)
-    else:
-        grads, objective = _accumulate(differentiate, moving, state, batch, key, micro_batches)
+    grads, objective = over_parts(differentiate, moving, state, batch, key, micro_batches)
     count = jnp.maximum(objective.loss.count, 1e-12)
     return jax.tree.map(lambda g: (g / count).astype(g.dtype), grads), objective
 
@@ -186,7 +188,17 @@ def _check_objective(loss: Loss, objective: Any) -> None:
             )
 
 
-def _accumulate(differentiate, moving, state, batch, key, micro_batches):
+def over_parts(
+    differentiate: Callable[..., tuple[PyTree, Objective]],
+    moving: PyTree,
+    state: State,
+    batch: Batch,
+    key: jax.Array,
+    micro_batches: int,
+) -> tuple[PyTree, Objective]:
+    """Sums of what `differentiate(moving, mutables, part, key)` returns of the parts of a batch."""
+    if micro_batches == 1:
+        return differentiate(moving, state.mutables, batch, key)
     parts = split(batch, micro_batches, 'micro-batches; change batch_size or micro_batches')
 
     def body(carry, part):

@@ -54,6 +54,7 @@ class Stage:
             self.context.source(split),
             self.config.batch_size,
             seed=self.seed,
+            poisson=self.config.poisson,
             host_index=self.part[0],
             host_count=self.part[1],
         )

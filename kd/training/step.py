@@ -43,12 +43,14 @@ def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
 
 def abstract_arguments(stage: Stage) -> tuple[State, Any, Any, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes and shardings of the arguments of the train step, for ahead-of-time compilation."""
-    state = stage.abstract_state()
+    state, spec = stage.abstract_state(), dict(stage.context.spec)
+    if stage.config.poisson:
+        spec['mask'] = jax.ShapeDtypeStruct((), bool)
     batch = {
         name: jax.ShapeDtypeStruct(
             (stage.config.batch_size, *x.shape), x.dtype, sharding=stage.batch_sharding()
         )
-        for name, x in stage.context.spec.items()
+        for name, x in spec.items()
     }
     metrics = jax.eval_shape(stage.method.step, state, batch)[1]
     window = jax.tree.map(

@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from kd.claims import seeds
+from kd.data import pipeline
 from kd.errors import UserError
-from kd.method import Objective, Player, alternate
+from kd.method import Objective, Player, Privacy, alternate, minimize, private
 from kd.methods.vision.logit_kd import logit_kd
 from kd.methods.vision.supervised import supervised
 from kd.metrics import mean
@@ -143,3 +144,20 @@ def test_every_example_is_seen_once_an_epoch():
     np.testing.assert_array_equal(
         seeds._rows(0, 30, 7, first=9, count=4), rows.reshape(30, 7)[9:13]
     )
+
+
+def test_batches_by_coins_are_those_of_the_pipeline():
+    """A gradient that adds up what is taken, against the same coins by hand."""
+    x = np.random.default_rng(0).normal(size=20).astype(np.float32)
+    method = minimize(
+        lambda params, state, batch, key: Objective(mean(params['w'] * batch['x'])),
+        optax.sgd(1.0),
+        lambda key: {'params': {'w': jnp.zeros(())}},
+        along=private(Privacy(1e6, 0.0, 5)),
+    )
+    options = dict(steps=6, batch_size=14, poisson=5)
+    state = seeds.train(method, {'x': x}, np.array([3, 4]), **options)
+    for found, seed in zip(state.params['network']['w'], (3, 4), strict=True):
+        coins = pipeline.CoinIndices(20, 14, 5, seed=seed, host_index=0, host_count=1)
+        taken = np.concatenate([rows[mask] for rows, mask in (coins[i] for i in range(6))])
+        np.testing.assert_allclose(found, -x[taken].sum() / 5, rtol=1e-5)

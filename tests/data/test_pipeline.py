@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from scipy import stats
 
 from kd.data import pipeline, sources
 from kd.data.sources import DataError
@@ -196,3 +197,49 @@ def test_batch_sizes_that_cannot_be_had_are_refused(source):
             call(host_index=0, host_count=2)
         with pytest.raises(DataError, match=r'host_index=3 must lie in 0..2'):
             call(host_index=3, host_count=3)
+
+
+def coins(source, **options):
+    return pipeline.train_iterator(source, 8, poisson=3, seed=1, **options)
+
+
+def test_by_coins_every_batch_takes_every_example_with_the_same_probability(source):
+    batches = take(coins(source), 4000)
+    assert all(batch['mask'].shape == (8,) for batch in batches)
+    taken = np.zeros((4000, 10), bool)
+    for row, batch in zip(taken, batches, strict=True):
+        chosen = batch['index'][batch['mask']]
+        assert len(set(chosen)) == len(chosen)
+        # Rows of examples come first, and padding is example 0.
+        np.testing.assert_array_equal(batch['mask'], np.arange(8) < len(chosen))
+        assert (batch['index'][~batch['mask']] == 0).all()
+        row[chosen] = True
+    deviation = np.sqrt(0.3 * 0.7 / 4000)
+    assert np.abs(taken.mean(0) - 0.3).max() < 4 * deviation
+    # Independent of each other, and of the batch before: counts vary as binomials do.
+    assert np.abs(np.corrcoef(taken.T) - np.eye(10)).max() < 5 / np.sqrt(4000)
+    assert np.abs((taken[1:] & taken[:-1]).mean() - 0.09) < 0.01
+    counts = np.bincount(taken.sum(1), minlength=9) / 4000
+    expected = stats.binom.pmf(np.arange(9), 10, 0.3)
+    np.testing.assert_allclose(counts, expected, atol=4 * np.sqrt(0.25 / 4000))
+    assert counts[0] > 0.015
+
+
+def test_batches_by_coins_resume_and_are_shared_by_hosts(source):
+    whole = take(coins(source), 20)
+    later = coins(source)
+    later.set_state({'next_index': 7})
+    assert_same(take(later, 13), whole[7:])
+    parts = [take(coins(source, host_index=h, host_count=2), 20) for h in (0, 1)]
+    joined = [
+        {name: np.concatenate([one[name], other[name]]) for name in one}
+        for one, other in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+def test_of_more_examples_than_rows_some_are_left_out(source):
+    batches = take(pipeline.train_iterator(source, 4, poisson=4, seed=0), 300)
+    full = [batch for batch in batches if batch['mask'].all()]
+    assert 0.5 < len(full) / 300 < 0.72
+    assert set(np.concatenate([batch['index'] for batch in full])) == set(range(10))
