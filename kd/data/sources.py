@@ -176,6 +176,12 @@ def fingerprint(source: Source, examples: int = 64) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_fingerprint(source: Source) -> dict[str, str]:
+    """{'tokenizer': fingerprint} of a source of text, {} of another."""
+    tokenizer = getattr(source, 'tokenizer', None)
+    return {} if tokenizer is None else {'tokenizer': tokenizer.fingerprint}
+
+
 class InMemory:
     """A reader that gathers rows of whole-split `arrays`."""
 

@@ -67,11 +67,28 @@ class Form:
             known = list(get_args(Layout))
             raise UserError(f'data.source.layout is one of {known}, got {self.layout!r}.')
         if self.context.recipe.data_dir == catalogue.DESCRIBED:
-            return self._made(self._nothing(), _DESCRIBED, self.vocabulary or None)
+            return self.described(self.vocabulary or None)
         taken = tokenizer.load(self.tokenizer, template=self.template)
         classes = tokenizer.shared_size(taken, self.vocabulary or taken.size)
-        rows = self._rows(self._chosen(examples, taken), taken.pad)
-        made = self._made(rows.arrays, len(rows.arrays['input']), classes)
+        return self.filled(self._chosen(examples, taken), taken, classes)
+
+    def described(
+        self, classes: int | None, further: Mapping[str, np.ndarray] | None = None
+    ) -> TextSource:
+        """A source of which only shapes count; `further` fields are one example's [1, ...]."""
+        return self._made({**self._nothing(), **(further or {})}, _DESCRIBED, classes)
+
+    def filled(
+        self,
+        chosen: Sequence[Any],
+        taken: Tokenizer | None,
+        classes: int | None,
+        further: Mapping[str, np.ndarray] | None = None,
+    ) -> TextSource:
+        """The source of chosen examples; `further` fields [N, ...] are those of the rows."""
+        rows = self._rows(chosen, taken.pad if taken else 0)
+        arrays = {**rows.arrays, **(further or {})}
+        made = self._made(arrays, len(arrays['input']), classes)
         made.tokenizer, made.counts = taken, rows.counts
         counts = ', '.join(f'{name} {count:,}' for name, count in rows.counts.items() if count)
         logging.info('%s, %s: %s', self.name, self.context.split, counts)

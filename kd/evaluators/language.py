@@ -22,6 +22,8 @@ from kd.state import PyTree
 def language(context: Context, *, weights: str = 'final', chunk: Count = 256) -> Evaluator:
     """`token_metrics` of the stage's network, against its teacher if it has one.
 
+    Prompts with a `response` are text of which the response counts.
+
     Args:
       context: the stage.
       weights: 'final' for the parameters, or the name of an average.
@@ -30,6 +32,7 @@ def language(context: Context, *, weights: str = 'final', chunk: Count = 256) ->
     network, compare = context.network, context.optional_teacher is not None
 
     def update(state, batch) -> dict[str, Mean]:
+        batch = common.as_text(batch)
         variables = state.variables(None if weights == 'final' else weights)
         teacher = common.teacher_signal(context, state, batch) if compare else None
         return token_metrics(network, variables, batch, teacher=teacher, chunk=chunk)

@@ -10,6 +10,7 @@ record holds is the caller's affair: `kd.io.cache`, `kd.io.answers`.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ class Writer:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], what: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.manifest, self.what = folder, dict(manifest), what
+        # As it will be read again, with lists for tuples.
+        self.manifest = json.loads(files.json_text(dict(manifest)))
+        self.folder, self.what = folder, what
         self.complete = False
 
     def begin(self) -> list[int]:

@@ -24,7 +24,6 @@ from kd.context import Context
 from kd.context import Writer as StageWriter
 from kd.data import pipeline, sources
 from kd.data.sources import Source
-from kd.data.transforms import cached
 from kd.errors import UserError
 from kd.io import cache, checksums
 from kd.io.progress import say
@@ -95,6 +94,11 @@ def teacher_outputs(
     teacher = _Teacher(context, kept, vocabulary, chunk)
     if teacher.is_text(source):
         kept.record(teacher.shape[-1:])  # Raises where it cannot be.
+        if source.spec[sources.MASK].shape != source.spec['input'].shape:
+            raise UserError(
+                f"{context.stage}: a teacher's outputs are of rows of text, and the data are "
+                "prompts; a source of text has rows with layout='rows' or 'packed'."
+            )
     per_file = -(-per_file // context.batch_size) * context.batch_size
 
     def write(state: State, step: int, directory: Path) -> None:
@@ -195,7 +199,7 @@ def _writer(
         examples=len(source),
         per_file=per_file,
         made_of={
-            **cached.tokenizer_fingerprint(source),
+            **sources.tokenizer_fingerprint(source),
             'teacher': checksums.fingerprint(variables),
             'training of the teacher': cache.training_fingerprint(located),
             'data': sources.fingerprint(source),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 
 from kd.context import Context
@@ -40,8 +43,8 @@ def teacher_logits(context: Context, state: State, batch: Batch) -> jax.Array | 
     return signal
 
 
-def is_cached(batch: Batch) -> bool:
-    """Whether a batch brings what a teacher has said."""
+def is_cached(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch, or the spec of one, brings what a teacher has said."""
     return any(name.startswith(cache.PREFIX) for name in batch)
 
 

@@ -1,6 +1,7 @@
 """A small language model, its outputs on disk, and a student that learns from them.
 
-Arguments: `cached`, or `live` for a student of the teacher itself. Where TEXTS_SLOWLY is set, so
+Arguments: `cached`, or `live` for a student of the teacher itself; `answers` for one of what its
+teacher answers to prompts. Where TEXTS_SLOWLY is set, so
 many seconds pass before a batch is read.
 """
 
@@ -8,6 +9,7 @@ import os
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kd import config as kd_config
@@ -55,6 +57,49 @@ def rows(context, *, symbols=SYMBOLS):
     return source
 
 
+def prompts(context, *, symbols=SYMBOLS, size=EXAMPLES, seed=1):
+    """Prompts, to be answered."""
+    made = [one.ids[~one.response] for one in examples(size, seed)]
+    arrays = packing.prompts(made, 4, pad=0).arrays
+    spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in arrays.items()}
+    data = sources.DataSet('texts', {'train': size}, lambda _: sources.in_memory(arrays), spec, V)
+    source = Slow(data, context.split)
+    source.tokenizer = table(symbols)
+    return source
+
+
+def odd(context):
+    """Answers whose first token is odd are right; those that begin with 4 cannot be judged."""
+    del context
+
+    def reward(tokens, mask, batch):
+        assert tokens.shape[0] == batch['index'].shape[0]
+        first = tokens[:, 0]
+        return jnp.where(first == 4, jnp.nan, (first % 2).astype(jnp.float32))
+
+    return reward
+
+
+def answering(reads, **learns):
+    """A teacher of rows, its answers to prompts, and a student of these."""
+    config = get_config()
+    config.stages = ('teacher', 'answers', 'student')
+    del config['cache']
+    config.teacher.steps = 1
+    config.answers = kd_config.stage(
+        method=dict(name='kd.methods.cache.nothing'),
+        writers={'answers': dict(
+            name='kd.methods.generate.responses', samples=3, max_new=6, per_file=4, stop=(2, 3),
+            reward=dict(name='texts.odd'))},
+        data=dict(source=dict(name='texts.prompts'), train='train'),
+        teacher='teacher', steps=1, batch_size=4,
+    )  # fmt: skip
+    config.student.data = dict(source=dict(name=f'kd.data.generated.{reads}', **learns),
+                               train='train')  # fmt: skip
+    config.student.method = dict(name=DISTILLATION, soft_weight=0.0)
+    return config
+
+
 def of_top_k(student_logits, teacher, *, temperature=1.0, k=5):
     """Forward KL from the live teacher's k favourites."""
     said = signal.top_k(signal.all_logits('test', teacher), k, temperature=temperature)
@@ -67,6 +112,8 @@ def decoder(outcomes=V):
 
 
 def get_config(argument: str = 'cached', form=None, batch_size=4):
+    if argument == 'answers':
+        return answering('teacher_text', stage='answers', length=10, layout='rows', rates='answers')
     form = form or dict(form='top_k', size=5, dtype='float32')
     source = dict(name='texts.rows')
     config = kd_config.recipe(

@@ -47,3 +47,19 @@ def test_a_killed_cache_of_text_goes_on_and_a_student_of_it_is_the_same(
     assert contents(folder) == contents(whole.workdir / 'cache' / 'teacher')
     ours, theirs = (arrays(one.workdir, 'student', 'variables') for one in (whole, cut))
     assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_killed_answers_go_on_and_are_the_same(processes, slowly, tmp_path):
+    whole, cut = (
+        Command(processes, tmp_path / name, 'answers', config=TEXTS) for name in ('whole', 'cut')
+    )
+    assert whole.run() == 0, whole.said()
+    folder = cut.workdir / 'answers' / 'train_answers'
+    before = killed(cut, folder, 2)
+    assert 2 <= len(before) < 6
+    assert cut.run() == 0, cut.said()
+    after = {name: (folder / name).stat().st_mtime_ns for name in before}
+    assert after == before
+    assert contents(folder) == contents(whole.workdir / 'answers' / 'train_answers')
+    ours, theirs = (arrays(one.workdir, 'student', 'variables') for one in (whole, cut))
+    assert all((ours[name] == theirs[name]).all() for name in ours)

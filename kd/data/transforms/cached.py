@@ -82,7 +82,7 @@ def cached(context: SourceContext, *, stage: str = 'cache') -> sources.Source:
         *positions, outcomes = output_shape(teacher)[1:]
         return CachedSource(source, form, (*positions, vocabulary or outcomes), None)
     made_of = {
-        **tokenizer_fingerprint(source),
+        **sources.tokenizer_fingerprint(source),
         'data': sources.fingerprint(source),
         'training of the teacher': cache.training_fingerprint(
             context.locate(recipe.stages[stage].teacher)
@@ -90,12 +90,6 @@ def cached(context: SourceContext, *, stage: str = 'cache') -> sources.Source:
     }
     stored = cache.Cache(context.locate(stage), form, made_of)
     return CachedSource(source, form, stored.shape, stored)
-
-
-def tokenizer_fingerprint(source: sources.Source) -> dict[str, str]:
-    """{'tokenizer': fingerprint} of a source of text."""
-    tokenizer = getattr(source, 'tokenizer', None)
-    return {} if tokenizer is None else {'tokenizer': tokenizer.fingerprint}
 
 
 def _written(recipe: Recipe, stage: str) -> tuple[str, cache.Form, int]:

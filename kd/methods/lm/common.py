@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kd.context import Context
 from kd.errors import UserError
-from kd.losses import sequence, signal
+from kd.losses import aggregate, sequence, signal
 from kd.losses.signal import Dense, HiddenHead, TeacherSignal
 from kd.method import Batch
 from kd.methods import start
@@ -30,6 +30,8 @@ from kd.text.packing import targets
 
 # What a decoder has beside its blocks.
 _PARTS = ('embed', 'positions', 'final_norm', 'head')
+# Field of a batch that says how much each token counts, see `aggregated`.
+TOKEN_WEIGHT = 'token_weight'
 # See `token_losses`.
 TokenLoss = Callable[..., tuple[jax.Array, Any]]
 
@@ -151,6 +153,18 @@ def token_losses(
     return TokenLosses(found, where, aux, output.mutables)
 
 
+def aggregated(batch: Batch, mode: aggregate.Mode, constant: float | None = None) -> Batch:
+    """The batch with `token_weight` float32 of each label, see `kd.losses.aggregate`.
+
+    For `with_collect`, which has the whole batch: weights hold denominators over all of its rows,
+    so that the mean over rows of the sums of weighted losses is the same for any micro-batches.
+    """
+    where = jnp.asarray(targets(batch)[1])
+    rows = where.reshape(where.shape[0], -1)
+    weights = aggregate.weights(rows, mode, constant=constant)
+    return {**batch, TOKEN_WEIGHT: weights.reshape(where.shape)}
+
+
 def on_policy(
     context: Context,
     *,
@@ -262,6 +276,13 @@ def answered(batch: Batch, tokens: jax.Array, mask: jax.Array) -> Batch:
     }
     kept = {name: x for name, x in batch.items() if name not in ('prompt_mask', 'response')}
     return {**kept, **made}
+
+
+def as_text(batch: Batch) -> Batch:
+    """A batch of prompts with a `response` as text; another as it is."""
+    if 'prompt_mask' not in batch or 'response' not in batch:
+        return batch
+    return answered(batch, batch['response'], batch['response_mask'])
 
 
 def _sampled(context: Context, network: Network, what: str) -> Decoder:
