@@ -66,6 +66,7 @@ def test_answers_are_drawn_by_the_law_that_they_say_and_end_where_they_should(
     variables, network = teacher.restore(), teacher.network
     assert len(source) == N
     ends = np.isin(kept.tokens, (2, 3))
+    apply = jax.jit(lambda *x: network.apply(variables, *x).logits)
     for row, number in np.ndindex(N, K):
         length = kept.lengths[row, number]
         stopped = np.flatnonzero(ends[row, number, :length])
@@ -76,11 +77,13 @@ def test_answers_are_drawn_by_the_law_that_they_say_and_end_where_they_should(
     for row, number in [(0, 0), (5, 2), (23, 1)]:
         prompt = asked['input'][row][asked['prompt_mask'][row]]
         said = kept.tokens[row, number, : kept.lengths[row, number]]
-        text = np.concatenate([prompt, said])[None].astype(np.int32)
-        ones, places = np.ones_like(text), np.arange(text.shape[1])[None].astype(np.int32)
-        logits = np.asarray(network.apply(variables, text, places, ones).logits[0], np.float64)
+        size = len(prompt) + len(said)
+        text = np.zeros((1, 10), np.int32)
+        text[0, :size] = [*prompt, *said]
+        used, places = np.arange(10)[None] < size, np.arange(10, dtype=np.int32)[None]
+        logits = np.asarray(apply(text, places, used.astype(np.int32))[0], np.float64)
         log_p = scipy.special.log_softmax(logits, -1)
-        wanted = log_p[np.arange(len(prompt) - 1, text.shape[1] - 1), said]
+        wanted = log_p[np.arange(len(prompt) - 1, size - 1), said]
         found = kept.log_probs[row, number, : len(said)]
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
