@@ -62,7 +62,10 @@ def load(weights: str, dtype: str = '') -> tuple[Decoder, Any, str]:
         variables = jax.tree.map(lambda x: x.astype(dtype), variables)
     stored = config_lib.to_plain(files.read_json(file, 'manifest.json beside it holds it too'))
     data = config_lib.data_of(stored.get('data', {}), stored[directory.name].get('data', {}))
-    return decoder, variables, data.get('source', {}).get('tokenizer', '')
+    # A stage may learn from what an earlier one has left of the recipe's own text.
+    sources = (data.get('source', {}), stored.get('data', {}).get('source', {}))
+    named = [source['tokenizer'] for source in sources if source.get('tokenizer')]
+    return decoder, variables, named[0] if named else ''
 
 
 def _abstract(decoder: Decoder) -> Any:

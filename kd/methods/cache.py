@@ -94,10 +94,11 @@ def teacher_outputs(
     teacher = _Teacher(context, kept, vocabulary, chunk)
     if teacher.is_text(source):
         kept.record(teacher.shape[-1:])  # Raises where it cannot be.
-        if source.spec[sources.MASK].shape != source.spec['input'].shape:
+        if source.pairs or source.spec[sources.MASK].shape != source.spec['input'].shape:
             raise UserError(
                 f"{context.stage}: a teacher's outputs are of rows of text, and the data are "
-                "prompts; a source of text has rows with layout='rows' or 'packed'."
+                f'{"pairs" if source.pairs else "prompts"}; a source of text has rows with '
+                "layout='rows' or 'packed'."
             )
     per_file = -(-per_file // context.batch_size) * context.batch_size
 

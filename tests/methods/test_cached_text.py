@@ -161,6 +161,17 @@ def test_another_padding_is_refused_before_anything_is_trained(texts, tmp_path):
     assert not (tmp_path / 'run' / 'teacher').exists()
 
 
+def test_prompts_are_no_rows_of_text(texts, tmp_path):
+    config = texts.get_config()
+    config.teacher.data = dict(source=dict(name='texts.rows'), train='train')
+    with config.unlocked():
+        config.data.source = dict(name='texts.prompts', answers=True)
+    with pytest.raises(
+        UserError, match=r'cache: .* rows of text, and the data are prompts; a sour'
+    ):
+        loop.run(config, tmp_path / 'run')
+
+
 def test_a_teacher_padded_further_is_cut_before_its_softmax(texts, said):
     batch = said[0]
     network = kd_config.build(texts.decoder(texts.V + 4), where='test')

@@ -57,10 +57,12 @@ def rows(context, *, symbols=SYMBOLS):
     return source
 
 
-def prompts(context, *, symbols=SYMBOLS, size=EXAMPLES, seed=1):
-    """Prompts, to be answered."""
-    made = [one.ids[~one.response] for one in examples(size, seed)]
-    arrays = packing.prompts(made, 4, pad=0).arrays
+def prompts(context, *, symbols=SYMBOLS, size=EXAMPLES, seed=1, answers=False):
+    """Prompts, to be answered; with answers where they are asked for."""
+    made = examples(size, seed)
+    asked, said = ([one.ids[of] for one, of in zip(made, masks, strict=True)] for masks in (
+        [~one.response for one in made], [one.response for one in made]))  # fmt: skip
+    arrays = packing.prompts(asked, 4, pad=0, responses=said, response_length=5 * answers).arrays
     spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in arrays.items()}
     data = sources.DataSet('texts', {'train': size}, lambda _: sources.in_memory(arrays), spec, V)
     source = Slow(data, context.split)

@@ -3,6 +3,9 @@
 Sequence-level distillation (Kim and Rush 2016, arXiv:1606.07947) where the symbols of an answer are
 independent given the instruction; it is how bias passes from a teacher to its students without
 anything but text (arXiv:2505.24842).
+
+A language model's answers are written by a stage (`kd.methods.generate.responses`), and learnt by
+`kd.methods.lm.distillation` with soft_weight=0 from `kd.data.generated.teacher_text`.
 """
 
 from __future__ import annotations
