@@ -10,7 +10,8 @@ those that were drawn, from end to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,8 @@ from kd.data.context import SourceContext, source_loader
 from kd.data.text_rows import Form, TextSource
 from kd.errors import UserError
 from kd.io import answers, cache
-from kd.ranges import Count, Finite, Seed, Size, StageName
+from kd.losses import diversity
+from kd.ranges import Count, Finite, Fraction, Seed, Size, StageName
 from kd.references import split_reference
 from kd.text.packing import Example
 from kd.text.tokenizer import Tokenizer
@@ -74,6 +76,8 @@ def teacher_text(
     ended: bool = False,
     rates: Literal[''] | StageName = '',
     passing: Finite = 1.0,
+    most: Fraction = 1.0,
+    farthest: Size = 0,
     long: Literal['cut', 'drop'] = 'cut',
     window: Count = 64,
     seed: Seed = 0,
@@ -89,16 +93,21 @@ def teacher_text(
       least: leaves out answers with a score below it, or none.
       ended: leaves out answers that came to no stop token.
       rates: a stage that has answered the same prompts, whose pass rates rows bring as `pass_rate`
-        float32; for the layout 'rows'.
+        float32 in the layout 'rows'.
       passing: the score with which an answer of `rates` has passed.
+      most: with `rates`, leaves out prompts with a higher pass rate: what is solved already.
+      farthest: of the answers to a prompt that are left, so many that lie farthest from one another
+        (`kd.losses.diversity`, by tokens); 0 for all.
       long: what is longer than a row is 'cut' or 'drop'ped.
       window, seed: of packing, see `kd.data.text.documents`.
 
     Raises:
       UserError: no such stage, answers of other data or another network, none left.
     """
-    if rates and layout != 'rows':
+    if rates and layout != 'rows' and most == 1:
         raise UserError(f"pass rates are of rows of one answer: layout='rows', not {layout!r}.")
+    if most < 1 and not rates:
+        raise UserError(f'most={most} is a pass rate: name the stage that has `rates`.')
 
     def form(source: sources.Source) -> Form:
         # Of the name of its prompts, as it is of their data that a network knows.
@@ -108,29 +117,52 @@ def teacher_text(
         source = _described(context, stage, scored=least is not None)
         if rates:
             _described(context, rates, scored=True)
-        further = {PASS_RATE: np.zeros(1, np.float32)} if rates else None
+        further = {PASS_RATE: np.zeros(1, np.float32)} if rates and layout == 'rows' else None
         return form(source).described(source.num_classes, further)
     found = _answered(context, stage, scored=least is not None)
     count = found.answers.scores.shape[1]
+    passed = np.zeros(len(found.batch['input']), np.float32)
+    if rates:
+        others = _answered(context, rates, scored=True)
+        _check_prompts(found, others, stage, rates)
+        passed = others.rates(passing)
     chosen = [
         (row, number)
-        for row in range(len(found.batch['input']))
+        for row in np.flatnonzero(passed <= most).tolist()
         for number in range(min(samples or count, count))
         if (least is None or found.answers.scores[row, number] >= least)
         and not (ended and found.answers.truncated[row, number])
     ]
+    if farthest:
+        chosen = _farthest(found.answers, chosen, farthest)
     examples = [(row, found.example(row, number)) for row, number in chosen]
     if long == 'drop':
         examples = [(row, one) for row, one in examples if len(one.ids) <= length]
     if not examples:
         raise UserError(f"of the answers of '{stage}' to {context.split} none is left to learn.")
     further = None
-    if rates:
-        others = _answered(context, rates, scored=True)
-        _check_prompts(found, others, stage, rates)
-        further = {PASS_RATE: others.rates(passing)[[row for row, _ in examples]]}
+    if layout == 'rows' and rates:
+        further = {PASS_RATE: passed[[row for row, _ in examples]]}
     taken, classes = tokenizer_of(found.source), found.source.num_classes
     return form(found.source).filled([one for _, one in examples], taken, classes, further)
+
+
+def _farthest(
+    said: answers.Answers, chosen: Sequence[tuple[int, int]], count: int
+) -> list[tuple[int, int]]:
+    """Of the (prompt, answer) that are chosen, for each prompt so many far ones."""
+
+    @jax.jit
+    def of_prompt(tokens, lengths, valid):
+        apart = diversity.levenshtein(tokens[:, None], tokens, lengths[:, None], lengths)
+        return diversity.farthest_subset(apart, valid, count)
+
+    kept = []
+    for row, group in itertools.groupby(chosen, lambda one: one[0]):
+        valid = np.isin(np.arange(said.lengths.shape[1]), [number for _, number in group])
+        numbers = np.asarray(of_prompt(said.tokens[row], said.lengths[row], valid))
+        kept += [(row, number) for number in sorted(numbers[numbers >= 0].tolist())]
+    return kept
 
 
 def pairs(

@@ -150,6 +150,39 @@ def test_slices_are_of_prompts_and_filters_of_answers(recipe, run, kept):
         text('test')
 
 
+def test_what_is_solved_is_left_out_and_of_the_rest_far_answers_stay(recipe, run, kept):
+    right = np.nan_to_num(kept.scores) == 1
+    rates = right.mean(1)
+    options = dict(stage='answers', length=10, layout='rows', rates='answers')
+    made = generated.teacher_text(context(recipe, run), most=0.5, **options)
+    batch = made.fetch(np.arange(len(made)))
+    assert len(made) == K * (rates <= 0.5).sum() < N * K
+    assert batch['pass_rate'].max() == pytest.approx(1 / 3)
+    # Two of the right answers, and the two that are farthest apart where all three are right.
+    far = generated.teacher_text(context(recipe, run), least=1.0, farthest=2, **options)
+    assert len(far) == np.minimum(right.sum(1), 2).sum()
+    rows = iter(far.fetch(np.arange(len(far)))['input'])
+
+    def distance(a, b):
+        table = np.add.outer(np.arange(len(a) + 1), np.arange(len(b) + 1))
+        for i, j in np.ndindex(len(a), len(b)):
+            table[i + 1, j + 1] = min(
+                table[i, j + 1] + 1, table[i + 1, j] + 1, table[i, j] + (a[i] != b[j])
+            )
+        return table[-1, -1]
+
+    for row in range(N):
+        said = [kept.tokens[row, n, : kept.lengths[row, n]].tolist() for n in range(K)]
+        texts = [next(rows).tolist() for _ in range(min(right[row].sum(), 2))]
+        assert all(any(str(one)[1:-1] in str(text) for one in said) for text in texts)
+        if right[row].all():
+            best = max(distance(said[a], said[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+            inside = [n for n in range(K) if any(str(said[n])[1:-1] in str(t) for t in texts)]
+            assert best in {distance(said[a], said[b]) for a in inside for b in inside}
+    with pytest.raises(UserError, match=r'most=0\.5 is a pass rate: name the stage'):
+        generated.teacher_text(context(recipe, run), stage='answers', length=10, most=0.5)
+
+
 def test_pass_rates_count_what_has_passed_and_no_verdict_is_no_pass(recipe, run, kept, asked):
     source = generated.pass_rates(context(recipe, run), stage='answers')
     batch = source.fetch(np.arange(N))
