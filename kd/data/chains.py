@@ -24,7 +24,7 @@ def chains(
     *,
     tasks: Mapping[chain.Task, Fraction] | None = None,
     operations: Mapping[str, Fraction] | None = None,
-    law: LawName = 'truth',
+    law: LawName | Fraction = 'truth',
     kinds: Mapping[str, Fraction] | None = None,
     styles: Count = 1,
     layout: Literal['prompts', 'rows'] = 'prompts',

@@ -122,6 +122,7 @@ def _measured(
 
     @jax.jit
     def sums_of(variables, theirs, batch):
+        batch = common.as_text(batch)
         said = common.said_by(teacher.network, theirs, batch) if teacher else None
         return metrics.token_metrics(one.network, variables, batch, teacher=said)
 

@@ -49,8 +49,8 @@ def demonstrator(
     return np.where(which[..., None], held, noisy(TRUTH, known))
 
 
-def law(name: LawName, seed: int = 0) -> np.ndarray:
-    """A law by name, float [3, 10, 10, 10].
+def law(name: LawName | float, seed: int = 0) -> np.ndarray:
+    """A law by name, or by the share of facts that it is certain of; float [3, 10, 10, 10].
 
     'truth' makes no mistake. 'demonstrator' is what bases learn from. Teachers: 'clean' says .98 of
     every fact rightly; 'good' has 8 % of misconceptions, its own ones, that it holds at .9; for
@@ -59,6 +59,8 @@ def law(name: LawName, seed: int = 0) -> np.ndarray:
     Raises:
       DataError: another name.
     """
+    if not isinstance(name, str):
+        return noisy(TRUTH, name)
     if name == 'truth':
         return noisy(TRUTH, 1.0)
     if name == 'demonstrator':

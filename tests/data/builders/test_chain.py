@@ -147,6 +147,7 @@ def test_laws_are_laws_and_say_what_they_should():
     np.testing.assert_allclose(said[which], 0.705)
     np.testing.assert_allclose(right[which], 0.255)
     np.testing.assert_allclose(right[~which], 0.955)
+    np.testing.assert_allclose(arithmetic.law(0.98), arithmetic.law('clean'))
     biased = arithmetic.law('biased').argmax(-1)
     np.testing.assert_array_equal((biased - TRUTH)[:2], 0)
     np.testing.assert_array_equal((biased - TRUTH)[2] % 10, 3)
