@@ -77,9 +77,7 @@ def token_metrics(
         network, variables, batch, of_token, teacher=teacher if compare else None, chunk=chunk,
         train=False,
     )  # fmt: skip
-    where = found.where
-    if 'mask' in batch:
-        where &= batch['mask'].reshape(-1, *[1] * (where.ndim - 1))
+    where = common.examples_only(found.where, batch)
     return {name: mean(value, where) for name, value in found.aux.items()}
 
 

@@ -4,8 +4,7 @@ Of a teacher only the k most probable outcomes are known (`signal.TopK`), as log
 the full softmax. FIRST recalibrates these before the student learns from them:
 
     c = calibration.fit_temperature(valid.log_probs, valid.indices, labels)
-    log_probs = calibration.recalibrate(teacher.log_probs, temperature=c)
-    teacher = teacher.replace(log_probs=log_probs, tail=jnp.zeros_like(teacher.tail))
+    teacher = calibration.recalibrated(teacher, temperature=c)
     loss = divergence.forward_kl(student_logits, teacher)  # gradient q - P, q over all outcomes
 
 The temperature is fitted on validation data once, and then holds for what is recorded on the
@@ -14,6 +13,7 @@ training inputs, where the teacher is overconfident.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from kd.losses import numerics
+from kd.losses import numerics, signal
 
 Recalibration = Literal['logits', 'probabilities', 'smoothing']
 # What `fit_temperature` tries unless it is told.
@@ -51,21 +51,29 @@ def confidence_bins(
       bins: bin i holds confidences in (i / bins, (i + 1) / bins].
       where: bool [B, ...], of as many leading axes of the labels as it has.
     """
-    p = jax.nn.softmax(jnp.asarray(logits, jnp.float32)).reshape(-1, jnp.shape(logits)[-1])
-    confidence = p.max(-1)
+    p = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+    return binned(p.max(-1), p.argmax(-1) == jnp.asarray(labels), bins, where)
+
+
+def binned(
+    confidence: ArrayLike, correct: ArrayLike, bins: int = 15, where: ArrayLike | None = None
+) -> Bins:
+    """`confidence_bins` of confidences [B, ...] in [0, 1] and whether each was right."""
+    shape = jnp.shape(confidence)
+    confidence = jnp.ravel(jnp.asarray(confidence, jnp.float32))
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = jax.nn.one_hot(index, bins, dtype=bool)
     if where is not None:
         mask = jnp.asarray(where)
-        mask = mask.reshape(*mask.shape, *(1,) * (jnp.ndim(labels) - mask.ndim))
-        member &= jnp.broadcast_to(mask, jnp.shape(labels)).reshape(-1, 1)
+        mask = mask.reshape(*mask.shape, *(1,) * (len(shape) - mask.ndim))
+        member &= jnp.broadcast_to(mask, shape).reshape(-1, 1)
 
     def per_bin(values: jax.Array) -> jax.Array:
         # A matrix product would be rounded to bfloat16 or TF32 on accelerators.
         return jnp.where(member, values[:, None], 0.0).sum(0)
 
-    correct = (p.argmax(-1) == jnp.ravel(labels)).astype(jnp.float32)
-    return Bins(per_bin(jnp.ones_like(confidence)), per_bin(confidence), per_bin(correct))
+    right = jnp.ravel(correct).astype(jnp.float32)
+    return Bins(per_bin(jnp.ones_like(confidence)), per_bin(confidence), per_bin(right))
 
 
 def expected_calibration_error(bins: Bins) -> float:
@@ -125,6 +133,56 @@ def recalibrate(
     return jnp.where(positive, jnp.log(jnp.where(positive, p, 1.0)), -jnp.inf)
 
 
+def recalibrated(
+    teacher: signal.TopK,
+    kind: Recalibration = 'logits',
+    *,
+    temperature: ArrayLike = 1.0,
+    smoothing: float = 0.1,
+) -> signal.TopK:
+    """The teacher whose k probabilities are recalibrated and who says nothing of other outcomes.
+
+    `forward_kl` from it is sum_j P_j (log P_j - log q_j) over the k outcomes, with the student's
+    softmax q over all of them: its gradient is q - P (for P that sum to 1), which takes all mass
+    off what is not listed. Arguments as of `recalibrate`.
+    """
+    log_probs = recalibrate(teacher.log_probs, kind, temperature=temperature, smoothing=smoothing)
+    return dataclasses.replace(teacher, log_probs=log_probs, tail=jnp.zeros_like(teacher.tail))
+
+
+def bins_by_temperature(
+    log_probs: ArrayLike,
+    indices: ArrayLike,
+    labels: ArrayLike,
+    kind: Literal['logits', 'probabilities'] = 'logits',
+    *,
+    grid: Sequence[float] | ArrayLike,
+    bins: int = 10,
+    where: ArrayLike | None = None,
+) -> Bins:
+    """Confidence bins of the recalibrated teacher at each of G temperatures, float32 [G, bins].
+
+    Arguments as of `fit_temperature`. Bins of several batches add up.
+    """
+    listed = jnp.asarray(indices) == jnp.asarray(labels)[..., None]
+    # Among the k, or -1, which is never the first.
+    slots = jnp.where(listed.any(-1), listed.argmax(-1), -1)
+
+    def of_temperature(temperature: jax.Array) -> Bins:
+        made = recalibrate(log_probs, kind, temperature=temperature)
+        return confidence_bins(made, slots, bins, where)
+
+    return jax.lax.map(of_temperature, jnp.asarray(grid, jnp.float32))
+
+
+_bins_by_temperature = jax.jit(bins_by_temperature, static_argnames=('kind', 'bins'))
+
+
+def errors_by_temperature(every: Bins) -> list[float]:
+    """The expected calibration error of each row of Bins [G, bins]."""
+    return [expected_calibration_error(Bins(*row)) for row in zip(*every, strict=True)]
+
+
 def fit_temperature(
     log_probs: ArrayLike,
     indices: ArrayLike,
@@ -158,17 +216,12 @@ def fit_temperature(
     if not temperatures:
         raise ValueError('grid is empty; give at least one temperature to try.')
     numerics.check_positive('grid', np.asarray(temperatures))
-    listed = jnp.asarray(indices) == jnp.asarray(labels)[..., None]
-    # Among the k, or -1, which is never the first.
-    slots = jnp.where(listed.any(-1), listed.argmax(-1), -1)
 
-    @jax.jit
-    def binned(temperature, log_probs, slots, where):
-        recalibrated = recalibrate(log_probs, kind, temperature=temperature)
-        return confidence_bins(recalibrated, slots, bins, where)
-
-    every = [jax.device_get(binned(c, log_probs, slots, where)) for c in temperatures]
-    if every[0].examples.sum() == 0:
+    every = jax.device_get(
+        _bins_by_temperature(
+            log_probs, indices, labels, kind, grid=np.asarray(temperatures), bins=bins, where=where
+        )
+    )
+    if every.examples.sum() == 0:
         raise ValueError('no label counts; a temperature is fitted on at least one.')
-    errors = [expected_calibration_error(each) for each in every]
-    return float(temperatures[np.argmin(errors)])
+    return float(temperatures[np.argmin(errors_by_temperature(every))])

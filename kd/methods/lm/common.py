@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import aggregate, sequence, signal
-from kd.losses.signal import Dense, HiddenHead, TeacherSignal
+from kd.losses.signal import Dense, HiddenHead, TeacherSignal, TopK
 from kd.method import Batch
 from kd.methods import start
 from kd.methods.teacher import is_cached, teacher_logits
@@ -293,6 +293,26 @@ def _sampled(context: Context, network: Network, what: str) -> Decoder:
             f'kd.models.decoder.Decoder, and the {what} is {type(network.module).__name__}.'
         )
     return decoder
+
+
+def top_k(network: Network, variables: PyTree, batch: Batch, k: int, *, chunk: int = 256) -> TopK:
+    """The k tokens that a network holds most probable at every position: log_probs [B, T, k].
+
+    A decoder's logits are formed `chunk` tokens at a time; positions that do not count hold zeros.
+    """
+
+    def of_token(logits, teacher, labels):
+        del teacher
+        return jnp.zeros(labels.shape), signal.top_k(logits, k)
+
+    return token_losses(network, variables, batch, of_token, chunk=chunk, train=False).aux
+
+
+def examples_only(where: jax.Array, batch: Batch) -> jax.Array:
+    """`where` [B, ...] without the examples that fill a batch up, outside its bool [B] `mask`."""
+    if 'mask' not in batch:
+        return where
+    return where & batch['mask'].reshape(-1, *[1] * (where.ndim - 1))
 
 
 def cut(blocks: Sequence[int], context: Context) -> start.Transform:
