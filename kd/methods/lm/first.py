@@ -87,10 +87,8 @@ def first(
             if against == 'listed':
                 target = dataclasses.replace(target, rest='renormalised')
             value = divergence.forward_kl(logits, target)
-        return jnp.where(weight > 0, weight * value, 0.0), {
-            'divergence': value,
-            'kept': 1 - said.tail,
-        }
+        aux = {'divergence': value, 'kept': 1 - said.tail}
+        return jnp.where(weight > 0, weight * value, 0.0), aux
 
     def loss(params, state, batch, key) -> Objective:
         found = common.token_losses(
