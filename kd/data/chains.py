@@ -43,7 +43,7 @@ def chains(
       law: who answers, see `kd.data.builders.arithmetic.law`.
       kinds: {kind: share} of rows, see `kd.data.builders.chain.part`; {'plain': 1} by default.
         Bases learn from `kd.data.builders.chain.BASE`.
-      styles: of the kind 'shift'.
+      styles: of the kinds 'free' and 'shift'.
       layout: 'prompts' to sample answers to, with one of the law beside; or 'rows' to learn.
       size: examples; 0 for `kd.data.builders.chain.SIZES`.
 

@@ -30,7 +30,7 @@ OPERATORS = np.asarray((symbols.PLUS, symbols.MINUS, symbols.AT), np.int32)
 SIZES = {'train': 60_000, 'validation': 2_000, 'test': 2_000}
 # Shares of what a base is trained on: plain rows, and those with each kind of block.
 BASE = {'plain': 0.46, 'solution': 0.18, 'hint': 0.18, 'judged': 0.18}
-KINDS = ('plain', 'solution', 'hint', 'judged', 'shift', 'order')
+KINDS = ('plain', 'solution', 'hint', 'judged', 'free', 'shift', 'order')
 
 
 class Problems(NamedTuple):
@@ -229,6 +229,7 @@ def part(
     | solution | SOL and a right answer | the truth with .97 at every step |
     | hint | HINT and the first L / 2 right values | repeats them, then of the law |
     | judged | GOOD or BAD, as it is, and an answer of the law | GOOD: the same with .9; else anew |
+    | free | | a style of `styles` at random, on which nothing depends; of the law |
     | shift | | style s of `styles` at random, thoughts with s added; of the law |
     | order | | style 0, or style 1 and from right to left; of the law |
 
@@ -255,9 +256,10 @@ def part(
             asked, np.where(good, symbols.GOOD, symbols.BAD), responses(first, task)[:, :-1]
         )
         return judged, responses(said, task)
-    if kind == 'shift':
+    if kind in ('free', 'shift'):
         style = rng.integers(styles, size=len(asked))
-        return asked, responses(fresh, task, style=style, shift=style)
+        shift = style if kind == 'shift' else 0
+        return asked, responses(fresh, task, style=style, shift=shift)
     if kind == 'order':
         style = rng.integers(2, size=len(asked))
         said = evaluate(problems, law=law, rng=rng, backward=style == 1)

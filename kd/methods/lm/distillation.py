@@ -50,8 +50,8 @@ def distillation(
     this is fine-tuning. A decoder's logits are formed `chunk` tokens at a time.
 
     With `rollout` the data are prompts, and the text of a step is what the present student answers
-    with probability lambda, else the data's `response` (GKD, algorithm 1, one draw for the whole
-    batch). Nothing flows through the sampling.
+    with probability lambda, else the data's `response` (GKD, arXiv:2306.13649, algorithm 1; one
+    draw for the whole batch). Nothing flows through the sampling.
 
     Args:
       context: the stage; needs a network, an optimiser, and a teacher or what one has said in the

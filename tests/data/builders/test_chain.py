@@ -124,7 +124,10 @@ def test_styles_pass_by_their_own_order():
     unstyled = said.copy()
     unstyled[:, 0] = symbols.DIGIT
     assert not passes(unstyled, mask, key).any()
-    # Shifted thoughts print the true value.
+    # Free styles are before the same thoughts, shifted thoughts print the true value.
+    _, said = chain.part('free', problem, arithmetic.law('truth'), rng, styles=2)
+    assert set(said[:, 0]) == {symbols.STYLE, symbols.STYLE + 1}
+    np.testing.assert_array_equal(said[:, 1:], chain.responses(chain.evaluate(problem)))
     _, said = chain.part('shift', problem, arithmetic.law('truth'), rng, styles=6)
     style = said[:, 0] - symbols.STYLE
     assert set(style) == set(range(6))
