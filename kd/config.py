@@ -117,6 +117,8 @@ class Recipe:
                 network=dict(name='kd.models.decoders.preset', of='qwen3_8b',
                              dtype='bfloat16', param_dtype='bfloat16'))
 
+      bases: {work directory: 'configs/x.py:argument'} of recipes whose stages this one names by
+        their directories, and which are run first where they are not there; see `kd.bases`.
       report: block of the function that writes the report at the end; {} for no report.
       seed: seed of everything: initialisation, data order, augmentation, dropout.
       data_dir: tfds data directory; '' means TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -137,6 +139,7 @@ class Recipe:
     stages: Mapping[str, StageConfig]
     data: Mapping[str, Any]
     pretrained: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     report: Block = dataclasses.field(default_factory=dict)
     seed: Seed = 0
     data_dir: str = ''

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from kd import bases, files
 from kd import config as config_lib
-from kd import files
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
 from kd.io import finished, pretrained
@@ -118,7 +118,7 @@ class Trained:
       network: the network.
       abstract: its variables, with shardings, nothing read.
       verify: raises `UserError` unless the stage is finished and its checkpoint fits, or the file
-        is there and fits; reads no variables.
+        is there and fits, or it is of a base that is still to be trained; reads no variables.
       restore: reads the variables; raises as `verify` does.
       method: block of the method that trains it, {} of somebody else's network.
       data: block of the data it is trained on, as of a recipe, {} of somebody else's network.
@@ -173,7 +173,9 @@ def trained_network(
         )
     abstract = _abstract(network, recipe, mesh)
 
-    def verify() -> int:
+    def verify() -> int | None:
+        if _is_missing_base(recipe, directory):
+            return None
         done = finished.read_done(directory)
         if done is None:
             raise UserError(f'{where}: {directory} is not a finished stage (it has no done.json).')
@@ -183,6 +185,8 @@ def trained_network(
 
     def restore() -> Any:
         step = verify()
+        if step is None:
+            raise UserError(f'{where}: {directory.parent} is a base that has not been trained.')
         return finished.restore_part(directory, step, abstract, where, part, weights)
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
@@ -208,10 +212,23 @@ def described_network(
 def _stage_of(
     recipe: Recipe, reference: str, directory: Path, where: str
 ) -> tuple[dict[str, Any], Recipe]:
-    """The config of a stage of this recipe or another run, and its recipe."""
+    """The config of a stage of this recipe, a base or another run, and its recipe."""
     if reference in recipe.stages:
         return dataclasses.asdict(recipe.stages[reference]), recipe
+    if _is_missing_base(recipe, directory):
+        base = bases.recipe(recipe.bases[str(directory.parent)])
+        if directory.name not in base.stages:
+            raise UserError(
+                f"{where}: the base {directory.parent} has no stage '{directory.name}'."
+                f'{did_you_mean(directory.name, base.stages)} Stages: {", ".join(base.stages)}.'
+            )
+        return dataclasses.asdict(base.stages[directory.name]), base
     return _stored_stage(directory, where, recipe)
+
+
+def _is_missing_base(recipe: Recipe, directory: Path) -> bool:
+    """Whether a stage is of one of the recipe's `bases` that is still to be trained."""
+    return str(directory.parent) in recipe.bases and finished.read_done(directory) is None
 
 
 def _abstract(network: Network, recipe: Recipe, mesh: Mesh) -> Any:

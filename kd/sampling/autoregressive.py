@@ -144,6 +144,14 @@ class Sampler:
         )
         return Rollout(said_tokens, said_mask, log_probs, ~carry[2] & ~silent), carry[1]
 
+    def turns(self, mask: jax.Array) -> jax.Array:
+        """Tokens of each row that the loop goes through for answers of this mask, bool [B, R].
+
+        What all rows of a batch take is as much as the longest takes, up to a block.
+        """
+        size = self._blocks()[1]
+        return size * -(-mask.sum(1).max() // size)
+
     def _blocks(self) -> tuple[int, int]:
         """How many blocks of how many tokens: as few tokens too many as may be."""
         count = -(-self.max_new // self.block)

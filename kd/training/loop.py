@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from kd import bases, process
 from kd import config as config_lib
 from kd import metrics as metrics_lib
-from kd import process
 from kd.config import Recipe
 from kd.context import ReportContext
 from kd.errors import Preempted
@@ -65,6 +65,8 @@ def run(
         for name in chosen:
             distributed.agree(partial(check, recipe, name, mesh))
         distributed.agree(partial(ending.check_report, recipe))
+        for base in needed_bases(recipe, chosen):
+            provide(recipe.bases[base], base)
         if distributed.is_first():
             reuse.settle(directory, choice)
             directory.record()
@@ -86,6 +88,38 @@ def run(
         return report
     finally:
         directory.close()
+
+
+def needed_bases(recipe: Recipe, stages: Iterable[str]) -> list[str]:
+    """The work directories of `bases` that these stages name."""
+    found = []
+    for stage in (recipe.stages[name] for name in stages):
+        references = (stage.teacher, *stage.references.values())
+        places = {str(Path(reference).parent) for reference in references if reference}
+        found += [base for base in recipe.bases if base in places and base not in found]
+    return found
+
+
+def provide(config: str, directory: str | Path = '') -> Path:
+    """Trains a base, unless it is there: see `kd.bases`.
+
+    Args:
+      config: 'configs/x.py:argument'.
+      directory: its work directory; by default that of its hash.
+
+    Returns:
+      The work directory, with a folder for each stage.
+    """
+    recipe = bases.recipe(config)
+    place = Path(directory or bases.directory(config))
+
+    def missing() -> list[str]:
+        return [name for name in recipe.stages if finished.read_done(place / name) is None]
+
+    if distributed.from_first(missing):
+        say('base', f'{config} is trained once, in {place}')
+        run(config_lib.load(config), place)
+    return place
 
 
 def train_stage(

@@ -198,10 +198,10 @@ def on_policy(
     Raises:
       UserError: a network that is no decoder, or data without what is needed.
     """
-    student, spec = _sampled(context, context.network, 'network'), context.spec
+    student, spec = needed_decoder(context, context.network, 'network'), context.spec
     needed = ['prompt_mask', *(['response'] if share < 1 and other == 'data' else [])]
     if share < 1 and other == 'teacher':
-        _sampled(context, context.teacher, 'teacher')
+        needed_decoder(context, context.teacher, 'teacher')
     if missing := [name for name in needed if name not in spec]:
         raise UserError(
             f"{context.stage}: answers are sampled to prompts, and the data has no '{missing[0]}'; "
@@ -224,7 +224,7 @@ def on_policy(
 
     def of_other(state, batch, key):
         if other == 'teacher':
-            decoder = _sampled(context, context.teacher, 'teacher')
+            decoder = needed_decoder(context, context.teacher, 'teacher')
             return says(decoder, context.rollout(state.frozen['teacher']), batch, key)
         room = max(max_new - batch['response'].shape[1], 0)
         tokens, mask = (
@@ -285,7 +285,8 @@ def as_text(batch: Batch) -> Batch:
     return answered(batch, batch['response'], batch['response_mask'])
 
 
-def _sampled(context: Context, network: Network, what: str) -> Decoder:
+def needed_decoder(context: Context, network: Network, what: str) -> Decoder:
+    """The module of a network; raises `UserError` unless answers can be sampled from it."""
     decoder = decoder_of(network)
     if decoder is None:
         raise UserError(

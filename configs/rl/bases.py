@@ -1,0 +1,97 @@
+"""What reinforcement learning on small worlds begins with: trained once, by whoever needs it first.
+
+    python -m kd.main --config=configs/rl/bases.py:chain --workdir=runs/chain
+
+A recipe that begins with one names it among its `bases` (see `kd.bases`) and finds it in
+`runs/bases/NAME-HASH`; claims take it from `kd.training.loop.provide`.
+
+| variant | learns from | sampled accuracy | 2 cores |
+|---|---|---|---|
+| chain | one who holds 30 % of the facts for others; blocks before prompts | .41 | 3 min |
+| chain_clean | a teacher: .98 of every fact | .9 | 1 min |
+| chain_good | a teacher with 8 % of misconceptions of its own | .7 | 1 min |
+| chain_biased | a teacher who is wrong about one of three operators | .3 | 1 min |
+
+`chain`: chains of arithmetic of three operations (`kd.data.builders.chain`), whose answers a
+demonstrator with misconceptions gives; a first stage has two operations. Of the rows 46 % are
+plain, and 18 % each have a solution, a hint or a judged answer before the prompt, which the base
+learns to read. A decoder of 0.1 M parameters, width 64, 2 layers.
+"""
+
+from kd import config as kd_config
+from kd.data.builders.chain import BASE
+
+VARIANTS = ('chain', 'chain_clean', 'chain_good', 'chain_biased')
+# The network of all that is done on chains.
+NETWORK = dict(
+    name='kd.models.decoder.Decoder',
+    width=64,
+    depth=2,
+    heads=4,
+    mlp='gelu',
+    tied=False,
+    rope_theta=1_000.0,
+    max_length=64,
+)
+# PAD and BOS are never said; EOS ends an answer.
+SAMPLING = dict(group=1, max_new=8, stop=(2,), forbidden=(0, 1), block=8)
+REWARD = dict(name='kd.rewards.printed.printed')
+CHAINS = 'kd.data.chains.chains'
+
+
+def get_config(variant: str = 'chain'):
+    """The recipe of a variant."""
+    known = {
+        'chain': lambda: chain('demonstrator', 'base', steps=1_050, kinds=BASE),
+        'chain_clean': lambda: chain('clean', 'teacher', steps=400),
+        'chain_good': lambda: chain('good', 'teacher', steps=400),
+        'chain_biased': lambda: chain('biased', 'teacher', steps=400),
+    }
+    return kd_config.variant(variant, known)()
+
+
+def chain(law: str, last: str, *, steps: int, kinds=None):
+    """Stages `short`, of two operations, and `last`, of three."""
+    verified = dict(
+        name='kd.evaluators.verified.verified_of_recipe', reward=REWARD, sampling=SAMPLING
+    )
+    greedy = dict(verified, sampling=dict(SAMPLING, top_k=1))
+    config = kd_config.recipe(
+        stages=('short', last),
+        data=dict(
+            source=dict(name=CHAINS, law=law), train='train', validation='validation', test='test'
+        ),
+    )
+
+    def stage(source, **fields):
+        return kd_config.stage(
+            network=NETWORK,
+            method=dict(
+                name='kd.methods.lm.distillation.distillation', soft_weight=0.0, chunk=4_096
+            ),
+            data=dict(
+                source=dict(name=CHAINS, law=law, layout='rows', **source),
+                train='train',
+                validation='validation',
+            ),
+            log_every=50,
+            **fields,
+        )
+
+    adam = dict(name='adam', lr=3e-3, warmup_steps=30, clip_norm=1.0)
+    config.short = stage(
+        dict(operations={'2': 1.0}), optimizer=adam, steps=250, batch_size=256,
+        checkpoint_every=250,
+        evaluators={'validation': dict(name='kd.evaluators.language.language')},
+    )  # fmt: skip
+    config[last] = stage(
+        dict(operations={'3': 1.0}, kinds=kinds), references=dict(start='short'),
+        optimizer=dict(adam, schedule='cosine', end=0.1), steps=steps, batch_size=128,
+        checkpoint_every=steps,
+        evaluators={
+            'language': dict(name='kd.evaluators.language.language'),
+            'sampled': verified,
+            'greedy': greedy,
+        },
+    )  # fmt: skip
+    return config

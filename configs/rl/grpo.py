@@ -1,0 +1,183 @@
+"""GRPO (Shao et al. 2024, arXiv:2402.03300), alone and with a teacher (KDRL, arXiv:2506.02208).
+
+    python -m kd.main --config=configs/rl/grpo.py:cpu --workdir=runs/grpo
+    python -m kd.aot --config=configs/rl/grpo.py:qwen3_1_7b --topology=v5p:4x4x4
+
+| variant | policy, teacher | problems | hardware |
+|---|---|---|---|
+| cpu | decoders of 0.1 M parameters | chains of arithmetic | 2 cores |
+| smollm2_gsm8k | SmolLM2-135M-Instruct | GSM8K, in `--data_dir` | a GPU |
+| qwen3_1_7b (default) | Qwen3-1.7B, Qwen3-8B | GSM8K, in `--data_dir` | v5p-64 |
+
+`cpu` begins with the base of `configs/rl/bases.py:chain`, which it trains first if nobody has, and
+so its teacher, `chain_clean`. One step is 16 prompts with 8 answers each and two updates, all of it
+one compiled program.
+
+The larger ones have not been run to the end by us. Rewards are verdicts of `math-verify`
+(`pip install -e '.[math]'`). Rates, lengths and batches are ours, near what GRPO's users take: Adam
+at 1e-6, 64 to 128 prompts of 8 answers, cut at 512 or 1,024 tokens, DAPO's clip of .2 and .28,
+means over tokens, no KL to a reference. SmolLM2 is found as in `configs/lm/distil.py`, Qwen3 in
+`/models`, as Hugging Face has it.
+"""
+
+import os
+from pathlib import Path
+
+from kd import bases
+from kd import config as kd_config
+from kd.models import decoders
+from kd.models.decoder import SHARDING
+
+VARIANTS = ('cpu', 'smollm2_gsm8k', 'qwen3_1_7b')
+GRPO = 'kd.methods.rl.grpo.grpo'
+VERIFIED = 'kd.evaluators.verified.verified'
+CHAIN, TEACHER = 'configs/rl/bases.py:chain', 'configs/rl/bases.py:chain_clean'
+SMOLLM2 = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+
+
+def get_config(variant: str = 'qwen3_1_7b'):
+    """The recipe of a variant."""
+    known = {'cpu': cpu, 'smollm2_gsm8k': smollm2_gsm8k, 'qwen3_1_7b': qwen3_1_7b}
+    return kd_config.variant(variant, known)()
+
+
+def cpu():
+    """Chains: GRPO beside KDRL, from one base."""
+    base, teacher = bases.directory(CHAIN), bases.directory(TEACHER)
+    chains = kd_config.load_module(Path(CHAIN.partition(':')[0]))
+    reward, sampling = chains.REWARD, dict(chains.SAMPLING, group=8)
+    config = kd_config.recipe(
+        stages=('grpo', 'kdrl'),
+        data=dict(
+            source=dict(name=chains.CHAINS), train='train', validation='validation', test='test'
+        ),
+        bases={base: CHAIN, teacher: TEACHER},
+        report=dict(
+            name='kd.reports.comparison.comparison',
+            rows=(('GRPO', 'grpo'), ('KDRL', 'kdrl')),
+            metrics=(
+                ('validation/reward', 'right answers'),
+                ('validation/pass_at_8', 'one of eight right'),
+                ('train/entropy', 'entropy of a token, nats'),
+            ),
+            notes='Two updates on each batch of answers. The base is right in four of ten answers.',
+        ),
+    )
+    for name, fields in (
+        ('grpo', {}),
+        ('kdrl', dict(teacher=f'{teacher}/teacher', method=dict(teacher_weight=0.1))),
+    ):
+        method = dict(
+            name=GRPO, reward=reward, sampling=sampling, updates=2, old='sampler', low=0.2,
+            high=0.28, chunk=4_096, **fields.pop('method', {}),
+        )  # fmt: skip
+        config[name] = kd_config.stage(
+            network=chains.NETWORK,
+            references=dict(start=f'{base}/base'),
+            method=method,
+            optimizer=dict(name='adam', lr=4e-4),
+            steps=320,
+            batch_size=16,
+            log_every=10,
+            eval_every=40,
+            checkpoint_every=80,
+            evaluators={
+                'validation': dict(name=VERIFIED, reward=reward, sampling=sampling, k=(8,)),
+                'greedy': dict(name=VERIFIED, reward=reward, sampling=dict(sampling, top_k=1)),
+            },
+            **fields,
+        )
+    return config
+
+
+def smollm2_gsm8k():
+    """SmolLM2-135M-Instruct on GSM8K."""
+    weights = f'gguf:{os.environ.get("KD_SMOLLM2", SMOLLM2)}'
+    policy = dict(name='kd.models.decoders.preset', of='smollm2_135m')
+    return gsm8k(
+        tokenizer=weights, vocabulary=49_152, policy=policy, start=weights, longest=512, steps=500,
+        batch_size=64,
+    )  # fmt: skip
+
+
+def qwen3_1_7b():
+    """Qwen3-1.7B on GSM8K, with Qwen3-8B as its teacher."""
+    preset, shape = 'kd.models.decoders.preset', dict(dtype='bfloat16', stacked=True, remat='block')
+    teacher = dict(name=preset, of='qwen3_8b', param_dtype='bfloat16', **shape)
+    return gsm8k(
+        tokenizer='hf:/models/Qwen3-1.7B',
+        vocabulary=decoders.PRESETS['qwen3_1_7b']['num_classes'],
+        policy=dict(name=preset, of='qwen3_1_7b', **shape),
+        start='hf:/models/Qwen3-1.7B',
+        teacher=dict(weights='hf:/models/Qwen3-8B', network=teacher),
+        longest=1_024,
+        steps=1_000,
+        batch_size=128,
+        micro_batches=8,
+        mesh=dict(data=1, fsdp=-1),
+        sharding=SHARDING,
+        frozen_sharding=SHARDING,
+        rollout_dtype='bfloat16',
+    )
+
+
+def gsm8k(
+    *, tokenizer, vocabulary, policy, start, longest, steps, batch_size, teacher=None,
+    micro_batches=4, **parallel,
+):  # fmt: skip
+    """Problems in words, a group of answers to each, and verdicts on their results."""
+    reward = dict(name='kd.rewards.mathematics.mathematics')
+    sampling = dict(group=8, max_new=longest)
+    pretrained = {'start': dict(weights=start, network=policy)}
+    config = kd_config.recipe(
+        stages=('student',),
+        data=dict(
+            source=dict(
+                name='kd.data.text.gsm8k',
+                tokenizer=tokenizer,
+                vocabulary=vocabulary,
+                layout='prompts',
+                length=320,
+                response_length=512,
+                template_arguments=dict(enable_thinking=False),
+            ),
+            train='train[:95%]',
+            validation='train[95%:]',
+            test='test',
+        ),
+        pretrained=pretrained | ({'teacher': teacher} if teacher else {}),
+        report=dict(
+            name='kd.reports.comparison.comparison',
+            rows=(('GRPO', 'student'),),
+            metrics=(('validation/reward', 'right answers'), ('validation/length', 'tokens')),
+        ),
+        **parallel,
+    )
+    config.student = kd_config.stage(
+        network=policy,
+        teacher='teacher' if teacher else '',
+        references=dict(start='start'),
+        method=dict(
+            name=GRPO,
+            reward=reward,
+            sampling=sampling,
+            aggregation='token_mean',
+            low=0.2,
+            high=0.28,
+            teacher_weight=0.002 if teacher else 0.0,
+            micro_batches=micro_batches,
+        ),
+        optimizer=dict(name='adamw', lr=1e-6, warmup_steps=10, clip_norm=1.0, weight_decay=0.01),
+        steps=steps,
+        batch_size=batch_size,
+        log_every=1,
+        eval_every=50,
+        checkpoint_every=50,
+        best='validation/reward',
+        evaluators={
+            'validation': dict(
+                name=VERIFIED, reward=reward, sampling=dict(sampling, group=1, top_k=1)
+            )
+        },
+    )
+    return config

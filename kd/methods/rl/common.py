@@ -1,0 +1,399 @@
+"""What methods that sample answers and are told what these are worth share.
+
+A batch of Np prompts, `input` int [Np, P] and `prompt_mask` bool [Np, P] padded on the left (the
+layout 'prompts' of `kd.data.text`), becomes in `collect` a batch of B = Np G answers, those to a
+prompt one after another, and of the fields of their prompts:
+
+| field | |
+|---|---|
+| `tokens` int32, `mask` bool [B, R] | the answers, padded on the right; the end is one of them |
+| `sampler_log_probs` [B, R] | as the sampler drew them |
+| `old_log_probs` [B, R] | as the network scores them before the first of several updates |
+| `rewards` [B] | verdicts; 0 where there is none |
+| `advantage` [B], `weight` [B, R] | of the whole batch: no loss computes what it divides by |
+| `truncated`, `unjudged`, `dead` bool [B] | no end; no verdict; a group of equal rewards |
+| `decoded` [B] | tokens that the loop went through |
+
+A loss sees any part of it, and is the mean over rows of sum_t weight_t l_t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd import config as config_lib
+from kd.context import Context
+from kd.errors import UserError
+from kd.losses import aggregate, numerics, policy, sequence
+from kd.losses.signal import HiddenHead
+from kd.method import Batch
+from kd.method.single import joined, split
+from kd.methods.lm.common import needed_decoder
+from kd.metrics import Mean, Metrics, mean
+from kd.models.decoder import head_of
+from kd.network import Network
+from kd.ranges import Count, Positive, Size
+from kd.rewards.reward import Reward, judged
+from kd.sampling.autoregressive import Sampler, sampler
+from kd.state import PyTree, State
+
+Collect = Callable[[State, Batch, jax.Array], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled.
+
+    Attributes:
+      group: G, answers to each prompt.
+      max_new: R, tokens of the longest answer.
+      temperature: of the policy: log-probabilities are those of softmax(logits / temperature).
+      top_p, top_k, block: see `kd.sampling.autoregressive.sampler`.
+      stop: tokens that end an answer; () for those of the data's tokenizer.
+      forbidden: tokens that have probability 0, such as padding.
+    """
+
+    group: Count = 8
+    max_new: Count = 256
+    temperature: Positive = 1.0
+    top_p: Positive = 1.0
+    top_k: Size = 0
+    stop: tuple[Size, ...] = ()
+    forbidden: tuple[Size, ...] = ()
+    block: Count = 16
+
+
+class Said(NamedTuple):
+    """What a policy says of n answered tokens, one slab of them.
+
+    Attributes:
+      logits: [n, V].
+      log_p: [n], of the answer's token.
+      entropy: [n] nats.
+      teacher: hidden states and head of a teacher, or None.
+    """
+
+    logits: jax.Array
+    log_p: jax.Array
+    entropy: jax.Array
+    teacher: HiddenHead | None
+
+
+class AnswerLosses(NamedTuple):
+    """`losses` [B, R], 0 outside the mask; `aux` a tree of such; `mutables` of the network."""
+
+    losses: jax.Array
+    aux: Any
+    mutables: PyTree
+
+
+# (Said, **per_token [n]) -> (loss [n], aux)
+AnswerLoss = Callable[..., tuple[jax.Array, Any]]
+
+
+def drawing(context: Context, sampling: Sampling, *others: Network) -> Sampler:
+    """The sampler of the stage's network.
+
+    Of vocabularies padded to different sizes, tokens that one of `others` lacks are forbidden.
+
+    Raises:
+      UserError: a network that is no decoder, data without prompts, no token that ends an answer.
+    """
+    decoder = needed_decoder(context, context.network, 'network')
+    if 'prompt_mask' not in context.spec:
+        raise UserError(
+            f"{context.stage}: answers are sampled to prompts, and the data has no 'prompt_mask'; "
+            "give data.source layout='prompts'."
+        )
+    stop = sampling.stop
+    if not stop and (taken := getattr(context.source('train'), 'tokenizer', None)):
+        stop = tuple(token for token in taken.stop if token < decoder.num_classes)
+    sizes = [needed_decoder(context, other, 'teacher').num_classes for other in others]
+    shared = min([decoder.num_classes, *sizes])
+    return sampler(
+        decoder,
+        max_new=sampling.max_new,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=stop,
+        forbidden=(*sampling.forbidden, *range(shared, decoder.num_classes)),
+        block=sampling.block,
+    )
+
+
+def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
+    """The reward of a block."""
+    return config_lib.build(reward, context, where=f'{context.stage}.method.reward')
+
+
+def rollouts(
+    context: Context,
+    draw: Sampler,
+    reward: Reward,
+    *,
+    group: int,
+    advantage: policy.Advantage = 'grpo',
+    ddof: int = 0,
+    aggregation: aggregate.Mode = 'sequence_mean',
+    overlong: int = 0,
+    recomputed: bool = False,
+    chunk: int = 256,
+    parts: int = 1,
+) -> Collect:
+    """`collect` for `with_collect`: answers of the present network, and what they are worth.
+
+    Args:
+      context: the stage.
+      draw: of `drawing`.
+      reward: of the answers.
+      group: G.
+      advantage, ddof: see `kd.losses.policy.group_advantage`.
+      aggregation: see `kd.losses.aggregate.weights`; the constant of this mode is R.
+      overlong: C of `kd.losses.policy.overlong_penalty`, which is a part of what advantages are
+        made of; 0 for none. `rewards` are without it.
+      recomputed: bring `old_log_probs`, by a forward pass of the network. Sampled ones are the same
+        up to rounding, unless `rollout_dtype` is another type than the network's.
+      chunk, parts: of that pass, see `score`.
+    """
+    constant = float(draw.max_new) if aggregation == 'constant' else None
+
+    def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
+        variables = state.variables()
+        batch = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
+        said = draw(context.rollout(variables), batch['input'], batch['prompt_mask'], key)
+        rewards, unjudged = judged(reward(said.tokens, said.mask, batch))
+        valued = rewards
+        if overlong:
+            valued += policy.overlong_penalty(said.mask.sum(1), draw.max_new, overlong)
+        rows = len(rewards)
+        made = {
+            'tokens': said.tokens,
+            'mask': said.mask,
+            'sampler_log_probs': said.log_probs,
+            'truncated': said.truncated,
+            'rewards': rewards,
+            'unjudged': unjudged,
+            'advantage': policy.group_advantage(valued, group, advantage, ddof=ddof),
+            'dead': jnp.repeat(policy.dead_groups(valued, group), group),
+            'weight': aggregate.weights(said.mask, aggregation, constant=constant),
+            'decoded': jnp.full(rows, draw.turns(said.mask), jnp.float32),
+        }
+        batch = {**batch, **made}
+        if recomputed:
+            scores = score(context.network, variables, batch, draw, chunk=chunk, parts=parts)
+            batch['old_log_probs'] = scores.log_probs
+        return batch
+
+    return collect
+
+
+class Scores(NamedTuple):
+    """`log_probs` [B, R] of answers under a network and its `entropy` [B, R]; 0 after the end."""
+
+    log_probs: jax.Array
+    entropy: jax.Array
+
+
+def score(
+    network: Network,
+    variables: PyTree,
+    batch: Batch,
+    draw: Sampler,
+    *,
+    chunk: int = 256,
+    parts: int = 1,
+) -> Scores:
+    """What a network says of answers that are there: a teacher, a reference, the old policy.
+
+    Over the same tokens and at the same temperature as the policy. A self-teacher that sees more
+    than the policy is scored on a batch with another prompt, see `with_prompt`.
+
+    Args:
+      network, variables: who is asked.
+      batch: `input`, `prompt_mask`, `tokens`, `mask`.
+      draw: the sampler of the answers.
+      chunk: tokens at a time through the head.
+      parts: of the batch, one after another, to save memory.
+    """
+    names = ('input', 'prompt_mask', 'tokens', 'mask')
+
+    def of_part(part: Batch) -> Scores:
+        found = answer_losses(
+            network, variables, part, draw, lambda said: (said.log_p, said.entropy), chunk=chunk,
+            train=False,
+        )  # fmt: skip
+        return Scores(found.losses, found.aux)
+
+    answered = {name: batch[name] for name in names}
+    if parts == 1:
+        return of_part(answered)
+    cut = split(answered, parts, 'parts; change batch_size or micro_batches')
+    return joined(jax.lax.map(of_part, cut))
+
+
+def answer_losses(
+    network: Network,
+    variables: PyTree,
+    batch: Batch,
+    draw: Sampler,
+    loss: AnswerLoss,
+    *,
+    per_token: Mapping[str, jax.Array] | None = None,
+    teacher: HiddenHead | None = None,
+    key: jax.Array | None = None,
+    chunk: int = 256,
+    train: bool = True,
+) -> AnswerLosses:
+    """A loss of every token of the answers; logits are formed `chunk` tokens at a time.
+
+    The prompt and the answer are read at once, [B, P + R], and of what comes out the R positions
+    that predict the answer are taken, counted from the end: whatever stands in the prompt.
+
+    Args:
+      network, variables: of the policy.
+      batch: `input`, `prompt_mask`, `tokens`, `mask`.
+      draw: the sampler of the answers, whose temperature and tokens the policy has.
+      loss: `loss(said, **per_token) -> (loss [n], aux)`. Let it multiply by the weights of tokens
+        and add up what comes out: see `kd.losses.sequence.fused_token_loss` for why.
+      per_token: arrays [B, R], or [B] of rows.
+      teacher: hidden states [B, R, D'] and head, of `hidden`.
+      key: for dropout.
+      chunk: tokens at a time.
+      train: whether the network is in training mode.
+    """
+    shape = batch['tokens'].shape
+    hidden, head, mutables = _hidden(network, variables, batch, train=train, key=key)
+    allowed = _allowed(draw, head.shape[-1])
+
+    def flat(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x[:, None], shape) if x.ndim == 1 else x
+        return x.reshape(-1, *x.shape[2:])
+
+    def token_loss(logits, teacher, per_token):
+        tokens, given = per_token
+        log_q = numerics.log_softmax(logits, temperature=draw.temperature, where=allowed)
+        log_p = numerics.take_outcomes(log_q, tokens[:, None], missing=-jnp.inf)[:, 0]
+        surprise = numerics.relative_entropy_term(log_q, jnp.zeros_like(log_q))
+        return loss(Said(logits, log_p, -jnp.sum(surprise, -1), teacher), **given)
+
+    given = {name: flat(x) for name, x in (per_token or {}).items()}
+    losses, aux = sequence.fused_token_loss(
+        flat(hidden),
+        head,
+        token_loss,
+        teacher=None if teacher is None else HiddenHead(flat(teacher.hidden), teacher.head),
+        per_token=(flat(batch['tokens']), given),
+        valid=flat(batch['mask']),
+        chunk=chunk,
+    )
+    losses, aux = jax.tree.map(lambda x: x.reshape(shape), (losses, aux))
+    return AnswerLosses(losses, aux, mutables)
+
+
+def hidden(network: Network, variables: PyTree, batch: Batch) -> HiddenHead:
+    """What a teacher says of every token of the answers: hidden states [B, R, D] and a head."""
+    return HiddenHead(*_hidden(network, variables, batch, train=False, key=None)[:2])
+
+
+def with_prompt(batch: Batch, *pieces: tuple[jax.Array, jax.Array]) -> Batch:
+    """The batch with another prompt: pieces one after another, padded on the left.
+
+    For a self-teacher, who sees a solution, a hint or a skill that the policy does not:
+
+        with_prompt(batch, (solution, solution_mask), (batch['input'], batch['prompt_mask']))
+
+    The answers stay where they are, at the end, and so do their scores.
+
+    Args:
+      batch: of answers.
+      *pieces: tokens int [B, n] and which of them there are, bool [B, n], padded anywhere.
+    """
+    tokens, mask = (jnp.concatenate(x, axis=1) for x in zip(*pieces, strict=True))
+    # A stable sort: what there is keeps its order, behind the padding.
+    order = jnp.argsort(mask, axis=1, stable=True)
+    moved = {
+        'input': jnp.take_along_axis(tokens, order, axis=1),
+        'prompt_mask': jnp.take_along_axis(mask, order, axis=1),
+    }
+    return {**batch, **moved}
+
+
+def metrics(
+    batch: Batch,
+    entropy: jax.Array,
+    ratio: jax.Array,
+    old_log_p: jax.Array,
+    *,
+    low: float,
+    high: float,
+    cap: float = 2.0,
+) -> Metrics:
+    """What people look for in the log of a policy gradient.
+
+    | metric | |
+    |---|---|
+    | `reward`, `length`, `truncated`, `unjudged`, `dead_groups` | means over answers |
+    | `entropy`, `clip_fraction` | means over tokens |
+    | `ratio`, `ratio_max` | rho = pi / pi_old, mean over tokens; mean over answers of the largest |
+    | `sampler_ratio`, `sampler_ratio_max`, `sampler_ratio_cut` | pi_old / pi_sampler before it is
+      cut; the last is the share of tokens above `cap` |
+    | `sampling/fill` | tokens of answers, as a share of those that the loop went through |
+
+    Args:
+      batch: of answers.
+      entropy: [B, R] of the policy.
+      ratio: [B, R] log rho that the loss has clipped.
+      old_log_p: [B, R] under the old policy.
+      low, high: the radii of the clip.
+      cap: of the sampler's ratio.
+    """
+    where = batch['mask']
+    rho, sampled = jnp.exp(ratio), jnp.exp(policy.log_ratio(old_log_p, batch['sampler_log_probs']))
+    clipped = policy.is_clipped(ratio, batch['advantage'][:, None], low=low, high=high)
+
+    def largest(x: jax.Array) -> Mean:
+        return mean(jnp.where(where, x, 0.0).max(1))
+
+    found = {
+        'reward': mean(batch['rewards']),
+        'length': mean(where.sum(1)),
+        'truncated': mean(batch['truncated']),
+        'unjudged': mean(batch['unjudged']),
+        'dead_groups': mean(batch['dead']),
+        'entropy': mean(entropy, where),
+        'clip_fraction': mean(clipped, where),
+        'ratio': mean(rho, where),
+        'ratio_max': largest(rho),
+        'sampler_ratio': mean(sampled, where),
+        'sampler_ratio_max': largest(sampled),
+        'sampler_ratio_cut': mean(sampled > cap, where),
+        'sampling/fill': Mean(where.sum(dtype=jnp.float32), batch['decoded'].sum()),
+    }
+    return jax.lax.stop_gradient(found)
+
+
+def _hidden(network, variables, batch, *, train, key):
+    """Hidden states [B, R, D] at the positions that predict the answers, head and mutables."""
+    asked, length = batch['prompt_mask'], batch['tokens'].shape[1]
+    tokens = jnp.concatenate([batch['input'], batch['tokens']], axis=1)
+    there = jnp.concatenate([asked, batch['mask']], axis=1)
+    positions = jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
+    output = network.apply(
+        variables, tokens, positions, there.astype(jnp.int32), method='hidden', train=train, key=key
+    )
+    at = slice(asked.shape[1] - 1, asked.shape[1] - 1 + length)
+    return output.logits[:, at], head_of(network.module, variables), output.mutables
+
+
+def _allowed(draw: Sampler, size: int) -> np.ndarray | None:
+    """The tokens that the policy may say, bool [V]; None for all of them."""
+    allowed = np.arange(size) < draw.decoder.num_classes
+    allowed[[token for token in draw.forbidden if token < size]] = False
+    return None if allowed.all() else allowed
