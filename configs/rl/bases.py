@@ -86,8 +86,8 @@ def chain(law: str, last: str, *, steps: int, kinds=None):
     )  # fmt: skip
     config[last] = stage(
         dict(operations={'3': 1.0}, kinds=kinds), references=dict(start='short'),
-        optimizer=dict(adam, schedule='cosine', end=0.1), steps=steps, batch_size=128,
-        checkpoint_every=steps,
+        optimizer=dict(adam, schedule='cosine', schedule_args=dict(end=0.1)),
+        steps=steps, batch_size=128, checkpoint_every=steps,
         evaluators={
             'language': dict(name='kd.evaluators.language.language'),
             'sampled': verified,
