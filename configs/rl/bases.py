@@ -23,16 +23,7 @@ from kd.data.builders.chain import BASE
 
 VARIANTS = ('chain', 'chain_clean', 'chain_good', 'chain_biased')
 # The network of all that is done on chains.
-NETWORK = dict(
-    name='kd.models.decoder.Decoder',
-    width=64,
-    depth=2,
-    heads=4,
-    mlp='gelu',
-    tied=False,
-    rope_theta=1_000.0,
-    max_length=64,
-)
+NETWORK = dict(name='kd.models.decoders.preset', of='toy')
 # PAD and BOS are never said; EOS ends an answer.
 SAMPLING = dict(group=1, max_new=8, stop=(2,), forbidden=(0, 1), block=8)
 REWARD = dict(name='kd.rewards.printed.printed')
