@@ -34,9 +34,9 @@ def get_config(variant: str = 'chain'):
     """The recipe of a variant."""
     known = {
         'chain': lambda: chain('demonstrator', 'base', steps=1_050, kinds=BASE),
-        'chain_clean': lambda: chain('clean', 'teacher', steps=400),
-        'chain_good': lambda: chain('good', 'teacher', steps=400),
-        'chain_biased': lambda: chain('biased', 'teacher', steps=400),
+        'chain_clean': lambda: chain('clean', 'teacher', steps=800),
+        'chain_good': lambda: chain('good', 'teacher', steps=800),
+        'chain_biased': lambda: chain('biased', 'teacher', steps=800),
     }
     return kd_config.variant(variant, known)()
 

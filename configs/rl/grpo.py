@@ -49,7 +49,10 @@ def cpu():
     config = kd_config.recipe(
         stages=('grpo', 'kdrl'),
         data=dict(
-            source=dict(name=chains.CHAINS), train='train', validation='validation', test='test'
+            source=dict(name=chains.CHAINS),
+            train='train',
+            validation='validation[:400]',
+            test='test',
         ),
         bases={base: CHAIN, teacher: TEACHER},
         report=dict(
