@@ -45,15 +45,19 @@ def comparison(panels: Mapping[str, Mapping[str, Spread]]) -> Figure:
 
 
 def learning_curves(
-    runs: Mapping[str, Sequence[Mapping[str, float]]], losses: Mapping[str, str]
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    losses: Mapping[str, str],
+    metrics: Sequence[tuple[str, str]] = (),
 ) -> Figure:
     """Training losses, each on axes of its own, and validation over steps, one curve per run.
 
     Args:
       runs: {title: lines of metrics.jsonl}.
       losses: {title: name of what it minimises}; runs of one name share their axes.
+      metrics: (name, label) of others to be drawn in place of all these, where a loss is no measure
+        of anything.
     """
-    panels = _panels(runs, losses)
+    panels = _panels(runs, losses, metrics)
     colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
@@ -81,7 +85,7 @@ def learning_curves(
     return figure
 
 
-def _panels(runs, losses) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _panels(runs, losses, metrics) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """{label: {title: (step, value) pairs}} of what has been logged."""
     wanted = [
         (f'training loss: {loss}', 'train/loss', [title for title in runs if losses[title] == loss])
@@ -89,6 +93,8 @@ def _panels(runs, losses) -> dict[str, dict[str, list[tuple[float, float]]]]:
     ]
     for metric, label in (('accuracy', 'accuracy'), ('nll', 'NLL (nats)')):
         wanted.append((f'validation {label}', f'validation/{metric}', list(runs)))
+    if metrics:
+        wanted = [(label, metric, list(runs)) for metric, label in metrics]
     panels = {}
     for label, metric, titles in wanted:
         curves = {

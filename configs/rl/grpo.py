@@ -11,7 +11,8 @@
 
 `cpu` begins with the base of `configs/rl/bases.py:chain`, which it trains first if nobody has, and
 so its teacher, `chain_clean`. One step is 16 prompts with 8 answers each and two updates, all of it
-one compiled program.
+one compiled program. Expect .41 of right answers to become .69 in 40 steps, .92 in 160 and .95 in
+320, with a teacher or without.
 
 The larger ones have not been run to the end by us. Rewards are verdicts of `math-verify`
 (`pip install -e '.[math]'`). Rates, lengths and batches are ours, near what GRPO's users take: Adam
@@ -62,6 +63,12 @@ def cpu():
                 ('validation/reward', 'right answers'),
                 ('validation/pass_at_8', 'one of eight right'),
                 ('train/entropy', 'entropy of a token, nats'),
+            ),
+            curves=(
+                ('validation/reward', 'right answers'),
+                ('greedy/reward', 'right, most probable tokens'),
+                ('train/entropy', 'entropy of a token, nats'),
+                ('train/dead_groups', 'groups of equal rewards'),
             ),
             notes='Two updates on each batch of answers. The base is right in four of ten answers.',
         ),
@@ -153,6 +160,12 @@ def gsm8k(
             name='kd.reports.comparison.comparison',
             rows=(('GRPO', 'student'),),
             metrics=(('validation/reward', 'right answers'), ('validation/length', 'tokens')),
+            curves=(
+                ('train/reward', 'reward of samples'),
+                ('validation/reward', 'right, most probable tokens'),
+                ('train/length', 'tokens of an answer'),
+                ('train/entropy', 'entropy of a token, nats'),
+            ),
         ),
         **parallel,
     )

@@ -37,7 +37,7 @@ def chains(
     And `operations` int32, L.
 
     Args:
-      context: names the split; from two operations on no problem is in two of them.
+      context: names the split, or a slice; from two operations on no problem is in two of them.
       tasks: {task: share} of problems; {'chain': 1} by default.
       operations: {L: share} of problems with so many operations; {3: 1} by default.
       law: who answers, see `kd.data.builders.arithmetic.law`.
@@ -51,15 +51,22 @@ def chains(
       DataError: a split, a kind or a law that is not there.
     """
     split, seed = context.split, context.recipe.seed
-    arrays = make(
-        split, size, tasks=tasks, operations=operations, law=arithmetic.law(law, seed), kinds=kinds,
-        styles=styles, layout=layout, seed=seed,
-    )  # fmt: skip
+    named = [base for base in chain.SIZES if base in split] or [split]
+    arrays = {
+        base: make(
+            base, size, tasks=tasks, operations=operations, law=arithmetic.law(law, seed),
+            kinds=kinds, styles=styles, layout=layout, seed=seed,
+        )
+        for base in named
+    }  # fmt: skip
     spec = {
-        name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in arrays.items()
+        name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
+        for name, value in arrays[named[0]].items()
     }
-    sizes = {split: len(arrays['input'])}
-    data = sources.DataSet('chains', sizes, lambda _: sources.in_memory(arrays), spec, TOKENS)
+    sizes = {base: len(of['input']) for base, of in arrays.items()}
+    data = sources.DataSet(
+        'chains', sizes, lambda base: sources.in_memory(arrays[base]), spec, TOKENS
+    )
     return sources.Source(data, split)
 
 

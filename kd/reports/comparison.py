@@ -17,6 +17,7 @@ def comparison(
     *,
     rows: Sequence[tuple[str, StageName]],
     metrics: Sequence[tuple[str, str]],
+    curves: Sequence[tuple[str, str]] = (),
     notes: str = '',
 ) -> Path:
     """A table of final metrics, a panel for each of them, and learning curves.
@@ -26,6 +27,7 @@ def comparison(
       rows: (title, stage) in the order of the table.
       metrics: (name, label) of metrics as stages log them, such as ('validation/tv', 'total
         variation'); those that all stages have are drawn.
+      curves: such metrics to be drawn over steps; () for training losses, accuracies and NLL.
       notes: a sentence or two under the table: what to see.
 
     Returns:
@@ -42,14 +44,14 @@ def comparison(
         if all(name in found for found in results.values())
     }
     figures.comparison(panels).savefig(folder / 'comparison.png')
-    curves = {title: read_metrics(workdir / stage) for title, stage in rows}
+    logged = {title: read_metrics(workdir / stage) for title, stage in rows}
     # Losses of different methods are not to be compared, nor of one with other options.
     methods = {title: dict(context.recipe.stages[stage].method) for title, stage in rows}
     losses = {
         title: ', '.join(other for other, its in methods.items() if its == method)
         for title, method in methods.items()
     }
-    figures.learning_curves(curves, losses).savefig(folder / 'learning_curves.png')
+    figures.learning_curves(logged, losses, curves).savefig(folder / 'learning_curves.png')
     files.write_json(workdir / 'report.json', results)
     lines = [f'# {", ".join(results)}', '', f'Seed {context.recipe.seed}.']
     lines.append('The command and versions are in `manifest.json`.')
