@@ -54,6 +54,7 @@ def verified(
             context.rollout(variables), asked['input'], asked['prompt_mask'], jax.random.key(seed),
             rows=rows,
         )  # fmt: skip
+        asked['truncated'] = said.truncated
         rewards, unjudged = judged(judge(said.tokens, said.mask, asked))
         where = asked['mask']
         found = {

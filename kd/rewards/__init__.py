@@ -2,7 +2,8 @@
 
     reward(tokens, mask, batch) -> float32 [B]      tokens int32 [B, R], mask bool [B, R]
 
-with `batch` the fields of the prompts, a row for each answer. A config names the builder, a block:
+with `batch` the fields of the prompts, a row for each answer, and `truncated` bool [B], which came
+to no end. A config names the builder, a block:
 
     reward=dict(name='kd.rewards.printed.printed')
 

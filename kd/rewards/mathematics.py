@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kd import packages
 from kd.context import Context
 from kd.errors import UserError
+from kd.method import Batch
 from kd.ranges import Count, Positive
 from kd.rewards.host import Question, host
 from kd.rewards.reward import Reward
@@ -28,7 +31,8 @@ def mathematics(
 
     The batch brings the solution, as the layout 'prompts' of `kd.data.text` has it: `response` int
     [B, R'] and `response_mask` bool [B, R'], such as worked solutions of GSM8K, which end in
-    '#### 72'. The result in an answer is what it has in a box, after 'answer', or last.
+    '#### 72'. The result in an answer is what it has in a box, after 'answer', or last. An answer
+    that has come to no end (`truncated`) is wrong, whatever it says.
 
     Args:
       context: the stage.
@@ -54,10 +58,17 @@ def mathematics(
         solution = taken.decode(row['response'][row['response_mask']])
         return (taken.decode(tokens), solution.rpartition(mark)[2].strip()), {}
 
-    return host(
+    judge = host(
         'kd.rewards.verify.same_result', fields=('response', 'response_mask'), encode=encode,
         mesh=context.mesh, limit=limit, workers=workers,
     )  # fmt: skip
+
+    def reward(tokens: jax.Array, mask: jax.Array, batch: Batch) -> jax.Array:
+        cut = batch.get('truncated', jnp.zeros(tokens.shape[0], bool))
+        # Nothing is an answer that is judged fast, and wrong.
+        return judge(tokens, mask & ~cut[:, None], batch)
+
+    return reward
 
 
 def _of_data(context: Context) -> Tokenizer | None:

@@ -146,9 +146,15 @@ def test_answers_are_held_to_what_stands_after_the_mark():
         ids = [*SYMBOLS.encode(text), 2]
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
     counted = np.arange(4) < np.array([3, 4, 3, 4])[:, None]
-    rewards, failed = step(tokens, mask, {'response': responses, 'response_mask': counted})
+    batch = {'response': responses, 'response_mask': counted}
+    rewards, failed = step(tokens, mask, batch)
     assert not failed.any()
     assert rewards.tolist() == [1, 0, 1, 0]
+    # Without an end it is no answer.
+    cut = np.array([False, False, True, True])
+    rewards, failed = step(tokens, mask, {**batch, 'truncated': cut})
+    assert not failed.any()
+    assert rewards.tolist() == [1, 0, 0, 0]
 
 
 def test_what_is_missing_for_words_is_told(monkeypatch):

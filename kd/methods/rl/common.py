@@ -168,6 +168,7 @@ def rollouts(
         variables = state.variables()
         batch = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
         said = draw(context.rollout(variables), batch['input'], batch['prompt_mask'], key)
+        batch['truncated'] = said.truncated
         rewards, unjudged = judged(reward(said.tokens, said.mask, batch))
         valued = rewards
         if overlong:
@@ -177,7 +178,6 @@ def rollouts(
             'tokens': said.tokens,
             'mask': said.mask,
             'sampler_log_probs': said.log_probs,
-            'truncated': said.truncated,
             'rewards': rewards,
             'unjudged': unjudged,
             'advantage': policy.group_advantage(valued, group, advantage, ddof=ddof),
