@@ -52,8 +52,18 @@ def every_context(laws: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def context(network: Network, steps: int, lr: float, schedule: str = 'cosine') -> Context:
-    """For a method's builder: Adam with a clipped gradient, the rate falling to 0."""
+def context(
+    network: Network,
+    steps: int,
+    lr: float,
+    schedule: str = 'cosine',
+    *,
+    references: Sequence[str] = (),
+) -> Context:
+    """For a method's builder: Adam with a clipped gradient, the rate falling to 0.
+
+    References are such networks too; their parameters are given to `train`.
+    """
     optimizer = dict(name='adam', lr=lr, schedule=schedule, clip_norm=1.0)
     return seeds.context(
         network=network,
@@ -61,6 +71,7 @@ def context(network: Network, steps: int, lr: float, schedule: str = 'cosine') -
         steps=steps,
         batch_size=BATCH,
         optimizer=optimizer,
+        references=dict.fromkeys(references, network),
     )
 
 
@@ -86,10 +97,22 @@ def tuned_context(network: Network, steps: int, references: Sequence[str]) -> Co
     )
 
 
-def train(method: Method, data: Mapping[str, np.ndarray], steps: int) -> PyTree:
-    """Parameters [R, ...] of each seed after so many steps on data of its own, [R, N, ...]."""
+def train(
+    method: Method,
+    data: Mapping[str, np.ndarray],
+    steps: int,
+    references: Mapping[str, PyTree] | None = None,
+) -> PyTree:
+    """Parameters [R, ...] of each seed after so many steps on data of its own, [R, N, ...].
+
+    `references` are parameters [R, ...] by name.
+    """
     runs = len(next(iter(data.values())))
-    state = seeds.train(method, {}, np.arange(runs), steps=steps, batch_size=BATCH, per_run=data)
+    frozen = {name: {'params': params} for name, params in (references or {}).items()}
+    state = seeds.train(
+        method, {}, np.arange(runs), steps=steps, batch_size=BATCH, per_run=data,
+        frozen_per_run=frozen,
+    )  # fmt: skip
     return state.params['network']
 
 

@@ -15,7 +15,7 @@ from kd import ranges
 from kd.errors import UserError, did_you_mean
 from kd.method.base import Batch, Method
 from kd.metrics import Metrics
-from kd.ranges import Fraction, Positive, Size
+from kd.ranges import Count, Fraction, Positive, Size
 from kd.state import PyTree, State
 
 
@@ -28,6 +28,8 @@ class Average:
       halflife: steps h after which a value weighs half, in place of d = 2^(-1 / h).
       ramp: the half-life is at most `ramp` n, so that the start is forgotten; None for none.
       start: the average is the parameters themselves until this many steps have been taken.
+      every: it is taken after every so many steps, and stays as it is between: `decay` is that of a
+        taking, the half-life still one of steps.
       of: the parts; () for the result.
     """
 
@@ -35,13 +37,14 @@ class Average:
     halflife: Positive | None = None
     ramp: Positive | None = None
     start: Size = 0
+    every: Count = 1
     of: tuple[str, ...] = ()
 
 
 def with_ema(method: Method, averages: Mapping[str, float | Mapping[str, Any]]) -> Method:
     """Keeps exponential moving averages of parts of the parameters in `state.ema`.
 
-        ema <- d_n ema + (1 - d_n) params      after every step
+        ema <- d_n ema + (1 - d_n) params      after every step, or every so many
 
     A loss that reads an average, by `state.variables('slow')`, sees the one before the step.
 
@@ -75,7 +78,7 @@ def with_ema(method: Method, averages: Mapping[str, float | Mapping[str, Any]]) 
         ema = {}
         for name, average in kept.items():
             new = {part: state.params[part] for part in _parts(average, state)}
-            ema[name] = _mixed(new, state.ema[name], _weight(average, taken))
+            ema[name] = _taken(average, new, state.ema[name], taken)
         return state.replace(ema={**state.ema, **ema}), metrics
 
     return Method(init, step)
@@ -102,23 +105,34 @@ def _parts(average: Average, state: State) -> tuple[str, ...]:
     return average.of or (state.result,)
 
 
+def _taken(average: Average, new: PyTree, old: PyTree, taken: jax.Array) -> PyTree:
+    """The average after a step before which `taken` had been taken."""
+    weight = _weight(average, taken)
+    if average.every == 1:
+        return _mixed(new, old, weight)
+    due = ((taken + 1) % average.every == 0) | (taken < average.start)
+    return jax.lax.cond(due, lambda: _mixed(new, old, weight), lambda: old)
+
+
 def _weight(average: Average, taken: jax.Array) -> float | jax.Array:
     """1 - d_n, the weight of the parameters after a step before which `taken` had been taken."""
+    every = average.every
     if average.halflife is not None:
         longest = average.halflife
-        weight = -math.expm1(-math.log(2) / longest)
+        weight = -math.expm1(-math.log(2) * every / longest)
     else:
         assert average.decay is not None
         weight = 1.0 - average.decay
-        longest = math.log(2) / -math.log(average.decay) if 0 < average.decay < 1 else math.inf
-        longest = longest if average.decay else 0.0
+        longest = math.inf if average.decay else 0.0
+        if 0 < average.decay < 1:
+            longest = every * math.log(2) / -math.log(average.decay)
     if average.ramp is None and not average.start:
         return weight
     since = jnp.float32(taken - average.start)
     now = jnp.float32(weight)
     if average.ramp is not None:
         halflife = average.ramp * jnp.maximum(since, 1e-6)
-        now = jnp.where(halflife < longest, -jnp.expm1(-math.log(2) / halflife), now)
+        now = jnp.where(halflife < longest, -jnp.expm1(-math.log(2) * every / halflife), now)
     return jnp.where(since < 0, 1.0, now)
 
 

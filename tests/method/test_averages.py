@@ -25,6 +25,8 @@ AVERAGES = {
     'late': {'decay': 0.75, 'start': 3},
     'ramped': {'halflife': 3.0, 'ramp': 0.5},
     'both': {'decay': 0.9, 'ramp': 2.0, 'start': 2},
+    'third': {'decay': 0.3, 'every': 3},
+    'third_half': {'halflife': 4.0, 'every': 3, 'ramp': 1.0, 'start': 2},
 }
 
 
@@ -43,6 +45,13 @@ def decays(name, steps):
             # 0.9 halves a weight in 6.58 steps.
             'both': np.where(
                 n < 2, 0, 2.0 ** (-1 / np.minimum(6.578813479, 2 * np.maximum(n - 2, 0)))
+            ),
+            # Of three steps one moves it: that with n + 1 steps taken.
+            'third': np.where((n + 1) % 3, 1.0, 0.3),
+            'third_half': np.where(
+                n < 2,
+                0.0,
+                np.where((n + 1) % 3, 1.0, 2.0 ** (-3 / np.minimum(4.0, np.maximum(n - 2, 0)))),
             ),
         }[name]
 
@@ -102,6 +111,7 @@ def test_an_average_holds_its_parts_and_no_others():
         ({'decay': -0.1}, r'ema\.slow\.decay must be a number in \[0, 1\]'),
         ({'halflife': 0.0}, r'ema\.slow\.halflife must be a number above 0'),
         ({'decay': 0.9, 'ramp': -1.0}, r'ema\.slow\.ramp must be a number above 0'),
+        ({'decay': 0.9, 'every': 0}, r'ema\.slow\.every must be an integer from 1'),
         ({'decay': 0.9, 'start': -1}, r'ema\.slow\.start must be an integer from 0'),
         ({'decay': 0.9, 'halflife': 3.0}, r'ema\.slow needs either a decay or a halflife'),
         ({'start': 3}, r'ema\.slow needs either a decay or a halflife'),

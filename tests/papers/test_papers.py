@@ -29,7 +29,7 @@ SHARED = {
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}
 # Papers whose authors no source at hand names.
-ANONYMOUS = {'paced', 'redi', 'kdrl'}
+ANONYMOUS = {'paced', 'redi', 'kdrl', 'curiosft'}
 
 ENTRY = """
 [one]
@@ -198,6 +198,7 @@ def test_the_list_by_family(capsys):
         ['paced', '2603.11178', 'lm', 'lm/paced'],
         ['taid', '2501.16937', 'lm', 'lm/taid'],
         ['redi', '2505.24850', 'lm', 'lm/redi'],
+        ['curiosft', '2602.02244', 'lm', 'lm/curiosft'],
     ]
     assert [row[:4] for row in rows if row[:4] in known] == known
     assert all('lm' in (row[2], row[3].partition('/')[0]) for row in rows)
