@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-__all__ = ['attend']
+__all__ = ['attend', 'attend_by_head']
 
 
 def attend(
@@ -58,8 +58,34 @@ def attend(
     kernel = _kernel(query) if fused else None
     if kernel is not None:
         return _fused(query, key, value, mask, kernel)
+    out = attend_by_head(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), mask, edit)
+    return jnp.swapaxes(out, 1, 2)
+
+
+def attend_by_head(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    edit: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`attend`, never fused, of arrays that lie head by head, as products of matrices want them.
+
+    Args:
+      query: [B, H, N, d].
+      key: [B, K, M, d].
+      value: [B, K, M, e].
+      mask, edit: as of `attend`.
+
+    Returns:
+      [B, H, N, e], in the type of the values.
+    """
+    batch, heads, length, size = query.shape
+    groups, keys = key.shape[1:3]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    logits = _logits(query, key, wide) * query.shape[-1] ** -0.5
+    query = query.reshape(batch, groups, -1, size)
+    logits = jnp.einsum('bgnd,bgmd->bgnm', query, key, preferred_element_type=wide)
+    logits = logits.reshape(batch, heads, length, keys) * size**-0.5
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1)
@@ -67,29 +93,8 @@ def attend(
         weights = jnp.where(mask, weights, 0.0)
     if edit is not None:
         weights = edit(weights)
-    return _sum(weights.astype(value.dtype), value)
-
-
-def _logits(query: jax.Array, key: jax.Array, wide: jnp.dtype) -> jax.Array:
-    """Products [B, H, N, M] of queries [B, N, H, d] and keys [B, M, K, d]."""
-    batch, length, heads, size = query.shape
-    groups = key.shape[2]
-    if groups == heads:
-        return jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
-    query = query.reshape(batch, length, groups, -1, size)
-    logits = jnp.einsum('bqgrd,bkgd->bgrqk', query, key, preferred_element_type=wide)
-    return logits.reshape(batch, heads, length, -1)
-
-
-def _sum(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Values [B, M, K, e] summed by weights [B, H, N, M]: [B, N, H, e]."""
-    batch, heads, length, keys = weights.shape
-    groups, size = value.shape[2:]
-    if groups == heads:
-        return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
-    weights = weights.reshape(batch, groups, -1, length, keys)
-    out = jnp.einsum('bgrqk,bkgd->bqgrd', weights, value)
-    return out.reshape(batch, length, heads, size)
+    weights = weights.astype(value.dtype).reshape(batch, groups, -1, keys)
+    return jnp.einsum('bgnm,bgme->bgne', weights, value).reshape(batch, heads, length, -1)
 
 
 def _kernel(query: jax.Array) -> Literal['cudnn'] | None:

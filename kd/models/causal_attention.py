@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kd.models.attention import attend
+from kd.models.attention import attend, attend_by_head
 
 __all__ = ['attend_cached', 'attend_causally']
 
@@ -60,7 +60,7 @@ def attend_cached(
 
     Args:
       query: [B, s, H, d], of the tokens that were written last.
-      keys, values: [B, S, K, d], the cache.
+      keys, values: [B, K, S, d], the cache, head by head, so that no token moves it.
       valid: bool [B, S]; False for padding and for what is not written yet.
       start: int scalar, the slot of the first query.
       window: as of `attend_causally`; slots are counted, so rows have no padding within.
@@ -69,8 +69,9 @@ def attend_cached(
       [B, s, H, d].
     """
     rows = start + jnp.arange(query.shape[1])
-    mask = _seen(rows, jnp.arange(keys.shape[1]), window)[None, None] & valid[:, None, None]
-    return attend(query, keys, values, mask=mask)
+    mask = _seen(rows, jnp.arange(keys.shape[2]), window)[None, None] & valid[:, None, None]
+    out = attend_by_head(jnp.swapaxes(query, 1, 2), keys, values, mask)
+    return jnp.swapaxes(out, 1, 2)
 
 
 def _seen(rows: jax.Array, columns: jax.Array, window: int | None) -> jax.Array:

@@ -45,7 +45,7 @@ class Cache:
     """Keys and values of the tokens that have been read.
 
     Attributes:
-      keys, values: [B, S, K, d] of each layer.
+      keys, values: [B, K, S, d] of each layer.
       valid: bool [B, S], the slots that hold a token; padding holds none.
       length: int32 scalar, the slots that are written. Prompts are padded on the left, so that all
         rows go on in the same slot.
@@ -168,30 +168,34 @@ class Attention(nn.Module):
             self.query_norm = of.normalise()
             self.key_norm = of.normalise()
 
-    def _heads(self, x, angles):
-        size = self.of.size_of_head
-        query, key, value = (
-            rearrange(f(x), 'b t (h d) -> b t h d', d=size)
-            for f in (self.query, self.key, self.value)
+    def _queries(self, x, angles):
+        query = rearrange(self.query(x), 'b t (h d) -> b t h d', d=self.of.size_of_head)
+        if self.of.qk_norm:
+            query = self.query_norm(query)
+        return query if angles is None else rope.rotate(query, angles)
+
+    def _keys_and_values(self, x, angles):
+        key, value = (
+            rearrange(f(x), 'b t (h d) -> b t h d', d=self.of.size_of_head)
+            for f in (self.key, self.value)
         )
         if self.of.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if angles is not None:
-            query, key = rope.rotate(query, angles), rope.rotate(key, angles)
-        return query, key, value
+            key = self.key_norm(key)
+        return (key if angles is None else rope.rotate(key, angles)), value
 
     def __call__(self, x, angles, segments):
         out = attend_causally(
-            *self._heads(x, angles), segments=segments, window=self.of.window, block=self.of.block
-        )
+            self._queries(x, angles), *self._keys_and_values(x, angles),
+            segments=segments, window=self.of.window, block=self.of.block,
+        )  # fmt: skip
         return self.output(rearrange(out, 'b t h d -> b t (h d)'))
 
-    def step(self, x, angles, keys, values, valid, start):
-        query, key, value = self._heads(x, angles)
-        keys = lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, 1)
-        values = lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, 1)
+    def step(self, x, angles, keys, values, valid, start, first):
+        key, value = self._keys_and_values(x, angles)
+        keys, values = _written(keys, key, start), _written(values, value, start)
+        query = self._queries(*jax.tree.map(lambda y: y[:, first:], (x, angles)))
         out = attend_cached(
-            query, keys, values, valid=valid, start=start, window=self.of.window
+            query, keys, values, valid=valid, start=start + first, window=self.of.window
         ).astype(x.dtype)
         return self.output(rearrange(out, 'b t h d -> b t (h d)')), keys, values
 
@@ -227,9 +231,10 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), angles, segments)
         return x + self.mlp(self.norm2(x))
 
-    def step(self, x, angles, keys, values, valid, start):
-        out, keys, values = self.attention.step(self.norm1(x), angles, keys, values, valid, start)
-        x = x + out
+    def step(self, x, angles, *of_cache, first):
+        """Of all tokens the cache gets keys and values, of those from `first` on come outputs."""
+        out, keys, values = self.attention.step(self.norm1(x), angles, *of_cache, first)
+        x = x[:, first:] + out
         return x + self.mlp(self.norm2(x)), keys, values
 
 
@@ -356,7 +361,13 @@ class Decoder(Architecture, nn.Module):
         return self.final_norm(x)
 
     def step(
-        self, tokens: jax.Array, positions: jax.Array, cache: Cache, valid: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        valid: jax.Array | None = None,
+        *,
+        last: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """Reads the tokens that follow: a prompt whole, or an answer token by token.
 
@@ -365,9 +376,11 @@ class Decoder(Architecture, nn.Module):
           positions: int [B, s].
           cache: of the tokens before, with s free slots: past the end it would be overwritten.
           valid: bool [B, s], False for padding; None for all True.
+          last: of the last token alone, which spares most of the last block for the others.
 
         Returns:
-          What the head is applied to, [B, s, width], and the cache with these tokens.
+          What the head is applied to, [B, s, width] (or [B, 1, width]), and the cache with these
+          tokens.
         """
         if self.stacked:
             raise ValueError('Decoder.step: take stacked blocks apart first, by `unstacked`.')
@@ -378,7 +391,9 @@ class Decoder(Architecture, nn.Module):
         x, angles = self._embedded(tokens, positions)
         keys, values = [], []
         for i, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            x, key, value = getattr(self, f'block{i}').step(x, angles, key, value, valid, start)
+            first = tokens.shape[1] - 1 if last and i == self.depth - 1 else 0
+            block = getattr(self, f'block{i}')
+            x, key, value = block.step(x, angles, key, value, valid, start, first=first)
             keys.append(key)
             values.append(value)
         written = Cache(tuple(keys), tuple(values), valid, start + tokens.shape[1])
@@ -407,7 +422,7 @@ class Decoder(Architecture, nn.Module):
 
 def init_cache(decoder: Architecture, rows: int, slots: int, dtype: Any = None) -> Cache:
     """An empty cache of [rows, slots] tokens, in `dtype` or that of the decoder."""
-    shape = (rows, slots, decoder.groups, decoder.size_of_head)
+    shape = (rows, decoder.groups, slots, decoder.size_of_head)
     empty = tuple(jnp.zeros(shape, dtype or decoder.dtype) for _ in range(decoder.depth))
     return Cache(empty, empty, jnp.zeros((rows, slots), bool), jnp.int32(0))
 
@@ -442,6 +457,12 @@ def positions_in(shape: tuple[int, ...], segments: jax.Array | None) -> jax.Arra
         [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
     )
     return slots - lax.cummax(jnp.where(begins, slots, 0), axis=1)
+
+
+def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """A cache [B, K, S, d] with [B, s, K, d] in the slots `start` and following."""
+    new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+    return lax.dynamic_update_slice_in_dim(cache, new, start, 2)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:

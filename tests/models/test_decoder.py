@@ -155,8 +155,8 @@ def test_a_cached_step_projects_the_new_tokens_alone(tokens):
             tokens[:, :1], tokens[:, :1], cache
         )
     )
-    # The keys of the slots are there, [2, 50, 2, 6], and no hidden state of them, [2, 50, 24].
-    assert 'f32[2,50,2,6]' in text
+    # The keys of the slots are there, [2, 2, 50, 6], and no hidden state of them, [2, 50, 24].
+    assert 'f32[2,2,50,6]' in text
     assert 'f32[2,50,24]' not in text
 
 
@@ -182,6 +182,11 @@ def test_documents_of_a_packed_row_are_as_alone_and_so_is_a_padded_prompt(tokens
     hidden, cache = step(prompts, positions, init_cache(of, 2, 10), valid)
     wanted = hidden_of(short[None])
     np.testing.assert_allclose(hidden[0, 3:], wanted[0], atol=1e-5)
+    of_last, same = jax.jit(lambda *a: of.apply(variables, *a, last=True, method='step'))(
+        prompts, positions, init_cache(of, 2, 10), valid
+    )
+    np.testing.assert_allclose(of_last, hidden[:, -1:], atol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), same, cache)
     then = jnp.array([[3], [4]])
     hidden, _ = step(then, positions[:, -1:] + 1, cache)
     wanted = hidden_of(jnp.append(short, 3)[None])

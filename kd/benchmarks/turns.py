@@ -1,0 +1,191 @@
+"""Measurements in which processes take turns on one core, so that a busy machine slows all alike.
+
+A worker is a Python with a module whose `FUNCTIONS` it calls for us: each request is a line of
+JSON on its input, each answer one on its output. It may be a Python with other packages than ours.
+Seconds are those of its CPU, of all its threads, which other processes disturb less than a clock.
+It needs Linux, to keep to the core and to tell the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kd.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+VARIABLE = 'KD_PEERS'
+_START = 'import sys; from kd.benchmarks import turns; turns.serve(sys.argv[1], int(sys.argv[2]))'
+# Libraries for matrices ask these how many threads they may have.
+_ONE_THREAD = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
+
+
+class Worker:
+    """A process that calls functions for us; see the module.
+
+    Args:
+      python: the interpreter.
+      module: one with `FUNCTIONS`, {name: function of JSON values, whose result is one}.
+      core: where it runs.
+    """
+
+    def __init__(self, python: str, module: str, core: int) -> None:
+        self._said = tempfile.TemporaryFile('w+')
+        environment = os.environ | dict.fromkeys(_ONE_THREAD, '1')
+        paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
+        environment['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(
+                [python, '-c', _START, module, str(core)],
+                stdin=pipe, stdout=pipe, stderr=self._said, text=True, env=environment,
+            )  # fmt: skip
+        except OSError as error:
+            self._said.close()
+            raise UserError(f'{python} cannot be started: {error.strerror}.') from error
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """What a function of the worker returns.
+
+        Raises:
+          UserError: the worker ended; the message is its last line.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps([name, arguments]) + '\n')
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._process.wait()
+            self._said.seek(0)
+            last = (self._said.read().strip().splitlines() or ['it said nothing'])[-1]
+            raise UserError(f'{self._process.args[0]}: {last}')
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+@contextlib.contextmanager
+def workers(pythons: Mapping[str, tuple[str, str]], core: int) -> Iterator[dict[str, Worker]]:
+    """Workers by name, of (interpreter, module)."""
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for name, (python, module) in pythons.items():
+            found[name] = Worker(python, module, core)
+            stack.callback(found[name].close)
+        yield found
+
+
+def serve(module: str, core: int) -> None:
+    """What a worker does, until its input ends."""
+    os.sched_setaffinity(0, {core})
+    # What libraries print is no answer.
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    functions: Mapping[str, Callable[..., Any]] = importlib.import_module(module).FUNCTIONS
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        print(json.dumps(functions[name](**arguments)), file=answers, flush=True)
+
+
+def cpu_seconds(work: Callable[[], Any], calls: int = 1) -> tuple[float, Any]:
+    """How long the process computed for each of some calls, and what came of the last."""
+    began = time.process_time()
+    for _ in range(calls):
+        found = work()
+    return (time.process_time() - began) / calls, found
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held; that of its parent does not count."""
+    told = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())
+    assert told is not None
+    return int(told[1]) / 1024
+
+
+class Comparison(NamedTuple):
+    """Rates of a piece of work, round by round.
+
+    Attributes:
+      work: what it is.
+      ours, theirs: per CPU second, in the same rounds; `theirs` may be empty.
+      target: of `ratio`, at least.
+    """
+
+    work: str
+    ours: list[float]
+    theirs: list[float]
+    target: float
+
+    def ratios(self) -> list[float]:
+        """Ours over theirs, in each round."""
+        return [a / b for a, b in zip(self.ours, self.theirs, strict=False)]
+
+    def missed(self) -> bool:
+        """Whether there is a ratio, and it is below its target."""
+        return bool(self.theirs) and statistics.median(self.ratios()) < self.target
+
+
+def take_turns(askers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """Answers by name of `rounds` rounds, after one that warms up."""
+    found: dict[str, list[Any]] = {name: [] for name in askers}
+    for number in range(rounds + 1):
+        for name, ask in askers.items():
+            answer = ask()
+            if number:
+                found[name].append(answer)
+    return found
+
+
+def middle(values: Sequence[float], digits: int = 1) -> str:
+    """Median and range: '10.9 (10.3-11.2)'."""
+    if not values:
+        return ''
+    low, high = min(values), max(values)
+    return f'{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})'
+
+
+def table(found: Sequence[Comparison], peer: str) -> str:
+    """One row for each piece of work: medians and ranges over rounds."""
+    lines = [
+        f'| tokens per CPU second | kd | {peer} | ratio | target |',
+        '|---|---:|---:|---:|---:|',
+    ]
+    for each in found:
+        cells = [each.work, middle(each.ours), middle(each.theirs), middle(each.ratios(), 2)]
+        lines.append(f'| {" | ".join(cells)} | {each.target} |')
+    return '\n'.join(lines)
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with what these benchmarks have in common."""
+    made = argparse.ArgumentParser(
+        prog=f'python -m {module}', description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument(
+        '--peers', default=os.environ.get(VARIABLE, ''), metavar='PYTHON',
+        help=f'interpreter with the extra `peers`; default: ${VARIABLE}',
+    )  # fmt: skip
+    made.add_argument('--rounds', type=int, default=5)
+    made.add_argument('--core', type=int, default=max(os.sched_getaffinity(0)))
+    return made
