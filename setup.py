@@ -65,6 +65,8 @@ EXTRAS = {
         'xmanager>=0.8.5',
     ],
     'colab': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
+    # What kd.benchmarks measures against, for a Python of its own: see kd/benchmarks/peers.
+    'peers': ['torch>=2.13', 'transformers>=5.24', 'trl>=1.16'],
     'gpu': ['jax[cuda12]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
 }

@@ -18,7 +18,6 @@ be measured is. Greedy answers must agree, up to a rounding that turns a close c
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,9 +30,9 @@ import numpy as np
 
 from kd import files, process
 from kd.benchmarks import turns
+from kd.benchmarks import weights as weights_lib
 from kd.benchmarks.peers import generate
 from kd.errors import UserError
-from kd.io import export, pretrained
 from kd.models.decoder import Decoder
 from kd.sampling.autoregressive import sampler
 
@@ -68,41 +67,17 @@ CASES = (
 )
 
 
-def abstract(decoder: Decoder) -> Any:
-    """Shapes of its variables."""
-    return jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-
-
-def write_models(weights: str, folder: Path) -> dict[str, str]:
-    """Directories that both sides load, by the name of the model."""
-    toy = jax.jit(TOY.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    found: dict[str, tuple[Decoder, Any]] = {'toy': (TOY, toy)}
-    if weights:
-        module: Any = pretrained.network(f'gguf:{weights}')
-        found[SMOLLM2] = module, pretrained.load(f'gguf:{weights}', abstract(module))
-    for name, (module, variables) in found.items():
-        export.export(module, variables, folder / name)
-    return {name: str(folder / name) for name in found}
-
-
 def prompts(case: Case, weights: str) -> list[list[int]]:
     """Rows of tokens: text for a real model, so that its choices are not close."""
     if case.model == 'toy':
         rng = np.random.default_rng(0)
         return rng.integers(0, TOY.num_classes, (case.rows, case.prompt)).tolist()
-    from kd.data.builders import stdlib_docs
-    from kd.text import tokenizer as tokenizers
-
-    tokenizer = tokenizers.load(f'gguf:{weights}')
-    rows = (tokenizer.encode(text) for text in stdlib_docs.documents()['validation'])
-    long = (row[: case.prompt] for row in rows if len(row) >= case.prompt)
-    return [list(map(int, next(long))) for _ in range(case.rows)]
+    return weights_lib.text(weights, case.rows, case.prompt)
 
 
 @functools.cache
 def _program(directory: str, rows: int, read: int, new: int, temperature: float) -> Callable:
-    module: Any = pretrained.network(f'hf:{directory}')
-    variables = _variables(directory)
+    module, variables = weights_lib.read(directory)
     draw = jax.jit(sampler(module, max_new=new, temperature=temperature))
     mask, keys = jnp.ones((rows, read), bool), iter(range(10**9))
 
@@ -111,12 +86,6 @@ def _program(directory: str, rows: int, read: int, new: int, temperature: float)
         return np.asarray(said.tokens)
 
     return work
-
-
-@functools.cache
-def _variables(directory: str) -> Any:
-    module: Any = pretrained.network(f'hf:{directory}')
-    return pretrained.load(f'hf:{directory}', abstract(module))
 
 
 def decode(
@@ -143,10 +112,8 @@ def measure(
     )  # fmt: skip
     askers = {name: functools.partial(w.ask, 'decode', **given) for name, w in workers.items()}
     answers = turns.take_turns(askers, rounds)
-    rates = {
-        name: [case.rows * case.new / each['cpu_s'] for each in of] for name, of in answers.items()
-    }
-    compared = turns.Comparison(case.name(), rates['kd'], rates.get('peer', []), case.target)
+    rates = turns.rates(answers, case.rows * case.new)
+    compared = turns.Comparison(case.name(), rates['kd'], rates['peer'], case.target)
     if case.temperature or 'peer' not in answers:
         return compared, None
     ours, theirs = (np.asarray(answers[name][-1]['tokens']) for name in ('kd', 'peer'))
@@ -156,10 +123,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; exit status 1 if a target is missed or greedy answers differ."""
     parser = turns.parser('kd.benchmarks.decode', __doc__)
-    parser.add_argument(
-        '--weights', default=os.environ.get('KD_SMOLLM2', ''), metavar='FILE',
-        help='SmolLM2-135M as a GGUF file; default: $KD_SMOLLM2',
-    )  # fmt: skip
+    weights_lib.add_argument(parser)
     parser.add_argument('--only', default='', help='cases whose name begins so')
     parser.add_argument('--new', type=int, default=0, help='tokens to write; 0 for those told')
     parser.add_argument('--json', type=process.file_argument, help='also write the numbers there')
@@ -169,18 +133,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in CASES if case.name().startswith(options.only)]
     cases = [case for case in cases if options.weights or case.model == 'toy']
     if not options.weights:
-        print('SmolLM2 is left out: name its GGUF file by --weights or KD_SMOLLM2.')
+        print(f'SmolLM2 is left out: name its file by --weights or {weights_lib.VARIABLE}.')
     if not cases:
         raise UserError(f"no case begins with '{options.only}'.")
-    sides = {'kd': (sys.executable, __spec__.name if __spec__ else 'kd.benchmarks.decode')}
-    if options.peers:
-        sides['peer'] = (options.peers, generate.__name__)
-    else:
-        print(f'Ours alone: name a Python with transformers by --peers or {turns.VARIABLE}.')
     found, agreements = [], []
-    with tempfile.TemporaryDirectory() as folder, turns.workers(sides, options.core) as workers:
-        directories = write_models(options.weights, Path(folder))
-        peer = workers['peer'].ask('name') if 'peer' in workers else 'peer'
+    models = {'toy': TOY} | ({SMOLLM2: options.weights} if options.weights else {})
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        turns.sides('kd.benchmarks.decode', generate.__name__, options) as (workers, peer),
+    ):
+        directories = {
+            name: weights_lib.write(Path(folder) / name, model) for name, model in models.items()
+        }
         for case in cases:
             case = case._replace(new=options.new or case.new)
             compared, agreement = measure(

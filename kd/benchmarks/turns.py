@@ -42,7 +42,8 @@ class Worker:
     """
 
     def __init__(self, python: str, module: str, core: int) -> None:
-        self._said = tempfile.TemporaryFile('w+')
+        self._python = python
+        self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115
         environment = os.environ | dict.fromkeys(_ONE_THREAD, '1')
         paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
         environment['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
@@ -72,7 +73,7 @@ class Worker:
             self._process.wait()
             self._said.seek(0)
             last = (self._said.read().strip().splitlines() or ['it said nothing'])[-1]
-            raise UserError(f'{self._process.args[0]}: {last}')
+            raise UserError(f'{self._python}: {last}')
         return json.loads(answer)
 
     def close(self) -> None:
@@ -80,19 +81,35 @@ class Worker:
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._said):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
 
 @contextlib.contextmanager
-def workers(pythons: Mapping[str, tuple[str, str]], core: int) -> Iterator[dict[str, Worker]]:
-    """Workers by name, of (interpreter, module)."""
+def sides(
+    ours: str, theirs: str, options: argparse.Namespace
+) -> Iterator[tuple[dict[str, Worker], str]]:
+    """Workers 'kd' and, where `--peers` names a Python, 'peer', and what the peer calls itself.
+
+    Args:
+      ours, theirs: modules; `theirs` has a function `name`.
+      options: of `parser`.
+    """
     with contextlib.ExitStack() as stack:
-        found = {}
-        for name, (python, module) in pythons.items():
-            found[name] = Worker(python, module, core)
-            stack.callback(found[name].close)
-        yield found
+
+        def start(python: str, module: str) -> Worker:
+            made = Worker(python, module, options.core)
+            stack.callback(made.close)
+            return made
+
+        workers, name = {'kd': start(sys.executable, ours)}, 'peer'
+        if options.peers:
+            workers['peer'] = start(options.peers, theirs)
+            name = workers['peer'].ask('name')
+        else:
+            print(f'Ours alone: name a Python with the peers by --peers or {VARIABLE}.')
+        yield workers, name
 
 
 def serve(module: str, core: int) -> None:
@@ -146,14 +163,18 @@ class Comparison(NamedTuple):
 
 
 def take_turns(askers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """Answers by name of `rounds` rounds, after one that warms up."""
+    """Answers by name: one that warms up, and those of `rounds` rounds."""
     found: dict[str, list[Any]] = {name: [] for name in askers}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, ask in askers.items():
-            answer = ask()
-            if number:
-                found[name].append(answer)
+            found[name].append(ask())
     return found
+
+
+def rates(answers: Mapping[str, list[Any]], tokens: int) -> dict[str, list[float]]:
+    """Tokens per CPU second in each round, the one that warmed up left out."""
+    found = {name: [tokens / each['cpu_s'] for each in of[1:]] for name, of in answers.items()}
+    return {'peer': [], **found}
 
 
 def middle(values: Sequence[float], digits: int = 1) -> str:

@@ -58,8 +58,8 @@ def attend(
     kernel = _kernel(query) if fused else None
     if kernel is not None:
         return _fused(query, key, value, mask, kernel)
-    out = attend_by_head(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), mask, edit)
-    return jnp.swapaxes(out, 1, 2)
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    return jnp.swapaxes(attend_by_head(query, key, value, mask, edit), 1, 2)
 
 
 def attend_by_head(

@@ -231,9 +231,11 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), angles, segments)
         return x + self.mlp(self.norm2(x))
 
-    def step(self, x, angles, *of_cache, first):
+    def step(self, x, angles, keys, values, valid, start, first):
         """Of all tokens the cache gets keys and values, of those from `first` on come outputs."""
-        out, keys, values = self.attention.step(self.norm1(x), angles, *of_cache, first)
+        out, keys, values = self.attention.step(
+            self.norm1(x), angles, keys, values, valid, start, first
+        )
         x = x[:, first:] + out
         return x + self.mlp(self.norm2(x)), keys, values
 
@@ -393,7 +395,7 @@ class Decoder(Architecture, nn.Module):
         for i, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
             first = tokens.shape[1] - 1 if last and i == self.depth - 1 else 0
             block = getattr(self, f'block{i}')
-            x, key, value = block.step(x, angles, key, value, valid, start, first=first)
+            x, key, value = block.step(x, angles, key, value, valid, start, first)
             keys.append(key)
             values.append(value)
         written = Cache(tuple(keys), tuple(values), valid, start + tokens.shape[1])

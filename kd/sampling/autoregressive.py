@@ -147,7 +147,7 @@ class Sampler:
             (cache, first, done, count + mask.sum(1)),
             1 + size * jnp.arange(blocks),
         )
-        said = (
+        said_tokens, said_mask, log_probs = (
             jnp.concatenate([x[None], rest.reshape(blocks * size, *x.shape)])[: self.max_new].T
             for x, rest in zip(first, later, strict=True)
         )
@@ -156,7 +156,7 @@ class Sampler:
             cache, (token, alive, _), _, at = carry
             return read(token[:, None], at[:, None], cache, alive[:, None])[1]
 
-        return Rollout(*said, ~carry[2] & ~silent), read_last
+        return Rollout(said_tokens, said_mask, log_probs, ~carry[2] & ~silent), read_last
 
     def turns(self, mask: jax.Array) -> jax.Array:
         """Tokens of each row that the loop goes through for answers of this mask, bool [B, R].

@@ -150,16 +150,13 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
     method = with_result(method, stage.result, where=f'{name}.result')
     if stage.ema:
         method = with_ema(method, stage.ema)
-    frozen = {
-        label: found.restore() if workdir else found.abstract for label, found in trained.items()
-    }
     return Stage(
         name=name,
         config=stage,
         context=context,
         method=with_nonfinite_guard(method, recipe.on_nonfinite),
         mesh=mesh,
-        frozen=frozen,
+        frozen=_frozen(stage, trained, restored=workdir is not None),
         evaluators=_evaluators(stage, context),
         writers=_writers(stage, context),
         sharding=recipe.sharding,
@@ -185,6 +182,18 @@ def _trained_networks(recipe, name, workdir, mesh, train, network) -> dict[str, 
             recipe, reference, workdir, mesh, train, weights=weights, where=_place(name, label)
         )
     return trained
+
+
+def _frozen(stage: StageConfig, trained: Mapping[str, Trained], *, restored: bool) -> dict:
+    """Variables by label; a network of two labels, such as a teacher to start from, lies in memory
+    once."""
+    named = {label: split_reference(reference) for label, reference in stage.references.items()}
+    named['teacher'] = stage.teacher, stage.teacher_weights
+    once: dict[Any, Any] = {}
+    for label, found in trained.items():
+        if named[label] not in once:
+            once[named[label]] = found.restore() if restored else found.abstract
+    return {label: once[named[label]] for label in trained}
 
 
 def _place(name: str, label: str) -> str:

@@ -56,14 +56,18 @@ def _step() -> float:
     import torch
 
     teacher, student, tokens = (_HELD[name] for name in ('teacher', 'student', 'tokens'))
-    counted = torch.ones_like(tokens)
-    counted[:, : _HELD['prompt']] = 0
-    taken = slice(0 if _HELD['whole'] else _HELD['prompt'] - 1, -1)
+    first = 0 if _HELD['whole'] else _HELD['prompt'] - 1
+    taken = slice(first, -1)
+    counted = torch.arange(first + 1, tokens.shape[1]) >= _HELD['prompt']
     with torch.no_grad():
         theirs = teacher.model(tokens, use_cache=False).last_hidden_state[:, taken]
     ours = student.model(tokens, use_cache=False).last_hidden_state[:, taken]
     loss, _, _ = _HELD['loss'](
-        ours, theirs, student.lm_head.weight, teacher.lm_head.weight, counted[:, 1:][:, taken.start :],
+        ours,
+        theirs,
+        student.lm_head.weight,
+        teacher.lm_head.weight,
+        counted.expand(len(tokens), -1),
         beta=0.5,
     )
     loss.backward()
