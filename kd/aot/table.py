@@ -60,6 +60,11 @@ _HALF = 'distilled.data.source.network.dtype=bfloat16'
 # Slices on which the experts' batch of 256 is at least an example a chip; a larger one would need
 # another number of steps.
 _UP_TO_256 = ('v5e:4x4', 'v5e:16x16', 'v6e:16x16')
+_QWEN, _LLAMA = (
+    f'configs/lm/distil.py:{name}' for name in ('qwen3_8b_to_0_6b', 'llama3_8b_to_1b')
+)
+_V5P_64 = ('v5p:4x4x2', 'v6e:4x8')
+_LONG_ROWS = ('data.source.length=16384', 'student.batch_size=32')
 ROWS = (
     Row('configs/vision/logit_kd.py', 'student'),
     Row('configs/vision/self_distillation.py', 'generation_2'),
@@ -100,6 +105,12 @@ ROWS = (
         for size, slices in ((1024, ('v5e:16x16', 'v6e:16x16')), (2048, ('v5p:8x8x8',)))
         for name in ('cifar10', 'celeba64')
     ),
+    # v5p-64, for which these recipes are, and one of chips with a third of its memory.
+    Row(_QWEN, 'student', (), _V5P_64),
+    Row(_LLAMA, 'student', (), _V5P_64),
+    Row(_QWEN, 'student', _LONG_ROWS, ('v5p:4x4x2',)),
+    Row('configs/lm/taid.py', 'student', (), ('v5e:4x4', 'v6e:4x4')),
+    Row('configs/lm/taid.py:llama2_to_tinyllama', 'student', (), ('v5e:4x4', 'v6e:4x4')),
 )
 
 _PAGE = """# Training steps, compiled ahead of time
