@@ -63,7 +63,7 @@ _UP_TO_256 = ('v5e:4x4', 'v5e:16x16', 'v6e:16x16')
 _QWEN, _LLAMA = (
     f'configs/lm/distil.py:{name}' for name in ('qwen3_8b_to_0_6b', 'llama3_8b_to_1b')
 )
-_V5P_64 = ('v5p:4x4x2', 'v6e:4x8')
+_V5P_64 = ('v5p:2x4x4', 'v6e:4x8')
 _LONG_ROWS = ('data.source.length=16384', 'student.batch_size=32')
 ROWS = (
     Row('configs/vision/logit_kd.py', 'student'),
@@ -108,7 +108,7 @@ ROWS = (
     # v5p-64, for which these recipes are, and one of chips with a third of its memory.
     Row(_QWEN, 'student', (), _V5P_64),
     Row(_LLAMA, 'student', (), _V5P_64),
-    Row(_QWEN, 'student', _LONG_ROWS, ('v5p:4x4x2',)),
+    Row(_QWEN, 'student', _LONG_ROWS, ('v5p:2x4x4',)),
     Row('configs/lm/taid.py', 'student', (), ('v5e:4x4', 'v6e:4x4')),
     Row('configs/lm/taid.py:llama2_to_tinyllama', 'student', (), ('v5e:4x4', 'v6e:4x4')),
 )

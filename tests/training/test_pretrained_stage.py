@@ -87,13 +87,15 @@ def test_every_way_to_name_one_gives_its_variables(models, tmp_path):
     config = recipe(
         pretrained=entries,
         teacher=gguf,
-        references=dict(a=hf, b='named', c='preset', d='changed'),
+        references=dict(a=hf, b='named', c='preset', d='changed', e=gguf),
     )
     frozen = prepared(config, tmp_path).frozen
     wanted = params_of(hf)
     for name in ('teacher', 'a', 'b'):
         same(frozen[name], wanted)
     same(frozen['c'], jax.tree.map(lambda x: x.astype('bfloat16'), wanted))
+    # One network of two labels lies in memory once.
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: x is y, frozen['e'], frozen['teacher'])))
     assert frozen['d']['params']['blocks']['mlp']['up']['kernel'].shape == (2, 32, 64)
 
 
