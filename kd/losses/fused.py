@@ -45,13 +45,15 @@ def token_losses(
     zero = jnp.zeros_like(hidden, shape=())
     for operand in jax.tree.leaves((head, given)):
         zero += jnp.zeros_like(operand, zero.dtype, ())
-    hidden, head = hidden + zero, head + zero.astype(head.dtype)
-    run, closed_over = _closed(run, _Slabs(chunk, shards, hidden, given), head)
+    # Turned, since a head as a rule is an embedding [V, D], turned: XLA drops what is turned twice,
+    # and copies what is turned once, before a loop.
+    hidden, rows = hidden + zero, head.T + zero.astype(head.dtype)
+    run, closed_over = _closed(run, _Slabs(chunk, shards, hidden, given), rows)
     given = given._replace(shared=(given.shared, lax.stop_gradient(closed_over)))
-    return _losses(run, chunk, shards, hidden, head, given)
+    return _losses(run, chunk, shards, hidden, rows, given)
 
 
-def _closed(run: Run, slabs: _Slabs, head: jax.Array) -> tuple[Run, list[jax.Array]]:
+def _closed(run: Run, slabs: _Slabs, rows: jax.Array) -> tuple[Run, list[jax.Array]]:
     """`run` without the arrays that it closes over, and these.
 
     A traced one would be out of reach where the backward pass is traced elsewhere, as it is for a
@@ -60,7 +62,7 @@ def _closed(run: Run, slabs: _Slabs, head: jax.Array) -> tuple[Run, list[jax.Arr
 
     def first_slab():
         hidden, _, per_token = slabs[0]
-        return signal.HiddenHead(hidden, head).logits(), per_token, slabs.shared
+        return signal.HiddenHead(hidden, rows.T).logits(), per_token, slabs.shared
 
     arguments = jax.eval_shape(first_slab)
     traced, outputs = jax.make_jaxpr(run, return_shape=True)(*arguments)
@@ -75,41 +77,41 @@ def _closed(run: Run, slabs: _Slabs, head: jax.Array) -> tuple[Run, list[jax.Arr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _losses(run, chunk, shards, hidden, head, given):
-    return _sweep(run, _Slabs(chunk, shards, hidden, given), head, ('value',))['value']
+def _losses(run, chunk, shards, hidden, rows, given):
+    return _sweep(run, _Slabs(chunk, shards, hidden, given), rows, ('value',))['value']
 
 
-def _forward(run, chunk, shards, hidden, head, given):
+def _forward(run, chunk, shards, hidden, rows, given):
     slabs = _Slabs(chunk, shards, hidden, given)
-    ones = jnp.ones_like(hidden, numerics.accumulation_dtype(hidden, head), hidden.shape[:1])
-    found = _sweep(run, slabs, head, ('value', 'slopes', 'hidden', 'head'), [ones])
-    return found.pop('value'), (hidden, head, given, found)
+    ones = jnp.ones_like(hidden, numerics.accumulation_dtype(hidden, rows), hidden.shape[:1])
+    found = _sweep(run, slabs, rows, ('value', 'slopes', 'hidden', 'rows'), [ones])
+    return found.pop('value'), (hidden, rows, given, found)
 
 
 def _backward(run, chunk, shards, residuals, cotangents):
-    hidden, head, given, found = residuals
-    weights, of_aux = cotangents[0].astype(found['head'].dtype), _floats(cotangents[1])
+    hidden, rows, given, found = residuals
+    weights, of_aux = cotangents[0].astype(found['rows'].dtype), _floats(cotangents[1])
     slabs = _Slabs(chunk, shards, hidden, given)
     common = weights[jnp.argmax(found['slopes'])]
     alike = jnp.all((weights == common) | ~found['slopes'])
 
     def scale():
-        return weights[:, None] * found['hidden'], common * found['head']
+        return weights[:, None] * found['hidden'], common * found['rows']
 
-    def head_again():
-        again = _sweep(run, slabs, head, ('head',), [weights])
-        return weights[:, None] * found['hidden'], again['head']
+    def rows_again():
+        again = _sweep(run, slabs, rows, ('rows',), [weights])
+        return weights[:, None] * found['hidden'], again['rows']
 
     def both_again():
-        again = _sweep(run, slabs, head, ('hidden', 'head'), [weights, *of_aux])
-        return again['hidden'], again['head']
+        again = _sweep(run, slabs, rows, ('hidden', 'rows'), [weights, *of_aux])
+        return again['hidden'], again['rows']
 
-    way, ways = jnp.where(alike, 0, 1), [scale, head_again]
+    way, ways = jnp.where(alike, 0, 1), [scale, rows_again]
     if of_aux:
         way, ways = jnp.where(_any_nonzero(of_aux), 2, way), [*ways, both_again]
-    to_hidden, to_head = lax.switch(way, ways)
-    to_head = jnp.sum(to_head, axis=0)
-    return to_hidden.astype(hidden.dtype), to_head.astype(head.dtype), None
+    to_hidden, to_rows = lax.switch(way, ways)
+    to_rows = jnp.sum(to_rows, axis=0)
+    return to_hidden.astype(hidden.dtype), to_rows.astype(rows.dtype), None
 
 
 _losses.defvjp(_forward, _backward)
@@ -118,23 +120,24 @@ _losses.defvjp(_forward, _backward)
 def _sweep(
     run: Run,
     slabs: _Slabs,
-    head: jax.Array,
+    rows: jax.Array,
     wanted: Sequence[str],
     weights: Sequence[jax.Array] = (),
 ) -> dict[str, Any]:
     """One pass over the slabs, for what is wanted of it.
 
     - 'value': (loss [N], aux [N, ...]).
-    - 'hidden' [N, D], 'head' [shards, D, V]: the gradients of the sum over tokens of outputs times
+    - 'hidden' [N, D], 'rows' [shards, V, D]: the gradients of the sum over tokens of outputs times
       `weights` [N, ...]: one for the loss, or one for it and for each floating leaf of aux. That of
-      the head is yet to be summed over shards: a sum over devices once, not for each slab.
+      the rows of the head, turned, is yet to be summed over shards: a sum over devices once, not
+      for each slab.
     - 'slopes': bool [N], whether the gradient in the token's logits is other than 0.
     """
-    dtype = numerics.accumulation_dtype(slabs.hidden, head)
+    dtype = numerics.accumulation_dtype(slabs.hidden, rows)
 
     def value_of(i):
         hidden, _, per_token = slabs[i]
-        return run(signal.HiddenHead(hidden, head).logits(), per_token, slabs.shared)
+        return run(signal.HiddenHead(hidden, rows.T).logits(), per_token, slabs.shared)
 
     def turn(i, found):
         found = dict(found)
@@ -147,13 +150,13 @@ def _sweep(
                 loss, aux = run(logits, per_token, slabs.shared)
                 return [loss, *_floats(aux)][: len(weights)], (loss, aux)
 
-            logits = signal.HiddenHead(hidden, head).logits()
+            logits = signal.HiddenHead(hidden, rows.T).logits()
             values, pull, value = jax.vjp(outputs, logits, has_aux=True)
             ours = [slabs.take(w, i).astype(v.dtype) for w, v in zip(weights, values, strict=True)]
-            to_logits = jnp.where(counts[:, None], pull(ours)[0], 0).astype(head.dtype)
-            by_shard = [slabs.by_shard(x) for x in (hidden, to_logits)]
-            found['head'] += jnp.einsum('snd,snv->sdv', *by_shard, preferred_element_type=dtype)
-            to_hidden = jnp.matmul(to_logits, head.T, preferred_element_type=dtype)
+            to_logits = jnp.where(counts[:, None], pull(ours)[0], 0).astype(rows.dtype)
+            by_shard = [slabs.by_shard(x) for x in (to_logits, hidden)]
+            found['rows'] += jnp.einsum('snv,snd->svd', *by_shard, preferred_element_type=dtype)
+            to_hidden = jnp.matmul(to_logits, rows, preferred_element_type=dtype)
             slopes = jnp.any(to_logits != 0, axis=-1)
             new = {'value': value, 'hidden': to_hidden, 'slopes': slopes}
         for name in found.keys() & new.keys():
@@ -168,12 +171,12 @@ def _sweep(
     _check_outputs(value, slabs.tokens)
     empty = {
         'value': jax.tree.map(lambda x: slabs.zeros((slabs.count, *x.shape), x.dtype), value),
-        'hidden': slabs.zeros((slabs.count, slabs.tokens, head.shape[0]), dtype),
-        'head': slabs.zeros((slabs.shards, *head.shape), dtype),
+        'hidden': slabs.zeros((slabs.count, slabs.tokens, rows.shape[1]), dtype),
+        'rows': slabs.zeros((slabs.shards, *rows.shape), dtype),
         'slopes': slabs.zeros((slabs.count, slabs.tokens), bool),
     }
     found = slabs.each(turn, {name: empty[name] for name in wanted})
-    return {name: x if name == 'head' else jax.tree.map(slabs.join, x) for name, x in found.items()}
+    return {name: x if name == 'rows' else jax.tree.map(slabs.join, x) for name, x in found.items()}
 
 
 class _Slabs:

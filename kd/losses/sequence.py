@@ -94,10 +94,12 @@ def fused_token_loss(
     def run(logits, per_token, shared):
         of_teacher, per_token = per_token
         if shared is not None:
-            of_teacher = signal.HiddenHead(of_teacher, shared)
+            of_teacher = signal.HiddenHead(of_teacher, shared.T)
         return token_loss(logits, of_teacher, per_token)
 
-    given = fused.Given((of_teacher, per_token), teacher_head, valid)
+    # Turned, as `fused` has the student's.
+    shared = None if teacher_head is None else teacher_head.T
+    given = fused.Given((of_teacher, per_token), shared, valid)
     return fused.token_losses(run, chunk, shards, hidden, head, given)
 
 
