@@ -60,9 +60,7 @@ _HALF = 'distilled.data.source.network.dtype=bfloat16'
 # Slices on which the experts' batch of 256 is at least an example a chip; a larger one would need
 # another number of steps.
 _UP_TO_256 = ('v5e:4x4', 'v5e:16x16', 'v6e:16x16')
-_QWEN, _LLAMA = (
-    f'configs/lm/distil.py:{name}' for name in ('qwen3_8b_to_0_6b', 'llama3_8b_to_1b')
-)
+_QWEN, _LLAMA = (f'configs/lm/distil.py:{name}' for name in ('qwen3_8b_to_0_6b', 'llama3_8b_to_1b'))
 _V5P_64 = ('v5p:2x4x4', 'v6e:4x8')
 _LONG_ROWS = ('data.source.length=16384', 'student.batch_size=32')
 ROWS = (

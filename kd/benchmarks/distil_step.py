@@ -84,7 +84,7 @@ def recipe(directory: str, blocks: list[int], tokens: Sequence[Sequence[int]], p
         references=dict(start='teacher'),
         method=dict(
             name='kd.methods.lm.distillation.distillation', blocks=blocks,
-            divergence='kd.losses.divergence.generalized_jsd', beta=0.5,
+            divergence='kd.losses.divergence.generalized_jsd', beta=0.5, chunk=128,
         ),
         optimizer=dict(name='adamw', lr=LR, clip_norm=1.0),
         steps=10**6,
