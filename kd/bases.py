@@ -19,8 +19,9 @@ from kd import files
 from kd.config import Recipe
 
 ROOT = 'runs/bases'
-# What decides nothing.
+# What decides nothing of a recipe, and of a stage whose last checkpoint is its result.
 _ASIDE = ('report', 'profile', 'data_dir', 'on_nonfinite')
+_WATCHED = ('evaluators', 'writers', 'log_every', 'eval_every', 'checkpoint_every', 'keep')
 
 
 @functools.cache
@@ -32,7 +33,11 @@ def recipe(config: str) -> Recipe:
 @functools.cache
 def directory(config: str) -> str:
     """The work directory of a base, 'runs/bases/NAME-HASH', below where the command runs."""
-    plain = {k: v for k, v in recipe(config).plain().items() if k not in _ASIDE}
+    made = recipe(config)
+    plain = {k: v for k, v in made.plain().items() if k not in _ASIDE}
+    for name, stage in made.stages.items():
+        if stage.final == 'last':
+            plain[name] = {k: v for k, v in plain[name].items() if k not in _WATCHED}
     digest = hashlib.sha256(files.json_text(plain).encode()).hexdigest()[:10]
     file, _, argument = config.partition(':')
     name = argument or file.rpartition('/')[2].removesuffix('.py')

@@ -5,12 +5,12 @@
 A recipe that begins with one names it among its `bases` (see `kd.bases`) and finds it in
 `runs/bases/NAME-HASH`; claims take it from `kd.training.loop.provide`.
 
-| variant | learns from | sampled accuracy | 2 cores |
-|---|---|---|---|
-| chain | one who holds 30 % of the facts for others; blocks before prompts | .41 | 3 min |
-| chain_clean | a teacher: .98 of every fact | .9 | 1 min |
-| chain_good | a teacher with 8 % of misconceptions of its own | .7 | 1 min |
-| chain_biased | a teacher who is wrong about one of three operators | .3 | 1 min |
+| variant | learns from | right of what it learns from | right when sampled | 2 cores |
+|---|---|---:|---:|---|
+| chain | one who holds 30 % of the facts for others; blocks before prompts | .43 | .41 | 3 min |
+| chain_clean | a teacher: .98 of every fact | .95 | .92 | 2 min |
+| chain_good | a teacher with 8 % of misconceptions of its own | .75 | | 2 min |
+| chain_biased | a teacher who is wrong about one of three operators | .28 | | 2 min |
 
 `chain`: chains of arithmetic of three operations (`kd.data.builders.chain`), whose answers a
 demonstrator with misconceptions gives; a first stage has two operations. Of the rows 46 % are
@@ -25,7 +25,7 @@ VARIANTS = ('chain', 'chain_clean', 'chain_good', 'chain_biased')
 # The network of all that is done on chains.
 NETWORK = dict(name='kd.models.decoders.preset', of='toy')
 # PAD and BOS are never said; EOS ends an answer.
-SAMPLING = dict(group=1, max_new=8, stop=(2,), forbidden=(0, 1), block=8)
+SAMPLING = dict(group=1, max_new=6, stop=(2,), forbidden=(0, 1))
 REWARD = dict(name='kd.rewards.printed.printed')
 CHAINS = 'kd.data.chains.chains'
 

@@ -81,13 +81,18 @@ def test_another_recipe_is_another_base(tmp_path):
     two, three = (bases.directory(f'base.py:{steps}') for steps in (2, 3))
     assert two.startswith('runs/bases/2-')
     assert two.rpartition('-')[2] != three.rpartition('-')[2]
-    bases.recipe.cache_clear()
-    bases.directory.cache_clear()
-    assert bases.directory('base.py:2') == two
-    bases.recipe.cache_clear()
-    bases.directory.cache_clear()
-    Path('base.py').write_text(BASE.replace('lr=1e-2', 'lr=1e-3'))
-    assert bases.directory('base.py:2') != two
+
+    def changed(old, new):
+        bases.recipe.cache_clear()
+        bases.directory.cache_clear()
+        Path('base.py').write_text(BASE.replace(old, new))
+        return bases.directory('base.py:2')
+
+    assert changed('', '') == two
+    # What only looks at it decides nothing.
+    assert changed('log_every=1', 'log_every=2, eval_every=1') == two
+    assert changed('lr=1e-2', 'lr=1e-3') != two
+    assert changed('log_every=1', 'log_every=2, final="best", best="-train/loss"') != two
 
 
 def test_what_nobody_names_is_not_trained():
