@@ -11,7 +11,7 @@
 
 `cpu` begins with the base of `configs/rl/bases.py:chain`, which it trains first if nobody has, and
 so its teacher, `chain_clean`. One step is 16 prompts with 8 answers each and two updates, all of it
-one compiled program. Expect .41 of right answers to become .69 in 40 steps, .92 in 160 and .95 in
+one compiled program. Expect .41 of right answers to become .7 in 40 steps, .92 in 160 and .95 in
 320, with a teacher or without.
 
 The larger ones have not been run to the end by us. Rewards are verdicts of `math-verify`
