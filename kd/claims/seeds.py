@@ -17,7 +17,7 @@ import optax
 
 from kd.config import Recipe, StageConfig
 from kd.context import Context
-from kd.data import pipeline
+from kd.data import pipeline, sources
 from kd.method import Method
 from kd.network import Network
 from kd.state import PyTree, State
@@ -148,7 +148,9 @@ def context(
     num_classes: int | None = None,
     steps: int = 0,
     batch_size: int = 0,
+    poisson: int = 0,
     spec: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    source: Callable[[str], sources.Source] | None = None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> Context:
     """A context for a method's builder outside any recipe.
@@ -156,7 +158,8 @@ def context(
     Args:
       network, teacher, references: of the stage; variables of the latter two are given as `frozen`.
       tx: the stage's optimiser.
-      num_classes, steps, batch_size, spec: of the data and of the runs.
+      num_classes, steps, batch_size, poisson, spec: of the data and of the runs.
+      source: loads a split, for methods that ask for one.
       optimizer: arguments of `kd.training.optimizer.optimizer`, in place of `tx`.
 
     Further optimisers, `context.optimizer(lr=...)`, are made for `steps` steps.
@@ -171,7 +174,11 @@ def context(
         return optim.optimizer(steps, **arguments)
 
     config = StageConfig(
-        method={}, steps=steps, batch_size=batch_size, optimizer=dict(optimizer or {})
+        method={},
+        steps=steps,
+        batch_size=batch_size,
+        poisson=poisson,
+        optimizer=dict(optimizer or {}),
     )
     return Context(
         stage='stage',
@@ -180,7 +187,7 @@ def context(
         num_classes=num_classes,
         steps=steps,
         batch_size=batch_size,
-        source=nothing,
+        source=source or nothing,
         splits=(),
         recipe_source=nothing,
         locate=None,

@@ -79,3 +79,23 @@ class BottleneckLM(nn.Module):
         y = embed(x).reshape(x.shape[0], -1)
         y = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name='bottleneck')(y))
         return layers.classifier(y, self.num_classes)
+
+
+class TableLM(nn.Module):
+    """A language model that is a table: int [B, T] to float32 logits [B, T, V].
+
+    Logits of the next token by the two before; the first token of a row has a 0 before it.
+
+    Attributes:
+      num_classes: V. The parameter `table` is [V, V, V].
+    """
+
+    num_classes: Count = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Logits after each token; ValueError unless int [B, T]."""
+        layers.check_rank('TableLM', x, {2: 'tokens [B, T]'})
+        table = self.param('table', nn.initializers.zeros, (self.num_classes,) * 3)
+        before = jnp.pad(x, ((0, 0), (1, 0)))[:, :-1]
+        return table[before, x].astype(jnp.float32)

@@ -25,13 +25,16 @@ SIZES = {'train': 100_000, 'validation': TOKENS**2, 'test': TOKENS**2}
 
 
 @functools.cache
-def logits(seed: int = 0, tokens: int = TOKENS, scale: float = 1.2) -> np.ndarray:
-    """The teacher's logits, float32 [V, V, V] over contexts (a, b) and answers."""
+def logits(
+    seed: int = 0, tokens: int = TOKENS, scale: float = 1.2, features: int = 40
+) -> np.ndarray:
+    """The teacher's logits, float32 [V, V, V] over contexts (a, b) and answers, in so many features
+    of tokens and contexts."""
     rng = np.random.default_rng([seed, 48])
-    embedding = rng.normal(size=(tokens, 40))
-    inner = rng.normal(size=(80, 40)) / np.sqrt(80)
-    outer = rng.normal(size=(40, tokens))
-    first, second = embedding @ inner[:40], embedding @ inner[40:]
+    embedding = rng.normal(size=(tokens, features))
+    inner = rng.normal(size=(2 * features, features)) / np.sqrt(2 * features)
+    outer = rng.normal(size=(features, tokens))
+    first, second = embedding @ inner[:features], embedding @ inner[features:]
     hidden = np.tanh(1.5 * (first[:, None] + second))
     return (scale * hidden @ outer).astype(np.float32)
 

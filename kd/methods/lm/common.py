@@ -123,7 +123,7 @@ def token_losses(
       teacher: with leading axes as of the labels.
       per_token: further arrays with leading axes as of the labels.
       key: for dropout.
-      chunk: tokens at a time.
+      chunk: tokens at a time; 0 for all at once, whose logits are then formed whole.
       train: whether the network is in training mode.
     """
     labels, where = targets(batch)
@@ -140,7 +140,7 @@ def token_losses(
     given = tuple(flat(x) for x in (labels, *per_token))
     how = dict(train=train, key=key)
     decoder = decoder_of(network)
-    if decoder is not None:
+    if decoder is not None and chunk:
         output = network.apply(variables, *network.of(batch), method='hidden', **how)
         found, aux = sequence.fused_token_loss(
             flat(output.logits), head_of(decoder, variables), of_tokens,
