@@ -78,6 +78,10 @@ def test_a_recipe_and_its_stages_as_built_are_valid(config):
             r'student\.steps must be an integer from 1 .*, got 0',
         ),
         (lambda c: c.student.update(batch_size=-8), r'student\.batch_size must .* got -8'),
+        (
+            lambda c: c.student.update(poisson=5),
+            r'student\.poisson=5 examples are expected in a batch, which has student\.batch_size=4',
+        ),
         (lambda c: c.teacher.update(final='first'), "final must be 'last' or 'best', got 'first'"),
         (lambda c: c.teacher.update(final='best'), r'teacher\.best must name a metric'),
         (

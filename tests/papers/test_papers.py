@@ -23,13 +23,13 @@ CITED = [c for c in citations.of_package(ROOT / 'kd') if not c.where.startswith(
 
 # Modules of methods that no paper owns: training as such, and what several papers share.
 SHARED = {
-    *('kd.methods.cache', 'kd.methods.vision.supervised'),
+    *('kd.methods.cache', 'kd.methods.privacy', 'kd.methods.vision.supervised'),
     *('kd.methods.flow.common', 'kd.methods.dataset.matching', 'kd.methods.dataset.coreset'),
 }
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}
 # Papers whose authors no source at hand names.
-ANONYMOUS = {'paced', 'redi', 'kdrl', 'curiosft'}
+ANONYMOUS = {'dp_opd', 'paced', 'redi', 'kdrl', 'curiosft'}
 
 ENTRY = """
 [one]
