@@ -46,7 +46,7 @@ def dp_opd(
     of record n, with D_beta as `kd.losses.divergence.generalized_jsd` (0 is the forward KL, 1 the
     reverse), y the student's continuation of the first k tokens or, in other batches, the record's
     own, m its tokens; then the private gradient of `kd.method.private`. No gradient goes through
-    sampling or into the teacher. A record of no more than k tokens says nothing.
+    sampling or into the teacher. A record of fewer than k tokens says nothing.
 
     One coin a batch decides whose continuations it has (GKD's lambda); it does not depend on the
     records and costs nothing.
