@@ -110,7 +110,7 @@ def cpu():
     )
     config.public = openly(16, data=dialect('public', size=20_000))
     config.teacher = openly(64, data=dialect('teacher', size=20_000))
-    config.dp_sgd = privately('dp_sgd', clip_norm=0.8)
+    config.dp_sgd = privately('dp_sgd', clip_norm=0.4)
     config.dp_opd = privately('dp_opd', clip_norm=0.4, prompt=4, on_policy=0.5)
     return config
 

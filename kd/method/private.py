@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from kd.errors import UserError
 from kd.method.base import Loss, Objective
-from kd.method.single import Gradient, merged, over_parts, trained
+from kd.method.single import Gradient, check_objective, merged, over_parts, trained
 from kd.metrics import Mean, scalar
 from kd.state import NETWORK, PyTree, State
 
@@ -126,6 +126,7 @@ def _clipped(loss, moving, params, state, records, key, clip_norm) -> tuple[PyTr
         def value(moving):
             one = jax.tree.map(lambda x: x[None], record)
             objective = loss(merged(moving, params), state, one, jax.random.fold_in(key, row))
+            check_objective(loss, objective)
             if objective.mutables:
                 raise UserError(_SHARED.format(sorted(objective.mutables)))
             total, count = objective.loss

@@ -105,7 +105,7 @@ def gradient(
     def summed(moving, mutables, batch, key):
         whole = merged(moving, params)
         objective = loss(whole, state.replace(mutables=mutables), batch, key)
-        _check_objective(loss, objective)
+        check_objective(loss, objective)
         by_part = {part: objective.mutables} if part else objective.mutables
         # A part without collections has no entry.
         new = {name: collections for name, collections in by_part.items() if collections}
@@ -172,7 +172,8 @@ def merged(moving: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def _check_objective(loss: Loss, objective: Any) -> None:
+def check_objective(loss: Loss, objective: Any) -> None:
+    """Raises a TypeError that names the loss, unless it has returned an `Objective` of pairs."""
     name = getattr(loss, '__qualname__', repr(loss))
     if not isinstance(objective, Objective) or not isinstance(objective.loss, Mean):
         found = type(objective.loss if isinstance(objective, Objective) else objective).__name__
