@@ -13,12 +13,13 @@ from kd.data import sources
 from kd.data.builders import markov
 from kd.data.context import SourceContext
 from kd.errors import UserError
-from kd.method import Privacy, minimize, private, with_collect
+from kd.method import Privacy, minimize, private
 from kd.methods import privacy as budget
 from kd.methods.lm import dp_opd
 from kd.models.decoder import Decoder
 from kd.models.structured import TableLM
 from kd.network import from_linen
+from kd.state import State
 from kd.theory import privacy
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -36,6 +37,11 @@ def decoder(**changes):
 @pytest.fixture(scope='module')
 def network():
     return decoder()
+
+
+@pytest.fixture(scope='module')
+def table():
+    return from_linen(TableLM(V), jax.ShapeDtypeStruct((1, T), jnp.int32))
 
 
 @pytest.fixture(scope='module')
@@ -71,88 +77,105 @@ def context(network, batch, *, poisson=8, rows=N, steps=5, records=N):
     )  # fmt: skip
 
 
-def descent(method, batch, teacher, start=None):
-    """What a step has descended along."""
-    state = jax.jit(method.init)(jax.random.key(0), {'teacher': teacher})
-    state = state if start is None else state.with_params(start)
-    after, metrics = jax.jit(method.step)(state, batch)
-    params = state.params['network']
-    moved = jax.tree.map(lambda x, y: (x - y) / LR, params, after.params['network'])
-    return params, moved, metrics
+@pytest.fixture(scope='module')
+def step(network, teacher, batch):
+    """`step(params, batch, beta)`: what a step without bound and noise descends along, and tells."""
+
+    def make(beta):
+        loss = dp_opd.distillation(context(network, batch), beta)
+        return jax.jit(plain(loss, network).step)
+
+    steps = {beta: make(beta) for beta in (0.0, 0.3)}
+
+    def run(params, batch, beta=0.0):
+        state = started(params).replace(frozen={'teacher': teacher})
+        after, metrics = steps[beta](state, batch)
+        return moved(state, after), metrics
+
+    return run
 
 
-def clean(loss, network, expected=5):
-    """A step without bound and noise."""
+def plain(loss, network, expected=5):
     along = private(Privacy(1e9, 0.0, expected))
     return minimize(loss, optax.sgd(LR), network.init, along=along)
 
 
-def by_hand(network, batch, where, of_logits):
-    """Mean over five records of the means over their tokens, as a function of the parameters."""
-    shares = where[:5] / np.maximum(where[:5].sum(1, keepdims=True), 1)
-
-    def value(params):
-        logits = network.apply({'params': params}, *network.of(batch)).logits
-        return (of_logits(jax.nn.log_softmax(logits)[:5, :-1]) * shares).sum() / 5
-
-    return jax.jit(jax.grad(value))
+def started(params):
+    return State.create(jax.random.key(0), {'params': params}, optax.sgd(LR).init(params))
 
 
-def assert_close(one, other):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, other)
+def moved(before, after):
+    params = (state.params['network'] for state in (before, after))
+    return jax.tree.map(lambda x, y: (x - y) / LR, *params)
 
 
-@pytest.mark.parametrize('beta', [0.0, 0.3, 1.0])
+@pytest.fixture(scope='module')
+def params(network):
+    return jax.jit(network.init)(jax.random.key(0))['params']
+
+
+@pytest.fixture(scope='module')
+def logits(network, batch):
+    return jax.jit(lambda params: network.apply({'params': params}, *network.of(batch)).logits)
+
+
+def shares(where):
+    """How much each token counts in a mean over five records of the means over their tokens."""
+    return where[:5] / np.maximum(where[:5].sum(1, keepdims=True), 1) / 5
+
+
+def own_text(network, batch):
+    """The batch as it is where the records' own text goes on."""
+    return jax.jit(dp_opd.continuations(context(network, batch), K, 0.0))(
+        None, batch, jax.random.key(0)
+    )
+
+
+@pytest.mark.parametrize('beta', [0.0, 0.3])
 def test_with_the_records_own_text_it_is_a_mean_of_each_record_and_then_of_all(
-    network, teacher, batch, beta
+    network, teacher, params, logits, batch, step, beta
 ):
-    made = context(network, batch)
-    method = clean(dp_opd.distillation(made, beta), network)
-    method = with_collect(method, dp_opd.continuations(made, K, 0.0))
-    params, moved, metrics = descent(method, batch, teacher)
-    said = network.apply(teacher, *network.of(batch)).logits
-    log_p = jax.nn.log_softmax(said)[:5, :-1]
-
-    def of_logits(log_q):
-        p, q = jnp.exp(log_p), jnp.exp(log_q)
-        if beta == 0:
-            return (p * (log_p - log_q)).sum(-1)
-        if beta == 1:
-            return (q * (log_q - log_p)).sum(-1)
-        log_m = jnp.log(beta * p + (1 - beta) * q)
-        return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
-
+    found, metrics = step(params, own_text(network, batch), beta)
+    log_p, log_q = (
+        special.log_softmax(np.asarray(logits(x), np.float64), -1)[:5, :-1]
+        for x in (teacher['params'], params)
+    )
+    p, q = np.exp(log_p), np.exp(log_q)
+    if beta:
+        # The gradient in the logits of beta KL(p || m) + (1 - beta) KL(q || m).
+        ratio = log_q - np.log(beta * p + (1 - beta) * q)
+        slope = (1 - beta) * q * (ratio - (q * ratio).sum(-1, keepdims=True))
+    else:
+        slope = q - p
     # Tokens from the third on count, of records that have any.
     where = (batch['response_mask'] & (np.arange(T) >= K))[:, 1:]
-    assert_close(moved, by_hand(network, batch, where, of_logits)(params))
+    wanted = np.zeros((ROWS, T, V), np.float32)
+    wanted[:5, :-1] = slope * shares(where)[..., None]
+    pull = jax.jit(lambda params, slope: jax.vjp(logits, params)[1](slope)[0])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, pull(params, wanted)
+    )
     assert (int(metrics['records'].total), int(metrics['loss'].count)) == (5, 3)
 
 
-def test_the_baseline_is_the_same_with_the_tokens_of_the_records(network, teacher, batch):
-    method = clean(dp_opd.cross_entropy(context(network, batch)), network)
-    params, moved, _ = descent(method, batch, teacher)
-    labels = batch['input'][:5, 1:, None]
-
-    def of_logits(log_q):
-        return -jnp.take_along_axis(log_q, labels, -1)[..., 0]
-
-    where = batch['response_mask'][:, 1:]
-    assert_close(moved, by_hand(network, batch, where, of_logits)(params))
-
-
-def test_a_teacher_that_is_the_student_teaches_nothing(network, teacher, batch):
-    made = context(network, batch)
-    method = clean(dp_opd.distillation(made), network)
-    method = with_collect(method, dp_opd.continuations(made, K, 1.0))
-    _, moved, metrics = descent(method, batch, teacher, teacher['params'])
-    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(moved)) < 1e-6
-    assert int(metrics['records'].total) == 5
+def test_the_baseline_is_the_same_with_the_tokens_of_the_records(table, batch):
+    law = np.random.default_rng(3).normal(size=(V, V, V)).astype(np.float32)
+    method = plain(dp_opd.cross_entropy(context(table, batch)), table)
+    state = started({'table': jnp.asarray(law)})
+    after, _ = jax.jit(method.step)(state, batch)
+    tokens, q = batch['input'], special.softmax(law, -1)
+    wanted = np.zeros((V, V, V))
+    weights = shares(batch['response_mask'][:, 1:])
+    for row, place in np.argwhere(weights):
+        at = (tokens[row, place - 1] if place else 0), tokens[row, place]
+        wanted[at] += weights[row, place] * (q[at] - np.eye(V)[tokens[row, place + 1]])
+    np.testing.assert_allclose(moved(state, after)['table'], wanted, atol=1e-6)
 
 
-def test_continuations_are_the_students_and_as_new_as_its_parameters(network, teacher, batch):
-    made = context(network, batch)
-    method = clean(dp_opd.distillation(made), network)
-    state = jax.jit(method.init)(jax.random.key(0), {'teacher': teacher})
+def test_continuations_are_the_students_and_as_new_as_its_parameters(
+    network, teacher, params, batch, step
+):
+    made, state = context(network, batch), started(params)
     collect = jax.jit(dp_opd.continuations(made, K, 1.0))
     found = collect(state, batch, jax.random.key(1))
     read = batch['segments'].sum(1) > K - 1
@@ -174,22 +197,27 @@ def test_continuations_are_the_students_and_as_new_as_its_parameters(network, te
     other = collect(state, swapped, jax.random.key(1))['input']
     np.testing.assert_array_equal(np.delete(other, 1, 0), np.delete(found['input'], 1, 0))
     # With lambda 0 they are the records' own.
-    own = jax.jit(dp_opd.continuations(made, K, 0.0))(state, batch, jax.random.key(1))
+    own = own_text(network, batch)
     np.testing.assert_array_equal(own['input'][read], batch['input'][read])
+    # On either, a teacher that is the student teaches nothing; another one does.
+    for text in (own, found):
+        nothing, _ = step(teacher['params'], text)
+        assert max(float(np.abs(x).max()) for x in jax.tree.leaves(nothing)) < 1e-6
+        something, metrics = step(params, text)
+        assert max(float(np.abs(x).max()) for x in jax.tree.leaves(something)) > 1e-2
+    assert int(metrics['loss'].count) == 4
 
 
-def test_a_stage_spends_what_it_promises_and_moves_by_noise_where_nothing_is_said(
-    network, teacher, batch
-):
+def test_a_stage_spends_what_it_promises_and_moves_by_noise_where_nothing_is_said(table, batch):
     rows = {name: np.resize(x, (N, *x.shape[1:])) for name, x in batch.items()}
     rows['mask'] = np.zeros(N, bool)
-    made = context(network, batch)
+    made = context(table, batch)
     method = dp_opd.dp_sgd(made, clip_norm=0.7, epsilon=2.0, delta=1e-3)
     promised = budget.guarantee(made, 2.0, 1e-3)
     sigma = privacy.noise_multiplier(2.0, 1e-3, 0.2, 5)
     assert promised.noise_multiplier == pytest.approx(sigma, rel=1e-6)
-    state = jax.jit(method.init)(jax.random.key(0), {'teacher': teacher})
-    step, before = jax.jit(method.step), state.params['network']
+    state = jax.jit(method.init)(jax.random.key(0), {})
+    step, before = jax.jit(method.step), state
     for n in range(1, 7):
         state, metrics = step(state, rows)
         spent = privacy.spent(0.2, sigma, n, 1e-3)
@@ -197,9 +225,9 @@ def test_a_stage_spends_what_it_promises_and_moves_by_noise_where_nothing_is_sai
         if n == 5:
             assert float(metrics['epsilon'].total) == pytest.approx(2.0, rel=1e-5)
     # Six steps of sigma C / B each, and no record.
-    moved = jax.tree.map(lambda x, y: (x - y) / LR, before, state.params['network'])
-    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(moved)])
-    assert flat.std() == pytest.approx(np.sqrt(6) * sigma * 0.7 / 8, rel=0.15)
+    assert np.std(moved(before, state)['table']) == pytest.approx(
+        np.sqrt(6) * sigma * 0.7 / 8, rel=0.15
+    )
     # By default delta is N^-1.1.
     assert budget.guarantee(made, 2.0).delta == pytest.approx(N**-1.1)
 
