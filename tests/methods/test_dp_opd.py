@@ -79,7 +79,7 @@ def context(network, batch, *, poisson=8, rows=N, steps=5, records=N):
 
 @pytest.fixture(scope='module')
 def step(network, teacher, batch):
-    """`step(params, batch, beta)`: what a step without bound and noise descends along, and tells."""
+    """`step(params, batch, beta)`: what a step without bound and noise descends along."""
 
     def make(beta):
         loss = dp_opd.distillation(context(network, batch), beta)
