@@ -88,7 +88,7 @@ def cpu():
             optimizer=dict(name='adam', lr=1e-2),
             steps=250,
             poisson=128,
-            batch_size=200,
+            batch_size=208,
         )
 
     config = kd_config.recipe(
