@@ -99,7 +99,8 @@ def privately(
     seen the records, such as a teacher that was trained on them.
 
     The metric `epsilon` is what the steps so far have spent by the accountant, at the stage's
-    delta; it is the promised one at the stage's last step, and more beyond.
+    delta; it is the promised one at the stage's last step, and more beyond. (A line of metrics has
+    the mean over its steps.)
 
     Args:
       context: the stage, with `poisson` set.
