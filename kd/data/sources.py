@@ -64,6 +64,11 @@ class Source:
     seen = ''
     pairs = False
 
+    @property
+    def kind(self) -> str:
+        """The data that a network has to know: the name up to a colon."""
+        return self.name.partition(':')[0]
+
     def __init__(self, data: DataSet, split: str):
         self.name = data.name
         self.split = split

@@ -33,6 +33,11 @@ class TextSource(sources.Source):
     tokenizer: Tokenizer | None = None
     counts: Mapping[str, int]
 
+    @property
+    def kind(self) -> str:
+        """A network that has read one text can read another, of the same tokens."""
+        return 'text'
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:

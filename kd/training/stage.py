@@ -29,6 +29,7 @@ from kd.parallel.sharding import rollout, rollout_rules, tree_shardings
 from kd.ranges import Count, check_value
 from kd.references import split_reference
 from kd.state import State
+from kd.text import tokenizer
 from kd.training import optimizer as optim
 
 
@@ -210,12 +211,15 @@ def _check_data(
         its_own = source_loader(found.data, found.recipe, None)('train')
     except UserError as error:
         raise UserError(f'{where}: the data it was trained on cannot be opened: {error}') from error
-    theirs, ours = ((one.name.partition(':')[0], one.seen) for one in (its_own, train))
+    theirs, ours = ((one.kind, one.seen) for one in (its_own, train))
     if theirs != ours:
         raise UserError(
             f'{where} was trained on {" with ".join(filter(None, theirs))}, and the stage takes '
             f'{" with ".join(filter(None, ours))}; give both the same data.'
         )
+    tokens, our_tokens = (getattr(one, 'tokenizer', None) for one in (its_own, train))
+    if tokens and our_tokens:
+        tokenizer.check_same(tokens, our_tokens, where=where)
 
 
 def _evaluators(stage: StageConfig, context: Context) -> dict[str, tuple[str, Any]]:

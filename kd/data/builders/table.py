@@ -16,7 +16,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.context import SourceContext
-from kd.ranges import Count, NonNegative, Positive, Size
+from kd.ranges import Count, Finite, NonNegative, Positive, Size
 
 TOKENS = 48
 # The answers that count as valid are the teacher's most probable ones.
@@ -64,6 +64,14 @@ def answers(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rows + rng.gumbel(size=rows.shape)).argmax(-1).astype(np.int32)
 
 
+def relative(table: np.ndarray, own: float, other: float, seed: int) -> np.ndarray:
+    """own * table + other * another table, for who knows something else to begin with."""
+    if not other:
+        return np.float32(own) * table
+    foreign = logits(seed + 1000, table.shape[0])
+    return np.float32(own) * table + np.float32(other) * foreign
+
+
 def draw_pairs(
     table: np.ndarray, size: int, seed: int, count: int = VALID
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -92,6 +100,7 @@ def table(
     temperature: NonNegative = 1.0,
     size: Size = 0,
     teacher: Literal['logits', 'none'] = 'logits',
+    related: tuple[Finite, Finite] = (1.0, 0.0),
 ) -> sources.Source:
     """Contexts with an answer and the teacher's logits, as a source.
 
@@ -106,17 +115,20 @@ def table(
       temperature: at which the answers are drawn; 0 for the most probable one.
       size: training examples; 0 for `SIZES`.
       teacher: whether the logits are part of an example.
+      related: (a, b) for answers of another law, whose logits are a times the teacher's and b times
+        those of another table.
 
     Raises:
       DataError: a split that is not there.
     """
     split, seed = _split(context)
     law = logits(seed, tokens, scale)
+    said = relative(law, *related, seed)
     if split == 'train':
-        pairs, label = draw(law, size or SIZES[split], seed, temperature=temperature or 1e-6)
+        pairs, label = draw(said, size or SIZES[split], seed, temperature=temperature or 1e-6)
     else:
         pairs = contexts(tokens)
-        rows = law.reshape(-1, tokens) / (temperature or 1e-6)
+        rows = said.reshape(-1, tokens) / (temperature or 1e-6)
         label = answers(rows, np.random.default_rng([seed, list(SIZES).index(split)]))
     arrays = {'input': pairs, 'label': label}
     if teacher == 'logits':

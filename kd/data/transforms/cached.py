@@ -46,6 +46,10 @@ class CachedSource(sources.Source):
         self.signal_temperature, self.outcomes = form.temperature, shape[-1]
         self.tokenizer = getattr(source, 'tokenizer', None)
 
+    @property
+    def kind(self) -> str:
+        return self._source.kind
+
     def __len__(self) -> int:
         return len(self._source)
 

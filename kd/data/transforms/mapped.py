@@ -41,6 +41,10 @@ class MappedSource(sources.Source):
         self.seen = ', '.join(filter(None, (source.seen, seen)))
         self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
 
+    @property
+    def kind(self) -> str:
+        return self._source.kind
+
     def __len__(self) -> int:
         return len(self._source)
 

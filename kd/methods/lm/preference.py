@@ -99,14 +99,13 @@ def preference(
     loss: str = 'kd.losses.preference_family.redi',
     chunk: Count = 256,
     micro_batches: Count = 1,
+    distinct: bool = False,
     **loss_arguments,
 ) -> Method:
     """A loss of the log-probabilities of both answers, averaged over pairs.
 
     REDI is `redi` on pairs of a right and a wrong answer of the teacher, after fine-tuning on the
-    right ones; its rate is about a fiftieth of fine-tuning's. SODA is `dpo` on pairs of an answer
-    of the teacher and one of the student before any training, after fine-tuning on the teacher's
-    (`references.reference`, as `references.start`).
+    right ones; its rate is about a fiftieth of fine-tuning's. For SODA see `kd.methods.lm.soda`.
 
     Args:
       context: the stage; needs a network, an optimiser and pairs (see `score`). Starts from
@@ -118,6 +117,7 @@ def preference(
         `anchor_log_p`.
       chunk: tokens at a time where logits are not formed whole.
       micro_batches: parts over which gradients are accumulated; pairs stay together.
+      distinct: leaves pairs of the same answer twice out of all means.
       **loss_arguments: further keywords of the loss (`alpha` of redi, `beta` of dpo, ...).
     """
     network, of_pairs = context.network, config_lib.resolve(loss)
@@ -143,8 +143,9 @@ def preference(
         )
         known = {'log_p': found.log_p, 'counts': found.counts, ANCHOR: batch.get(ANCHOR)}
         losses = of_pairs(**{name: known[name] for name in takes}, **loss_arguments)
-        metrics = compared(found, known[ANCHOR] if anchored else None)
-        return Objective(mean(losses), metrics, found.mutables)
+        where = differ(batch) if distinct else None
+        metrics = compared(found, known[ANCHOR] if anchored else None, where)
+        return Objective(mean(losses, where), metrics, found.mutables)
 
     init = start.from_reference(network.init, context)
     method = minimize(objective, context.tx, init, micro_batches=micro_batches)
@@ -155,6 +156,12 @@ def anchor(context: Context, state, batch: Batch, chunk: int = 256) -> jax.Array
     """The sums [B, 2] of the stage's reference, which is not in training mode."""
     reference = context.references[REFERENCE]
     return score(reference, state.frozen[REFERENCE], batch, chunk=chunk).log_p
+
+
+def differ(batch: Batch) -> jax.Array:
+    """Whether the two answers of a pair are not the same one, bool [B]."""
+    answer = batch['label' if 'label' in batch else 'input']
+    return (answer[:, 0] != answer[:, 1]).reshape(len(answer), -1).any(-1)
 
 
 def compared(
