@@ -65,7 +65,7 @@ class Source:
     pairs = False
 
     @property
-    def kind(self) -> str:
+    def domain(self) -> str:
         """The data that a network has to know: the name up to a colon."""
         return self.name.partition(':')[0]
 

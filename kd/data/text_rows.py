@@ -34,7 +34,7 @@ class TextSource(sources.Source):
     counts: Mapping[str, int]
 
     @property
-    def kind(self) -> str:
+    def domain(self) -> str:
         """A network that has read one text can read another, of the same tokens."""
         return 'text'
 

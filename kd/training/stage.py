@@ -211,7 +211,7 @@ def _check_data(
         its_own = source_loader(found.data, found.recipe, None)('train')
     except UserError as error:
         raise UserError(f'{where}: the data it was trained on cannot be opened: {error}') from error
-    theirs, ours = ((one.kind, one.seen) for one in (its_own, train))
+    theirs, ours = ((one.domain, one.seen) for one in (its_own, train))
     if theirs != ours:
         raise UserError(
             f'{where} was trained on {" with ".join(filter(None, theirs))}, and the stage takes '

@@ -233,6 +233,16 @@ def learnt(batch, tokens):
     return text.split('<|')[0].strip()
 
 
+def test_a_network_that_has_read_one_text_may_read_another(make):
+    """Its domain is not the name of the data, as it is of images."""
+    made = [
+        make('documents', path='books', length=30),
+        make('preferences', path='pairs.jsonl', length=80),
+    ]
+    assert [source.domain for source in made] == ['text', 'text']
+    assert len({source.name for source in made}) == 2
+
+
 def test_networks_see_one_answer_of_a_pair(make, data_dir):
     source = make('preferences', path='pairs.jsonl', length=80)
     network = networks.build_network(

@@ -1,5 +1,7 @@
 """SODA: pairs with the student's own first answers, and the step of DPO from the fine-tuned one."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +11,18 @@ from scipy import special
 
 from kd.claims import seeds
 from kd.errors import UserError
-from kd.methods.lm.preference import ANCHOR, REFERENCE, preference, score
+from kd.io import safetensors
+from kd.main import main
+from kd.methods.lm.preference import REFERENCE
 from kd.methods.lm.soda import INITIAL, soda, with_own_answers
 from kd.models.structured import BottleneckLM
 from kd.network import from_linen
+from kd.process import entry
 from kd.state import State
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 B, V, LR, BETA = 64, 6, 0.5, 0.3
-DPO = 'kd.losses.preference_family.dpo'
 
 
 @pytest.fixture(scope='module')
@@ -123,25 +127,83 @@ def test_the_first_step_pulls_the_answers_apart_by_half_of_beta(
         assert float(total / count) == pytest.approx(value, abs=1e-6)
 
 
-def test_sums_of_the_reference_may_come_with_the_data(network, frozen, batch, context, paired):
-    """They are those that the stage would compute, and then it needs no reference."""
-    pairs = paired(batch, 0, 0)
-    sums = jax.jit(lambda v, b: score(network, v, b).log_p)(frozen[REFERENCE], pairs)
-    np.testing.assert_allclose(
-        sums, np.take_along_axis(log_q(network, frozen[REFERENCE], batch), pairs['label'], 1),
-        rtol=1e-5,
-    )  # fmt: skip
-    spec = {ANCHOR: jax.ShapeDtypeStruct((2,), jnp.float32)}
-    alone = seeds.context(network=network, tx=optax.sgd(LR), spec=spec)
-    states = []
-    for made, given in ((context, {}), (alone, {ANCHOR: sums})):
-        method = preference(made, loss=DPO, beta=BETA)
-        # Away from the reference, where sums count.
-        state = State.create(jax.random.key(0), frozen[INITIAL], optax.sgd(LR).init({}))
-        state = state.replace(frozen=frozen if not given else {})
-        states.append(jax.jit(method.step)(state, {**pairs, **given})[0])
-    one, other = (state.params for state in states)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, other)
+RECIPE = """
+from kd import config as kd_config
+
+PREFERENCE = 'kd.methods.lm.preference.preference'
+SUMS = 'kd.methods.reference_sums.reference_sums'
+
+def get_config():
+    splits = dict(train='train', validation='validation')
+    config = kd_config.recipe(
+        stages=('tuned', 'sums', 'held', 'read'),
+        data=dict(
+            source=dict(name='kd.data.builders.table.preferences', tokens=7, size=50), **splits
+        ),
+        mesh=dict(data=1),
+    )
+
+    def stage(**fields):
+        return kd_config.stage(
+            network=dict(name='kd.models.structured.BottleneckLM', width=4),
+            optimizer=dict(name='sgd', lr=1.0),
+            steps=3, batch_size=16, log_every=1,
+            evaluators=dict(pairs=dict(name='kd.evaluators.preference.preference')),
+            **fields,
+        )
+
+    config.tuned = stage(method=dict(name=PREFERENCE, alpha=0.0))
+    config.sums = kd_config.stage(
+        teacher='tuned', steps=1, batch_size=16,
+        method=dict(name='kd.methods.cache.nothing'),
+        writers=dict(sums=dict(name=SUMS, per_file=20)),
+    )
+    soda = dict(name='kd.methods.lm.soda.soda', beta=2.0)
+    config.held = stage(method=soda, references=dict(start='tuned', reference='tuned'))
+    anchored = dict(name='kd.data.transforms.anchored.anchored')
+    config.read = stage(
+        method=soda, references=dict(start='tuned'), data=dict(source=anchored, **splits)
+    )
+    return config
+"""
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The folder of a run in which a reference is held, and one in which its sums are read."""
+    folder = tmp_path_factory.mktemp('soda')
+    (folder / 'recipe.py').write_text(RECIPE)
+    assert main([f'--config={folder}/recipe.py', f'--workdir={folder}/run']) == 0
+    return folder / 'run'
+
+
+def test_sums_of_the_reference_on_disk_are_as_good_as_the_reference(run):
+    held, read, tuned = (
+        safetensors.stage_variables(run / stage) for stage in ('held', 'read', 'tuned')
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), held, read)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), held, tuned)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    metrics = [
+        json.loads((run / stage / 'done.json').read_text())['metrics'] for stage in ('held', 'read')
+    ]
+    # Of the validation split there are no sums: margins need the reference.
+    assert set(metrics[0]) - set(metrics[1]) == {'pairs/margin', 'pairs/accuracy'}
+    shards = sorted(file.name for file in (run / 'sums' / 'anchors').glob('*.array_record'))
+    assert shards == ['00000.array_record', '00001.array_record']
+
+
+def test_sums_are_of_pairs_and_of_the_same_pairs(run, capsys):
+    def told(*changes):
+        config = f'--config={run.parent}/recipe.py'
+        status = entry(lambda: main([config, f'--workdir={run.parent}/other', *changes]))
+        assert status == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    plain = '--config.data.source.name=kd.data.builders.table.table'
+    assert 'sums: sums are of pairs of answers, and table is not in pairs' in told(
+        plain, '--stages=sums'
+    )
 
 
 def test_what_cannot_be_is_told(context, network, frozen, batch):

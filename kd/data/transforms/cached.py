@@ -47,8 +47,8 @@ class CachedSource(sources.Source):
         self.tokenizer = getattr(source, 'tokenizer', None)
 
     @property
-    def kind(self) -> str:
-        return self._source.kind
+    def domain(self) -> str:
+        return self._source.domain
 
     def __len__(self) -> int:
         return len(self._source)

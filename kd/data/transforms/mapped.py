@@ -42,8 +42,8 @@ class MappedSource(sources.Source):
         self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
 
     @property
-    def kind(self) -> str:
-        return self._source.kind
+    def domain(self) -> str:
+        return self._source.domain
 
     def __len__(self) -> int:
         return len(self._source)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kd import config as config_lib
 from kd.context import Context
+from kd.data.transforms.anchored import ANCHOR
 from kd.errors import UserError
 from kd.losses import classification, sequence
 from kd.method import Batch, Method, Objective, minimize, with_collect
@@ -25,8 +26,8 @@ from kd.network import Network
 from kd.ranges import Count
 from kd.state import PyTree
 
-# The reference that log-probabilities are compared with, and the field that brings them.
-REFERENCE, ANCHOR = 'reference', 'anchor_log_p'
+# The reference that log-probabilities are compared with.
+REFERENCE = 'reference'
 # What a loss may take of a pair; the rest are its options.
 _OF_PAIR = ('log_p', 'counts', ANCHOR)
 
@@ -110,8 +111,8 @@ def preference(
     Args:
       context: the stage; needs a network, an optimiser and pairs (see `score`). Starts from
         `references.start`, if there is one. A loss that takes `anchor_log_p` needs
-        `references.reference`, or the field `anchor_log_p` [B, 2] in the data, which is taken at
-        its word.
+        `references.reference`, or data that bring what it has said
+        (`kd.data.transforms.anchored`).
       loss: import path of `loss(log_p [B, 2], ...) -> [B]`: `redi`, `simpo` or `dpo` of
         `kd.losses.preference_family`, or your own; it gets what it names of `log_p`, `counts` and
         `anchor_log_p`.
