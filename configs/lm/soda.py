@@ -15,10 +15,12 @@ goes on with that for as many steps either way, by SeqKD or by SODA.
 The larger ones read `/models/Qwen2.5-3B-Instruct`, a directory as Hugging Face has it, and
 `lmsys_gpt5.jsonl` in `--data_dir`, the teacher's answers to LMSYS-Chat as lines of `prompt` and
 `response` (ytz20/LMSYS-Chat-GPT-5-Chat-Response). Stages: `first`, in which the student answers
-every prompt as it is; `tuned`; `soda`. Prompts of 2,048 tokens, answers of 1,536, fine-tuning of
-one epoch of 256 rows at 1e-6 and sampling at temperature .8 are those of GAD's scripts, which the
-paper compares with. Its own beta and rate could not be read: .1 and 5e-7 are ours, as is AdamW, and
-an epoch of pairs. Answers are judged elsewhere, by GPT-4o in the paper; export `soda` for that.
+every prompt as it is; `tuned`; `sums` of the tuned one over all pairs; `soda`. Prompts of 2,048
+tokens, answers of 1,536, fine-tuning of one epoch of 256 rows at 1e-6, the clipped gradient and
+sampling at temperature .8 are those of GAD's scripts, which the paper compares with. Its own beta
+and rate could not be read: .1 and 5e-7 are ours, as are AdamW, an epoch of pairs, and leaving out
+first answers without an end. The exact students are not known either: these are of their kind.
+Answers are judged elsewhere, by GPT-4o in the paper; export `soda` for that.
 """
 
 from kd import config as kd_config
@@ -109,14 +111,15 @@ def text(preset: str, folder: str):
         long='drop',
     )
     prompts = dict(**answers, layout='prompts', length=PROMPT, response_length=ANSWER)
-    train, validation = 'train[:99%]', 'train[99%:]'
+    rows = dict(**answers, layout='rows', length=PROMPT + ANSWER)
+    # The answers of the data against those of the stage `first`.
+    pairs = dict(
+        name='kd.data.generated.pairs', rejected='first', ended=True, length=PROMPT + ANSWER
+    )
+    splits = dict(train='train[:99%]', validation='train[99%:]')
     config = kd_config.recipe(
-        stages=('first', 'tuned', 'soda'),
-        data=dict(
-            source=dict(**answers, layout='rows', length=PROMPT + ANSWER),
-            train=train,
-            validation=validation,
-        ),
+        stages=('first', 'tuned', 'sums', 'soda'),
+        data=dict(source=rows, **splits),
         pretrained=dict(base=dict(weights=weights, network=student)),
         report=dict(
             name='kd.reports.language.language',
@@ -133,9 +136,7 @@ def text(preset: str, folder: str):
         teacher='base',
         method=dict(name='kd.methods.cache.nothing'),
         writers=dict(
-            answers=dict(
-                name='kd.methods.generate.responses', max_new=ANSWER, temperature=0.8, split='train'
-            )
+            answers=dict(name='kd.methods.generate.responses', max_new=ANSWER, temperature=0.8)
         ),
         data=dict(source=prompts, train='train'),
         steps=1,
@@ -161,15 +162,20 @@ def text(preset: str, folder: str):
         references=dict(start='base'),
         evaluators=dict(validation=dict(name='kd.evaluators.language.language')),
     )
+    # Once for all pairs, so that training holds neither teacher nor reference.
+    config.sums = kd_config.stage(
+        teacher='tuned',
+        data=dict(source=pairs, **splits),
+        method=dict(name='kd.methods.cache.nothing'),
+        writers=dict(sums=dict(name='kd.methods.reference_sums.reference_sums')),
+        steps=1,
+        batch_size=256,
+    )
     config.soda = stage(
         5e-7,
         dict(name=SODA, beta=0.1),
-        references=dict(start='tuned', reference='tuned'),
-        data=dict(
-            source=dict(name='kd.data.generated.pairs', rejected='first', length=PROMPT + ANSWER),
-            train=train,
-            validation=validation,
-        ),
+        references=dict(start='tuned'),
+        data=dict(source=dict(name='kd.data.transforms.anchored.anchored'), **splits),
         evaluators=dict(pairs=dict(name='kd.evaluators.preference.preference')),
     )
     return config

@@ -52,10 +52,13 @@ class Answered(NamedTuple):
         """Tokens of one answer."""
         return self.answers.tokens[row, number, : self.answers.lengths[row, number]]
 
-    def example(self, row: int, number: int) -> Example:
-        """A prompt with one answer, of which the answer is learnt."""
+    def example(self, row: int, number: int | None) -> Example:
+        """A prompt with one answer, of which the answer is learnt; None for that of the data."""
         prompt = self.batch['input'][row][self.batch['prompt_mask'][row]]
-        said = self.said(row, number)
+        if number is None:
+            said = self.batch['response'][row][self.batch['response_mask'][row]]
+        else:
+            said = self.said(row, number)
         response = np.arange(len(prompt) + len(said)) >= len(prompt)
         return Example(np.concatenate([prompt, said]), response)
 
@@ -168,53 +171,70 @@ def _farthest(
 def pairs(
     context: SourceContext,
     *,
-    chosen: StageName,
     length: Count,
+    chosen: Literal[''] | StageName = '',
     rejected: Literal[''] | StageName = '',
+    ended: bool = False,
     long: Literal['cut', 'drop'] = 'cut',
 ) -> TextSource:
     """Pairs of answers to a prompt, the better one first: every field of a row is [2, T].
 
     Of one stage the answers of the highest and of the lowest score; of two, the k-th answers of
-    each, as many as both have. Pairs of equal scores, or of the same answer twice, are left out.
+    each, as many as both have; where `rejected` alone is named, the answer that the data have to a
+    prompt and the first of the stage. Pairs of equal scores, or of the same answer twice, are left
+    out.
 
     Args:
       context: a split.
-      chosen: the stage whose answers are the better ones.
       length: T.
+      chosen: the stage whose answers are the better ones; '' for those of the prompts' data, which
+        then have a `response_length`.
       rejected: the stage of the others; '' for the same.
+      ended: leaves out pairs with an answer of a stage that came to no stop token.
       long: what is longer than a row is 'cut' or 'drop'ped.
 
     Raises:
-      UserError: as of `teacher_text`.
+      UserError: as of `teacher_text`, no stage at all, data without answers.
     """
+    first = chosen or rejected
+    if not first:
+        raise UserError('pairs are of answers of a stage: name it as `chosen` or `rejected`.')
     options: dict[str, Any] = dict(context=context, tokenizer='', length=length, long=long)
     if context.workdir is None:
-        source = _described(context, chosen, scored=not rejected)
-        if rejected:
+        source = _described(context, first, scored=not rejected)
+        if chosen and rejected:
             _described(context, rejected)
+        if not chosen and 'response' not in source.spec:
+            raise UserError(
+                f"the prompts of '{rejected}' have no answers of their own to prefer; give their "
+                'data a response_length, or name the stage of the better ones (chosen).'
+            )
         return Form(source.name, layout='pairs', **options).described(source.num_classes)
-    better = _answered(context, chosen, scored=not rejected)
+    better = _answered(context, first, scored=not rejected)
     worse = better
-    if rejected:
+    if chosen and rejected:
         worse = _answered(context, rejected)
         _check_prompts(better, worse, chosen, rejected)
     found = []
     for row in range(len(better.batch['input'])):
-        if rejected:
+        numbers: list[tuple[int | None, int]]
+        if not chosen:
+            numbers = [(None, 0)]
+        elif rejected:
             count = min(x.answers.scores.shape[1] for x in (better, worse))
             numbers = [(k, k) for k in range(count)]
         else:
             scores = np.nan_to_num(better.answers.scores[row], nan=-np.inf)
-            first, last = int(scores.argmax()), int(scores.argmin())
-            numbers = [(first, last)] if scores[first] > scores[last] else []
-        found += [
-            (better.example(row, a), worse.example(row, b))
-            for a, b in numbers
-            if not np.array_equal(better.said(row, a), worse.said(row, b))
-        ]
+            most, least = int(scores.argmax()), int(scores.argmin())
+            numbers = [(most, least)] if scores[most] > scores[least] else []
+        for a, b in numbers:
+            one, other = better.example(row, a), worse.example(row, b)
+            cut = worse.answers.truncated[row, b]
+            cut |= a is not None and better.answers.truncated[row, a]
+            if not np.array_equal(one.ids, other.ids) and not (ended and cut):
+                found.append((one, other))
     if not found:
-        raise UserError(f"of the answers of '{chosen}' to {context.split} no two are a pair.")
+        raise UserError(f"of the answers of '{first}' to {context.split} no two are a pair.")
     form = Form(better.source.name, layout='pairs', **options)
     return form.filled(found, tokenizer_of(better.source), better.source.num_classes)
 

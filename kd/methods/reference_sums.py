@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kd.context import Context
 from kd.context import Writer as StageWriter
 from kd.data import pipeline, sources
-from kd.data.transforms import anchored, cached
+from kd.data.transforms import anchored
 from kd.errors import UserError
 from kd.io import cache, checksums, shards
 from kd.io.progress import say
@@ -59,7 +59,7 @@ def reference_sums(
         variables = state.frozen['teacher']
         assert context.locate is not None
         made_of = {
-            **cached.tokenizer_fingerprint(source),
+            **sources.tokenizer_fingerprint(source),
             'teacher': checksums.fingerprint(variables),
             'training of the teacher': cache.training_fingerprint(
                 context.locate(context.config.teacher)

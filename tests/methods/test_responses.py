@@ -193,7 +193,7 @@ def test_pass_rates_count_what_has_passed_and_no_verdict_is_no_pass(recipe, run,
     np.testing.assert_allclose(batch['pass_rate'], (first % 2 == 1).mean(1), rtol=1e-6)
 
 
-def test_pairs_are_of_the_best_and_the_worst_or_of_two_stages(recipe, run, kept, asked):
+def test_pairs_are_of_the_best_and_the_worst_or_of_two_stages(texts, recipe, run, kept, asked):
     batch = generated.pairs(context(recipe, run), chosen='answers', length=10)
     scores = np.where(np.isnan(kept.scores), -1, kept.scores)
     decided = np.flatnonzero(scores.max(1) > scores.min(1))
@@ -205,6 +205,22 @@ def test_pairs_are_of_the_best_and_the_worst_or_of_two_stages(recipe, run, kept,
         assert first % 2 == 1 or (scores[row].max() == 0 and last == 4)
         assert last % 2 == 0
         np.testing.assert_array_equal(rows['input'][at, 0, :size], rows['input'][at, 1, :size])
+    # Answers of the data before the first of a stage, and of these only those that have ended.
+    batch = texts.prompts(SourceContext('train', recipe), answers=True).fetch(np.arange(N))
+    for ended, rows in ((False, np.arange(N)), (True, np.flatnonzero(~kept.truncated[:, 0]))):
+        made = generated.pairs(context(recipe, run), rejected='answers', length=10, ended=ended)
+        found = made.fetch(np.arange(len(made)))
+        own = [batch['response'][row][batch['response_mask'][row]].tolist() for row in rows]
+        first = [kept.tokens[row, 0, : kept.lengths[row, 0]].tolist() for row in rows]
+        assert 0 < len(rows) == len(made)
+        for side, said in enumerate((own, first)):
+            learnt = [
+                ids[mask].tolist() for ids, mask in
+                zip(found['input'][:, side], found['response_mask'][:, side], strict=True)
+            ]  # fmt: skip
+            assert learnt == said
+    with pytest.raises(UserError, match='name it as `chosen` or `rejected`'):
+        generated.pairs(context(recipe, run), length=10)
     # Of one stage with itself every pair is the same answer twice.
     with pytest.raises(UserError, match="of the answers of 'answers' to train no two are a pair"):
         generated.pairs(context(recipe, run), chosen='answers', rejected='answers', length=10)

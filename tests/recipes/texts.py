@@ -93,7 +93,7 @@ def answering(reads, **learns):
         writers={'answers': dict(
             name='kd.methods.generate.responses', samples=3, max_new=6, per_file=4, stop=(2, 3),
             reward=dict(name='texts.odd'))},
-        data=dict(source=dict(name='texts.prompts'), train='train'),
+        data=dict(source=dict(name='texts.prompts', answers=True), train='train'),
         teacher='teacher', steps=1, batch_size=4,
     )  # fmt: skip
     config.student.data = dict(source=dict(name=f'kd.data.generated.{reads}', **learns),

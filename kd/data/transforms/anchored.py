@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from kd import config as config_lib
 from kd.data import sources
-from kd.data.context import SourceContext
-from kd.data.transforms.cached import tokenizer_fingerprint
+from kd.data.context import SourceContext, source_loader
 from kd.errors import UserError
 from kd.io import cache, shards
 from kd.ranges import StageName
@@ -57,13 +57,13 @@ class AnchoredSource(sources.Source):
 
 
 def anchored(context: SourceContext, *, stage: StageName = 'sums') -> sources.Source:
-    """The recipe's pairs with sums of a reference; splits that it has not seen stay as they are.
+    """The pairs of a stage with the sums that it wrote; splits without any stay as they are.
 
     For the key `source` of a stage's data: the stage then holds no reference.
 
     Args:
-      context: a split of the recipe's data, which is in pairs.
-      stage: the stage of this recipe whose writer `reference_sums` wrote them.
+      context: a split of that stage's data, which are in pairs.
+      stage: the stage of this recipe with the writer `reference_sums`.
 
     Raises:
       UserError: no such stage, or sums of other data or another network.
@@ -74,13 +74,14 @@ def anchored(context: SourceContext, *, stage: StageName = 'sums') -> sources.So
     blocks = [b for b in recipe.stages[stage].writers.values() if b['name'] == _WRITER]
     if not blocks:
         raise UserError(f"stage '{stage}' has no writer {_WRITER}.")
-    source = context.recipe_data(context.split)
-    if recipe.data[blocks[0].get('split', 'train')] != context.split:
+    data = config_lib.data_of(recipe.data, recipe.stages[stage].data)
+    source = source_loader({**data, 'this': context.split}, recipe, context.workdir)('this')
+    if data[blocks[0].get('split', 'train')] != context.split:
         return source
     if context.workdir is None:
         return AnchoredSource(source, None)
     made_of = {
-        **tokenizer_fingerprint(source),
+        **sources.tokenizer_fingerprint(source),
         'data': sources.fingerprint(source),
         'training of the teacher': cache.training_fingerprint(
             context.locate(recipe.stages[stage].teacher)

@@ -30,7 +30,7 @@ def soda(
     chunk: Count = 256,
     micro_batches: Count = 1,
 ) -> Method:
-    """DPO of the teacher's answer y+ against the initial student's y- (eqs. 3-5 of the paper).
+    """DPO of the teacher's answer y+ against the initial student's y-.
 
         loss = -log sigma(beta [S(y+) - S_w(y+)] - beta [S(y-) - S_w(y-)])
 
@@ -46,6 +46,8 @@ def soda(
       beta: how closely the reference is held to; ours, as the paper's is not known.
       seed: of the draws of y-, apart from the run's.
       chunk, micro_batches: see `kd.methods.lm.preference.preference`.
+
+    Source: SODA, arXiv 2604.03873, eqs. 3-5.
     """
     method = preference(
         context, loss='kd.losses.preference_family.dpo', beta=beta, chunk=chunk,
