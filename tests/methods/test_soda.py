@@ -9,6 +9,7 @@ import optax
 import pytest
 from scipy import special
 
+from kd import config as kd_config
 from kd.claims import seeds
 from kd.errors import UserError
 from kd.io import safetensors
@@ -17,8 +18,9 @@ from kd.methods.lm.preference import REFERENCE
 from kd.methods.lm.soda import INITIAL, soda, with_own_answers
 from kd.models.structured import BottleneckLM
 from kd.network import from_linen
-from kd.process import entry
+from kd.parallel.mesh import make_mesh
 from kd.state import State
+from kd.training.stage import prepare
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -193,17 +195,17 @@ def test_sums_of_the_reference_on_disk_are_as_good_as_the_reference(run):
     assert shards == ['00000.array_record', '00001.array_record']
 
 
-def test_sums_are_of_pairs_and_of_the_same_pairs(run, capsys):
-    def told(*changes):
-        config = f'--config={run.parent}/recipe.py'
-        status = entry(lambda: main([config, f'--workdir={run.parent}/other', *changes]))
-        assert status == 2
-        return capsys.readouterr().err.splitlines()[-1]
+def test_sums_are_of_pairs_and_of_the_same_pairs(run):
+    def made(stage, **source):
+        config = kd_config.load(f'{run.parent}/recipe.py')
+        config.data.source.update(source)
+        return prepare(kd_config.parse(config), stage, make_mesh({'data': 1}), run)
 
-    plain = '--config.data.source.name=kd.data.builders.table.table'
-    assert 'sums: sums are of pairs of answers, and table is not in pairs' in told(
-        plain, '--stages=sums'
-    )
+    assert made('read').context.spec['anchor_log_p'].shape == (2,)
+    with pytest.raises(UserError, match='was made from another data'):
+        made('read', size=40)
+    with pytest.raises(UserError, match=r'sums are of pairs of answers, and table is not in pairs'):
+        made('sums', name='kd.data.builders.table.table')
 
 
 def test_what_cannot_be_is_told(context, network, frozen, batch):
