@@ -251,7 +251,7 @@ def test_answers_of_others_are_one_line(texts, run, recipe):
     ('change', 'message'),
     [
         ({'writers.answers.who': 'start'}, "there is no 'start' to answer; the stage has teacher"),
-        ({'data.source.name': 'texts.rows'}, "the data has no 'prompt_mask'"),
+        ({'data.source': {'name': 'texts.rows'}}, "the data has no 'prompt_mask'"),
         ({'writers.answers.stop': (20,)}, 'stop token 20 is outside the vocabulary of 20'),
         ({'writers.answers.reward': {}}, "the answers of 'answers' have no scores; give"),
     ],
