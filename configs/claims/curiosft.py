@@ -1,6 +1,6 @@
 """Fine-tuning towards one's own law at a higher temperature (arXiv:2602.02244).
 
-    python -m kd.claims curiosft            about 2 minutes on two cores
+    python -m kd.claims curiosft            about 3 minutes on two cores
 
 Facts with one valid answer and connectors with four (`kd.data.builders.facts`). A model that has
 learnt all of them is fine-tuned on demonstrations which always use one favourite of the four. How
