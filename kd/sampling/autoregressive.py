@@ -161,10 +161,10 @@ class Sampler:
     def turns(self, mask: jax.Array) -> jax.Array:
         """Tokens of each row that the loop goes through for answers of this mask, bool [B, R].
 
-        What all rows of a batch take is as much as the longest takes, up to a block.
+        What all rows of a batch take is as much as the longest takes: the first token, and blocks.
         """
-        size = self._blocks()[1]
-        return size * -(-mask.sum(1).max() // size)
+        size = max(self._blocks()[1], 1)
+        return 1 + size * -(-(mask.sum(1).max() - 1) // size)
 
     def _blocks(self) -> tuple[int, int]:
         """How many blocks of how many tokens after the first: as few too many as may be."""

@@ -165,6 +165,10 @@ def test_what_a_block_draws_beyond_the_longest_answer_ends_none(decoder, variabl
     beyond = longer.tokens[:, 4]
     row = next(b for b in range(3) if beyond[b] not in longer.tokens[b, :4])
     # Five tokens are drawn: one, and two blocks of two.
+    draw = sampler(decoder, max_new=4, block=2)
+    of = lambda length: int(draw.turns(jnp.arange(4)[None] < length))  # noqa: E731
+    assert [of(length) for length in range(1, 5)] == [1, 3, 3, 5]
+    assert int(sampler(decoder, max_new=1).turns(jnp.ones((2, 1), bool))) == 1
     found = run(decoder, variables, prompts, max_new=4, block=2, stop=(int(beyond[row]),))
     assert (found.tokens[row] == longer.tokens[row, :4]).all()
     assert found.truncated[row]
