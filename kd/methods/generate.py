@@ -161,13 +161,7 @@ def _answerer(context: Context, who: str) -> Decoder:
             f"{context.stage}: there is no '{who}' to answer; the stage has "
             f'{", ".join([*there, *context.references]) or "no network at all"}.'
         )
-    decoder = common.decoder_of(found)
-    if decoder is None:
-        raise UserError(
-            f"{context.stage}: answers are sampled from a decoder, and '{who}' is "
-            f'{type(found.module).__name__}.'
-        )
-    return decoder
+    return common.needed_decoder(context, found, who)
 
 
 def _rows(

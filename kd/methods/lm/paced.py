@@ -3,9 +3,16 @@
 Problems that the student always fails or always solves give little signal; each problem's loss is
 weighted by p^a (1 - p)^b of the student's pass rate p. The paper's best schedule is two stages:
 forward KL, then, from its weights (`references.start`), reverse KL.
+
+`paced` is for answers whose symbols are independent given the problem, `paced_text` for language
+models. There the pass rates are those of sampled answers that a reward has judged: of a stage
+before (`kd.methods.generate.responses`, read by `kd.data.generated`), or of every step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +23,15 @@ from kd.errors import UserError
 from kd.losses import check_micro_batches, outcomes
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start, teacher
+from kd.methods.lm import common
+from kd.methods.rl import common as rl
 from kd.metrics import mean, scalar
-from kd.ranges import Count, NonNegative
+from kd.ranges import Count, Keywords, NonNegative
+from kd.rewards.reward import judged
 from kd.theory import competence
 
+PASS_RATE = 'pass_rate'
+_Sampling = Annotated[Mapping[str, Any], Keywords(rl.Sampling)]
 WEIGHTINGS = ('beta', 'hard', 'uniform')
 
 
@@ -57,8 +69,7 @@ def paced(
       micro_batches: parts over which gradients are accumulated; weights are those of the batch.
       **divergence_arguments: further keywords of the divergence.
     """
-    if weighting not in WEIGHTINGS:
-        raise UserError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
+    weigh = _weighing(weighting, a, b, normalise)
     if rollouts < 1:
         raise UserError(f'rollouts must be at least 1, got {rollouts}.')
     network = context.classifier
@@ -72,17 +83,7 @@ def paced(
             where = batch.get('response_mask')
             rate = sampled_pass_rate(key, logits, batch['label'], rollouts, where=where)
             batch = {**batch, 'pass_rate': rate}
-        rate = batch['pass_rate']
-        if weighting == 'beta':
-            weights = competence.beta_kernel(rate, a, b)
-        else:
-            weights = competence.hard_filter(rate) if weighting == 'hard' else jnp.ones_like(rate)
-        if normalise:
-            average = jnp.mean(weights)
-            weights = weights / jnp.where(average > 0, average, 1.0)
-        # Per problem, so that it splits into micro-batches with the rest.
-        count = jnp.broadcast_to(competence.effective_count(weights), rate.shape)
-        return {**batch, 'weight': weights, 'effective_count': count}
+        return {**batch, **weigh(batch['pass_rate'])}
 
     def loss(params, state, batch, key) -> Objective:
         variables = state.variables(params=params)
@@ -134,3 +135,123 @@ def sampled_pass_rate(
     if where is not None:
         right |= ~where
     return competence.pass_rate(right.all(-1).T)
+
+
+def paced_text(
+    context: Context,
+    *,
+    divergence: str = 'kd.losses.divergence.forward_kl',
+    weighting: str = 'beta',
+    a: NonNegative = 1.0,
+    b: NonNegative = 1.0,
+    answers: Literal['data', 'student'] = 'data',
+    sampling: _Sampling | None = None,
+    reward: Mapping[str, Any] | None = None,
+    normalise: bool = True,
+    chunk: Count = 256,
+    micro_batches: Count = 1,
+    **divergence_arguments,
+) -> Method:
+    """Distils every problem of a language model by a weight of the student's pass rate on it.
+
+        loss = mean_i w(p_i) / mean_j w(p_j) * mean_t D(student, teacher | y_i,<t)
+
+    over the tokens t of an answer y_i: for forward KL a reference in the data, for reverse KL what
+    the present student answers. p_i is `pass_rate` of the batch (`kd.data.generated`), or the share
+    of `sampling.group` answers of the present student that `reward` holds for right. Weights are
+    constants to the gradient, and so is the sampling. Problems of weight 0 contribute exactly 0,
+    and the head is not applied to their tokens.
+
+    Args:
+      context: the stage; needs a decoder, an optimiser, a teacher, and rows of one problem each, or
+        prompts. Starts from `references.start`, if there is one.
+      divergence: import path of one of `kd.losses.divergence`.
+      weighting, a, b, normalise: as of `paced`.
+      answers: 'data' for the rows, or the prompts' `response`; 'student' for what it answers to
+        prompts, one answer each.
+      sampling: of the student, see `kd.methods.rl.common.Sampling`; None if nothing is sampled.
+      reward: block of what judges answers, see `kd.rewards`; None where the data have pass rates.
+      chunk: tokens at a time where logits are not formed whole.
+      micro_batches: parts over which gradients are accumulated; weights are those of the batch.
+      **divergence_arguments: further keywords of the divergence.
+
+    Raises:
+      UserError: neither pass rates nor what they would be measured by.
+    """
+    weigh = _weighing(weighting, a, b, normalise)
+    network, of_position = context.network, kd_config.resolve(divergence)
+    kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
+    rated = PASS_RATE in context.spec
+    draw, judge, count = None, None, 1
+    if not rated and not reward:
+        raise UserError(
+            f"{context.stage}: the data bring no '{PASS_RATE}' (`kd.data.generated` does), and the "
+            'method has no `reward` to measure it by.'
+        )
+    if not rated or answers == 'student':
+        config = rl.Sampling(**(sampling or {}))
+        draw, count = rl.drawing(context, config), 1 if rated else config.group
+    if not rated:
+        judge = rl.of_block(context, reward or {})
+
+    def collect(state, batch, key):
+        rate = batch.get(PASS_RATE)
+        if draw is not None:
+            asked = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), batch)
+            variables = context.rollout(state.variables())
+            said = draw(variables, asked['input'], asked['prompt_mask'], key)
+            if judge is not None:
+                right = judged(judge(said.tokens, said.mask, asked))[0] >= 0.5
+                rate = competence.pass_rate(right.reshape(-1, count))
+            if answers == 'student':
+                batch = common.answered(batch, said.tokens[::count], said.mask[::count])
+        batch = common.aggregated(common.as_text(batch), 'sequence_mean')
+        weights = weigh(rate)
+        counted = weights['weight'][:, None]
+        batch[common.TOKEN_WEIGHT] *= counted
+        batch['response_mask'] &= counted > 0
+        return {**batch, **weights, PASS_RATE: rate}
+
+    def of_token(logits, teacher, labels, weight):
+        value = outcomes.per_position(of_position, logits, teacher, **divergence_arguments)
+        return jnp.where(weight > 0, weight * value, 0.0), {'divergence': value}
+
+    def loss(params, state, batch, key) -> Objective:
+        found = common.token_losses(
+            network, state.variables(params=params), batch, of_token,
+            teacher=common.teacher_signal(context, state, batch),
+            per_token=(batch[common.TOKEN_WEIGHT],), key=key, chunk=chunk,
+        )  # fmt: skip
+        metrics = {
+            'divergence': mean(found.aux['divergence'], found.where),
+            'pass_rate': mean(batch[PASS_RATE]),
+            'effective_count': scalar(batch['effective_count'][0]),
+        }
+        return Objective(mean(found.losses.sum(1)), metrics, found.mutables)
+
+    init = start.from_reference(network.init, context)
+    return with_collect(minimize(loss, context.tx, init, micro_batches=micro_batches), collect)
+
+
+def _weighing(
+    weighting: str, a: float, b: float, normalise: bool
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Pass rates [B] -> the problems' `weight` and `effective_count`, each [B].
+
+    The count is of the batch, and per problem so that it splits into micro-batches with the rest.
+    """
+    if weighting not in WEIGHTINGS:
+        raise UserError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
+
+    def weigh(rate):
+        if weighting == 'beta':
+            weights = competence.beta_kernel(rate, a, b)
+        else:
+            weights = competence.hard_filter(rate) if weighting == 'hard' else jnp.ones_like(rate)
+        if normalise:
+            average = jnp.mean(weights)
+            weights = weights / jnp.where(average > 0, average, 1.0)
+        count = jnp.broadcast_to(competence.effective_count(weights), rate.shape)
+        return {'weight': weights, 'effective_count': count}
+
+    return weigh
