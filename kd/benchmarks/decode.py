@@ -13,6 +13,9 @@ be measured is. Greedy answers must agree, up to a rounding that turns a close c
 |---|---|
 | SmolLM2-135M, greedy, 1 / 8 / 32 rows | at least 1.7 / 1.2 / 1.0 times transformers |
 | toy of width 64, 128 rows x 8 tokens, sampled | at least 3 times transformers |
+
+Measured on a core of an EPYC 9004 that others used too: 1.76 (1.68-1.83), 1.43 (1.41-1.48), 1.17
+(1.16-1.20) and, for the toy, 2.70 (2.66-2.78), which misses: of its 9.5 ms, 5 read the prompts.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from kd.benchmarks import decode, distil_step, turns, weights
 from kd.errors import UserError
 from kd.losses import divergence
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 NO_PEERS = '--peers='
 
 
@@ -73,7 +75,9 @@ def test_greedy_answers_agree_up_to_the_first_token_that_differs():
 
 def test_what_is_measured_is_the_step_of_the_recipe(tmp_path):
     """The loss is that of the decoder's own logits, over the second half of the rows."""
-    small = distil_step.SMALL.clone(num_classes=40, width=16, depth=2, heads=2, kv_heads=1)
+    small = distil_step.SMALL.clone(
+        num_classes=40, width=16, depth=2, heads=2, kv_heads=1, mlp_hidden=24
+    )
     directory = weights.write(tmp_path / 'teacher', small)
     module, variables = weights.read(directory)
     tokens = np.random.default_rng(0).integers(0, 40, (2, 8)).tolist()

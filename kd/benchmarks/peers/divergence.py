@@ -1,8 +1,8 @@
 """A distillation step by TRL's chunked divergence, as `kd.benchmarks.distil_step` asks for it.
 
-As its `DistillationTrainer` computes: hidden states of both models at the tokens of the answers
-alone go into `_chunked_divergence_loss`; the optimiser is torch's fused AdamW, as its default is.
-With `whole`, those of all tokens go in with a mask, as packed rows of several turns need it.
+As its `DistillationTrainer` computes: hidden states of both models go into
+`_chunked_divergence_loss`, with `whole` those of all tokens and a mask, else those of the answers
+alone; the optimiser is torch's fused AdamW, as its default is.
 """
 
 from __future__ import annotations
