@@ -1,6 +1,6 @@
 """A student learns more from a teacher's answers against its own first ones (arXiv:2604.03873).
 
-    python -m kd.claims soda            three minutes on two cores
+    python -m kd.claims soda            five minutes on two cores
 
 A language of one token (`kd.data.builders.table`). The student, of rank 16, is trained on a table
 that is weakly related to the teacher's (q_0), then fine-tuned on text of the teacher, drawn a

@@ -10,7 +10,8 @@
 | qwen2_5_7b | Qwen2.5-7B-Instruct | the same | v5p-64 |
 
 Stages of `cpu`: the student is trained on a related table, fine-tuned on the teacher's text, and
-goes on with that for as many steps either way, by SeqKD or by SODA.
+goes on with that for as many steps either way, by SeqKD or by SODA. Expect scores of -2.55, -2.52
+and -2.24 nats of the last three, and .726, .728 and .751 of the mass on the teacher's three best.
 
 The larger ones read `/models/Qwen2.5-3B-Instruct`, a directory as Hugging Face has it, and
 `lmsys_gpt5.jsonl` in `--data_dir`, the teacher's answers to LMSYS-Chat as lines of `prompt` and
