@@ -121,7 +121,7 @@ def teacher_text(
         if rates:
             _described(context, rates, scored=True)
         further = {PASS_RATE: np.zeros(1, np.float32)} if rates and layout == 'rows' else None
-        return form(source).described(source.num_classes, further)
+        return _to(source, form(source).described(source.num_classes, further))
     found = _answered(context, stage, scored=least is not None)
     count = found.answers.scores.shape[1]
     passed = np.zeros(len(found.batch['input']), np.float32)
@@ -147,7 +147,8 @@ def teacher_text(
     if layout == 'rows' and rates:
         further = {PASS_RATE: passed[[row for row, _ in examples]]}
     taken, classes = tokenizer_of(found.source), found.source.num_classes
-    return form(found.source).filled([one for _, one in examples], taken, classes, further)
+    made = form(found.source).filled([one for _, one in examples], taken, classes, further)
+    return _to(found.source, made)
 
 
 def _farthest(
@@ -209,7 +210,8 @@ def pairs(
                 f"the prompts of '{rejected}' have no answers of their own to prefer; give their "
                 'data a response_length, or name the stage of the better ones (chosen).'
             )
-        return Form(source.name, layout='pairs', **options).described(source.num_classes)
+        form = Form(source.name, layout='pairs', **options)
+        return _to(source, form.described(source.num_classes))
     better = _answered(context, first, scored=not rejected)
     worse = better
     if chosen and rejected:
@@ -236,7 +238,8 @@ def pairs(
     if not found:
         raise UserError(f"of the answers of '{first}' to {context.split} no two are a pair.")
     form = Form(better.source.name, layout='pairs', **options)
-    return form.filled(found, tokenizer_of(better.source), better.source.num_classes)
+    taken, classes = tokenizer_of(better.source), better.source.num_classes
+    return _to(better.source, form.filled(found, taken, classes))
 
 
 def pass_rates(
@@ -272,6 +275,12 @@ def pass_rates(
     )  # fmt: skip
     made = TextSource(data, context.split)
     made.tokenizer = tokenizer_of(source)
+    return _to(source, made)
+
+
+def _to(prompts: sources.Source, made: TextSource) -> TextSource:
+    """A source of answers, with what it says of its prompts."""
+    made.prompts = prompts
     return made
 
 

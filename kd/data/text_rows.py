@@ -33,10 +33,14 @@ class TextSource(sources.Source):
     tokenizer: Tokenizer | None = None
     counts: Mapping[str, int]
 
+    # Where the rows are answers: the source of their prompts.
+    prompts: sources.Source | None = None
+
     @property
     def domain(self) -> str:
-        """A network that has read one text can read another, of the same tokens."""
-        return 'text'
+        """A network that has read one text can read another, of the same tokens; what has answered
+        prompts of another kind knows these."""
+        return 'text' if self.prompts is None else self.prompts.domain
 
 
 @dataclasses.dataclass(frozen=True)

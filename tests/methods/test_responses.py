@@ -112,6 +112,8 @@ def test_text_is_the_prompt_and_the_answer_token_by_token(recipe, run, kept, ask
     )
     assert len(rows) == N * K
     assert rows.tokenizer.eos == 2
+    # Who has learnt from the prompts' data knows these.
+    assert rows.domain == 'texts'
     batch = rows.fetch(np.arange(N * K))
     right = (kept.tokens[..., 0] % 2 == 1).mean(1)
     for at, (row, number) in enumerate(np.ndindex(N, K)):
