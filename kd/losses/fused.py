@@ -34,8 +34,27 @@ class Given(NamedTuple):
     valid: jax.Array | None
 
 
+class How(NamedTuple):
+    """How tokens are swept over.
+
+    Attributes:
+      chunk: tokens of a slab.
+      shards: equal parts of the tokens over devices.
+      tied: whether the head [D, V] is kept as the embedding [V, D] that it is, turned. XLA drops
+        what is turned twice, and copies what is turned once, before a loop.
+    """
+
+    chunk: int
+    shards: int
+    tied: bool
+
+    def turned(self, head: jax.Array) -> jax.Array:
+        """What is kept of a head, and the head of what is kept."""
+        return head.T if self.tied else head
+
+
 def token_losses(
-    run: Run, chunk: int, shards: int, hidden: jax.Array, head: jax.Array, given: Given
+    run: Run, how: How, hidden: jax.Array, head: jax.Array, given: Given
 ) -> tuple[jax.Array, Any]:
     """(loss [N], aux [N, ...]) of `run` on hidden [N, D] @ head [D, V]; see `sequence`."""
     given = lax.stop_gradient(given)
@@ -45,15 +64,13 @@ def token_losses(
     zero = jnp.zeros_like(hidden, shape=())
     for operand in jax.tree.leaves((head, given)):
         zero += jnp.zeros_like(operand, zero.dtype, ())
-    # Turned, since a head as a rule is an embedding [V, D], turned: XLA drops what is turned twice,
-    # and copies what is turned once, before a loop.
-    hidden, rows = hidden + zero, head.T + zero.astype(head.dtype)
-    run, closed_over = _closed(run, _Slabs(chunk, shards, hidden, given), rows)
+    hidden, kept = hidden + zero, how.turned(head) + zero.astype(head.dtype)
+    run, closed_over = _closed(run, _Slabs(how, hidden, given), kept)
     given = given._replace(shared=(given.shared, lax.stop_gradient(closed_over)))
-    return _losses(run, chunk, shards, hidden, rows, given)
+    return _losses(run, how, hidden, kept, given)
 
 
-def _closed(run: Run, slabs: _Slabs, rows: jax.Array) -> tuple[Run, list[jax.Array]]:
+def _closed(run: Run, slabs: _Slabs, kept: jax.Array) -> tuple[Run, list[jax.Array]]:
     """`run` without the arrays that it closes over, and these.
 
     A traced one would be out of reach where the backward pass is traced elsewhere, as it is for a
@@ -62,7 +79,7 @@ def _closed(run: Run, slabs: _Slabs, rows: jax.Array) -> tuple[Run, list[jax.Arr
 
     def first_slab():
         hidden, _, per_token = slabs[0]
-        return signal.HiddenHead(hidden, rows.T).logits(), per_token, slabs.shared
+        return slabs.logits(hidden, kept), per_token, slabs.shared
 
     arguments = jax.eval_shape(first_slab)
     traced, outputs = jax.make_jaxpr(run, return_shape=True)(*arguments)
@@ -76,42 +93,42 @@ def _closed(run: Run, slabs: _Slabs, rows: jax.Array) -> tuple[Run, list[jax.Arr
     return run_closed, traced.consts
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _losses(run, chunk, shards, hidden, rows, given):
-    return _sweep(run, _Slabs(chunk, shards, hidden, given), rows, ('value',))['value']
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _losses(run, how, hidden, kept, given):
+    return _sweep(run, _Slabs(how, hidden, given), kept, ('value',))['value']
 
 
-def _forward(run, chunk, shards, hidden, rows, given):
-    slabs = _Slabs(chunk, shards, hidden, given)
-    ones = jnp.ones_like(hidden, numerics.accumulation_dtype(hidden, rows), hidden.shape[:1])
-    found = _sweep(run, slabs, rows, ('value', 'slopes', 'hidden', 'rows'), [ones])
-    return found.pop('value'), (hidden, rows, given, found)
+def _forward(run, how, hidden, kept, given):
+    slabs = _Slabs(how, hidden, given)
+    ones = jnp.ones_like(hidden, numerics.accumulation_dtype(hidden, kept), hidden.shape[:1])
+    found = _sweep(run, slabs, kept, ('value', 'slopes', 'hidden', 'head'), [ones])
+    return found.pop('value'), (hidden, kept, given, found)
 
 
-def _backward(run, chunk, shards, residuals, cotangents):
-    hidden, rows, given, found = residuals
-    weights, of_aux = cotangents[0].astype(found['rows'].dtype), _floats(cotangents[1])
-    slabs = _Slabs(chunk, shards, hidden, given)
+def _backward(run, how, residuals, cotangents):
+    hidden, kept, given, found = residuals
+    weights, of_aux = cotangents[0].astype(found['head'].dtype), _floats(cotangents[1])
+    slabs = _Slabs(how, hidden, given)
     common = weights[jnp.argmax(found['slopes'])]
     alike = jnp.all((weights == common) | ~found['slopes'])
 
     def scale():
-        return weights[:, None] * found['hidden'], common * found['rows']
+        return weights[:, None] * found['hidden'], common * found['head']
 
-    def rows_again():
-        again = _sweep(run, slabs, rows, ('rows',), [weights])
-        return weights[:, None] * found['hidden'], again['rows']
+    def head_again():
+        again = _sweep(run, slabs, kept, ('head',), [weights])
+        return weights[:, None] * found['hidden'], again['head']
 
     def both_again():
-        again = _sweep(run, slabs, rows, ('hidden', 'rows'), [weights, *of_aux])
-        return again['hidden'], again['rows']
+        again = _sweep(run, slabs, kept, ('hidden', 'head'), [weights, *of_aux])
+        return again['hidden'], again['head']
 
-    way, ways = jnp.where(alike, 0, 1), [scale, rows_again]
+    way, ways = jnp.where(alike, 0, 1), [scale, head_again]
     if of_aux:
         way, ways = jnp.where(_any_nonzero(of_aux), 2, way), [*ways, both_again]
-    to_hidden, to_rows = lax.switch(way, ways)
-    to_rows = jnp.sum(to_rows, axis=0)
-    return to_hidden.astype(hidden.dtype), to_rows.astype(rows.dtype), None
+    to_hidden, to_head = lax.switch(way, ways)
+    to_head = jnp.sum(to_head, axis=0)
+    return to_hidden.astype(hidden.dtype), to_head.astype(kept.dtype), None
 
 
 _losses.defvjp(_forward, _backward)
@@ -120,24 +137,24 @@ _losses.defvjp(_forward, _backward)
 def _sweep(
     run: Run,
     slabs: _Slabs,
-    rows: jax.Array,
+    kept: jax.Array,
     wanted: Sequence[str],
     weights: Sequence[jax.Array] = (),
 ) -> dict[str, Any]:
     """One pass over the slabs, for what is wanted of it.
 
     - 'value': (loss [N], aux [N, ...]).
-    - 'hidden' [N, D], 'rows' [shards, V, D]: the gradients of the sum over tokens of outputs times
+    - 'hidden' [N, D], 'head' [shards, *kept]: the gradients of the sum over tokens of outputs times
       `weights` [N, ...]: one for the loss, or one for it and for each floating leaf of aux. That of
-      the rows of the head, turned, is yet to be summed over shards: a sum over devices once, not
-      for each slab.
+      what is kept of the head is yet to be summed over shards: a sum over devices once, not for
+      each slab.
     - 'slopes': bool [N], whether the gradient in the token's logits is other than 0.
     """
-    dtype = numerics.accumulation_dtype(slabs.hidden, rows)
+    dtype = numerics.accumulation_dtype(slabs.hidden, kept)
 
     def value_of(i):
         hidden, _, per_token = slabs[i]
-        return run(signal.HiddenHead(hidden, rows.T).logits(), per_token, slabs.shared)
+        return run(slabs.logits(hidden, kept), per_token, slabs.shared)
 
     def turn(i, found):
         found = dict(found)
@@ -150,13 +167,15 @@ def _sweep(
                 loss, aux = run(logits, per_token, slabs.shared)
                 return [loss, *_floats(aux)][: len(weights)], (loss, aux)
 
-            logits = signal.HiddenHead(hidden, rows.T).logits()
+            logits = slabs.logits(hidden, kept)
             values, pull, value = jax.vjp(outputs, logits, has_aux=True)
             ours = [slabs.take(w, i).astype(v.dtype) for w, v in zip(weights, values, strict=True)]
-            to_logits = jnp.where(counts[:, None], pull(ours)[0], 0).astype(rows.dtype)
-            by_shard = [slabs.by_shard(x) for x in (to_logits, hidden)]
-            found['rows'] += jnp.einsum('snv,snd->svd', *by_shard, preferred_element_type=dtype)
-            to_hidden = jnp.matmul(to_logits, rows, preferred_element_type=dtype)
+            to_logits = jnp.where(counts[:, None], pull(ours)[0], 0).astype(kept.dtype)
+            by_shard = [slabs.by_shard(x) for x in (hidden, to_logits)]
+            product = 'snd,snv->svd' if slabs.how.tied else 'snd,snv->sdv'
+            found['head'] += jnp.einsum(product, *by_shard, preferred_element_type=dtype)
+            head = slabs.how.turned(kept)
+            to_hidden = jnp.matmul(to_logits, head.T, preferred_element_type=dtype)
             slopes = jnp.any(to_logits != 0, axis=-1)
             new = {'value': value, 'hidden': to_hidden, 'slopes': slopes}
         for name in found.keys() & new.keys():
@@ -171,12 +190,12 @@ def _sweep(
     _check_outputs(value, slabs.tokens)
     empty = {
         'value': jax.tree.map(lambda x: slabs.zeros((slabs.count, *x.shape), x.dtype), value),
-        'hidden': slabs.zeros((slabs.count, slabs.tokens, rows.shape[1]), dtype),
-        'rows': slabs.zeros((slabs.shards, *rows.shape), dtype),
+        'hidden': slabs.zeros((slabs.count, slabs.tokens, slabs.hidden.shape[1]), dtype),
+        'head': slabs.zeros((slabs.shards, *kept.shape), dtype),
         'slopes': slabs.zeros((slabs.count, slabs.tokens), bool),
     }
     found = slabs.each(turn, {name: empty[name] for name in wanted})
-    return {name: x if name == 'rows' else jax.tree.map(slabs.join, x) for name, x in found.items()}
+    return {name: x if name == 'head' else jax.tree.map(slabs.join, x) for name, x in found.items()}
 
 
 class _Slabs:
@@ -192,11 +211,12 @@ class _Slabs:
     what is compiled ahead of time then tells its cost, and XLA passes gradients through in place.
     """
 
-    def __init__(self, chunk, shards, hidden, given: Given):
-        self.hidden, self.shared, self.valid = hidden, given.shared, given.valid
+    def __init__(self, how: How, hidden, given: Given):
+        self.how, self.hidden, self.shared, self.valid = how, hidden, given.shared, given.valid
         self.per_token = given.per_token
-        self.shards, self.part = shards, hidden.shape[0] // shards
-        self.count = min(-(-hidden.shape[0] // chunk), self.part)
+        self.shards = shards = how.shards
+        self.part = hidden.shape[0] // shards
+        self.count = min(-(-hidden.shape[0] // how.chunk), self.part)
         self.size = -(-self.part // self.count)
         self.tokens = shards * self.size
         self.missing = self.size * self.count - self.part
@@ -221,6 +241,10 @@ class _Slabs:
         counts = counts.reshape(self.tokens)
         hidden = jnp.where(counts[:, None], self.take(self.hidden, i), 0)
         return hidden, counts, jax.tree.map(lambda x: self.take(x, i), self.per_token)
+
+    def logits(self, hidden, kept):
+        """[n, V] of hidden states [n, D] and what is kept of the head."""
+        return signal.HiddenHead(hidden, self.how.turned(kept)).logits()
 
     def take(self, x, i):
         """Slab i of [N, ...], [n, ...]; empty places repeat a token."""

@@ -38,6 +38,7 @@ def fused_token_loss(
     valid: ArrayLike | None = None,
     chunk: int = 256,
     shards: int = 1,
+    tied: bool = False,
 ) -> tuple[jax.Array, Any]:
     """token_loss(hidden @ head, teacher, per_token) without the logits [N, V].
 
@@ -71,6 +72,8 @@ def fused_token_loss(
         and the head's gradient is summed over devices once, not for each slab. (Let the head lie
         whole along those axes, by `jax.lax.with_sharding_constraint` before the call: else it is
         gathered for each slab.)
+      tied: whether the head is an embedding [V, D], turned (`embedding.T`). Changes no number, and
+        saves a copy of it; the teacher's `HiddenHead` says so of its own.
 
     Returns:
       (loss [N], aux [N, ...]); float32 (float64 for float64 factors) where token_loss keeps the
@@ -83,9 +86,10 @@ def fused_token_loss(
       ValueError: shapes that do not fit.
     """
     of_teacher: Any = teacher
-    teacher_head = None
+    shared, theirs = None, fused.How(chunk, shards, False)
     if isinstance(teacher, signal.HiddenHead):
-        of_teacher, teacher_head = teacher.hidden, teacher.head
+        theirs = theirs._replace(tied=teacher.tied)
+        of_teacher, shared = teacher.hidden, theirs.turned(teacher.head)
     valid = None if valid is None else jnp.asarray(valid)
     _check(hidden, head, valid, chunk, shards)
     _check_leading(hidden.shape[0], of_teacher, f'the {type(teacher).__name__} signal')
@@ -94,13 +98,11 @@ def fused_token_loss(
     def run(logits, per_token, shared):
         of_teacher, per_token = per_token
         if shared is not None:
-            of_teacher = signal.HiddenHead(of_teacher, shared.T)
+            of_teacher = signal.HiddenHead(of_teacher, theirs.turned(shared), theirs.tied)
         return token_loss(logits, of_teacher, per_token)
 
-    # Turned, as `fused` has the student's.
-    shared = None if teacher_head is None else teacher_head.T
     given = fused.Given((of_teacher, per_token), shared, valid)
-    return fused.token_losses(run, chunk, shards, hidden, head, given)
+    return fused.token_losses(run, theirs._replace(tied=tied), hidden, head, given)
 
 
 def fused_divergence(
@@ -113,6 +115,7 @@ def fused_divergence(
     valid: ArrayLike | None = None,
     chunk: int = 256,
     shards: int = 1,
+    tied: bool = False,
 ) -> jax.Array:
     """divergence(student_hidden @ student_head, teacher) without the logits [N, V].
 
@@ -129,7 +132,7 @@ def fused_divergence(
       where: bool, broadcasts against the logits [N, V]: `mask[:, None]` for tokens, [V] for the
         vocabulary. Passed on to `divergence`; None is not passed. Tokens that it takes out are
         computed all the same; those outside `valid` are not.
-      valid, chunk, shards: see `fused_token_loss`.
+      valid, chunk, shards, tied: see `fused_token_loss`.
 
     Returns:
       [N] in float32 (float64 for float64 input). The teacher is stop-gradiented.
@@ -155,6 +158,7 @@ def fused_divergence(
         valid=valid,
         chunk=chunk,
         shards=shards,
+        tied=tied,
     )[0]
 
 
@@ -168,6 +172,7 @@ def token_log_probs(
     valid: ArrayLike | None = None,
     chunk: int = 256,
     shards: int = 1,
+    tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """log q(tokens) and the entropy of q = softmax(hidden @ head / temperature), without logits.
 
@@ -180,7 +185,7 @@ def token_log_probs(
       tokens: int [N].
       temperature: positive; a number or [N]. Without gradient.
       where: bool, broadcasts against the logits [N, V]: the tokens that q may have.
-      valid, chunk, shards: see `fused_token_loss`.
+      valid, chunk, shards, tied: see `fused_token_loss`.
 
     Returns:
       (log_probs [N], entropy [N]) in nats. The first is -inf, with zero gradient, where a token is
@@ -213,6 +218,7 @@ def token_log_probs(
         valid=valid,
         chunk=chunk,
         shards=shards,
+        tied=tied,
     )
 
 

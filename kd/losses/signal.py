@@ -49,10 +49,13 @@ class HiddenHead:
     Attributes:
       hidden: [..., D] the last hidden state, float32 or bfloat16.
       head: [D, V] the output projection.
+      tied: whether the head is an embedding [V, D], turned, which sweeps over slabs of tokens then
+        do not copy.
     """
 
     hidden: jax.Array
     head: jax.Array
+    tied: bool = struct.field(pytree_node=False, default=False)
 
     def logits(self) -> jax.Array:
         """[..., V], accumulated in float32 (float64 for float64 factors)."""

@@ -172,15 +172,36 @@ def test_the_logits_of_all_tokens_never_exist():
     assert '[24,9]' not in text
 
 
+def test_a_head_that_is_an_embedding_has_the_same_loss_and_gradients():
+    rng = np.random.default_rng(3)
+    hidden, theirs = rng.normal(size=(2, 12, 5)).astype(np.float32)
+    heads = rng.normal(size=(2, 9, 5)).astype(np.float32)
+    valid, weights = np.arange(12) % 3 > 0, rng.normal(size=12).astype(np.float32)
+
+    def total(hidden, embedding, tied):
+        teacher = signal.HiddenHead(theirs, heads[1].T, tied=tied)
+        losses = sequence.fused_divergence(
+            hidden, embedding.T, teacher, chunk=4, valid=valid, tied=tied
+        )
+        # Weights from outside take the second sweep too.
+        return jnp.sum(weights * losses)
+
+    plain, tied = (jax.value_and_grad(total, (0, 1))(hidden, heads[0], x) for x in (False, True))
+    np.testing.assert_allclose(tied[0], plain[0], rtol=1e-6)
+    for one, other in zip(tied[1], plain[1], strict=True):
+        assert np.abs(other).max() > 0.1
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_head_that_is_an_embedding_is_not_copied():
     """Temporaries over the bytes of the head: its gradient, and slabs of 8 of 4,096 logits."""
     size, width, tokens = 4096, 32, 64
 
     def total(hidden, embedding, theirs, of_teacher):
-        teacher = signal.HiddenHead(theirs, of_teacher.T)
+        teacher = signal.HiddenHead(theirs, of_teacher.T, tied=True)
         valid = jnp.arange(tokens) % 2 == 0
         return jnp.sum(
-            sequence.fused_divergence(hidden, embedding.T, teacher, chunk=8, valid=valid)
+            sequence.fused_divergence(hidden, embedding.T, teacher, chunk=8, valid=valid, tied=True)
         )
 
     hidden = jax.ShapeDtypeStruct((tokens, width), jnp.float32)

@@ -91,7 +91,7 @@ def said_by(network: Network, variables: PyTree, batch: Batch) -> TeacherSignal:
     if decoder is None:
         return Dense(network.apply(variables, *network.of(batch)).logits)
     hidden = network.apply(variables, *network.of(batch), method='hidden').logits
-    return HiddenHead(hidden, head_of(decoder, variables))
+    return HiddenHead(hidden, head_of(decoder, variables), decoder.tied)
 
 
 def token_losses(
@@ -145,6 +145,7 @@ def token_losses(
         found, aux = sequence.fused_token_loss(
             flat(output.logits), head_of(decoder, variables), of_tokens,
             teacher=_flat(teacher, flat), per_token=given, valid=flat(where), chunk=chunk,
+            tied=decoder.tied,
         )  # fmt: skip
     else:
         output = network.apply(variables, *network.of(batch), **how)
@@ -340,5 +341,5 @@ def _own_parts(context: Context) -> Mapping[str, Any]:
 def _flat(teacher: TeacherSignal | None, flat: Callable) -> TeacherSignal | None:
     """A teacher's signal with one leading axis."""
     if isinstance(teacher, HiddenHead):
-        return HiddenHead(flat(teacher.hidden), teacher.head)
+        return HiddenHead(flat(teacher.hidden), teacher.head, teacher.tied)
     return jax.tree.map(flat, teacher)

@@ -284,14 +284,17 @@ def answer_losses(
         return loss(Said(logits, log_p, -jnp.sum(surprise, -1), teacher), **given)
 
     given = {name: flat(x) for name, x in (per_token or {}).items()}
+    if teacher is not None:
+        teacher = HiddenHead(flat(teacher.hidden), teacher.head, teacher.tied)
     losses, aux = sequence.fused_token_loss(
         flat(hidden),
         head,
         token_loss,
-        teacher=None if teacher is None else HiddenHead(flat(teacher.hidden), teacher.head),
+        teacher=teacher,
         per_token=(flat(batch['tokens']), given),
         valid=flat(batch['mask']),
         chunk=chunk,
+        tied=network.module.tied,
     )
     losses, aux = jax.tree.map(lambda x: x.reshape(shape), (losses, aux))
     return AnswerLosses(losses, aux, mutables)
@@ -299,7 +302,8 @@ def answer_losses(
 
 def hidden(network: Network, variables: PyTree, batch: Batch) -> HiddenHead:
     """What a teacher says of every token of the answers: hidden states [B, R, D] and a head."""
-    return HiddenHead(*_hidden(network, variables, batch, train=False, key=None)[:2])
+    said, head, _ = _hidden(network, variables, batch, train=False, key=None)
+    return HiddenHead(said, head, network.module.tied)
 
 
 def with_prompt(batch: Batch, *pieces: tuple[jax.Array, jax.Array]) -> Batch:
