@@ -29,7 +29,7 @@ SHARED = {
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}
 # Papers whose authors no source at hand names.
-ANONYMOUS = {'dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd'}
+ANONYMOUS = {'dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded'}
 
 ENTRY = """
 [one]
