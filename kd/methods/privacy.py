@@ -19,6 +19,7 @@ from kd.context import Context
 from kd.errors import UserError
 from kd.method import Batch, Init, Loss, Method, Privacy, minimize, private, with_extra
 from kd.metrics import Metrics, scalar
+from kd.ranges import Count, Fraction, Positive
 from kd.state import State
 from kd.theory import privacy
 
@@ -87,10 +88,10 @@ def privately(
     loss: Loss,
     init: Init,
     *,
-    epsilon: float,
-    clip_norm: float,
-    delta: float = 0.0,
-    micro_batches: int = 1,
+    epsilon: Positive,
+    clip_norm: Positive,
+    delta: Fraction = 0.0,
+    micro_batches: Count = 1,
 ) -> Method:
     """Minimises a loss of records without giving any of them away, see `kd.method.private`.
 

@@ -134,8 +134,8 @@ def continuations(
     prompt: int,
     on_policy: float,
     *,
-    temperature: float = 1.0,
-    stop: tuple[int, ...] = (),
+    temperature: Positive = 1.0,
+    stop: tuple[Size, ...] = (),
 ) -> Callable[[State, Batch, jax.Array], Batch]:
     """`collect` for `with_collect`: records cut after `prompt` tokens, and gone on with.
 

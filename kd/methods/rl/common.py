@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,14 +138,14 @@ def rollouts(
     draw: Sampler,
     reward: Reward,
     *,
-    group: int,
+    group: Count,
     advantage: policy.Advantage = 'grpo',
-    ddof: int = 0,
+    ddof: Literal[0, 1] = 0,
     aggregation: aggregate.Mode = 'sequence_mean',
-    overlong: int = 0,
+    overlong: Size = 0,
     recomputed: bool = False,
-    chunk: int = 256,
-    parts: int = 1,
+    chunk: Count = 256,
+    parts: Count = 1,
 ) -> Collect:
     """`collect` for `with_collect`: answers of the present network, and what they are worth.
 
