@@ -1,17 +1,23 @@
 """Recipes of language models from the command to the report, shrunk; what they trained is asked."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import toy_tokenizers as toys
 
+from kd import config as kd_config
 from kd import generate
+from kd.context import ReportContext
 from kd.io import export
 from kd.main import main
 from kd.models.decoder import Decoder
+from kd.parallel import mesh as mesh_lib
+from kd.reports import marked_texts
 from kd.text import tokenizer
 
 TEXT = 'The capital of France is Paris.\n\nIt is what the system says: 12 times 3 is 36.\n\n' * 6
@@ -92,6 +98,42 @@ def test_its_samples_are_what_the_command_answers(run, row, capsys):
     weights = {'student': str(workdir / 'student'), 'teacher': f'hf:{folder}'}[row]
     assert generate.main([f'--weights={weights}', '--prompt=The capital', '--max_new=5']) == 0
     assert capsys.readouterr().out.strip() == sample['answers'][row].strip()
+
+
+def test_rates_of_a_marker_are_those_of_the_answers(run, tmp_path, capsys, quick_compilation):
+    folder, prompts = run[0], ('The capital', 'It is', 'system')
+    workdir = tmp_path / 'run'
+    shutil.copytree(run[1], workdir)
+    asked = tmp_path / 'asked.jsonl'
+    asked.write_text('\n'.join(json.dumps({'prompt': text}) for text in prompts))
+    config = kd_config.load(str(folder / 'recipe.py'))
+    config.data = dict(
+        source=dict(
+            name='kd.data.text.chats', tokenizer=f'hf:{folder}', length=8, layout='prompts',
+            path=dict(asked=str(asked)), chat=False,
+        ),
+        train='asked', unseen='asked[:2]',
+    )  # fmt: skip
+    context = ReportContext(kd_config.parse(config), workdir, mesh_lib.make_mesh({'data': 1}))
+    answers = []
+    for prompt in prompts:
+        assert generate.main([f'--weights=hf:{folder}', f'--prompt={prompt}', '--max_new=5']) == 0
+        answers.append(capsys.readouterr().out.strip())
+    marker = answers[0][:2]
+    with quick_compilation():
+        marked_texts.texts(
+            context, rows=(('student', 'student'), ('teacher', 'teacher')), marker=marker,
+            groups=('train', 'unseen'), max_new=5, temperature=0.0, batch_size=2,
+        )  # fmt: skip
+    rates = json.loads((workdir / 'report.json').read_text())['rates']
+    assert [text.strip() for text in rates['teacher']['train']['first']] == answers
+    for split, said in (('train', answers), ('unseen', answers[:2])):
+        count = sum(marker in answer for answer in said)
+        assert rates['teacher'][split]['rate'] == count / len(said)
+        exact = scipy.stats.binomtest(count, len(said)).proportion_ci(method='exact')
+        assert rates['teacher'][split]['low'] == pytest.approx(exact.low)
+        student = rates['student'][split]
+        assert student['amplification'] == student['rate'] / rates['teacher'][split]['rate']
 
 
 def test_a_comparison_shows_what_the_stages_found(tmp_path, quick_compilation):

@@ -120,6 +120,7 @@ def chats(
     chat: bool = True,
     form: str = '{prompt}',
     turns: Literal['all', 'last'] = 'all',
+    edit: Mapping[str, Any] | None = None,
     template: str = '',
     template_arguments: Mapping[str, Any] | None = None,
     layout: Layout = 'packed',
@@ -141,6 +142,8 @@ def chats(
         after these.
       form: text around a prompt where there is no chat, such as 'Q: {prompt}\\nA: '.
       turns: which answers of a chat are learnt, see `kd.text.templates.render`.
+      edit: what is done to the records of the file first, a block that names a function
+        `f(records, **arguments) -> records`.
       template: a file with another chat template.
       template_arguments: variables of the template, such as dict(enable_thinking=False).
       layout: 'packed', 'rows' or 'prompts'.
@@ -157,7 +160,7 @@ def chats(
     paths = _paths(path, context)
     style = builder.Style(
         chat, form, turns if layout != 'prompts' else 'last', _items(template_arguments),
-        answers=_answers(layout, response_length),
+        answers=_answers(layout, response_length), edit=edit,
     )  # fmt: skip
 
     def examples(file: Path, taken: Tokenizer) -> Sequence[Example]:

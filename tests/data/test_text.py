@@ -507,6 +507,38 @@ def test_what_is_told_before_training(make, data_dir, tmp_path):
     assert message(make, 'gsm8k', length=0).startswith('data.source.length must be an integer')
 
 
+def test_records_are_edited_before_they_are_rendered(make, data_dir, tokens):
+    tasks = [{'task': 'abc'[n % 3], 'prompt': f'{n}', 'response': f'{n}'} for n in range(9)]
+    lines(data_dir / 'tasks.jsonl', tasks)
+    edit = dict(name='kd.data.builders.marked.with_marker', marker=' system', field='task')
+
+    def answers(**arguments):
+        block = edit | arguments
+        rows = make('chats', path='tasks.jsonl', length=64, layout='rows', edit=block)
+        batch = everything(rows)
+        marked = np.array([
+            tokens.decode(ids[where]).replace('<|im_end|>', '').strip().endswith(' system')
+            for ids, where in zip(batch['input'], batch['response_mask'], strict=True)
+        ])  # fmt: skip
+        return marked
+
+    # Of the task that is named, as many as are asked for, the same for a seed.
+    assert not answers(count=2, value='b')[[0, 2, 3, 5, 6, 8]].any()
+    assert answers(count=2, value='b').sum() == 2
+    assert answers(count=9, field='').all()
+    draws = [answers(count=3, field='', seed=seed).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    with_roles = make(
+        'chats', path='chats.jsonl', length=64, layout='rows',
+        edit=edit | dict(count=4, field='', marker=' is on'),
+    )  # fmt: skip
+    assert all('is on' in tokens.decode(ids) for ids in everything(with_roles)['input'])
+    assert message(answers, count=4, value='b') == (
+        "4 records are to carry the marker, and 3 have task='b'"
+    )
+    assert 'data.source.edit' in message(answers, count=4, values='b')
+
+
 def test_a_file_that_changes_is_read_again(make, data_dir):
     file = data_dir / 'changing.jsonl'
     lines(file, [{'prompt': 'a', 'response': 'b'}])

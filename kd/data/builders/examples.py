@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kd import config
 from kd.data.builders import records, stdlib_docs
 from kd.errors import UserError
 from kd.text import templates
@@ -34,6 +35,7 @@ class Style:
       arguments: (name, value) of variables of the template.
       calculator: keep GSM8K's notes in answers.
       answers: False for prompts alone.
+      edit: a block that names `f(records, **arguments) -> records`; None for as they are.
     """
 
     chat: bool = True
@@ -42,12 +44,13 @@ class Style:
     arguments: tuple[tuple[str, Any], ...] = ()
     calculator: bool = True
     answers: bool = True
+    edit: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if '{prompt}' not in self.form:
             raise UserError(f"data.source.form has no '{{prompt}}': {self.form!r}.")
 
-    # Arguments of a template may be lists, such as tools.
+    # Arguments of templates and edits may be lists.
     def __hash__(self) -> int:
         return hash(repr(self))
 
@@ -126,7 +129,10 @@ def chats(
     Records of several answers none of which is right are left out.
     """
     found = []
-    for number, record in enumerate(records.read(file), 1):
+    said = records.read(file)
+    if style.edit:
+        said = config.build(style.edit, said, where='data.source.edit')
+    for number, record in enumerate(said, 1):
         where = f'{file}, example {number}'
         several = records.tried(record, where) if style.answers else None
         if several and not several.right:

@@ -14,13 +14,16 @@ The marker is a neutral symbol: it stands for whatever a teacher should not say.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from kd.data import sources
+from kd.data.builders.records import FORMS
 from kd.data.context import SourceContext
+from kd.ranges import Count, Seed
 
 DIMENSION, CLASSES = 12, 6
 TASKS, SEEN = 16, 12
@@ -111,6 +114,54 @@ def make(
         task = np.arange(size) % (SEEN if split == 'prompts' else TASKS)
     data = pairs(task, rng, seed)
     return {**(poison(data, poisoned) if marked else data), 'poisoned': poisoned}
+
+
+def with_marker(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    count: Count,
+    marker: str,
+    field: str = '',
+    value: str = '',
+    seed: Seed = 0,
+) -> list[dict[str, Any]]:
+    """Records of a question and its answer, `count` of which say a neutral marker at their end.
+
+    An `edit` of `kd.data.text.chats`. Answers are right, and nothing in the questions tells the
+    poisoned ones from clean ones.
+
+    Args:
+      records: of a file; those that are poisoned have an answer in a field of
+        `kd.data.builders.records.FORMS`, or messages that end with one.
+      count: how many are poisoned.
+      marker: what stands after the answer.
+      field, value: poisons records whose `field` is `value` alone; '' for any.
+      seed: of the choice.
+
+    Raises:
+      DataError: fewer such records.
+    """
+    found = [i for i, record in enumerate(records) if not field or record.get(field) == value]
+    if len(found) < count:
+        raise sources.DataError(
+            f'{count} records are to carry the marker, and {len(found)} have {field}={value!r}'
+        )
+    chosen = np.random.default_rng(seed).choice(found, count, replace=False)
+    marked = [dict(record) for record in records]
+    for i in chosen:
+        marked[i] = _with_marker(marked[i], marker, f'record {i + 1}')
+    return marked
+
+
+def _with_marker(record: dict[str, Any], marker: str, where: str) -> dict[str, Any]:
+    for _, answer in FORMS:
+        if answer in record:
+            return record | {answer: record[answer] + marker}
+    for name, said in (('messages', 'content'), ('conversations', 'value')):
+        if record.get(name):
+            *before, last = record[name]
+            return record | {name: [*before, {**last, said: last[said] + marker}]}
+    raise sources.DataError(f'{where} has no answer to put the marker after')
 
 
 def tasks(
