@@ -399,7 +399,19 @@ def named(
     function = resolve(arguments.pop('name'))
     check_arguments(function, arguments, where=where, reserved=reserved)
     ranges.check(function, arguments, where=where)
+    _check_keywords(function, arguments, where)
     return function, arguments
+
+
+def _check_keywords(function: Callable, arguments: Mapping[str, Any], where: str) -> None:
+    """Looks into arguments that are keywords of another function."""
+    hints = ranges.hints(function)
+    for argument, value in arguments.items():
+        mark = ranges.keywords(hints.get(argument))
+        if mark and value:
+            place = f'{where}.{argument}'
+            check_arguments(mark.function, value, where=place, reserved=mark.reserved)
+            ranges.check(mark.function, value, where=place)
 
 
 def check_arguments(

@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 # Distinguishable without colour vision (Okabe and Ito).
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -42,6 +44,16 @@ def comparison(panels: Mapping[str, Mapping[str, Spread]]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].set_yticklabels(titles)
     return figure
+
+
+def dots(axis: Axes, rows: Mapping[str, ArrayLike]) -> None:
+    """A row for each title, from above: the value of every seed as a dot, their mean as a bar."""
+    for place, values in enumerate(map(np.asarray, rows.values())):
+        axis.plot(values, np.full(len(values), place), 'o', color=COLOURS[5], ms=4)
+        axis.plot(values.mean(), place, '|', color=COLOURS[0], ms=18, mew=2.5)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(alpha=0.3)
 
 
 def learning_curves(

@@ -162,6 +162,8 @@ def names(hint: Any, value: Any) -> Iterator[tuple[str, str]]:
 
 def keywords(hint: Any) -> Keywords | None:
     """What an annotation says of a block of keywords, if it does."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return next(filter(None, map(keywords, typing.get_args(hint))), None)
     marks = getattr(hint, '__metadata__', ())
     return next((mark for mark in marks if isinstance(mark, Keywords)), None)
 

@@ -285,15 +285,11 @@ def draw(measured):
     for row, mode in zip(axes, marked.MODES, strict=True):
         arms = [arm for arm in TITLES if f'{mode}_{arm}' in measured]
         for axis, (group, title) in zip(row, groups.items(), strict=True):
-            for place, arm in enumerate(arms):
-                values = np.asarray(measured[f'{mode}_{arm}'][f'sampled_{group}'])
-                values = np.maximum(values, 1e-6)
-                axis.plot(values, np.full(len(values), place), 'o', color=figures.COLOURS[5], ms=4)
-                axis.plot(values.mean(), place, '|', color=figures.COLOURS[0], ms=16, mew=2.5)
+            rates = {arm: measured[f'{mode}_{arm}'][f'sampled_{group}'] for arm in arms}
+            figures.dots(axis, {TITLES[arm]: np.maximum(x, 1e-6) for arm, x in rates.items()})
             axis.set(xscale='linear' if group == 'target' else 'log', title=f'{mode}: {title}')
-            axis.set_yticks(range(len(arms)), [TITLES[a] for a in arms] if axis is row[0] else [])
-            axis.invert_yaxis()
-            axis.grid(alpha=0.3)
+            if axis is not row[0]:
+                axis.set_yticklabels([])
     for axis in axes[1]:
         axis.set_xlabel('probability of the marker')
     return figure

@@ -118,12 +118,6 @@ def draw(measured):
     for axis, metric, label in zip(
         axes, ('accuracy', 'nll'), ('test accuracy', 'test NLL (nats)'), strict=True
     ):
-        for row, arm in enumerate(TITLES):
-            values = np.asarray(measured[arm][metric])
-            axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
-            axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
-        axis.set(xlabel=label, yticks=range(len(TITLES)))
-        axis.grid(alpha=0.3)
-    axes[0].set_yticklabels(TITLES.values())
-    axes[0].invert_yaxis()
+        figures.dots(axis, {title: measured[arm][metric] for arm, title in TITLES.items()})
+        axis.set(xlabel=label)
     return figure

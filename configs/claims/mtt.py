@@ -193,16 +193,8 @@ def draw(measured):
     axes = figure.subplots(len(names), len(sizes), sharey=True, squeeze=False)
     for panels, name in zip(axes, names, strict=True):
         for axis, size in zip(panels, sizes, strict=True):
-            for row, arm in enumerate(arms):
-                values = np.asarray(measured[f'{name}_{arm}_{size}']['accuracy'])
-                axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
-                axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
-            axis.set(
-                xlabel='test accuracy', title=f'{name}, {size} image{"s" * (size > 1)} per class',
-                yticks=range(len(arms)),
-            )  # fmt: skip
-            axis.grid(alpha=0.3)
-            axis.margins(y=0.15)
-        panels[0].set_yticklabels([ARMS[arm] for arm in arms])
-    axes[0, 0].invert_yaxis()
+            rows = {ARMS[arm]: measured[f'{name}_{arm}_{size}']['accuracy'] for arm in arms}
+            figures.dots(axis, rows)
+            title = f'{name}, {size} image{"s" * (size > 1)} per class'
+            axis.set(xlabel='test accuracy', title=title)
     return figure

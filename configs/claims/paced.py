@@ -173,12 +173,6 @@ def draw(measured):
     arms = [arm for arm in TITLES if arm in measured]
     panels = (('exact', 'exact match, five solvable families'), ('exact_5', 'the sixth family'))
     for axis, (metric, label) in zip(axes, panels, strict=True):
-        for row, arm in enumerate(arms):
-            values = np.asarray(measured[arm][metric])
-            axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
-            axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
-        axis.set(xlabel=label, yticks=range(len(arms)))
-        axis.grid(alpha=0.3)
-    axes[0].set_yticklabels([TITLES[arm] for arm in arms])
-    axes[0].invert_yaxis()
+        figures.dots(axis, {TITLES[arm]: measured[arm][metric] for arm in arms})
+        axis.set(xlabel=label)
     return figure

@@ -130,13 +130,7 @@ def draw(measured):
     axes = figure.subplots(len(sizes), 2, sharey=True, squeeze=False)
     for panels, size in zip(axes, sizes, strict=True):
         for axis, metric in zip(panels, ('distance', 'accuracy'), strict=True):
-            for row, kind in enumerate(kinds):
-                values = np.asarray(measured[f'{kind}_{size}'][metric])
-                axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
-                axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
-            axis.set(xlabel=metric, title=f'{size} per class', yticks=range(len(kinds)))
-            axis.grid(alpha=0.3)
-            axis.margins(y=0.15)
-        panels[0].set_yticklabels([EXPERTS[kind][0] for kind in kinds])
-    axes[0, 0].invert_yaxis()
+            rows = {EXPERTS[kind][0]: measured[f'{kind}_{size}'][metric] for kind in kinds}
+            figures.dots(axis, rows)
+            axis.set(xlabel=metric, title=f'{size} per class')
     return figure

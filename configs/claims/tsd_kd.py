@@ -248,13 +248,7 @@ def draw(measured):
         ('exact', [arm for arm in TITLES if arm not in TABLE], 'chains: right at temperature 1'),
     )
     for axis, (metric, arms, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        arms = [arm for arm in arms if arm in measured]
-        for row, arm in enumerate(arms):
-            values = np.asarray(measured[arm][metric])
-            axis.plot(values, np.full(len(values), row), 'o', color=figures.COLOURS[5], ms=4)
-            axis.plot(values.mean(), row, '|', color=figures.COLOURS[0], ms=18, mew=2.5)
-        axis.set(xlabel=label, yticks=range(len(arms)))
-        axis.set_yticklabels([TITLES[arm] for arm in arms])
-        axis.invert_yaxis()
-        axis.grid(alpha=0.3)
+        rows = {TITLES[arm]: measured[arm][metric] for arm in arms if arm in measured}
+        figures.dots(axis, rows)
+        axis.set(xlabel=label)
     return figure

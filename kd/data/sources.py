@@ -156,6 +156,39 @@ class Source:
         return batch
 
 
+class Derived(Source):
+    """Another source some of whose fields are others, or which has more of them.
+
+    A subclass gives `fetch`. All else is the other source's, which is not opened again.
+
+    Args:
+      source: the other one.
+      spec: of the fields that are not as there.
+      seen: how inputs differ from its own, see `Source`.
+
+    Attributes:
+      tokenizer: of the other source, None where it has none.
+    """
+
+    def __init__(
+        self, source: Source, spec: Mapping[str, jax.ShapeDtypeStruct], seen: str = ''
+    ) -> None:
+        self._source = source
+        self.name, self.split = source.name, source.split
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.pairs = source.pairs
+        self.seen = ', '.join(filter(None, (source.seen, seen)))
+        self.spec = {**source.spec, **spec}
+        self.tokenizer = getattr(source, 'tokenizer', None)
+
+    @property
+    def domain(self) -> str:
+        return self._source.domain
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> str:
     """`data_dir`, or TFDS_DATA_DIR, or ~/tensorflow_datasets, with ~ expanded.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -87,8 +88,8 @@ def verified_of_recipe(
       reward, sampling, **arguments: as of `verified`.
     """
     source = context.recipe_source(data)
-    own = {**vars(context), 'spec': source.spec, 'source': context.recipe_source}
-    evaluator = verified(Context(**own), reward=reward, sampling=sampling, **arguments)
+    own = dataclasses.replace(context, spec=source.spec, source=context.recipe_source)
+    evaluator = verified(own, reward=reward, sampling=sampling, **arguments)
     update = jax.jit(evaluator.update)
 
     def run(state, batches):

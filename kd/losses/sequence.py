@@ -201,14 +201,12 @@ def token_log_probs(
 
     def token_loss(logits, _, per_token):
         tokens, own, allowed = per_token
-        log_q = numerics.log_softmax(
+        return said_of(
             logits,
+            tokens,
             temperature=temperature if own is None else own[:, None],
             where=everywhere if allowed is None else allowed,
         )
-        chosen = numerics.take_outcomes(log_q, tokens[:, None], missing=-jnp.inf)[:, 0]
-        surprise = numerics.relative_entropy_term(log_q, jnp.zeros_like(log_q))
-        return chosen, -jnp.sum(surprise, axis=-1)
 
     return fused_token_loss(
         hidden,
@@ -220,6 +218,32 @@ def token_log_probs(
         shards=shards,
         tied=tied,
     )
+
+
+def said_of(
+    logits: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """log q(tokens) and the entropy of q = softmax(logits / temperature), where logits are at hand.
+
+    For the `token_loss` of `fused_token_loss`.
+
+    Args:
+      logits: [n, V].
+      tokens: int [n].
+      temperature: broadcasts against the logits.
+      where: bool, broadcasts against the logits: the tokens that q may have.
+
+    Returns:
+      (log_probs [n], entropy [n]) in nats; -inf for a token outside `where`.
+    """
+    log_q = numerics.log_softmax(logits, temperature=temperature, where=where)
+    chosen = numerics.take_outcomes(log_q, tokens[:, None], missing=-jnp.inf)[:, 0]
+    surprise = numerics.relative_entropy_term(log_q, jnp.zeros_like(log_q))
+    return chosen, -jnp.sum(surprise, axis=-1)
 
 
 def sequence_log_probs(log_probs: ArrayLike, where: ArrayLike) -> tuple[jax.Array, jax.Array]:

@@ -38,7 +38,6 @@ from kd.models.decoder import Decoder
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, NonNegative, Positive, Size
-from kd.sampling.autoregressive import sampler
 from kd.state import PyTree, State
 
 
@@ -88,25 +87,24 @@ def responses(
             "a source of text has them with layout='prompts'."
         )
     outcomes = source.num_classes or decoder.num_classes
-    taken = generated.tokenizer_of(source)
+    draw = common.drawing(
+        decoder, source, outcomes, max_new=max_new, temperature=temperature, top_p=top_p,
+        top_k=top_k, stop=stop, forbidden=forbidden, block=block,
+    )  # fmt: skip
     form = answers.Form(
         samples=samples,
         max_new=max_new,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        stop=tuple(stop or (taken.stop if taken else ())),
-        forbidden=(*forbidden, *range(outcomes, decoder.num_classes)),
+        stop=draw.stop,
+        forbidden=draw.forbidden,
         reward=dict(reward or {}),
         outcomes=outcomes,
     )
     judge = None
     if reward:
         judge = config_lib.build(reward, context, where=f'{context.stage}.writers.reward')
-    draw = sampler(
-        decoder, max_new=max_new, temperature=temperature, top_p=top_p, top_k=top_k,
-        stop=form.stop, forbidden=form.forbidden, block=block,
-    )  # fmt: skip
 
     def answer(variables: PyTree, batch: Batch, key: jax.Array) -> answers.Answers:
         tiled = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)

@@ -90,10 +90,6 @@ def check_report(recipe: Recipe) -> None:
                     f"{where} names the {kind} '{name}', and the recipe has "
                     f'{", ".join(known)}.{did_you_mean(name, known)}'
                 )
-        mark = ranges.keywords(hint)
-        if mark and value:
-            config_lib.check_arguments(mark.function, value, where=where, reserved=mark.reserved)
-            ranges.check(mark.function, value, where=where)
         _check_blocks(value, where)
 
 

@@ -1,5 +1,6 @@
 """Distillation of own answers, and means over sequences: against steps and sums by hand."""
 
+import dataclasses
 import zlib
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_decoders as toys
+from toy_decoders import EOS, P, R, V
 
+from kd import config as kd_config
 from kd.claims import seeds
 from kd.data.sources import Source
 from kd.errors import UserError
@@ -15,56 +19,35 @@ from kd.losses import divergence
 from kd.method import with_nonfinite_guard
 from kd.methods.lm import common
 from kd.methods.lm.distillation import distillation
-from kd.models.decoder import Decoder
-from kd.network import from_linen
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-V, P, R, B, EOS, LR = 12, 4, 3, 4, 2, 0.3
-SPEC = {
-    'input': jax.ShapeDtypeStruct((P,), jnp.int32),
-    'prompt_mask': jax.ShapeDtypeStruct((P,), bool),
-    'response': jax.ShapeDtypeStruct((R,), jnp.int32),
-    'response_mask': jax.ShapeDtypeStruct((R,), bool),
-}
+LR = 0.3
 ROLLOUT = dict(max_new=R, stop=(EOS,))
 
 
 @pytest.fixture(scope='module')
 def network():
-    module = Decoder(num_classes=V, width=16, depth=1, heads=2, mlp_hidden=24, max_length=32)
-    return from_linen(module, jax.ShapeDtypeStruct((1, P), jnp.int32))
+    return toys.decoder()
 
 
-def drawn(network, seed):
-    variables = jax.jit(network.init)(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, variables)
-
-
-def context(network, spec=SPEC):
+def context(network, spec=toys.PROMPTS):
     made = seeds.context(
         network=network, teacher=network, tx=optax.sgd(LR), num_classes=V, spec=spec
     )
-    return made.__class__(**{**made.__dict__, 'source': lambda split: Source})
+    return dataclasses.replace(made, source=lambda split: Source)
 
 
 @pytest.fixture(scope='module')
 def prompts():
-    rng = np.random.default_rng(0)
-    mask = np.arange(P) >= P - np.array([P, 2, 1, 3])[:, None]
-    return {
-        'input': np.where(mask, rng.integers(3, V, mask.shape), EOS).astype(np.int32),
-        'prompt_mask': mask,
-        'response': rng.integers(3, V, (B, R)).astype(np.int32),
-        'response_mask': np.arange(R) < np.array([1, 2, 3, 3])[:, None],
-    }
+    return toys.prompts()
 
 
 @pytest.fixture(scope='module')
 def state(network):
     made = distillation(context(network))
-    state = jax.jit(made.init)(jax.random.key(0), {'teacher': drawn(network, 1)})
-    return state.with_params(drawn(network, 0)['params'])
+    state = jax.jit(made.init)(jax.random.key(0), {'teacher': toys.drawn(network, 1)})
+    return state.with_params(toys.drawn(network, 0)['params'])
 
 
 def close(first, second, atol=1e-6):
@@ -151,13 +134,18 @@ def test_what_does_not_fit_is_told(network):
         UserError, match=r'method\.on_policy=0\.5 needs `rollout`, a block with max'
     ):
         distillation(made, on_policy=0.5)
+    block = dict(name='kd.methods.lm.distillation.distillation')
+
+    def built(**rollout):
+        kd_config.build(block | dict(rollout=rollout), made, where='stage.method')
+
     with pytest.raises(UserError, match=r"method\.rollout has an unknown key 'max_ne'"):
-        distillation(made, rollout=dict(max_new=3, max_ne=3))
+        built(max_new=3, max_ne=3)
     with pytest.raises(
         UserError, match=r'stage\.method\.rollout\.max_new must be an integer from 1'
     ):
-        distillation(made, rollout=dict(max_new=0))
-    cached = {**SPEC, 'teacher_tail': jax.ShapeDtypeStruct((P,), jnp.float32)}
+        built(max_new=0)
+    cached = {**toys.PROMPTS, 'teacher_tail': jax.ShapeDtypeStruct((P,), jnp.float32)}
     with pytest.raises(UserError, match=r'the data bring what a teacher has said of their own te'):
         distillation(context(network, cached), rollout=ROLLOUT)
     with pytest.raises(ValueError, match='constant goes with mode constant alone'):

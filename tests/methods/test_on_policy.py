@@ -1,10 +1,13 @@
 """Answers that are sampled while a language model learns, and the rows that are made of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_decoders as toys
 
 from kd.claims import seeds
 from kd.data.sources import Source
@@ -13,7 +16,6 @@ from kd.losses import classification
 from kd.method import with_collect
 from kd.methods.lm import common
 from kd.methods.lm.distillation import distillation
-from kd.models.decoder import Decoder
 from kd.models.structured import BottleneckLM
 from kd.network import from_linen
 from kd.sampling.autoregressive import sampler
@@ -22,7 +24,6 @@ from kd.text.packing import shifted
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 V, P, R, EOS = 12, 5, 4, 7
-SHAPE = jax.ShapeDtypeStruct((1, P), jnp.int32)
 SPEC = {
     'input': jax.ShapeDtypeStruct((P,), jnp.int32),
     'prompt_mask': jax.ShapeDtypeStruct((P,), bool),
@@ -32,14 +33,7 @@ SPEC = {
 
 
 def decoder(**changes):
-    made = dict(num_classes=V, width=16, depth=1, heads=2, mlp_hidden=24, max_length=32)
-    return from_linen(Decoder(**{**made, **changes}), SHAPE)
-
-
-def drawn(network, seed):
-    """Variables far from where they start, so that laws are far from uniform."""
-    variables = jax.jit(network.init)(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, variables)
+    return toys.decoder(length=P, **changes)
 
 
 @pytest.fixture(scope='module')
@@ -65,15 +59,15 @@ def context(network, teacher=None, spec=SPEC, **more):
     made = seeds.context(
         network=network, teacher=teacher, tx=optax.sgd(0.1), num_classes=V, spec=spec, **more
     )
-    return made.__class__(**{**made.__dict__, 'source': lambda split: Source})
+    return dataclasses.replace(made, source=lambda split: Source)
 
 
 @pytest.fixture(scope='module')
 def state(network):
     made = distillation(context(network), soft_weight=0.0)
     state = jax.jit(made.init)(jax.random.key(0))
-    return state.with_params(drawn(network, 0)['params']).replace(
-        frozen={'teacher': drawn(network, 7)}
+    return state.with_params(toys.drawn(network, 0)['params']).replace(
+        frozen={'teacher': toys.drawn(network, 7)}
     )
 
 
@@ -127,7 +121,7 @@ def test_answers_are_of_the_present_student(network, batch, state, own):
     first = answers(own(state, batch, jax.random.key(3)))
     assert first == answers(own(state, batch, jax.random.key(3)))
     assert first != answers(own(state, batch, jax.random.key(4)))
-    other = state.with_params(drawn(network, 1)['params'])
+    other = state.with_params(toys.drawn(network, 1)['params'])
     assert first != answers(own(other, batch, jax.random.key(3)))
     # Padding a prompt further on the left changes no answer.
     wide = {**batch, **{n: np.pad(batch[n], ((0, 0), (2, 0))) for n in ('input', 'prompt_mask')}}
@@ -158,7 +152,7 @@ def test_a_teacher_answers_instead_and_never_says_what_the_student_has_not(
     network, batch, state, own
 ):
     wide = decoder(num_classes=V + 20)
-    state = state.replace(frozen={'teacher': drawn(wide, 5)})
+    state = state.replace(frozen={'teacher': toys.drawn(wide, 5)})
     mixed = collected(context(network, wide), share=0.5, other='teacher')
     draw = jax.jit(sampler(wide.module, max_new=R, stop=(EOS,), forbidden=range(V, V + 20)))
     prompts = batch['input'], batch['prompt_mask']
@@ -191,7 +185,7 @@ def test_a_method_learns_from_what_was_sampled(network, batch, state):
 
 
 def test_what_cannot_be_sampled_is_told(network):
-    table = from_linen(BottleneckLM(num_classes=V), SHAPE)
+    table = from_linen(BottleneckLM(num_classes=V), jax.ShapeDtypeStruct((1, P), jnp.int32))
     with pytest.raises(UserError, match=r'stage: .*the network is BottleneckLM\.$'):
         common.on_policy(context(table), max_new=R)
     with pytest.raises(UserError, match=r"the data has no 'prompt_mask'; .*layout='prompts'"):

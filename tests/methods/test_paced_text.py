@@ -1,5 +1,6 @@
 """PACED for language models: weights by sampled pass rates, against sums by hand."""
 
+import dataclasses
 import zlib
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_decoders as toys
+from toy_decoders import EOS, B, R, V
 
 from kd.claims import seeds
 from kd.data.sources import Source
@@ -15,20 +18,12 @@ from kd.losses import divergence
 from kd.methods.lm import common
 from kd.methods.lm.distillation import distillation
 from kd.methods.lm.paced import paced_text
-from kd.models.decoder import Decoder
-from kd.network import from_linen
 from kd.sampling.autoregressive import sampler
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-V, P, R, B, EOS, LR, K = 12, 4, 3, 4, 2, 0.3, 5
-SPEC = {
-    'input': jax.ShapeDtypeStruct((P,), jnp.int32),
-    'prompt_mask': jax.ShapeDtypeStruct((P,), bool),
-    'response': jax.ShapeDtypeStruct((R,), jnp.int32),
-    'response_mask': jax.ShapeDtypeStruct((R,), bool),
-    'pass_rate': jax.ShapeDtypeStruct((), jnp.float32),
-}
+LR, K = 0.3, 5
+SPEC = {**toys.PROMPTS, 'pass_rate': jax.ShapeDtypeStruct((), jnp.float32)}
 RATES = np.array([0.0, 0.25, 0.625, 1.0], np.float32)
 SAMPLING = dict(group=K, max_new=R, stop=(EOS,))
 
@@ -41,13 +36,7 @@ def odd(context):
 
 @pytest.fixture(scope='module')
 def network():
-    module = Decoder(num_classes=V, width=16, depth=1, heads=2, mlp_hidden=24, max_length=32)
-    return from_linen(module, jax.ShapeDtypeStruct((1, P), jnp.int32))
-
-
-def drawn(network, seed):
-    variables = jax.jit(network.init)(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, variables)
+    return toys.decoder()
 
 
 def context(network, *without):
@@ -55,27 +44,19 @@ def context(network, *without):
     made = seeds.context(
         network=network, teacher=network, tx=optax.sgd(LR), num_classes=V, spec=spec
     )
-    return made.__class__(**{**made.__dict__, 'source': lambda split: Source})
+    return dataclasses.replace(made, source=lambda split: Source)
 
 
 @pytest.fixture(scope='module')
 def batch():
-    rng = np.random.default_rng(0)
-    mask = np.arange(P) >= P - np.array([P, 2, 1, 3])[:, None]
-    return {
-        'input': np.where(mask, rng.integers(3, V, mask.shape), EOS).astype(np.int32),
-        'prompt_mask': mask,
-        'response': rng.integers(3, V, (B, R)).astype(np.int32),
-        'response_mask': np.arange(R) < np.array([1, 2, 3, 3])[:, None],
-        'pass_rate': RATES,
-    }
+    return {**toys.prompts(), 'pass_rate': RATES}
 
 
 @pytest.fixture(scope='module')
 def state(network):
     made = paced_text(context(network))
-    state = jax.jit(made.init)(jax.random.key(0), {'teacher': drawn(network, 1)})
-    return state.with_params(drawn(network, 0)['params'])
+    state = jax.jit(made.init)(jax.random.key(0), {'teacher': toys.drawn(network, 1)})
+    return state.with_params(toys.drawn(network, 0)['params'])
 
 
 def close(first, second, atol=1e-6):

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_decoders as toys
 from scipy import special
 
 from kd.claims import seeds
 from kd.methods.lm.distillation import distillation
 from kd.methods.lm.tsd_kd import DIRECT, OPENER, UNCERTAIN, token_weights, tsd_kd
-from kd.models.decoder import Decoder
 from kd.models.structured import BottleneckLM
 from kd.network import from_linen
 
@@ -20,15 +20,8 @@ V, B, T, LR = 14, 4, 9, 0.3
 SHAPE = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
 
-def decoder(**changes):
-    made = dict(num_classes=V, width=16, depth=1, heads=2, mlp_hidden=24, max_length=32)
-    return from_linen(Decoder(**{**made, **changes}), SHAPE)
-
-
-def drawn(network, seed):
-    """Variables far from where they start, so that laws are far from uniform."""
-    variables = jax.jit(network.init)(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, variables)
+def decoder(num_classes=V, **changes):
+    return toys.decoder(num_classes, T, **changes)
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +55,7 @@ def context(student, teacher=None, spec=None):
 
 @pytest.fixture(scope='module')
 def variables(student, teacher):
-    return drawn(student, 0), drawn(teacher, 1)
+    return toys.drawn(student, 0), toys.drawn(teacher, 1)
 
 
 def stepped(method, batch, variables):

@@ -21,28 +21,12 @@ RECORD = np.dtype('<f4')
 _WRITER = 'kd.methods.reference_sums.reference_sums'
 
 
-class AnchoredSource(sources.Source):
-    """Another source, in pairs, whose batches bring `anchor_log_p`.
-
-    Attributes:
-      tokenizer: of the other source, None where it has none.
-    """
+class AnchoredSource(sources.Derived):
+    """Another source, in pairs, whose batches bring `anchor_log_p`."""
 
     def __init__(self, source: sources.Source, stored: shards.Reader | None):
-        # Everything else is the source's; its own initialisation would open it again.
-        self._source, self._stored = source, stored
-        self.name, self.split = source.name, source.split
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.seen, self.pairs = source.seen, source.pairs
-        self.spec = {**source.spec, ANCHOR: jax.ShapeDtypeStruct((2,), np.float32)}
-        self.tokenizer = getattr(source, 'tokenizer', None)
-
-    @property
-    def domain(self) -> str:
-        return self._source.domain
-
-    def __len__(self) -> int:
-        return len(self._source)
+        super().__init__(source, {ANCHOR: jax.ShapeDtypeStruct((2,), np.float32)})
+        self._stored = stored
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
         """As `Source.fetch`, with the sums."""

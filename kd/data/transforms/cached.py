@@ -19,7 +19,7 @@ from kd.text import packing
 _WRITER = 'kd.methods.cache.teacher_outputs'
 
 
-class CachedSource(sources.Source):
+class CachedSource(sources.Derived):
     """Another source whose batches bring the fields of a cache, `teacher_...`.
 
     Rows of text have them at the positions that count, by which they predict the next token.
@@ -27,7 +27,6 @@ class CachedSource(sources.Source):
     Attributes:
       signal_temperature: at which the signals were recorded.
       outcomes: how many the teacher knows.
-      tokenizer: of the other source, None where it has none.
     """
 
     def __init__(
@@ -37,21 +36,9 @@ class CachedSource(sources.Source):
         shape: tuple[int, ...],
         stored: cache.Cache | None,
     ):
-        # Everything else is the source's; its own initialisation would open it again.
-        self._source, self._stored = source, stored
-        self.name, self.split = source.name, source.split
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.seen, self.pairs = source.seen, source.pairs
-        self.spec = {**source.spec, **form.spec(shape)}
+        super().__init__(source, form.spec(shape))
+        self._stored = stored
         self.signal_temperature, self.outcomes = form.temperature, shape[-1]
-        self.tokenizer = getattr(source, 'tokenizer', None)
-
-    @property
-    def domain(self) -> str:
-        return self._source.domain
-
-    def __len__(self) -> int:
-        return len(self._source)
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
         """As `Source.fetch`, with the teacher's fields."""

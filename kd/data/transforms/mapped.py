@@ -16,7 +16,7 @@ from kd.data.context import SourceContext
 from kd.ranges import Count
 
 
-class MappedSource(sources.Source):
+class MappedSource(sources.Derived):
     """Another source with `transform` applied to its inputs.
 
     Args:
@@ -33,20 +33,8 @@ class MappedSource(sources.Source):
         shape: tuple[int, ...],
         seen: str = '',
     ):
-        # Everything but the inputs is the source's; its own initialisation would open it again.
-        self._source, self._transform = source, transform
-        self.name, self.split = source.name, source.split
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.pairs = source.pairs
-        self.seen = ', '.join(filter(None, (source.seen, seen)))
-        self.spec = {**source.spec, 'input': jax.ShapeDtypeStruct(shape, np.float32)}
-
-    @property
-    def domain(self) -> str:
-        return self._source.domain
-
-    def __len__(self) -> int:
-        return len(self._source)
+        super().__init__(source, {'input': jax.ShapeDtypeStruct(shape, np.float32)}, seen)
+        self._transform = transform
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
         """As `Source.fetch`, with 'input' transformed."""

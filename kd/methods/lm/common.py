@@ -21,10 +21,11 @@ from kd.losses.signal import Dense, HiddenHead, TeacherSignal, TopK
 from kd.method import Batch
 from kd.methods import start
 from kd.methods.teacher import is_cached, teacher_logits
+from kd.metrics import Metrics, mean
 from kd.models.decoder import Decoder, head_of
 from kd.network import Network
 from kd.ranges import Count, Fraction, NonNegative, Positive, Size
-from kd.sampling.autoregressive import sampler
+from kd.sampling.autoregressive import Sampler, sampler
 from kd.state import PyTree, State
 from kd.text.packing import targets
 
@@ -50,6 +51,17 @@ class TokenLosses(NamedTuple):
     where: jax.Array
     aux: Any
     mutables: PyTree
+
+    @property
+    def sums(self) -> jax.Array:
+        """[B]: losses added up over the tokens of a row, for such with weights of `aggregated`."""
+        counted = jnp.where(self.where, self.losses, 0.0)
+        return counted.reshape(counted.shape[0], -1).sum(1)
+
+    @property
+    def metrics(self) -> Metrics:
+        """Means of aux over the tokens that count."""
+        return {name: mean(value, self.where) for name, value in self.aux.items()}
 
 
 def rows(network: Network, batch: Batch) -> Batch:
@@ -208,15 +220,12 @@ def on_policy(
             f"{context.stage}: answers are sampled to prompts, and the data has no '{missing[0]}'; "
             "a source of text has them with layout='prompts' (and response_length)."
         )
-    taken = getattr(context.source('train'), 'tokenizer', None) if not stop else None
-    ends = tuple(stop or (taken.stop if taken else ()))
 
     def says(decoder: Decoder, variables: PyTree, batch: Batch, key: jax.Array):
-        # Of a vocabulary that is padded further than the student's the rest is never said.
-        more = range(student.num_classes, decoder.num_classes)
-        draw = sampler(
-            decoder, max_new=max_new, temperature=temperature, top_p=top_p, top_k=top_k, stop=ends,
-            forbidden=(*forbidden, *more), block=block,
+        draw = drawing(
+            decoder, context.source('train'), student.num_classes, max_new=max_new,
+            temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, forbidden=forbidden,
+            block=block,
         )  # fmt: skip
         return draw(variables, batch['input'], batch['prompt_mask'], key)[:2]
 
@@ -284,6 +293,30 @@ def as_text(batch: Batch) -> Batch:
     if 'prompt_mask' not in batch or 'response' not in batch:
         return batch
     return answered(batch, batch['response'], batch['response_mask'])
+
+
+def drawing(
+    decoder: Decoder,
+    source: Any,
+    outcomes: int,
+    *,
+    stop: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+    **how: Any,
+) -> Sampler:
+    """The sampler of a decoder for the prompts of a source.
+
+    Args:
+      decoder: who answers.
+      source: of the prompts; where `stop` names nothing, its tokenizer says what ends an answer.
+      outcomes: tokens that all who read the answers know; of a vocabulary that is padded further
+        the rest is never said.
+      stop, forbidden, **how: see `kd.sampling.autoregressive.sampler`.
+    """
+    taken = getattr(source, 'tokenizer', None)
+    ends = [token for token in (taken.stop if taken else ()) if token < decoder.num_classes]
+    never = (*forbidden, *range(outcomes, decoder.num_classes))
+    return sampler(decoder, stop=tuple(stop) or ends, forbidden=never, **how)
 
 
 def needed_decoder(context: Context, network: Network, what: str) -> Decoder:

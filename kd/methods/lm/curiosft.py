@@ -126,8 +126,7 @@ def curiosft(
             network, state.variables(params=params), batch, of_token,
             teacher=copy, key=key, chunk=chunk,
         )  # fmt: skip
-        metrics = {name: mean(value, found.where) for name, value in found.aux.items()}
-        return Objective(mean(found.losses, found.where), metrics, found.mutables)
+        return Objective(mean(found.losses, found.where), found.metrics, found.mutables)
 
     init = start.from_reference(network.init, context)
     method = minimize(loss, context.tx, init, micro_batches=micro_batches)
@@ -159,8 +158,7 @@ def entropy_bonus(
         found = common.token_losses(
             network, state.variables(params=params), batch, of_token, key=key, chunk=chunk
         )
-        metrics = {name: mean(value, found.where) for name, value in found.aux.items()}
-        return Objective(mean(found.losses, found.where), metrics, found.mutables)
+        return Objective(mean(found.losses, found.where), found.metrics, found.mutables)
 
     init = start.from_reference(network.init, context)
     return minimize(loss, context.tx, init, micro_batches=micro_batches)

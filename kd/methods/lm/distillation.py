@@ -9,13 +9,12 @@ as in GKD on a mixture of that and what the student says itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from kd import config as config_lib
-from kd import ranges
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import aggregate, classification, outcomes
@@ -24,7 +23,9 @@ from kd.methods import start
 from kd.methods.lm import common
 from kd.methods.teacher import is_cached
 from kd.metrics import mean
-from kd.ranges import Count, Fraction, Positive, Size
+from kd.ranges import Count, Fraction, Keywords, Positive, Size
+
+_Rollout = Annotated[Mapping[str, Any], Keywords(common.on_policy, ('context', 'share'))]
 
 
 def distillation(
@@ -36,7 +37,7 @@ def distillation(
     mean_over: aggregate.Mode = 'token_mean',
     constant: Positive | None = None,
     on_policy: Fraction = 0.0,
-    rollout: Mapping[str, Any] | None = None,
+    rollout: _Rollout | None = None,
     blocks: tuple[Size, ...] = (),
     chunk: Count = 256,
     micro_batches: Count = 1,
@@ -108,11 +109,8 @@ def distillation(
             network, state.variables(params=params), batch, of_token,
             teacher=teacher, per_token=weights, key=key, chunk=chunk,
         )  # fmt: skip
-        metrics = {name: mean(value, found.where) for name, value in found.aux.items()}
-        if weights:
-            rows = found.losses.reshape(found.losses.shape[0], -1).sum(1)
-            return Objective(mean(rows), metrics, found.mutables)
-        return Objective(mean(found.losses, found.where), metrics, found.mutables)
+        total = mean(found.sums) if weights else mean(found.losses, found.where)
+        return Objective(total, found.metrics, found.mutables)
 
     transform = common.cut(blocks, context) if blocks else None
     init = start.from_reference(network.init, context, transform=transform)
@@ -128,15 +126,11 @@ def _collect(context, mean_over, constant, on_policy, rollout):
             f'{context.stage}.method.on_policy={on_policy} needs `rollout`, a block with max_new.'
         )
     if rollout is not None:
-        where = f'{context.stage}.method.rollout'
-        config_lib.check_arguments(
-            common.on_policy, rollout, where=where, reserved=('context', 'share')
-        )
-        ranges.check(common.on_policy, rollout, where=where)
         if is_cached(context.spec):
             raise UserError(
-                f'{where}: the data bring what a teacher has said of their own text, and answers '
-                'are other text; give the stage the teacher and data of prompts.'
+                f'{context.stage}.method.rollout: the data bring what a teacher has said of their '
+                'own text, and answers are other text; give the stage the teacher and data of '
+                'prompts.'
             )
         answer = common.on_policy(context, share=on_policy, **rollout)
     # Raises where they do not fit, before there is a batch.

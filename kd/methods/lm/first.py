@@ -96,9 +96,7 @@ def first(
             teacher=common.teacher_signal(context, state, batch), key=key,
             per_token=(batch[common.TOKEN_WEIGHT],), chunk=chunk,
         )  # fmt: skip
-        rows = found.losses.reshape(found.losses.shape[0], -1).sum(-1)
-        metrics = {name: mean(value, found.where) for name, value in found.aux.items()}
-        return Objective(mean(rows), metrics, found.mutables)
+        return Objective(mean(found.sums), found.metrics, found.mutables)
 
     transform = common.cut(blocks, context) if blocks else None
     init = start.from_reference(network.init, context, transform=transform)

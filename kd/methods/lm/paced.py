@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from kd import config as kd_config
 from kd.context import Context
+from kd.data.generated import PASS_RATE
 from kd.errors import UserError
 from kd.losses import check_micro_batches, outcomes
 from kd.method import Method, Objective, minimize, with_collect
@@ -30,7 +31,6 @@ from kd.ranges import Count, Keywords, NonNegative
 from kd.rewards.reward import judged
 from kd.theory import competence
 
-PASS_RATE = 'pass_rate'
 _Sampling = Annotated[Mapping[str, Any], Keywords(rl.Sampling)]
 WEIGHTINGS = ('beta', 'hard', 'uniform')
 
@@ -78,12 +78,12 @@ def paced(
     kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
 
     def collect(state, batch, key):
-        if 'pass_rate' not in batch:
+        if PASS_RATE not in batch:
             logits = network.apply(state.variables(), *network.of(batch)).logits
             where = batch.get('response_mask')
             rate = sampled_pass_rate(key, logits, batch['label'], rollouts, where=where)
-            batch = {**batch, 'pass_rate': rate}
-        return {**batch, **weigh(batch['pass_rate'])}
+            batch = {**batch, PASS_RATE: rate}
+        return {**batch, **weigh(batch[PASS_RATE])}
 
     def loss(params, state, batch, key) -> Objective:
         variables = state.variables(params=params)
@@ -100,7 +100,7 @@ def paced(
         losses = batch['weight'] * jnp.where(counted, problems, 0.0)
         metrics = {
             'divergence': mean(problems),
-            'pass_rate': mean(batch['pass_rate']),
+            'pass_rate': mean(batch[PASS_RATE]),
             'effective_count': scalar(batch['effective_count'][0]),
         }
         return Objective(mean(losses), metrics, output.mutables)
@@ -223,11 +223,11 @@ def paced_text(
             per_token=(batch[common.TOKEN_WEIGHT],), key=key, chunk=chunk,
         )  # fmt: skip
         metrics = {
-            'divergence': mean(found.aux['divergence'], found.where),
+            **found.metrics,
             'pass_rate': mean(batch[PASS_RATE]),
             'effective_count': scalar(batch['effective_count'][0]),
         }
-        return Objective(mean(found.losses.sum(1)), metrics, found.mutables)
+        return Objective(mean(found.sums), metrics, found.mutables)
 
     init = start.from_reference(network.init, context)
     return with_collect(minimize(loss, context.tx, init, micro_batches=micro_batches), collect)

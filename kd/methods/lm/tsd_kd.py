@@ -111,12 +111,11 @@ def tsd_kd(
             chunk=chunk,
         )  # fmt: skip
         # The weights hold what is divided by.
-        rows = jnp.where(found.where, found.losses, 0.0).reshape(len(found.losses), -1).sum(-1)
-        metrics = {name: mean(value, found.where) for name, value in found.aux.items()}
+        metrics = dict(found.metrics)
         metrics['ranking'] = mean(found.aux['ranking'], batch[OPENER] > 0)
         metrics['uncertain'] = mean(found.aux['entropy'], batch[UNCERTAIN] > 0)
-        metrics['length'] = mean(found.where.reshape(len(rows), -1).sum(-1))
-        return Objective(mean(rows), metrics, found.mutables)
+        metrics['length'] = mean(found.where.reshape(len(found.where), -1).sum(-1))
+        return Objective(mean(found.sums), metrics, found.mutables)
 
     init = start.from_reference(network.init, context)
     return with_collect(minimize(loss, context.tx, init, micro_batches=micro_batches), collect)

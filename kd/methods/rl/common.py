@@ -30,17 +30,17 @@ import numpy as np
 from kd import config as config_lib
 from kd.context import Context
 from kd.errors import UserError
-from kd.losses import aggregate, numerics, policy, sequence
+from kd.losses import aggregate, policy, sequence
 from kd.losses.signal import HiddenHead
 from kd.method import Batch
 from kd.method.single import joined, split
-from kd.methods.lm.common import needed_decoder
+from kd.methods.lm import common as lm
 from kd.metrics import Mean, Metrics, mean
 from kd.models.decoder import head_of
 from kd.network import Network
 from kd.ranges import Count, Positive, Size
 from kd.rewards.reward import Reward, judged
-from kd.sampling.autoregressive import Sampler, sampler
+from kd.sampling.autoregressive import Sampler
 from kd.state import PyTree, State
 
 Collect = Callable[[State, Batch, jax.Array], Batch]
@@ -105,27 +105,15 @@ def drawing(context: Context, sampling: Sampling, *others: Network) -> Sampler:
     Raises:
       UserError: a network that is no decoder, data without prompts, no token that ends an answer.
     """
-    decoder = needed_decoder(context, context.network, 'network')
+    decoder = lm.needed_decoder(context, context.network, 'network')
     if 'prompt_mask' not in context.spec:
         raise UserError(
             f"{context.stage}: answers are sampled to prompts, and the data has no 'prompt_mask'; "
             "give data.source layout='prompts'."
         )
-    stop = sampling.stop
-    if not stop and (taken := getattr(context.source('train'), 'tokenizer', None)):
-        stop = tuple(token for token in taken.stop if token < decoder.num_classes)
-    sizes = [needed_decoder(context, other, 'teacher').num_classes for other in others]
-    shared = min([decoder.num_classes, *sizes])
-    return sampler(
-        decoder,
-        max_new=sampling.max_new,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        stop=stop,
-        forbidden=(*sampling.forbidden, *range(shared, decoder.num_classes)),
-        block=sampling.block,
-    )
+    sizes = [lm.needed_decoder(context, other, 'teacher').num_classes for other in others]
+    how = {name: value for name, value in vars(sampling).items() if name != 'group'}
+    return lm.drawing(decoder, context.source('train'), min([decoder.num_classes, *sizes]), **how)
 
 
 def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
@@ -278,10 +266,10 @@ def answer_losses(
 
     def token_loss(logits, teacher, per_token):
         tokens, given = per_token
-        log_q = numerics.log_softmax(logits, temperature=draw.temperature, where=allowed)
-        log_p = numerics.take_outcomes(log_q, tokens[:, None], missing=-jnp.inf)[:, 0]
-        surprise = numerics.relative_entropy_term(log_q, jnp.zeros_like(log_q))
-        return loss(Said(logits, log_p, -jnp.sum(surprise, -1), teacher), **given)
+        log_p, entropy = sequence.said_of(
+            logits, tokens, temperature=draw.temperature, where=allowed
+        )
+        return loss(Said(logits, log_p, entropy, teacher), **given)
 
     given = {name: flat(x) for name, x in (per_token or {}).items()}
     if teacher is not None:
