@@ -88,7 +88,7 @@ def responses(
         )
     outcomes = source.num_classes or decoder.num_classes
     draw = common.drawing(
-        decoder, source, outcomes, max_new=max_new, temperature=temperature, top_p=top_p,
+        decoder, lambda: source, outcomes, max_new=max_new, temperature=temperature, top_p=top_p,
         top_k=top_k, stop=stop, forbidden=forbidden, block=block,
     )  # fmt: skip
     form = answers.Form(

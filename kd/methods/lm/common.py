@@ -223,7 +223,7 @@ def on_policy(
 
     def says(decoder: Decoder, variables: PyTree, batch: Batch, key: jax.Array):
         draw = drawing(
-            decoder, context.source('train'), student.num_classes, max_new=max_new,
+            decoder, lambda: context.source('train'), student.num_classes, max_new=max_new,
             temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, forbidden=forbidden,
             block=block,
         )  # fmt: skip
@@ -297,7 +297,7 @@ def as_text(batch: Batch) -> Batch:
 
 def drawing(
     decoder: Decoder,
-    source: Any,
+    source: Callable[[], Any],
     outcomes: int,
     *,
     stop: Sequence[int] = (),
@@ -308,15 +308,16 @@ def drawing(
 
     Args:
       decoder: who answers.
-      source: of the prompts; where `stop` names nothing, its tokenizer says what ends an answer.
+      source: brings that of the prompts; where `stop` names nothing, its tokenizer says what ends an
+        answer.
       outcomes: tokens that all who read the answers know; of a vocabulary that is padded further
         the rest is never said.
       stop, forbidden, **how: see `kd.sampling.autoregressive.sampler`.
     """
-    taken = getattr(source, 'tokenizer', None)
-    ends = [token for token in (taken.stop if taken else ()) if token < decoder.num_classes]
+    if not stop and (taken := getattr(source(), 'tokenizer', None)):
+        stop = [token for token in taken.stop if token < decoder.num_classes]
     never = (*forbidden, *range(outcomes, decoder.num_classes))
-    return sampler(decoder, stop=tuple(stop) or ends, forbidden=never, **how)
+    return sampler(decoder, stop=stop, forbidden=never, **how)
 
 
 def needed_decoder(context: Context, network: Network, what: str) -> Decoder:

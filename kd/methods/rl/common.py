@@ -113,7 +113,8 @@ def drawing(context: Context, sampling: Sampling, *others: Network) -> Sampler:
         )
     sizes = [lm.needed_decoder(context, other, 'teacher').num_classes for other in others]
     how = {name: value for name, value in vars(sampling).items() if name != 'group'}
-    return lm.drawing(decoder, context.source('train'), min([decoder.num_classes, *sizes]), **how)
+    outcomes = min([decoder.num_classes, *sizes])
+    return lm.drawing(decoder, lambda: context.source('train'), outcomes, **how)
 
 
 def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
