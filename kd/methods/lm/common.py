@@ -308,8 +308,7 @@ def drawing(
 
     Args:
       decoder: who answers.
-      source: brings that of the prompts; where `stop` names nothing, its tokenizer says what ends an
-        answer.
+      source: brings that of the prompts, whose tokenizer says what ends an answer if `stop` does not.
       outcomes: tokens that all who read the answers know; of a vocabulary that is padded further
         the rest is never said.
       stop, forbidden, **how: see `kd.sampling.autoregressive.sampler`.
