@@ -308,7 +308,7 @@ def drawing(
 
     Args:
       decoder: who answers.
-      source: brings that of the prompts, whose tokenizer says what ends an answer if `stop` does not.
+      source: brings that of the prompts; its tokenizer says what ends an answer if no `stop` does.
       outcomes: tokens that all who read the answers know; of a vocabulary that is padded further
         the rest is never said.
       stop, forbidden, **how: see `kd.sampling.autoregressive.sampler`.
