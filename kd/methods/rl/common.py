@@ -35,12 +35,11 @@ from kd.losses.signal import HiddenHead
 from kd.method import Batch
 from kd.method.single import joined, split
 from kd.methods.lm import common as lm
-from kd.metrics import Mean, Metrics, mean
 from kd.models.decoder import head_of
 from kd.network import Network
 from kd.ranges import Count, Positive, Size
 from kd.rewards.reward import Reward, judged
-from kd.sampling.autoregressive import Sampler
+from kd.sampling.autoregressive import Rollout, Sampler
 from kd.state import PyTree, State
 
 Collect = Callable[[State, Batch, jax.Array], Batch]
@@ -122,6 +121,65 @@ def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
     return config_lib.build(reward, context, where=f'{context.stage}.method.reward')
 
 
+def answered(context: Context, draw: Sampler, reward: Reward, *, group: Count) -> Collect:
+    """`collect`: answers of the present network and their rewards, all but what groups make of
+    them (`valued`).
+
+    Args:
+      context: the stage.
+      draw: of `drawing`.
+      reward: of the answers.
+      group: G.
+    """
+
+    def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
+        batch = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
+        variables = context.rollout(state.variables())
+        said = draw(variables, batch['input'], batch['prompt_mask'], key)
+        decoded = jnp.full(len(said.tokens), draw.turns(said.mask), jnp.float32)
+        return rewarded({**batch, 'decoded': decoded}, said, reward)
+
+    return collect
+
+
+def rewarded(batch: Batch, said: Rollout, reward: Reward) -> Batch:
+    """The batch with these answers, and what they are worth by themselves."""
+    batch = {**batch, 'truncated': said.truncated}
+    rewards, unjudged = judged(reward(said.tokens, said.mask, batch))
+    made = {
+        'tokens': said.tokens,
+        'mask': said.mask,
+        'sampler_log_probs': said.log_probs,
+        'rewards': rewards,
+        'unjudged': unjudged,
+    }
+    return {**batch, **made}
+
+
+def valued(
+    batch: Batch,
+    group: int,
+    *,
+    advantage: policy.Advantage = 'grpo',
+    ddof: Literal[0, 1] = 0,
+    epsilon: float = 1e-6,
+    aggregation: aggregate.Mode = 'sequence_mean',
+    overlong: int = 0,
+) -> Batch:
+    """The batch with advantages, weights and dead groups; arguments as of `rollouts`."""
+    mask, values = batch['mask'], batch['rewards']
+    longest = mask.shape[1]
+    if overlong:
+        values += policy.overlong_penalty(mask.sum(1), longest, overlong)
+    constant = float(longest) if aggregation == 'constant' else None
+    made = {
+        'advantage': policy.group_advantage(values, group, advantage, ddof=ddof, epsilon=epsilon),
+        'dead': jnp.repeat(policy.dead_groups(values, group), group),
+        'weight': aggregate.weights(mask, aggregation, constant=constant),
+    }
+    return {**batch, **made}
+
+
 def rollouts(
     context: Context,
     draw: Sampler,
@@ -151,33 +209,16 @@ def rollouts(
         up to rounding, unless `rollout_dtype` is another type than the network's.
       chunk, parts: of that pass, see `score`.
     """
-    constant = float(draw.max_new) if aggregation == 'constant' else None
+    answer = answered(context, draw, reward, group=group)
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
-        variables = state.variables()
-        batch = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
-        said = draw(context.rollout(variables), batch['input'], batch['prompt_mask'], key)
-        batch['truncated'] = said.truncated
-        rewards, unjudged = judged(reward(said.tokens, said.mask, batch))
-        valued = rewards
-        if overlong:
-            valued += policy.overlong_penalty(said.mask.sum(1), draw.max_new, overlong)
-        rows = len(rewards)
-        made = {
-            'tokens': said.tokens,
-            'mask': said.mask,
-            'sampler_log_probs': said.log_probs,
-            'rewards': rewards,
-            'unjudged': unjudged,
-            'advantage': policy.group_advantage(valued, group, advantage, ddof=ddof),
-            'dead': jnp.repeat(policy.dead_groups(valued, group), group),
-            'weight': aggregate.weights(said.mask, aggregation, constant=constant),
-            'decoded': jnp.full(rows, draw.turns(said.mask), jnp.float32),
-        }
-        batch = {**batch, **made}
+        batch = valued(
+            answer(state, batch, key), group, advantage=advantage, ddof=ddof,
+            aggregation=aggregation, overlong=overlong,
+        )  # fmt: skip
         if recomputed:
-            scores = score(context.network, variables, batch, draw, chunk=chunk, parts=parts)
-            batch['old_log_probs'] = scores.log_probs
+            own = score(context.network, state.variables(), batch, draw, chunk=chunk, parts=parts)
+            batch['old_log_probs'] = own.log_probs
         return batch
 
     return collect
@@ -316,60 +357,6 @@ def with_prompt(batch: Batch, *pieces: tuple[jax.Array, jax.Array]) -> Batch:
         'prompt_mask': jnp.take_along_axis(mask, order, axis=1),
     }
     return {**batch, **moved}
-
-
-def metrics(
-    batch: Batch,
-    entropy: jax.Array,
-    ratio: jax.Array,
-    old_log_p: jax.Array,
-    *,
-    low: float,
-    high: float,
-    cap: float = 2.0,
-) -> Metrics:
-    """What people look for in the log of a policy gradient.
-
-    | metric | |
-    |---|---|
-    | `reward`, `length`, `truncated`, `unjudged`, `dead_groups` | means over answers |
-    | `entropy`, `clip_fraction` | means over tokens |
-    | `ratio`, `ratio_max` | rho = pi / pi_old, mean over tokens; mean over answers of the largest |
-    | `sampler_ratio`, `sampler_ratio_max`, `sampler_ratio_cut` | pi_old / pi_sampler before it is
-      cut; the last is the share of tokens above `cap` |
-    | `sampling/fill` | tokens of answers, as a share of those that the loop went through |
-
-    Args:
-      batch: of answers.
-      entropy: [B, R] of the policy.
-      ratio: [B, R] log rho that the loss has clipped.
-      old_log_p: [B, R] under the old policy.
-      low, high: the radii of the clip.
-      cap: of the sampler's ratio.
-    """
-    where = batch['mask']
-    rho, sampled = jnp.exp(ratio), jnp.exp(policy.log_ratio(old_log_p, batch['sampler_log_probs']))
-    clipped = policy.is_clipped(ratio, batch['advantage'][:, None], low=low, high=high)
-
-    def largest(x: jax.Array) -> Mean:
-        return mean(jnp.where(where, x, 0.0).max(1))
-
-    found = {
-        'reward': mean(batch['rewards']),
-        'length': mean(where.sum(1)),
-        'truncated': mean(batch['truncated']),
-        'unjudged': mean(batch['unjudged']),
-        'dead_groups': mean(batch['dead']),
-        'entropy': mean(entropy, where),
-        'clip_fraction': mean(clipped, where),
-        'ratio': mean(rho, where),
-        'ratio_max': largest(rho),
-        'sampler_ratio': mean(sampled, where),
-        'sampler_ratio_max': largest(sampled),
-        'sampler_ratio_cut': mean(sampled > cap, where),
-        'sampling/fill': Mean(where.sum(dtype=jnp.float32), batch['decoded'].sum()),
-    }
-    return jax.lax.stop_gradient(found)
 
 
 def _hidden(network, variables, batch, *, train, key):
