@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd import config as config_lib
-from kd import files, process
+from kd import export, files, process
 from kd.errors import UserError
-from kd.io import export, pretrained, safetensors
+from kd.io import pretrained, safetensors
 from kd.models.decoder import Decoder
 from kd.references import is_foreign
 from kd.sampling.autoregressive import sampler

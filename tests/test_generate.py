@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 import toy_tokenizers as toys
 
-from kd import generate
-from kd.io import export
+from kd import export, generate
 from kd.models.decoder import Decoder
 from kd.text import templates, tokenizer
 

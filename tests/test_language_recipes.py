@@ -11,9 +11,8 @@ import scipy.stats
 import toy_tokenizers as toys
 
 from kd import config as kd_config
-from kd import generate
+from kd import export, generate
 from kd.context import ReportContext
-from kd.io import export
 from kd.main import main
 from kd.models.decoder import Decoder
 from kd.parallel import mesh as mesh_lib

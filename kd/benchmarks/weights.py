@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kd import export
 from kd.data.builders import stdlib_docs
 from kd.errors import UserError
-from kd.io import export, pretrained
+from kd.io import pretrained
 from kd.models.decoder import Decoder
 from kd.text import tokenizer as tokenizers
 

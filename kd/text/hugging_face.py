@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from kd import files
 from kd.errors import UserError
 
 ADVICE = 'fetch the directory again'
+# What belongs to a tokenizer, or to how answers are drawn.
+_FILES = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'chat_template.json',
+    'generation_config.json',
+)  # fmt: skip
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -48,6 +56,55 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         'stop': stop if isinstance(stop, list) else [] if stop is None else [stop],
         'begins': config.get('add_bos_token'),
         'template': _template(directory, config),
+    }
+
+
+def copy(source: Path, directory: Path) -> None:
+    """Copies the files of a tokenizer."""
+    if source.resolve() == directory.resolve():
+        return
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def write(directory: Path, description: dict[str, Any], roles: dict[str, Any]) -> None:
+    """Writes what `read` reads, with ids of tokens in `roles`."""
+    tokens = {index: token for token, index in description['model']['vocab'].items()}
+    tokens |= {token['id']: token['content'] for token in description['added_tokens']}
+    first = roles['bos'] if roles['begins'] else None
+    if first is not None:
+        description = description | {'post_processor': _before(tokens[first], first)}
+    named = {
+        f'{role}_token': tokens[roles[role]]
+        for role in ('bos', 'eos', 'pad')
+        if roles[role] is not None
+    }
+    config = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'add_bos_token': first is not None,
+        'clean_up_tokenization_spaces': False,
+        **named,
+    }
+    if roles['template']:
+        config['chat_template'] = roles['template']
+    files.write_json(directory / 'tokenizer.json', description)
+    files.write_json(directory / 'tokenizer_config.json', config)
+    files.write_json(
+        directory / 'generation_config.json', {'eos_token_id': [roles['eos'], *roles['stop']]}
+    )
+
+
+def _before(token: str, index: int) -> dict[str, Any]:
+    """A post-processor that puts a token before a text."""
+    special = {'SpecialToken': {'id': token, 'type_id': 0}}
+    text = {'Sequence': {'id': 'A', 'type_id': 0}}
+    second = {'Sequence': {'id': 'B', 'type_id': 1}}
+    return {
+        'type': 'TemplateProcessing',
+        'single': [special, text],
+        'pair': [special, text, second],
+        'special_tokens': {token: {'id': token, 'ids': [index], 'tokens': [token]}},
     }
 
 

@@ -137,6 +137,28 @@ def _stamp(file: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
+def save(reference: str, directory: Path) -> None:
+    """Writes the tokenizer of a model into a directory that 'hf:DIR' and `transformers` read.
+
+    Args:
+      reference: as of `load`. The files of a directory are copied; of a GGUF file
+        `tokenizer.json` and `tokenizer_config.json` are made.
+      directory: is there.
+
+    Raises:
+      UserError: as of `load`.
+    """
+    load(reference)
+    kind, _, path = reference.partition(':')
+    place = Path(path).expanduser()
+    if kind == 'hf':
+        hugging_face.copy(place, directory)
+        return
+    fields = gguf_files.metadata(place)
+    description = gguf.tokenizer_json(fields, where=path)
+    hugging_face.write(directory, description, gguf.roles(fields))
+
+
 @functools.lru_cache(maxsize=8)
 def _load(kind: str, path: Path, template: str, stamp: tuple) -> Tokenizer:
     reference = f'{kind}:{path}'

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import toy_tokenizers as toys
 
-from kd import files, process
+from kd import export, files, process
 from kd.errors import UserError
-from kd.io import export, pretrained
+from kd.io import pretrained
 from kd.io import safetensors as kd_safetensors
 from kd.models.decoder import Decoder
 
@@ -95,14 +96,16 @@ def test_a_directory_describes_the_decoder_that_was_exported(tmp_path, name):
 
 def test_the_tokenizer_goes_with_the_model(tmp_path):
     source = hf.write(tmp_path / 'source', 'llama', pad_token_id=[3, 4])
-    for file in ('tokenizer.json', 'generation_config.json', 'chat_template.jinja', 'README.md'):
+    toys.write_directory(source, toys.fields())
+    (source / 'generation_config.json').write_text('{}')
+    for file in ('chat_template.jinja', 'README.md'):
         (source / file).write_text(file)
     module, variables = random_model('qwen3')
     export.export(module, variables, tmp_path / 'out', tokenizer=f'hf:{source}')
     found = {path.name for path in (tmp_path / 'out').iterdir()}
     assert found == {
-        'config.json', 'model.safetensors', 'tokenizer.json', 'generation_config.json',
-        'chat_template.jinja',
+        'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',
+        'generation_config.json', 'chat_template.jinja',
     }  # fmt: skip
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     ids = [config[f'{role}_token_id'] for role in ('bos', 'eos', 'pad')]

@@ -14,10 +14,10 @@ import toy_tokenizers as toys
 from scipy import special
 
 from kd import config as kd_config
+from kd import export
 from kd.claims import seeds
 from kd.data.builders import gaussians
 from kd.errors import UserError
-from kd.io import export
 from kd.io.workdir import read_metrics
 from kd.losses import calibration, divergence, signal
 from kd.losses.signal import TopK

@@ -351,6 +351,28 @@ def test_the_same_tokenizer_in_both_files_is_the_same(smollm, folder):
     assert again.fingerprint == scored.fingerprint
 
 
+@pytest.mark.parametrize('begins', [False, True])
+@pytest.mark.parametrize('kind', ['byte_level', 'scored'])
+def test_a_tokenizer_of_a_gguf_file_is_saved_as_one_that_transformers_reads(kind, begins, tmp_path):
+    made = toys.fields() if kind == 'byte_level' else toys.scored_fields('{{ messages }}')
+    made['tokenizer.ggml.add_bos_token'] = begins
+    made['tokenizer.ggml.eot_token_id'] = 2
+    reference = toys.write_gguf(tmp_path / 'x.gguf', made)
+    tokenizer.save(reference, tmp_path)
+    one, other = tokenizer.load(reference), tokenizer.load(f'hf:{tmp_path}')
+    for role in ('fingerprint', 'size', 'eos', 'pad', 'bos', 'stop', 'control', 'template'):
+        assert getattr(one, role) == getattr(other, role), role
+    assert one.begins == other.begins == begins
+    # What reads the file puts the first token there by the post-processor.
+    package = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    first = [one.bos] if begins else []
+    assert package.encode('the answer is').ids == [*first, *one.encode('the answer is')]
+    # A directory is copied.
+    (tmp_path / 'again').mkdir()
+    tokenizer.save(f'hf:{tmp_path}', tmp_path / 'again')
+    assert tokenizer.load(f'hf:{tmp_path}/again').fingerprint == one.fingerprint
+
+
 def test_padded_vocabularies_share_the_smaller(smollm):
     tokens = tokenizer.load(smollm[0])
     assert tokenizer.shared_size(tokens, tokens.size + 64, tokens.size + 7) == tokens.size + 7

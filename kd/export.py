@@ -1,9 +1,9 @@
 """A trained language model as a directory that `transformers` loads.
 
-    python -m kd.io.export runs/mine/student exported --tokenizer=hf:/models/Qwen3-0.6B
+    python -m kd.export runs/mine/student exported --tokenizer=hf:/models/Qwen3-0.6B
 
-writes config.json and model.safetensors, in parts with an index where they are large, and copies
-the files of the tokenizer. `AutoModelForCausalLM.from_pretrained('exported')` reads them.
+writes config.json and model.safetensors, in parts with an index where they are large, and the files
+of the tokenizer. `AutoModelForCausalLM.from_pretrained('exported')` reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import inspect
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,11 @@ from kd.errors import UserError
 from kd.io import decoder_names, hf_decoders, pretrained, safetensors
 from kd.io.torch_weights import Part
 from kd.models.decoder import Decoder
-from kd.references import split_foreign
 from kd.state import path_name
+from kd.text import tokenizer as tokenizers
 
 # Bytes of tensors in a file, before the next one begins.
 LARGEST = 5_000_000_000
-# What belongs to a tokenizer, or to how answers are drawn.
-_COPIED = (
-    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-    'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'chat_template.json',
-    'generation_config.json',
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +65,8 @@ def export(
       decoder: the network.
       variables: its own; they keep their type.
       directory: made if it is not there.
-      tokenizer: 'hf:DIR' whose tokenizer goes with the model; the ids of its special tokens go into
-        config.json. Of 'gguf:FILE' there are these alone.
+      tokenizer: 'hf:DIR' or 'gguf:FILE' whose tokenizer goes with the model; the ids of its special
+        tokens go into config.json.
       largest: bytes of the tensors in a file.
 
     Returns:
@@ -109,7 +102,8 @@ def export(
             files.write_json(directory / pretrained.WEIGHTS[1], index)
         # `dtype` is the name in transformers 5.
         files.write_json(directory / 'config.json', config | dict(torch_dtype=dtype, dtype=dtype))
-        _copy(tokenizer, directory)
+        if tokenizer:
+            tokenizers.save(tokenizer, directory)
     except OSError as error:
         raise UserError(f'{directory} cannot be written: {error}.') from error
     return sizes
@@ -166,17 +160,6 @@ def _shards(tensors: Mapping[str, list[_Piece]], largest: int) -> dict[str, list
     return {f'model-{i:05}-of-{count:05}.safetensors': group for i, group in enumerate(groups, 1)}
 
 
-def _copy(tokenizer: str, directory: Path) -> None:
-    if not tokenizer.startswith('hf:'):
-        return
-    source = split_foreign(tokenizer)[1]
-    if source.resolve() == directory.resolve():
-        return
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
 def stage_decoder(directory: Path, variables: Mapping[str, Any]) -> Decoder:
     """The decoder that a stage trained, from the config of its run.
 
@@ -208,7 +191,9 @@ def main() -> int:
     parser.add_argument('stage', type=path, help='directory of a stage, such as runs/mine/student')
     parser.add_argument('directory', type=path)
     parser.add_argument('--weights', default='final', help="'final' or the name of an average")
-    parser.add_argument('--tokenizer', default='', help="'hf:DIR' whose tokenizer goes with it")
+    parser.add_argument(
+        '--tokenizer', default='', help="'hf:DIR' or 'gguf:FILE' whose tokenizer goes with it"
+    )
     arguments = parser.parse_args()
     variables = safetensors.stage_variables(arguments.stage, arguments.weights)
     decoder = stage_decoder(arguments.stage, variables)
