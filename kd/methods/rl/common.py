@@ -300,7 +300,7 @@ def answer_losses(
     """
     shape = batch['tokens'].shape
     hidden, head, mutables = _hidden(network, variables, batch, train=train, key=key)
-    allowed = _allowed(draw, head.shape[-1])
+    allowed = allowed_tokens(draw, head.shape[-1])
 
     def flat(x: jax.Array) -> jax.Array:
         x = jnp.broadcast_to(x[:, None], shape) if x.ndim == 1 else x
@@ -372,7 +372,7 @@ def _hidden(network, variables, batch, *, train, key):
     return output.logits[:, at], head_of(network.module, variables), output.mutables
 
 
-def _allowed(draw: Sampler, size: int) -> np.ndarray | None:
+def allowed_tokens(draw: Sampler, size: int) -> np.ndarray | None:
     """The tokens that the policy may say, bool [V]; None for all of them."""
     allowed = np.arange(size) < draw.decoder.num_classes
     allowed[[token for token in draw.forbidden if token < size]] = False

@@ -1,0 +1,129 @@
+"""A policy as its own teacher: the same answers, read after a prompt that says more.
+
+    compare = comparison(draw, Comparison(top_k=100, favourites='student'))
+
+    def of_token(said, weight):
+        distance = compare(said)
+        return weight * distance, {'distance': distance}
+
+    asked = with_block(batch, tokens_of(23, rows), without_end(batch), tokens_of(5, rows), after=1)
+    teacher = common.hidden(network, variables_of_the_teacher, asked)
+    common.answer_losses(network, variables, batch, draw, of_token, per_token=..., teacher=teacher)
+
+Logits of both exist a slab of tokens at a time, and nothing flows to the teacher. The R positions
+that predict an answer are counted from the end of both texts, so that what either says of a token
+stands side by side whatever is in the prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from kd import config as config_lib
+from kd.losses import outcomes, signal
+from kd.method import Batch
+from kd.methods.rl import common
+from kd.ranges import Size
+from kd.sampling.autoregressive import Sampler
+
+# Tokens int [B, n], and which of them there are, bool [B, n].
+Piece = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How a policy is compared with a teacher at a token.
+
+    Attributes:
+      divergence: import path of `d(student_logits, teacher, *, temperature) -> [n]`, see
+        `kd.losses.divergence`.
+      arguments: further keywords of it, such as `beta` of `generalized_jsd`.
+      top_k: compares the probabilities of so many tokens; 0 for all.
+      favourites: whose most probable tokens these are: SDPO's and SRPO's are the student's,
+        SD-Zero's the teacher's.
+      rest: what becomes of the other tokens, see `kd.losses.signal.TopK`.
+    """
+
+    divergence: str = 'kd.losses.divergence.reverse_kl'
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    top_k: Size = 0
+    favourites: Literal['student', 'teacher'] = 'student'
+    rest: signal.Rest = 'tail'
+
+
+def comparison(draw: Sampler, how: Comparison) -> Callable[[common.Said], jax.Array]:
+    """`compare(said) -> [n]` nats, for the loss of `kd.methods.rl.common.answer_losses`.
+
+    Between the laws that answers are drawn from: of the sampler's temperature, over the tokens that
+    it allows and that both networks have.
+
+    Raises:
+      UserError: an argument that the divergence does not have.
+    """
+    measure = config_lib.resolve(how.divergence)
+    arguments = dict(how.arguments)
+    config_lib.check_arguments(measure, arguments, where=f'method ({how.divergence})')
+
+    def compare(said: common.Said) -> jax.Array:
+        logits, teacher = signal.cut(said.logits, said.teacher)
+        allowed = common.allowed_tokens(draw, logits.shape[-1])
+        both = (logits, teacher.logits)
+        if allowed is not None:
+            both = tuple(jnp.where(allowed, x, -jnp.inf) for x in both)
+        logits, told = both
+        heard: Any = told
+        if how.top_k:
+            k = min(how.top_k, logits.shape[-1])
+            if how.favourites == 'student':
+                heard = signal.student_top_k(logits, told, k, temperature=draw.temperature)
+            else:
+                heard = signal.top_k(told, k, temperature=draw.temperature)
+            heard = heard.replace(rest=how.rest)
+        return outcomes.per_position(
+            measure, logits, heard, temperature=draw.temperature, **arguments
+        )
+
+    return compare
+
+
+def with_block(batch: Batch, *pieces: Piece, after: int | None = None) -> Batch:
+    """The batch with pieces inside its prompts, behind the first `after` tokens of each.
+
+    A block before a problem leaves the problem as far from its answer as it was; one behind it is
+    what the answerer has said or heard since.
+
+    Args:
+      batch: of answers.
+      *pieces: one after another, padded anywhere.
+      after: tokens of a prompt that stay before the block, such as 1 for BOS; None for all.
+    """
+    tokens, mask = batch['input'], jnp.asarray(batch['prompt_mask'], bool)
+    if after is None:
+        return common.with_prompt(batch, (tokens, mask), *pieces)
+    first = mask & (jnp.cumsum(mask, axis=1) <= after)
+    made = common.with_prompt(batch, (tokens, first), *pieces, (tokens, mask & ~first))
+    # Of the two copies of a prompt one is padding, now on the left.
+    width = tokens.shape[1]
+    return {**made, **{name: made[name][:, width:] for name in ('input', 'prompt_mask')}}
+
+
+def without_end(batch: Batch) -> Piece:
+    """The answers [B, R] without the token that ends them, to be quoted in a prompt.
+
+    `truncated` bool [B] tells those that came to no end, which are quoted whole.
+    """
+    mask = jnp.asarray(batch['mask'], bool)
+    length = mask.sum(1, keepdims=True) - jnp.where(batch['truncated'], 0, 1)[:, None]
+    return batch['tokens'], mask & (jnp.arange(mask.shape[1]) < length)
+
+
+def tokens_of(tokens: int | Sequence[int], rows: int) -> Piece:
+    """The same tokens in each of so many rows."""
+    one = jnp.atleast_1d(jnp.asarray(tokens, jnp.int32))
+    made = jnp.broadcast_to(one, (rows, one.size))
+    return made, jnp.ones(made.shape, bool)
