@@ -70,12 +70,11 @@ def comparison(draw: Sampler, how: Comparison) -> Callable[[common.Said], jax.Ar
     config_lib.check_arguments(measure, arguments, where=f'method ({how.divergence})')
 
     def compare(said: common.Said) -> jax.Array:
+        assert said.teacher is not None, 'a comparison needs a teacher'
         logits, teacher = signal.cut(said.logits, said.teacher)
-        allowed = common.allowed_tokens(draw, logits.shape[-1])
-        both = (logits, teacher.logits)
+        allowed, told = common.allowed_tokens(draw, logits.shape[-1]), teacher.logits
         if allowed is not None:
-            both = tuple(jnp.where(allowed, x, -jnp.inf) for x in both)
-        logits, told = both
+            logits, told = (jnp.where(allowed, x, -jnp.inf) for x in (logits, told))
         heard: Any = told
         if how.top_k:
             k = min(how.top_k, logits.shape[-1])
