@@ -64,7 +64,7 @@ EXTRAS = {
         'sqlalchemy>=2.1',
         'xmanager>=0.8.5',
     ],
-    'colab': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
+    'colab': [*LANGUAGE_MODELS, 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
     # What kd.benchmarks measures against, for a Python of its own: see kd/benchmarks/peers.
     'peers': ['torch>=2.13', 'transformers>=5.24', 'trl>=1.16'],
     'gpu': ['jax[cuda12]>=0.10.2'],

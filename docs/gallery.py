@@ -31,6 +31,7 @@ FIGURES = {
     '03_theory': 0,
     '04_flow_maps': 0,
     '05_dataset_distillation': 0,
+    '06_language_models': 1,
 }
 
 # Runs code cells one after another in one namespace; a last expression is a figure to draw.
