@@ -51,10 +51,7 @@ def verified(
         variables = state.variables(None if weights == 'final' else weights)
         asked = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
         rows = asked['index'] * group + jnp.arange(len(asked['index'])) % group
-        said = draw(
-            context.rollout(variables), asked['input'], asked['prompt_mask'], jax.random.key(seed),
-            rows=rows,
-        )  # fmt: skip
+        said = draw.of(context.rollout(variables), asked, jax.random.key(seed), rows=rows)
         asked['truncated'] = said.truncated
         rewards, unjudged = judged(judge(said.tokens, said.mask, asked))
         where = asked['mask']

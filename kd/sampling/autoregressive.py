@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kd.losses import numerics
@@ -33,6 +34,11 @@ class Rollout(NamedTuple):
     log_probs: jax.Array
     truncated: jax.Array
 
+    @property
+    def there(self) -> jax.Array:
+        """bool [B, R], the tokens to be read: of an answer all that it has."""
+        return self.mask
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -46,6 +52,7 @@ class Sampler:
     stop: tuple[int, ...]
     forbidden: tuple[int, ...]
     block: int
+    only: tuple[int, ...] = ()
 
     def __call__(
         self,
@@ -70,7 +77,18 @@ class Sampler:
           rows: int [B], numbers of the rows; None for 0 .. B - 1.
         """
         cache = self.start(prompt.shape[0], prompt.shape[1])
-        return self._answer(variables, cache, prompt, prompt_mask, key, rows)[0]
+        return self.answer(variables, cache, prompt, prompt_mask, key, rows=rows)[0]
+
+    def of(
+        self,
+        variables: Mapping[str, Any],
+        batch: Mapping[str, jax.Array],
+        key: jax.Array,
+        *,
+        rows: jax.Array | None = None,
+    ) -> Rollout:
+        """Answers to the prompts of a batch, its fields `input` and `prompt_mask`."""
+        return self(variables, batch['input'], batch['prompt_mask'], key, rows=rows)
 
     def start(self, rows: int, read: int, turns: int = 1) -> Cache:
         """An empty cache for so many turns of answers, and `read` tokens to be read in all."""
@@ -99,23 +117,49 @@ class Sampler:
         Returns:
           The answers, and the cache with what was read and said.
         """
-        said, read_last = self._answer(variables, cache, tokens, mask, key, rows)
-        return said, read_last()
+        said, cache, unread = self.answer(variables, cache, tokens, mask, key, rows=rows)
+        return said, self.read(variables, cache, *unread)[1]
 
-    def _answer(self, variables, cache, tokens, mask, key, rows):
-        """The answers, and a function that reads the last token of them and returns the cache."""
+    def read(
+        self, variables: Mapping[str, Any], cache: Cache, tokens: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Reads tokens [B, s] without an answer: what the head is applied to at the last of them,
+        [B, D], and the cache."""
+        ready, variables = self.prepared(variables)
+        positions = jnp.maximum(cache.valid.sum(1)[:, None] + jnp.cumsum(mask, 1) - 1, 0)
+        said: Any = ready.decoder.apply(
+            variables, tokens, positions, cache, mask, last=True, method='step'
+        )
+        return said[0][:, 0], said[1]
+
+    def prepared(self, variables: Mapping[str, Any]) -> tuple[Sampler, Mapping[str, Any]]:
+        """This sampler and variables, made ready once for a loop over turns."""
         decoder, variables = unstacked(self.decoder, _in_compute_type(self.decoder, variables))
-        head = head_of(decoder, variables).T
+        return dataclasses.replace(self, decoder=decoder), variables
+
+    def answer(
+        self,
+        variables: Mapping[str, Any],
+        cache: Cache,
+        tokens: jax.Array,
+        mask: jax.Array,
+        key: jax.Array,
+        *,
+        rows: jax.Array | None = None,
+    ) -> tuple[Rollout, Cache, tuple[jax.Array, jax.Array]]:
+        """`turn`, but for the last token of the loop, which is yet to be read.
+
+        Returns:
+          The answers, the cache, and the tokens int [B, 1] that it lacks, with the mask bool [B, 1]
+          of those that are there: to be read before anything else, and best together with it.
+        """
+        ready, variables = self.prepared(variables)
+        head = head_of(ready.decoder, variables).T
+        if self.only:
+            head = head[jnp.asarray(self.only)]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             key, jnp.arange(tokens.shape[0]) if rows is None else rows
         )
-        count = cache.valid.sum(1)
-
-        def read(tokens, positions, cache, valid):
-            hidden, cache = decoder.apply(
-                variables, tokens, positions, cache, valid, last=True, method='step'
-            )
-            return hidden[:, 0], cache
 
         def say(hidden, done, t):
             token, log_prob = self._draw(hidden, head, keys, t)
@@ -124,10 +168,10 @@ class Sampler:
             return said, done | (alive & self._stops(token))
 
         def one(carry, t):
-            cache, (token, alive, _), done, at = carry
-            hidden, cache = read(token[:, None], at[:, None], cache, alive[:, None])
+            cache, (token, alive, _), done = carry
+            hidden, cache = ready.read(variables, cache, token[:, None], alive[:, None])
             said, done = say(hidden, done, t)
-            return (cache, said, done, at + 1), said
+            return (cache, said, done), said
 
         def some(carry, first):
             return lax.scan(one, carry, first + jnp.arange(size))
@@ -138,25 +182,21 @@ class Sampler:
             return carry, tuple(jnp.zeros((size, *x.shape), x.dtype) for x in carry[1])
 
         blocks, size = self._blocks()
-        positions = jnp.maximum(count[:, None] + jnp.cumsum(mask, 1) - 1, 0)
-        hidden, cache = read(tokens, positions, cache, mask)
+        hidden, cache = ready.read(variables, cache, tokens, mask)
         silent = ~mask[:, -1]
         first, done = say(hidden, silent, 0)
         carry, later = lax.scan(
             lambda carry, first: lax.cond(carry[2].all(), none, some, carry, first),
-            (cache, first, done, count + mask.sum(1)),
+            (cache, first, done),
             1 + size * jnp.arange(blocks),
         )
         said_tokens, said_mask, log_probs = (
             jnp.concatenate([x[None], rest.reshape(blocks * size, *x.shape)])[: self.max_new].T
             for x, rest in zip(first, later, strict=True)
         )
-
-        def read_last():
-            cache, (token, alive, _), _, at = carry
-            return read(token[:, None], at[:, None], cache, alive[:, None])[1]
-
-        return Rollout(said_tokens, said_mask, log_probs, ~carry[2] & ~silent), read_last
+        cache, (token, alive, _), done = carry
+        unread = token[:, None], alive[:, None]
+        return Rollout(said_tokens, said_mask, log_probs, ~done & ~silent), cache, unread
 
     def turns(self, mask: jax.Array) -> jax.Array:
         """Tokens of each row that the loop goes through for answers of this mask, bool [B, R].
@@ -165,6 +205,14 @@ class Sampler:
         """
         size = max(self._blocks()[1], 1)
         return 1 + size * -(-(mask.sum(1).max() - 1) // size)
+
+    def allowed(self, size: int) -> np.ndarray | None:
+        """The tokens of `size` logits that may be said, bool [V]; None for all of them."""
+        said = np.arange(size) < self.decoder.num_classes
+        said[[token for token in self.forbidden if token < size]] = False
+        if self.only:
+            said &= np.isin(np.arange(size), self.only)
+        return None if said.all() else said
 
     def _blocks(self) -> tuple[int, int]:
         """How many blocks of how many tokens after the first: as few too many as may be."""
@@ -193,7 +241,7 @@ class Sampler:
             token = _largest(logits)
         chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
         log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return token, log_prob
+        return (jnp.asarray(self.only, jnp.int32)[token] if self.only else token), log_prob
 
 
 def sampler(
@@ -205,6 +253,7 @@ def sampler(
     top_k: int = 0,
     stop: Sequence[int] = (),
     forbidden: Sequence[int] = (),
+    only: Sequence[int] = (),
     block: int = 16,
 ) -> Sampler:
     """A sampler of answers of at most `max_new` tokens.
@@ -222,10 +271,12 @@ def sampler(
       top_k: draws from so many of the most probable tokens; 0 for all.
       stop: tokens that end an answer; all are part of it.
       forbidden: tokens that have probability 0.
+      only: the tokens that may be said, such as actions; () for all that are not forbidden.
       block: tokens between two looks whether all rows have stopped.
 
     Raises:
-      ValueError: a number out of range, or a token outside the vocabulary.
+      ValueError: a number out of range, or a token outside the vocabulary; both `only` and
+        `forbidden`.
     """
     if max_new < 1 or block < 1:
         raise ValueError(f'sampler: max_new={max_new} and block={block} must be at least 1.')
@@ -234,7 +285,11 @@ def sampler(
             f'sampler: temperature={temperature} must be at least 0, top_p={top_p} in (0, 1] and '
             f'top_k={top_k} at least 0.'
         )
-    for name, tokens in (('stop', stop), ('forbidden', forbidden)):
+    if only and forbidden:
+        raise ValueError(
+            'sampler: where `only` some tokens may be said, none is forbidden besides.'
+        )
+    for name, tokens in (('stop', stop), ('forbidden', forbidden), ('only', only)):
         for token in tokens:
             if not 0 <= token < decoder.num_classes:
                 raise ValueError(
@@ -246,10 +301,11 @@ def sampler(
         max_new=max_new,
         temperature=float(temperature),
         top_p=float(top_p),
-        top_k=min(top_k, decoder.num_classes),
+        top_k=min(top_k, len(only) or decoder.num_classes),
         stop=tuple(stop),
         forbidden=tuple(forbidden),
         block=block,
+        only=tuple(only),
     )
 
 

@@ -302,6 +302,7 @@ def drawing(
     *,
     stop: Sequence[int] = (),
     forbidden: Sequence[int] = (),
+    only: Sequence[int] = (),
     **how: Any,
 ) -> Sampler:
     """The sampler of a decoder for the prompts of a source.
@@ -311,12 +312,12 @@ def drawing(
       source: brings that of the prompts; its tokenizer says what ends an answer if no `stop` does.
       outcomes: tokens that all who read the answers know; of a vocabulary that is padded further
         the rest is never said.
-      stop, forbidden, **how: see `kd.sampling.autoregressive.sampler`.
+      stop, forbidden, only, **how: see `kd.sampling.autoregressive.sampler`.
     """
     if not stop and (taken := getattr(source(), 'tokenizer', None)):
         stop = [token for token in taken.stop if token < decoder.num_classes]
-    never = (*forbidden, *range(outcomes, decoder.num_classes))
-    return sampler(decoder, stop=stop, forbidden=never, **how)
+    never = forbidden if only else (*forbidden, *range(outcomes, decoder.num_classes))
+    return sampler(decoder, stop=stop, forbidden=never, only=only, **how)
 
 
 def needed_decoder(context: Context, network: Network, what: str) -> Decoder:

@@ -199,7 +199,7 @@ def paced_text(
         if draw is not None:
             asked = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), batch)
             variables = context.rollout(state.variables())
-            said = draw(variables, asked['input'], asked['prompt_mask'], key)
+            said = draw.of(variables, asked, key)
             if judge is not None:
                 right = judged(judge(said.tokens, said.mask, asked))[0] >= 0.5
                 rate = competence.pass_rate(right.reshape(-1, count))

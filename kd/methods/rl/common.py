@@ -7,6 +7,7 @@ prompt one after another, and of the fields of their prompts:
 | field | |
 |---|---|
 | `tokens` int32, `mask` bool [B, R] | the answers, padded on the right; the end is one of them |
+| `there` bool [B, R] | where an environment speaks between: what is read, its tokens and the mask |
 | `sampler_log_probs` [B, R] | as the sampler drew them |
 | `old_log_probs` [B, R] | as the network scores them before the first of several updates |
 | `rewards` [B] | verdicts; 0 where there is none |
@@ -25,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kd import config as config_lib
 from kd.context import Context
@@ -39,7 +39,8 @@ from kd.models.decoder import head_of
 from kd.network import Network
 from kd.ranges import Count, Positive, Size
 from kd.rewards.reward import Reward, judged
-from kd.sampling.autoregressive import Rollout, Sampler
+from kd.sampling.autoregressive import Rollout
+from kd.sampling.environment import Draws, Episodes, Player
 from kd.state import PyTree, State
 
 Collect = Callable[[State, Batch, jax.Array], Batch]
@@ -56,6 +57,9 @@ class Sampling:
       top_p, top_k, block: see `kd.sampling.autoregressive.sampler`.
       stop: tokens that end an answer; () for those of the data's tokenizer.
       forbidden: tokens that have probability 0, such as padding.
+      only: the tokens that may be said, such as actions; () for all that are not forbidden.
+      environment: block of the world that answers, whose turns an answer is then made of, see
+        `kd.sampling.environment`; `max_new` counts the tokens of a turn. None for none.
     """
 
     group: Count = 8
@@ -65,7 +69,9 @@ class Sampling:
     top_k: Size = 0
     stop: tuple[Size, ...] = ()
     forbidden: tuple[Size, ...] = ()
+    only: tuple[Size, ...] = ()
     block: Count = 16
+    environment: Mapping[str, Any] | None = None
 
 
 class Said(NamedTuple):
@@ -96,8 +102,8 @@ class AnswerLosses(NamedTuple):
 AnswerLoss = Callable[..., tuple[jax.Array, Any]]
 
 
-def drawing(context: Context, sampling: Sampling, *others: Network) -> Sampler:
-    """The sampler of the stage's network.
+def drawing(context: Context, sampling: Sampling, *others: Network) -> Draws:
+    """The sampler of the stage's network, or its player where there is an environment.
 
     Of vocabularies padded to different sizes, tokens that one of `others` lacks are forbidden.
 
@@ -111,9 +117,15 @@ def drawing(context: Context, sampling: Sampling, *others: Network) -> Sampler:
             "give data.source layout='prompts'."
         )
     sizes = [lm.needed_decoder(context, other, 'teacher').num_classes for other in others]
-    how = {name: value for name, value in vars(sampling).items() if name != 'group'}
+    how = dict(vars(sampling))
+    del how['group']
+    world = how.pop('environment')
     outcomes = min([decoder.num_classes, *sizes])
-    return lm.drawing(decoder, lambda: context.source('train'), outcomes, **how)
+    draw = lm.drawing(decoder, lambda: context.source('train'), outcomes, **how)
+    if world is None:
+        return draw
+    where = f'{context.stage}.method.sampling.environment'
+    return Player(draw, config_lib.build(world, context, where=where))
 
 
 def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
@@ -121,7 +133,7 @@ def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
     return config_lib.build(reward, context, where=f'{context.stage}.method.reward')
 
 
-def answered(context: Context, draw: Sampler, reward: Reward, *, group: Count) -> Collect:
+def answered(context: Context, draw: Draws, reward: Reward, *, group: Count) -> Collect:
     """`collect`: answers of the present network and their rewards, all but what groups make of
     them (`valued`).
 
@@ -135,14 +147,14 @@ def answered(context: Context, draw: Sampler, reward: Reward, *, group: Count) -
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
         batch = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
         variables = context.rollout(state.variables())
-        said = draw(variables, batch['input'], batch['prompt_mask'], key)
+        said = draw.of(variables, batch, key)
         decoded = jnp.full(len(said.tokens), draw.turns(said.mask), jnp.float32)
         return rewarded({**batch, 'decoded': decoded}, said, reward)
 
     return collect
 
 
-def rewarded(batch: Batch, said: Rollout, reward: Reward) -> Batch:
+def rewarded(batch: Batch, said: Rollout | Episodes, reward: Reward) -> Batch:
     """The batch with these answers, and what they are worth by themselves."""
     batch = {**batch, 'truncated': said.truncated}
     rewards, unjudged = judged(reward(said.tokens, said.mask, batch))
@@ -153,6 +165,8 @@ def rewarded(batch: Batch, said: Rollout, reward: Reward) -> Batch:
         'rewards': rewards,
         'unjudged': unjudged,
     }
+    if isinstance(said, Episodes):
+        made['there'] = said.there
     return {**batch, **made}
 
 
@@ -165,10 +179,14 @@ def valued(
     epsilon: float = 1e-6,
     aggregation: aggregate.Mode = 'sequence_mean',
     overlong: int = 0,
+    longest: int = 0,
 ) -> Batch:
-    """The batch with advantages, weights and dead groups; arguments as of `rollouts`."""
+    """The batch with advantages, weights and dead groups; arguments as of `rollouts`.
+
+    `longest` counts the tokens of the longest answer, 0 for all slots.
+    """
     mask, values = batch['mask'], batch['rewards']
-    longest = mask.shape[1]
+    longest = longest or mask.shape[1]
     if overlong:
         values += policy.overlong_penalty(mask.sum(1), longest, overlong)
     constant = float(longest) if aggregation == 'constant' else None
@@ -182,7 +200,7 @@ def valued(
 
 def rollouts(
     context: Context,
-    draw: Sampler,
+    draw: Draws,
     reward: Reward,
     *,
     group: Count,
@@ -214,7 +232,7 @@ def rollouts(
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
         batch = valued(
             answer(state, batch, key), group, advantage=advantage, ddof=ddof,
-            aggregation=aggregation, overlong=overlong,
+            aggregation=aggregation, overlong=overlong, longest=draw.max_new,
         )  # fmt: skip
         if recomputed:
             own = score(context.network, state.variables(), batch, draw, chunk=chunk, parts=parts)
@@ -235,7 +253,7 @@ def score(
     network: Network,
     variables: PyTree,
     batch: Batch,
-    draw: Sampler,
+    draw: Draws,
     *,
     chunk: int = 256,
     parts: int = 1,
@@ -247,12 +265,12 @@ def score(
 
     Args:
       network, variables: who is asked.
-      batch: `input`, `prompt_mask`, `tokens`, `mask`.
+      batch: `input`, `prompt_mask`, `tokens`, `mask`, and `there` if it has it.
       draw: the sampler of the answers.
       chunk: tokens at a time through the head.
       parts: of the batch, one after another, to save memory.
     """
-    names = ('input', 'prompt_mask', 'tokens', 'mask')
+    names = {'input', 'prompt_mask', 'tokens', 'mask', 'there'} & set(batch)
 
     def of_part(part: Batch) -> Scores:
         found = answer_losses(
@@ -272,7 +290,7 @@ def answer_losses(
     network: Network,
     variables: PyTree,
     batch: Batch,
-    draw: Sampler,
+    draw: Draws,
     loss: AnswerLoss,
     *,
     per_token: Mapping[str, jax.Array] | None = None,
@@ -284,11 +302,12 @@ def answer_losses(
     """A loss of every token of the answers; logits are formed `chunk` tokens at a time.
 
     The prompt and the answer are read at once, [B, P + R], and of what comes out the R positions
-    that predict the answer are taken, counted from the end: whatever stands in the prompt.
+    that predict the answer are taken, counted from the end: whatever stands in the prompt. Of what
+    is `there` all is read, and what the `mask` leaves out, words of an environment, has no loss.
 
     Args:
       network, variables: of the policy.
-      batch: `input`, `prompt_mask`, `tokens`, `mask`.
+      batch: `input`, `prompt_mask`, `tokens`, `mask`, and `there` if it has it.
       draw: the sampler of the answers, whose temperature and tokens the policy has.
       loss: `loss(said, **per_token) -> (loss [n], aux)`. Let it multiply by the weights of tokens
         and add up what comes out: see `kd.losses.sequence.fused_token_loss` for why.
@@ -300,7 +319,7 @@ def answer_losses(
     """
     shape = batch['tokens'].shape
     hidden, head, mutables = _hidden(network, variables, batch, train=train, key=key)
-    allowed = allowed_tokens(draw, head.shape[-1])
+    allowed = draw.allowed(head.shape[-1])
 
     def flat(x: jax.Array) -> jax.Array:
         x = jnp.broadcast_to(x[:, None], shape) if x.ndim == 1 else x
@@ -363,17 +382,10 @@ def _hidden(network, variables, batch, *, train, key):
     """Hidden states [B, R, D] at the positions that predict the answers, head and mutables."""
     asked, length = batch['prompt_mask'], batch['tokens'].shape[1]
     tokens = jnp.concatenate([batch['input'], batch['tokens']], axis=1)
-    there = jnp.concatenate([asked, batch['mask']], axis=1)
+    there = jnp.concatenate([asked, batch.get('there', batch['mask'])], axis=1)
     positions = jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
     output = network.apply(
         variables, tokens, positions, there.astype(jnp.int32), method='hidden', train=train, key=key
     )
     at = slice(asked.shape[1] - 1, asked.shape[1] - 1 + length)
     return output.logits[:, at], head_of(network.module, variables), output.mutables
-
-
-def allowed_tokens(draw: Sampler, size: int) -> np.ndarray | None:
-    """The tokens that the policy may say, bool [V]; None for all of them."""
-    allowed = np.arange(size) < draw.decoder.num_classes
-    allowed[[token for token in draw.forbidden if token < size]] = False
-    return None if allowed.all() else allowed

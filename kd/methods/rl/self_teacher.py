@@ -29,7 +29,7 @@ from kd.losses import outcomes, signal
 from kd.method import Batch
 from kd.methods.rl import common
 from kd.ranges import Size
-from kd.sampling.autoregressive import Sampler
+from kd.sampling.environment import Draws
 
 # Tokens int [B, n], and which of them there are, bool [B, n].
 Piece = tuple[jax.Array, jax.Array]
@@ -56,7 +56,7 @@ class Comparison:
     rest: signal.Rest = 'tail'
 
 
-def comparison(draw: Sampler, how: Comparison) -> Callable[[common.Said], jax.Array]:
+def comparison(draw: Draws, how: Comparison) -> Callable[[common.Said], jax.Array]:
     """`compare(said) -> [n]` nats, for the loss of `kd.methods.rl.common.answer_losses`.
 
     Between the laws that answers are drawn from: of the sampler's temperature, over the tokens that
@@ -72,7 +72,7 @@ def comparison(draw: Sampler, how: Comparison) -> Callable[[common.Said], jax.Ar
     def compare(said: common.Said) -> jax.Array:
         assert said.teacher is not None, 'a comparison needs a teacher'
         logits, teacher = signal.cut(said.logits, said.teacher)
-        allowed, told = common.allowed_tokens(draw, logits.shape[-1]), teacher.logits
+        allowed, told = draw.allowed(logits.shape[-1]), teacher.logits
         if allowed is not None:
             logits, told = (jnp.where(allowed, x, -jnp.inf) for x in (logits, told))
         heard: Any = told

@@ -28,7 +28,7 @@ from kd.methods.rl import common
 from kd.metrics import Mean, Metrics, mean
 from kd.network import Network
 from kd.ranges import Count, Positive
-from kd.sampling.autoregressive import Sampler
+from kd.sampling.environment import Draws
 from kd.state import State
 
 # Name of the reference, in a stage's `references`, that the policy is kept near.
@@ -101,7 +101,7 @@ class Pull(NamedTuple):
 
 def method(
     context: Context,
-    draw: Sampler,
+    draw: Draws,
     collect: common.Collect,
     term: Callable[[common.Said, jax.Array, dict[str, jax.Array]], Term],
     *,
@@ -183,7 +183,7 @@ def field_of(name: str) -> str:
 
 
 def scored(
-    collect: common.Collect, others: Mapping[str, Network], draw: Sampler, how: Surrogate
+    collect: common.Collect, others: Mapping[str, Network], draw: Draws, how: Surrogate
 ) -> common.Collect:
     """`collect`, and what each of these networks says of the answers, in `field_of(name)`."""
 
