@@ -250,22 +250,26 @@ def skill(goal: ArrayLike, box: ArrayLike, action: ArrayLike) -> jax.Array:
     """
     goal, box, action = (jnp.asarray(x) for x in (goal, box, action))
     # A push goes where the box does.
-    pushed = box[:, 1:] != box[:, :-1]
-    turn = jnp.arange(action.shape[1])
-    last = jax.lax.cummax(jnp.where(pushed, turn, -1), axis=1)
-    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    direction = jnp.take_along_axis(action, jnp.maximum(before, 0), axis=1)
-    new = pushed & ((before < 0) | (direction != action))
-    rank = jnp.cumsum(new, axis=1) - 1
-    slots = new[..., None] & (rank[..., None] == jnp.arange(4))
-    marks = jnp.where(slots, symbols.PUSHED_UP + action[..., None], 0).sum(1)
-    marks = jnp.where(slots.any(1), marks, symbols.NONE)
+    runs = collapsed(action, box[:, 1:] != box[:, :-1], 4)
+    marks = jnp.where(runs < 0, symbols.NONE, symbols.PUSHED_UP + runs)
     dead = jnp.asarray(ways().dead)[goal[:, None], box]
     cell = jnp.take_along_axis(box, dead.argmax(1)[:, None], axis=1)[:, 0]
     bad = jnp.where(dead.any(1), symbols.CELL + cell, symbols.NONE)
     flag = jnp.where((box == goal[:, None]).any(1), symbols.OK, symbols.FAIL)
     ends = jnp.full_like(flag, symbols.SKILL), flag
     return jnp.concatenate([jnp.stack(ends, 1), marks, bad[:, None]], 1).astype(jnp.int32)
+
+
+def collapsed(action: jax.Array, where: jax.Array, count: int) -> jax.Array:
+    """The first `count` actions [B, H] of those `where` they are others than the one before among
+    them: int32 [B, count], -1 after the last."""
+    last = jax.lax.cummax(jnp.where(where, jnp.arange(action.shape[1]), -1), axis=1)
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous = jnp.take_along_axis(action, jnp.maximum(before, 0), axis=1)
+    new = where & ((before < 0) | (previous != action))
+    slots = new[..., None] & ((jnp.cumsum(new, axis=1) - 1)[..., None] == jnp.arange(count))
+    found = jnp.where(slots, action[..., None], 0).sum(1)
+    return jnp.where(slots.any(1), found, -1).astype(jnp.int32)
 
 
 def told(levels: Levels, kind: Told) -> np.ndarray:

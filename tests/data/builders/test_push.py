@@ -182,9 +182,11 @@ def test_a_skill_says_how_an_episode_went(level):
         return words(np.asarray(push.skill(level.goal, box, action))[0])
 
     assert of(1, 1, 2, 1, 0, 0) == 'SKILL OK pR pU NONE NONE NONE'
-    # After the goal nothing moves; the same directions once more are another run.
+    # After the goal nothing moves.
     assert of(1, 1, 2, 1, 0, 0, 0, 1) == 'SKILL OK pR pU NONE NONE NONE'
-    assert of(1, 2, 1, 0, 3, 0, 1, 1) == 'SKILL FAIL pR pU pR NONE NONE'
+    assert of(1, 2, 1, 0, 3, 0, 1) == 'SKILL FAIL pR pU pR NONE NONE'
+    # Too far: at the right edge the box stays there.
+    assert of(1, 2, 1, 0, 3, 0, 1, 1) == 'SKILL FAIL pR pU pR NONE c14'
     # Down to the lower edge, from which there is no way up.
     assert of(0, 1, 2, 2) == 'SKILL FAIL pD NONE NONE NONE c41'
     assert of() == 'SKILL FAIL NONE NONE NONE NONE NONE'
