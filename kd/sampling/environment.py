@@ -95,7 +95,8 @@ class Player:
         """Tokens of each row that the loop goes through for episodes of this mask, bool [B, R]."""
         horizon = self.environment.horizon
         said = mask.reshape(mask.shape[0], horizon, -1)[..., -self.draw.max_new :]
-        return jax.vmap(self.draw.turns, in_axes=1)(said).sum()
+        # Where nobody says anything the loop goes on all the same.
+        return jnp.maximum(jax.vmap(self.draw.turns, in_axes=1)(said), 1).sum()
 
     def of(
         self,

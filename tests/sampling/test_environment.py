@@ -12,7 +12,7 @@ from kd.sampling.environment import Environment, Player
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-V, P, H, A, STOP, LIMIT = 12, 5, 4, 2, 3, 9
+V, P, H, A, STOP, LIMIT = 12, 5, 4, 2, 3, 17
 ONLY = (3, 5, 7, 8)
 
 
@@ -45,7 +45,7 @@ def batch():
     return {
         'input': np.where(mask, rng.integers(3, V, mask.shape), 0).astype(np.int32),
         'prompt_mask': mask,
-        'first': np.array([0, 1, 2, 0, 5, LIMIT], np.int32),
+        'first': np.array([0, -30, 2, 0, 15, LIMIT], np.int32),
     }
 
 
