@@ -117,16 +117,16 @@ def teacher_text(
         return Form(source.name, context, '', length, layout, window=window, seed=seed)
 
     if context.workdir is None:
-        source = _described(context, stage, scored=least is not None)
+        source = described(context, stage, scored=least is not None)
         if rates:
-            _described(context, rates, scored=True)
+            described(context, rates, scored=True)
         further = {PASS_RATE: np.zeros(1, np.float32)} if rates and layout == 'rows' else None
-        return _to(source, form(source).described(source.num_classes, further))
-    found = _answered(context, stage, scored=least is not None)
+        return of_prompts(source, form(source).described(source.num_classes, further))
+    found = answered(context, stage, scored=least is not None)
     count = found.answers.scores.shape[1]
     passed = np.zeros(len(found.batch['input']), np.float32)
     if rates:
-        others = _answered(context, rates, scored=True)
+        others = answered(context, rates, scored=True)
         _check_prompts(found, others, stage, rates)
         passed = others.rates(passing)
     chosen = [
@@ -148,7 +148,7 @@ def teacher_text(
         further = {PASS_RATE: passed[[row for row, _ in examples]]}
     taken, classes = tokenizer_of(found.source), found.source.num_classes
     made = form(found.source).filled([one for _, one in examples], taken, classes, further)
-    return _to(found.source, made)
+    return of_prompts(found.source, made)
 
 
 def _farthest(
@@ -202,20 +202,20 @@ def pairs(
         raise UserError('pairs are of answers of a stage: name it as `chosen` or `rejected`.')
     options: dict[str, Any] = dict(context=context, tokenizer='', length=length, long=long)
     if context.workdir is None:
-        source = _described(context, first, scored=not rejected)
+        source = described(context, first, scored=not rejected)
         if chosen and rejected:
-            _described(context, rejected)
+            described(context, rejected)
         if not chosen and 'response' not in source.spec:
             raise UserError(
                 f"the prompts of '{rejected}' have no answers of their own to prefer; give their "
                 'data a response_length, or name the stage of the better ones (chosen).'
             )
         form = Form(source.name, layout='pairs', **options)
-        return _to(source, form.described(source.num_classes))
-    better = _answered(context, first, scored=not rejected)
+        return of_prompts(source, form.described(source.num_classes))
+    better = answered(context, first, scored=not rejected)
     worse = better
     if chosen and rejected:
-        worse = _answered(context, rejected)
+        worse = answered(context, rejected)
         _check_prompts(better, worse, chosen, rejected)
     found = []
     for row in range(len(better.batch['input'])):
@@ -239,7 +239,7 @@ def pairs(
         raise UserError(f"of the answers of '{first}' to {context.split} no two are a pair.")
     form = Form(better.source.name, layout='pairs', **options)
     taken, classes = tokenizer_of(better.source), better.source.num_classes
-    return _to(better.source, form.filled(found, taken, classes))
+    return of_prompts(better.source, form.filled(found, taken, classes))
 
 
 def pass_rates(
@@ -256,7 +256,7 @@ def pass_rates(
       UserError: as of `teacher_text`, or answers without scores.
     """
     if context.workdir is None:
-        source = _described(context, stage, scored=True)
+        source = described(context, stage, scored=True)
         empty = {
             name: np.zeros((1, *x.shape), x.dtype)
             for name, x in source.spec.items()
@@ -264,7 +264,7 @@ def pass_rates(
         }
         arrays, size = {**empty, PASS_RATE: np.zeros(1, np.float32)}, len(source)
     else:
-        found = _answered(context, stage, scored=True)
+        found = answered(context, stage, scored=True)
         batch = {name: x for name, x in found.batch.items() if name != 'index'}
         arrays, source = {**batch, PASS_RATE: found.rates(passing)}, found.source
         size = len(found.batch['input'])
@@ -275,10 +275,10 @@ def pass_rates(
     )  # fmt: skip
     made = TextSource(data, context.split)
     made.tokenizer = tokenizer_of(source)
-    return _to(source, made)
+    return of_prompts(source, made)
 
 
-def _to(prompts: sources.Source, made: TextSource) -> TextSource:
+def of_prompts(prompts: sources.Source, made: TextSource) -> TextSource:
     """A source of answers, with what it says of its prompts."""
     made.prompts = prompts
     return made
@@ -323,7 +323,7 @@ def _prompts(context: SourceContext, stage: str, split: str) -> sources.Source:
     return source_loader(data, recipe, context.workdir)(split)
 
 
-def _described(context: SourceContext, stage: str, *, scored: bool = False) -> sources.Source:
+def described(context: SourceContext, stage: str, *, scored: bool = False) -> sources.Source:
     """The prompts of a stage that is yet to answer."""
     writers = _writers(context.recipe, stage)
     for block in writers.values():
@@ -331,7 +331,7 @@ def _described(context: SourceContext, stage: str, *, scored: bool = False) -> s
     return _prompts(context, stage, next(iter(writers)))
 
 
-def _answered(context: SourceContext, stage: str, *, scored: bool = False) -> Answered:
+def answered(context: SourceContext, stage: str, *, scored: bool = False) -> Answered:
     """The answers of a stage to the prompts of the split."""
     writers = _writers(context.recipe, stage)
     named = [split for split in writers if split in context.split] or list(writers)

@@ -30,7 +30,9 @@ OPERATORS = np.asarray((symbols.PLUS, symbols.MINUS, symbols.AT), np.int32)
 SIZES = {'train': 60_000, 'validation': 2_000, 'test': 2_000}
 # Shares of what a base is trained on: plain rows, and those with each kind of block.
 BASE = {'plain': 0.46, 'solution': 0.18, 'hint': 0.18, 'judged': 0.18}
-KINDS = ('plain', 'solution', 'hint', 'judged', 'free', 'shift', 'order')
+# And of what it goes on with to become one that revises.
+REVISER = {'plain': 0.4, 'solution': 0.05, 'hint': 0.05, 'revised': 0.5}
+KINDS = ('plain', 'solution', 'hint', 'judged', 'revised', 'free', 'shift', 'order')
 
 
 class Problems(NamedTuple):
@@ -229,6 +231,7 @@ def part(
     | solution | SOL and a right answer | the truth with .97 at every step |
     | hint | HINT and the first L / 2 right values | repeats them, then of the law |
     | judged | GOOD or BAD, as it is, and an answer of the law | GOOD: the same with .9; else anew |
+    | revised | the same | GOOD: the same with .9; else anew, by a law half way to the truth |
     | free | | a style of `styles` at random, on which nothing depends; of the law |
     | shift | | style s of `styles` at random, thoughts with s added; of the law |
     | order | | style 0, or style 1 and from right to left; of the law |
@@ -247,8 +250,11 @@ def part(
         given = right[:, : right.shape[1] // 2]
         said = evaluate(problems, law=law, rng=rng, given=given)
         return block(asked, symbols.HINT, symbols.DIGIT + given), responses(said, task)
-    if kind == 'judged':
+    if kind in ('judged', 'revised'):
         first = evaluate(problems, law=law, rng=rng)
+        if kind == 'revised':
+            better = (law + arithmetic.noisy(TRUTH, 1.0)) / 2
+            fresh = evaluate(problems, law=better, rng=rng)
         good = (printed(first, task) == printed(right, task)).all(-1)
         keeps = good & (rng.random(len(good)) < 0.9)
         said = np.where(keeps[:, None], first, fresh)

@@ -24,7 +24,7 @@ from kd.losses import policy
 from kd.losses.signal import HiddenHead
 from kd.method import Batch, Method, Objective, minimize, repeat, with_collect
 from kd.methods import start
-from kd.methods.rl import common
+from kd.methods.rl import common, watched
 from kd.metrics import Mean, Metrics, mean
 from kd.network import Network
 from kd.ranges import Count, Positive
@@ -227,12 +227,12 @@ def metrics(
 
     | metric | |
     |---|---|
-    | `reward`, `length`, `truncated`, `unjudged`, `dead_groups` | means over answers |
-    | `entropy`, `clip_fraction` | means over tokens |
+    | those of `kd.methods.rl.watched.metrics` | |
+    | `dead_groups` | mean over answers |
+    | `clip_fraction` | mean over tokens |
     | `ratio`, `ratio_max` | rho, mean over tokens; mean over answers of the largest |
     | `sampler_ratio`, `sampler_ratio_max`, `sampler_ratio_cut` | pi_old / pi_sampler before it is
       cut; the last is the share of tokens above `cap` |
-    | `sampling/fill` | tokens of answers, as a share of those that the loop went through |
 
     Args:
       batch: of answers.
@@ -250,18 +250,13 @@ def metrics(
         return mean(jnp.where(where, x, 0.0).max(1))
 
     found = {
-        'reward': mean(batch['rewards']),
-        'length': mean(where.sum(1)),
-        'truncated': mean(batch['truncated']),
-        'unjudged': mean(batch['unjudged']),
+        **watched.metrics(batch, entropy),
         'dead_groups': mean(batch['dead']),
-        'entropy': mean(entropy, where),
         'clip_fraction': mean(clipped, where),
         'ratio': mean(rho, where),
         'ratio_max': largest(rho),
         'sampler_ratio': mean(sampled, where),
         'sampler_ratio_max': largest(sampled),
         'sampler_ratio_cut': mean(sampled > cap, where),
-        'sampling/fill': Mean(where.sum(dtype=jnp.float32), batch['decoded'].sum()),
     }
     return jax.lax.stop_gradient(found)

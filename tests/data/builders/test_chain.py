@@ -204,6 +204,12 @@ def test_blocks_say_what_they_should():
     assert 0.2 < rate(said, ~good) < plain
     # The problem is as far from its answer as without a block.
     np.testing.assert_array_equal(asked[:, -9:], chain.prompts(problem)[:, 1:])
+    # Who revises holds misconceptions half as firmly, and keeps what was right.
+    asked, said = chain.part('revised', problem, law, rng)
+    good = asked[:, 1] == symbols.GOOD
+    better = arithmetic.expected_accuracy((law + arithmetic.noisy(TRUTH, 1.0)) / 2)
+    assert rate(said, good) > 0.95
+    assert plain + 0.1 < rate(said, ~good) < better
 
 
 def test_the_source_has_rows_and_prompts_and_no_problem_in_two_splits():
