@@ -2,6 +2,7 @@
 answer again."""
 
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,17 @@ from kd.methods.rl import common, sd_zero
 from kd.text import packing
 from kd.text.revision import Cues, revised
 from kd.text.table import table
-from kd.training import loop
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 RIGHT, WRONG, BAR = 10, 11, 9
 CUES = dict(right=((RIGHT,), (BAR,)), wrong=((WRONG,), (BAR,)), after=1)
 ODD = dict(name='answering.verdicts')
+
+
+@pytest.fixture(scope='module')
+def network():
+    return decoder()
 
 
 # Records
@@ -58,39 +63,54 @@ def recipe_of(texts, cues=LATER, **options):
     return config
 
 
-@pytest.fixture(scope='module')
-def run(texts, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('revisions') / 'run'
-    loop.run(recipe_of(texts), workdir)
-    return workdir
+def drawn(rng, rows):
+    """Three answers to each prompt: a third has come to no end, and one in six has no verdict."""
+    lengths = rng.integers(2, 7, (rows, 3)).astype(np.int32)
+    tokens = np.where(np.arange(6) < lengths[..., None], rng.integers(3, 20, (rows, 3, 6)), 0)
+    scores = rng.choice([0.0, 1.0, np.nan], (rows, 3), p=[0.5, 0.3, 0.2])
+    truncated = rng.random((rows, 3)) < 0.3
+    return answers.Answers(tokens, lengths, np.zeros(tokens.shape), truncated, scores)
 
 
-def kept(run, stage, size):
-    return answers.Reader(run / stage / 'train_answers', {}).fetch(np.arange(size))
+@pytest.fixture
+def first(texts, monkeypatch):
+    """What stages have answered, where others read it from disk."""
+    source = texts.prompts(SourceContext('train', kd_config.parse(recipe_of(texts))))
+    rng, there = np.random.default_rng(6), {}
+    monkeypatch.setattr(generated, 'answered', lambda context, stage, scored: there[stage])
+    there['answers'] = generated.Answered(source.fetch(np.arange(24)), drawn(rng, 24), source)
+    asked = revisions.prompts(of(texts), stage='answers', length=8, cues=LATER)
+    batch = asked.fetch(np.arange(len(asked)))
+    there['revised'] = generated.Answered(batch, drawn(rng, len(asked)), asked)
+    return there
+
+
+def of(texts, workdir='somewhere', **options):
+    workdir = Path(workdir) if workdir else None
+    return SourceContext('train', kd_config.parse(recipe_of(texts, **options)), workdir)
 
 
 def ids(batch, row, name='input', mask='prompt_mask'):
     return batch[name][row][batch[mask][row]].tolist()
 
 
-def test_wrong_answers_are_shown_without_their_end_and_right_revisions_are_learnt_twice(texts, run):
-    recipe = kd_config.parse(recipe_of(texts))
-    of = SourceContext('train', recipe, run)
-    first = generated.answered(of, 'answers', scored=True)
-    asked = revisions.prompts(of, stage='answers', length=9, cues=LATER)
+def test_wrong_answers_are_shown_without_their_end_and_right_revisions_are_learnt_twice(
+    texts, first
+):
+    said_first, again = first['answers'], first['revised'].answers
+    asked = revisions.prompts(of(texts), stage='answers', length=8, cues=LATER)
     batch, cue = asked.fetch(np.arange(len(asked))), table(texts.SYMBOLS).encode('b')
-    wanted = []
-    for row, number in np.ndindex(*first.answers.scores.shape):
-        said = first.said(row, number).tolist()
-        said = said if first.answers.truncated[row, number] else said[:-1]
-        text = [*ids(first.batch, row), *said, *cue]
+    scores, wanted = said_first.answers.scores, []
+    for row, number in np.ndindex(*scores.shape):
+        said = said_first.said(row, number).tolist()
+        said = said if said_first.answers.truncated[row, number] else said[:-1]
+        text = [*ids(said_first.batch, row), *said, *cue]
         # Right ones, and those without a verdict (NaN), are not revised.
-        if first.answers.scores[row, number] == 0 and len(text) <= 9:
-            wanted.append((ids(first.batch, row), text))
+        if scores[row, number] == 0 and len(text) <= 8:
+            wanted.append((ids(said_first.batch, row), text))
     found = [(ids(batch, i, 'plain', 'plain_mask'), ids(batch, i)) for i in range(len(asked))]
     assert found == wanted
-    assert 0 < len(wanted) < first.answers.scores.size
-    again = kept(run, 'revised', len(asked))
+    assert 0 < len(wanted) < (scores == 0).sum()
     good = [
         (row, again.tokens[row, number, : again.lengths[row, number]].tolist())
         for row, number in np.ndindex(*again.scores.shape)
@@ -98,7 +118,7 @@ def test_wrong_answers_are_shown_without_their_end_and_right_revisions_are_learn
     ]
     good = [(row, said) for row, said in good if len(found[row][1]) + len(said) <= 14]
     options = dict(stage='revised', length=14)
-    rows = revisions.records(of, **options)
+    rows = revisions.records(of(texts), **options)
     both = rows.fetch(np.arange(len(rows)))
     assert len(rows) == len(good) > 0
     for i, (row, said) in enumerate(good):
@@ -111,29 +131,44 @@ def test_wrong_answers_are_shown_without_their_end_and_right_revisions_are_learn
         np.testing.assert_array_equal(learnt[1], whole & (np.arange(14) >= len(plain)))
         np.testing.assert_array_equal(learnt[0], whole & (np.arange(14) >= len(text)))
         assert not (learnt[0] & ~learnt[1]).any()
-    assert len(revisions.records(of, **options, size=3)) == 3
+    assert len(revisions.records(of(texts), **options, size=3)) == 3
     # Or the revision alone, after the original prompt.
-    alone = revisions.records(of, **options, generation='revised').fetch(np.arange(len(good)))
+    alone = revisions.records(of(texts), **options, generation='revised').fetch(
+        np.arange(len(good))
+    )
     for i, (row, said) in enumerate(good):
         assert alone['input'][i, 1][alone['segments'][i, 1] > 0].tolist() == [*found[row][0], *said]
         assert alone['response_mask'][i, 1].sum() == len(said)
-    every = revisions.prompts(of, stage='answers', length=9, cues=LATER, revise='all', samples=1)
-    judged = ~np.isnan(first.answers.scores[:, 0])
-    assert len(every) == judged.sum()
+    options = dict(stage='answers', length=12, cues=LATER, revise='all', samples=1)
+    every = revisions.prompts(of(texts), **options)
+    assert len(every) == (~np.isnan(scores[:, 0])).sum()
 
 
-def test_what_is_no_revision_is_told(texts, run):
-    def read(recipe, **options):
-        of = SourceContext('train', kd_config.parse(recipe), run)
-        return revisions.records(of, **(dict(stage='revised', length=14) | options))
-
+def test_what_is_no_revision_is_told(texts, first):
+    records = dict(stage='revised', length=14)
     with pytest.raises(UserError, match=r"'answers' has revised nothing: its prompts are to be"):
-        read(recipe_of(texts), stage='answers')
+        revisions.records(of(texts), **{**records, 'stage': 'answers'})
     with pytest.raises(UserError, match=r"of the revisions of 'revised' to train none is right"):
-        read(recipe_of(texts), least=2.0)
-    of = SourceContext('train', kd_config.parse(recipe_of(texts)), run)
+        revisions.records(of(texts), **records, least=2.0)
     with pytest.raises(UserError, match='none is to be revised in a prompt of 1 tokens'):
-        revisions.prompts(of, stage='answers', length=1, cues=LATER)
+        revisions.prompts(of(texts), stage='answers', length=1, cues=LATER)
+    first['revised'].batch['plain'][:] = 19
+    with pytest.raises(UserError, match=r"do not go on from their prompts.*generation='revised'"):
+        revisions.records(of(texts), **records)
+
+
+def test_shapes_are_known_before_anybody_has_answered(texts):
+    asked = revisions.prompts(of(texts, None), stage='answers', length=9, cues=LATER)
+    shapes = {name: x.shape for name, x in asked.spec.items() if name != 'index'}
+    assert shapes == {
+        'input': (9,), 'prompt_mask': (9,), 'plain': (4,), 'plain_mask': (4,),
+        'response': (5,), 'response_mask': (5,),
+    }  # fmt: skip
+    rows = revisions.records(of(texts, None), stage='revised', length=14)
+    fields = ('input', 'positions', 'segments', 'response_mask')
+    assert {name: rows.spec[name].shape for name in fields} == dict.fromkeys(fields, (2, 14))
+    # Who has learnt from the prompts' data knows these.
+    assert rows.domain == asked.domain == 'texts'
 
 
 def test_cues_stand_around_an_answer():
@@ -162,20 +197,19 @@ def pair_rows(rng):
     return packing.pairs(*zip(*examples, strict=True), 10, pad=0).arrays
 
 
-@pytest.mark.parametrize(('weights', 'micro_batches'), [((1.0, 1.0), 1), ((0.5, 2.0), 2)])
-def test_both_losses_are_means_over_their_own_tokens(weights, micro_batches):
-    network, batch = decoder(), pair_rows(np.random.default_rng(4))
+def test_both_losses_are_means_over_their_own_tokens_whatever_the_parts(network):
+    weights, batch = (0.5, 2.0), pair_rows(np.random.default_rng(4))
     spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
     made = sd_zero.srt(
         context(network, spec=spec), revision_weight=weights[0], generation_weight=weights[1],
-        micro_batches=micro_batches, chunk=7,
+        micro_batches=2, chunk=7,
     )  # fmt: skip
     state = jax.jit(made.init)(jax.random.key(0), {})
     state = state.replace(params={'network': sharp(network, 1)['params']})
     _, metrics = jax.jit(made.step)(state, {**batch, 'index': np.arange(2)})
-    wanted = []
+    forward, wanted = jax.jit(lambda t: network.apply(state.variables(), t).logits), []
     for side in (0, 1):
-        logits = np.asarray(network.apply(state.variables(), batch['input'][:, side]).logits)
+        logits = np.asarray(forward(batch['input'][:, side]))
         log_p = special.log_softmax(logits[:, :-1].astype(float), -1)
         chosen = np.take_along_axis(log_p, batch['input'][:, side, 1:, None], -1)[..., 0]
         wanted.append(-chosen[batch['response_mask'][:, side, 1:]].mean())
@@ -189,11 +223,6 @@ def test_both_losses_are_means_over_their_own_tokens(weights, micro_batches):
 
 
 # Phase 2
-
-
-@pytest.fixture(scope='module')
-def network():
-    return decoder()
 
 
 def method(network, fields=(), **options):
@@ -235,12 +264,17 @@ def value(metrics, name):
     return float(total / count)
 
 
-def answered(network, before, batch):
-    """What the step has sampled, by its own key."""
-    draw = common.drawing(context(network), common.Sampling(**dict(SAMPLING, group=1)))
-    key = jax.random.fold_in(before.step_key(), zlib.crc32(b'collect'))
-    said = jax.jit(draw)(before.variables(), batch['input'], batch['prompt_mask'], key)
-    return jax.tree.map(np.asarray, said)
+@pytest.fixture(scope='module')
+def answered(network):
+    """What a step has sampled, by its own key."""
+    draw = jax.jit(common.drawing(context(network), common.Sampling(**dict(SAMPLING, group=1))))
+
+    def of_step(before, batch):
+        key = jax.random.fold_in(before.step_key(), zlib.crc32(b'collect'))
+        said = draw(before.variables(), batch['input'], batch['prompt_mask'], key)
+        return jax.tree.map(np.asarray, said)
+
+    return of_step
 
 
 def rows_of(batch, said, rewards):
@@ -255,10 +289,10 @@ def rows_of(batch, said, rewards):
     return made
 
 
-def test_a_step_goes_down_the_reverse_kl_to_who_has_read_the_answer(network, batch, step):
+def test_a_step_goes_down_the_reverse_kl_to_who_has_read_the_answer(network, batch, step, answered):
     """Loss and gradient by plain forward passes; all answers wrong, which teach nothing in GRPO."""
     before, after, metrics = step(forced(batch, 0.0))
-    said = answered(network, before, batch)
+    said = answered(before, batch)
     rows = rows_of(batch, said, np.zeros(4))
     frozen = sharp(network, 2)
 
@@ -318,12 +352,14 @@ def test_the_verdict_is_one_token_of_the_teachers_prompt_and_of_no_other(network
     ]  # fmt: skip
 
 
-def test_what_nobody_can_judge_teaches_nothing_and_parts_change_nothing(network, batch, step):
+def test_what_nobody_can_judge_teaches_nothing_and_parts_change_nothing(
+    network, batch, step, answered
+):
     verdicts = np.array([1.0, np.nan, 0.0, np.nan])
     before, _, metrics = step(forced(batch, verdicts))
     assert value(metrics, 'unjudged') == 0.5
     # The loss is the mean over the tokens of the two that have a verdict.
-    said = answered(network, before, batch)
+    said = answered(before, batch)
     judged = ~np.isnan(verdicts)[:, None] & said.mask
     made = method(network, LOCATED, located='response', micro_batches=4)
     state = jax.jit(made.init)(jax.random.key(0), {})
@@ -345,5 +381,5 @@ def test_what_nobody_can_judge_teaches_nothing_and_parts_change_nothing(network,
 def test_what_does_not_fit_is_told(network):
     with pytest.raises(UserError, match=r"located: the data have no 'response'"):
         method(network, located='response')
-    with pytest.raises(UserError, match='needs a teacher'):
+    with pytest.raises(UserError, match=r'needs stage\.teacher'):
         sd_zero.sd_zero(context(network), sampling=SAMPLING, reward=ODD, cues=CUES)

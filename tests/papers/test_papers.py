@@ -25,11 +25,14 @@ CITED = [c for c in citations.of_package(ROOT / 'kd') if not c.where.startswith(
 SHARED = {
     *('kd.methods.cache', 'kd.methods.privacy', 'kd.methods.vision.supervised'),
     *('kd.methods.flow.common', 'kd.methods.dataset.matching', 'kd.methods.dataset.coreset'),
+    'kd.methods.rl.surrogate',
 }
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}
 # Papers whose authors no source at hand names.
-ANONYMOUS = {'dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded'}
+ANONYMOUS = {
+    *('dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded', 'sd_zero'),
+}
 
 ENTRY = """
 [one]
