@@ -11,12 +11,14 @@ import pytest
 from answering import EOS, SAMPLING, SPEC, V, context, decoder, prompts, sharp
 from scipy import special
 
-from kd import config as kd_config
+from kd import config as config_lib
 from kd.data import generated, revisions
 from kd.data.context import SourceContext
 from kd.errors import UserError
 from kd.io import answers
+from kd.losses import divergence
 from kd.methods.rl import common, sd_zero
+from kd.methods.rl.self_teacher import Comparison
 from kd.text import packing
 from kd.text.revision import Cues, revised
 from kd.text.table import table
@@ -75,7 +77,7 @@ def drawn(rng, rows):
 @pytest.fixture
 def first(texts, monkeypatch):
     """What stages have answered, where others read it from disk."""
-    source = texts.prompts(SourceContext('train', kd_config.parse(recipe_of(texts))))
+    source = texts.prompts(SourceContext('train', config_lib.parse(recipe_of(texts))))
     rng, there = np.random.default_rng(6), {}
     monkeypatch.setattr(generated, 'answered', lambda context, stage, scored: there[stage])
     there['answers'] = generated.Answered(source.fetch(np.arange(24)), drawn(rng, 24), source)
@@ -87,7 +89,7 @@ def first(texts, monkeypatch):
 
 def of(texts, workdir='somewhere', **options):
     workdir = Path(workdir) if workdir else None
-    return SourceContext('train', kd_config.parse(recipe_of(texts, **options)), workdir)
+    return SourceContext('train', config_lib.parse(recipe_of(texts, **options)), workdir)
 
 
 def ids(batch, row, name='input', mask='prompt_mask'):
@@ -262,6 +264,13 @@ def forced(batch, verdict):
 def value(metrics, name):
     total, count = metrics[name]
     return float(total / count)
+
+
+def test_the_policy_stands_first_in_the_divergence_of_the_paper():
+    policy, teacher = np.log([0.5, 0.5, 1e-12]), np.log(np.ones(3) / 3)
+    reverse = config_lib.resolve(Comparison().divergence)
+    assert float(reverse(policy, teacher)) == pytest.approx(np.log(1.5), abs=1e-4)
+    assert float(divergence.forward_kl(policy, teacher)) > 8
 
 
 @pytest.fixture(scope='module')
