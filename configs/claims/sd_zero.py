@@ -63,7 +63,7 @@ class Size(NamedTuple):
     phase_2: int
 
 
-FULL = Size(runs=5, first=7_680, records=5_000, further=19_200, tests=2_000, srt=300, phase_2=150)
+FULL = Size(runs=4, first=7_680, records=6_000, further=19_200, tests=2_000, srt=300, phase_2=150)
 SMOKE = Size(runs=3, first=64, records=32, further=64, tests=32, srt=2, phase_2=2)
 # Answers that are generated: 7,680, three revisions of each wrong one, and 19,200.
 BUDGET = 40_448
@@ -287,10 +287,13 @@ class World:
         return {name: np.asarray([float(one[name]) for one in each]) for name in each[0]}
 
     def located(self, params):
-        """Where one that has read an answer disagrees: mean KL of a token, nats, [R] each."""
-        found = _located(self.network)
+        """Where one that has read an answer disagrees: mean KL of a token, nats, [R] each.
+
+        At the start of phase 2, on half of its problems, as few answers are wrong.
+        """
+        found, half = _located(self.network), self.size.further // 2
         each = [
-            found(_at(params, run), {k: v[run] for k, v in self.problems['test'].items()})
+            found(_at(params, run), {k: v[run, :half] for k, v in self.problems['further'].items()})
             for run in range(len(self.seeds))
         ]
         made = {

@@ -8,7 +8,7 @@
             reward=dict(name=...))})
 
 `kd.data.generated` reads them: as text to learn, as pairs of better and worse answers, as pass
-rates.
+rates; `kd.data.revisions` as answers to be revised.
 """
 
 from __future__ import annotations
