@@ -1,6 +1,6 @@
 """A model that learns from revisions of its own answers (arXiv:2604.12002).
 
-    python -m kd.claims sd_zero            about MINUTES minutes on two busy cores, bases aside
+    python -m kd.claims sd_zero            about 15 minutes on two busy cores, bases aside
 
 A base answers chains of arithmetic, is told which answers were wrong, and revises these. It learns
 from the revisions that are right (SRT); then from a frozen copy of itself that has read what it

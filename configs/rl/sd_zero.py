@@ -14,7 +14,9 @@ phase 1, on the revisions that are right; `sd_zero`, phase 2, on the other probl
 `cpu` begins with the base of `configs/rl/bases.py:chain_reviser`, which it trains first if nobody
 has: .4 of its answers are right. What was wrong stands before the problem, as all blocks of that
 base do, and a generator is taught the revised answer alone. `rft` is fine-tuned on the right ones
-among the first answers. EXPECTED
+among the first answers. Expect .84 of right answers of `rft`, .97 of `srt` and all of `sd_zero`;
+greedily .95, and all of both others. Of the few wrong ones the teacher of `sd_zero` disagrees with
+the first error by .05 nats and with the rest by .004.
 
 `qwen3_4b` has the paper's sizes: answers of up to 16,384 tokens at temperature 1 and top-p .9;
 4,000 records for the loss of generation and 2,000 for that of revision, one after the other as in
@@ -101,7 +103,7 @@ def cpu():
                 ('sampled/reward', 'right answers'),
                 ('greedy/reward', 'right, most probable tokens'),
                 ('train/revision_loss', 'loss of revisions, nats'),
-                ('train/divergence_wrong', 'KL on wrong answers, nats'),
+                ('train/divergence', 'KL to the teacher, nats'),
             ),
             notes='RFT has learned from the right ones of 7,680 answers, SRT from revisions of the '
             'wrong ones, SD-Zero from 19,200 further answers and from what it thinks of them once '
