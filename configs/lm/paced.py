@@ -173,6 +173,7 @@ def qwen3_8b_to_1_7b():
             source=dict(
                 name='kd.data.text.chats',
                 path='dapo_math_17k.jsonl',
+                fields=('prompt', 'answer'),
                 tokenizer='hf:/models/Qwen3-1.7B',
                 vocabulary=decoders.PRESETS['qwen3_1_7b']['num_classes'],
                 layout='prompts',

@@ -13,6 +13,8 @@ A recipe that begins with one names it among its `bases` (see `kd.bases`) and fi
 | chain_good | a teacher with 8 % of misconceptions of its own | .75 | | 2 min |
 | chain_biased | a teacher who is wrong about one of three operators | .28 | | 2 min |
 | push | one who pushes boxes and is careless, above all up and left; blocks | .33 | .21 | 3 min |
+| chain_exec | the first one; two thirds `chain`, one third `exec`, no blocks | .43, .35 | | 3 min |
+| chain_wordy | the first one, who says a result up to six times more | .43 | | 3 min |
 
 `chain`: chains of arithmetic of three operations (`kd.data.builders.chain`), whose answers a
 demonstrator with misconceptions gives; a first stage has two operations. Of the rows 46 % are
@@ -25,6 +27,9 @@ revised by somebody who holds misconceptions half as firmly. It can do better th
 `push`: boxes pushed to their goals (`kd.data.builders.push`), turn by turn. Of the demonstrations
 half are plain; 27 % have before them what they themselves teach (SKILL), 23 % what an expert says
 of the level (HINT), and with these the demonstrator is more careful. The network is the same.
+
+`chain_exec` knows two tasks of the same facts, one of which prints the result and the other every
+value: see `configs/rl/acereason.py`. What `chain_wordy` says has 6, 9 or 12 tokens.
 """
 
 from kd import bases
@@ -33,13 +38,18 @@ from kd.data.builders.chain import BASE, REVISER
 from kd.data.builders.push import ACTIONS
 from kd.data.push import BASE as PUSHED
 
-VARIANTS = ('chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased', 'push')
+VARIANTS = (
+    *('chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased'),
+    *('chain_exec', 'chain_wordy', 'push'),
+)
 # The network of all that is done on chains.
 NETWORK = dict(name='kd.models.decoders.preset', of='toy')
 # PAD and BOS are never said; EOS ends an answer.
 SAMPLING = dict(group=1, max_new=6, stop=(2,), forbidden=(0, 1))
 REWARD = dict(name='kd.rewards.printed.printed')
 CHAINS = 'kd.data.chains.chains'
+BOTH = {'chain': 2 / 3, 'exec': 1 / 3}
+WORDY = {'plain': 1 / 3, 'long': 1 / 3, 'longer': 1 / 3}
 # Of levels: an action a turn.
 LEVELS = 'kd.data.push.push'
 PLAYING = dict(
@@ -60,20 +70,25 @@ def get_config(variant: str = 'chain'):
         'chain_clean': lambda: chain('clean', 'teacher', steps=800),
         'chain_good': lambda: chain('good', 'teacher', steps=800),
         'chain_biased': lambda: chain('biased', 'teacher', steps=800),
+        'chain_exec': lambda: chain('demonstrator', 'base', steps=900, batch_size=144, tasks=BOTH),
+        'chain_wordy': lambda: chain(
+            'demonstrator', 'base', steps=900, batch_size=144, kinds=WORDY, max_new=12
+        ),
         'push': push,
     }
     return kd_config.variant(variant, known)()
 
 
-def chain(law: str, last: str, *, steps: int, kinds=None):
+def chain(law: str, last: str, *, steps: int, kinds=None, tasks=None, **fields):
     """Stages `short`, of two operations, and `last`, of three."""
+    both = dict(tasks=tasks) if tasks else {}
     config = recipe(law, ('short', last))
     config.short = imitating(
-        law, dict(operations={'2': 1.0}), optimizer=ADAM, steps=250, batch_size=256,
+        law, dict(operations={'2': 1.0}, **both), optimizer=ADAM, steps=250, batch_size=256,
         checkpoint_every=250,
         evaluators={'validation': dict(name='kd.evaluators.language.language')},
     )  # fmt: skip
-    config[last] = of_three(law, kinds, FALLING, steps, 'short')
+    config[last] = of_three(law, kinds, FALLING, steps, 'short', both=both, **fields)
     return config
 
 
@@ -96,16 +111,19 @@ def recipe(law: str, stages, **fields):
     )
 
 
-def of_three(law: str, kinds, optimizer, steps: int, start: str):
-    """A stage of chains of three operations."""
-    verified = dict(name=VERIFIED, reward=REWARD, sampling=SAMPLING)
+def of_three(
+    law: str, kinds, optimizer, steps: int, start: str, *, both=None, batch_size=128, max_new=6
+):
+    """A stage of chains of three operations; `both` are further arguments of its source."""
+    sampling = dict(SAMPLING, max_new=max_new)
+    verified = dict(name=VERIFIED, reward=REWARD, sampling=sampling)
     return imitating(
-        law, dict(operations={'3': 1.0}, kinds=kinds), references=dict(start=start),
-        optimizer=optimizer, steps=steps, batch_size=128, checkpoint_every=steps,
+        law, dict(operations={'3': 1.0}, kinds=kinds, **(both or {})), references=dict(start=start),
+        optimizer=optimizer, steps=steps, batch_size=batch_size, checkpoint_every=steps,
         evaluators={
             'language': dict(name='kd.evaluators.language.language'),
             'sampled': verified,
-            'greedy': dict(verified, sampling=dict(SAMPLING, top_k=1)),
+            'greedy': dict(verified, sampling=dict(sampling, top_k=1)),
         },
     )  # fmt: skip
 

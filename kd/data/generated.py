@@ -243,7 +243,7 @@ def pairs(
 
 
 def pass_rates(
-    context: SourceContext, *, stage: StageName, passing: Finite = 1.0
+    context: SourceContext, *, stage: StageName, passing: Finite = 1.0, most: Fraction = 1.0
 ) -> sources.Source:
     """The prompts of a stage with `pass_rate` float32, the share of its answers that have passed.
 
@@ -251,9 +251,11 @@ def pass_rates(
       context: a split.
       stage: that has answered, by a writer with a `reward`.
       passing: the score with which an answer has passed; one without a verdict has not.
+      most: leaves out prompts with a higher pass rate, what is solved already. What is never solved
+        stays.
 
     Raises:
-      UserError: as of `teacher_text`, or answers without scores.
+      UserError: as of `teacher_text`, answers without scores, no prompt left.
     """
     if context.workdir is None:
         source = described(context, stage, scored=True)
@@ -265,9 +267,13 @@ def pass_rates(
         arrays, size = {**empty, PASS_RATE: np.zeros(1, np.float32)}, len(source)
     else:
         found = answered(context, stage, scored=True)
-        batch = {name: x for name, x in found.batch.items() if name != 'index'}
-        arrays, source = {**batch, PASS_RATE: found.rates(passing)}, found.source
-        size = len(found.batch['input'])
+        rates = found.rates(passing)
+        kept = rates <= most
+        if not kept.any():
+            raise UserError(f"of the prompts of '{stage}' none has a pass rate of at most {most}.")
+        batch = {name: x[kept] for name, x in found.batch.items() if name != 'index'}
+        arrays, source = {**batch, PASS_RATE: rates[kept]}, found.source
+        size = int(kept.sum())
     spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in arrays.items()}
     data = sources.DataSet(
         source.name, {context.split: size}, lambda _: sources.in_memory(arrays), spec,

@@ -11,6 +11,8 @@ from kd.method import Batch
 
 # (tokens int32 [B, R], mask bool [B, R], batch) -> float32 [B], NaN where there is no verdict.
 Reward = Callable[[jax.Array, jax.Array, Batch], jax.Array]
+# Field of the batch in which methods have a key for each answer, for rewards that draw.
+KEYS = 'reward_keys'
 
 
 def judged(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -539,6 +539,20 @@ def test_records_are_edited_before_they_are_rendered(make, data_dir, tokens):
     assert 'data.source.edit' in message(answers, count=4, values='b')
 
 
+def test_records_that_are_too_hard_are_left_out(make, data_dir):
+    tasks = [{'level': n % 8, 'prompt': f'{n}', 'response': f'{n}'} for n in range(16)]
+    lines(data_dir / 'levels.jsonl', tasks)
+    easier = dict(name='kd.data.builders.records.at_most', field='level')
+
+    def made(most, file='levels.jsonl'):
+        return make('chats', path=file, length=64, layout='rows', edit=dict(easier, most=most))
+
+    assert [len(made(most)) for most in (0, 5, 6.5, 7)] == [2, 12, 14, 16]
+    assert message(made, -1) == 'no record has level of at most -1'
+    lines(data_dir / 'unlevelled.jsonl', [tasks[0], {'prompt': 'a', 'response': 'b'}])
+    assert message(made, 5, 'unlevelled.jsonl') == 'record 2 has level=None, which is no number'
+
+
 def test_a_file_that_changes_is_read_again(make, data_dir):
     file = data_dir / 'changing.jsonl'
     lines(file, [{'prompt': 'a', 'response': 'b'}])

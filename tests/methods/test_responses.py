@@ -195,6 +195,24 @@ def test_pass_rates_count_what_has_passed_and_no_verdict_is_no_pass(recipe, run,
     np.testing.assert_allclose(batch['pass_rate'], (first % 2 == 1).mean(1), rtol=1e-6)
 
 
+def test_what_is_solved_is_left_out_of_prompts_and_what_is_never_solved_stays(
+    recipe, run, kept, asked
+):
+    rates = (kept.tokens[..., 0] % 2 == 1).mean(1)
+    nested = []
+    for most in (0.0, 0.5, 0.9, 1.0):
+        source = generated.pass_rates(context(recipe, run), stage='answers', most=most)
+        found = source.fetch(np.arange(len(source)))
+        rows = np.flatnonzero(rates <= most + 1e-6)
+        np.testing.assert_array_equal(found['input'], asked['input'][rows])
+        np.testing.assert_allclose(found['pass_rate'], rates[rows], rtol=1e-6)
+        nested.append(set(rows))
+    assert 0 < len(nested[0]) < len(nested[1]) < len(nested[2]) < len(nested[3]) == N
+    assert nested[0] < nested[1] < nested[2] < nested[3]
+    with pytest.raises(UserError, match=r"of the prompts of 'answers' none has a pass rate of at"):
+        generated.pass_rates(context(recipe, run), stage='answers', passing=-1.0, most=0.0)
+
+
 def test_pairs_are_of_the_best_and_the_worst_or_of_two_stages(texts, recipe, run, kept, asked):
     batch = generated.pairs(context(recipe, run), chosen='answers', length=10)
     scores = np.where(np.isnan(kept.scores), -1, kept.scores)

@@ -19,7 +19,9 @@ from kd.rewards import host as hosts
 from kd.rewards import verify
 from kd.rewards.host import host
 from kd.rewards.mathematics import mathematics
+from kd.rewards.programs import programs
 from kd.rewards.reward import judged
+from kd.rewards.words import words
 from kd.text.table import table
 
 TOKENS = np.array(
@@ -156,6 +158,54 @@ def test_answers_are_held_to_what_stands_after_the_mark():
     rewards, failed = step(tokens, mask, {**batch, 'truncated': cut})
     assert not failed.any()
     assert rewards.tolist() == [1, 0, 0, 0]
+
+
+def answered(texts, solutions):
+    """Tokens and a batch of answers and solutions in words."""
+    tokens, response = np.zeros((2, len(texts), 8), np.int32)
+    mask, there = np.zeros((2, len(texts), 8), bool)
+    for row, pair in enumerate(zip(texts, solutions, strict=True)):
+        for ids, used, text in zip((tokens, response), (mask, there), pair, strict=True):
+            said = [*SYMBOLS.encode(text), 2]
+            ids[row, : len(said)], used[row, : len(said)] = said, True
+    return tokens, mask, {'response': response, 'response_mask': there}
+
+
+def test_a_verifier_of_words_reads_what_follows_the_thoughts():
+    step = both(words(context(), function='verifiers.same_text', after='so', workers=1, limit=30.0))
+    tokens, mask, batch = answered(
+        ['1 so 7 5', '7 5', '7 so 1', '1 so 7 so 7'], ['7 5'] * 3 + ['7 so 7']
+    )
+    rewards, failed = step(tokens, mask, batch)
+    assert not failed.any()
+    # What comes after the first mark is all of the answer; without one it is empty.
+    assert rewards.tolist() == [1, 0, 0, 1]
+    cut = np.array([True, False, False, False])
+    assert step(tokens, mask, {**batch, 'truncated': cut})[0].tolist() == [0, 0, 0, 1]
+
+
+def test_programs_are_judged_by_a_verifier_that_is_given_and_by_nothing_else():
+    step = both(programs(context(), function='verifiers.same_text', workers=1, limit=30.0))
+    tokens, mask, batch = answered(['7 5', '5 7'], ['7 5', '7 5'])
+    assert step(tokens, mask, batch)[0].tolist() == [1, 0]
+    with pytest.raises(
+        UserError, match=r'not run here; name a verifier of yours, reward\.function='
+    ):
+        programs(context())
+    # Where data are only described there is nothing to judge, and no verdict.
+    described = dataclasses.replace(context(), source=lambda split: Described())
+    rewards, failed = both(programs(described))(tokens, mask, batch)
+    assert failed.all()
+    assert not rewards.any()
+
+
+class Described(sources.Source):
+    """Data that are not there."""
+
+    tokenizer = None
+
+    def __init__(self):
+        pass
 
 
 def test_what_is_missing_for_words_is_told(monkeypatch):

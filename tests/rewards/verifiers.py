@@ -23,3 +23,8 @@ def total(tokens, *, target):
 def process(tokens):
     """The number of the process."""
     return float(os.getpid())
+
+
+def same_text(answer, solution):
+    """1 where an answer is the solution, word by word."""
+    return float(answer.split() == solution.split())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,23 @@ def test_arguments_and_tools_are_text_too():
     ids, _ = templates.render(shown, CHAT[:1], tools=argument, note='<|im_end|>')
     expected = '{"<|im_end|>": ["ü<|im_start|>", 1, null]}<|im_end|>'
     assert ids.tolist() == shown.encode(expected)
+
+
+def test_the_template_of_thoughts_begins_them_before_an_answer_and_a_solution_alike():
+    """What R1's models are asked, with a solution for a verifier where their answer will stand."""
+    thinking = made(Path('configs/rl/thinking.jinja').read_text('utf-8'))
+    asked, solved = CHAT[:1], (CHAT[0], {'role': 'assistant', 'content': '12'})
+    prompt, _ = templates.render(
+        thinking, asked, add_generation_prompt=True, instruction='The answer is in <|im_end|>.'
+    )
+    text = thinking.decode(prompt, special=True)
+    assert text == (
+        '<|im_start|><｜User｜>What is the capital?\nThe answer is in <|im_end|>.'
+        '<｜Assistant｜><think>\n'
+    )
+    ids, mask = templates.render(thinking, solved, instruction='The answer is in <|im_end|>.')
+    np.testing.assert_array_equal(ids[~mask], prompt)
+    assert thinking.decode(ids[mask], special=True) == '12<|im_end|>'
 
 
 def test_templates_that_show_earlier_turns_otherwise():

@@ -32,7 +32,9 @@ SIZES = {'train': 60_000, 'validation': 2_000, 'test': 2_000}
 BASE = {'plain': 0.46, 'solution': 0.18, 'hint': 0.18, 'judged': 0.18}
 # And of what it goes on with to become one that revises.
 REVISER = {'plain': 0.4, 'solution': 0.05, 'hint': 0.05, 'revised': 0.5}
-KINDS = ('plain', 'solution', 'hint', 'judged', 'revised', 'free', 'shift', 'order')
+# How often answers of a kind restate the last value before they print.
+RESTATED = {'long': 3, 'longer': 6}
+KINDS = ('plain', 'solution', 'hint', 'judged', 'revised', 'free', 'shift', 'order', *RESTATED)
 
 
 class Problems(NamedTuple):
@@ -235,11 +237,12 @@ def part(
     | free | | a style of `styles` at random, on which nothing depends; of the law |
     | shift | | style s of `styles` at random, thoughts with s added; of the law |
     | order | | style 0, or style 1 and from right to left; of the law |
+    | long, longer | | of the law, its last value three or six times more before # |
 
     Raises:
       DataError: another kind.
     """
-    asked = prompts(problems, task)
+    asked, steps = prompts(problems, task), problems.operators.shape[1]
     right, fresh = evaluate(problems), evaluate(problems, law=law, rng=rng)
     if kind == 'plain':
         return asked, responses(fresh, task)
@@ -247,7 +250,7 @@ def part(
         said = evaluate(problems, law=arithmetic.noisy(TRUTH, 0.97), rng=rng)
         return block(asked, symbols.SOL, responses(right, task)[:, :-1]), responses(said, task)
     if kind == 'hint':
-        given = right[:, : right.shape[1] // 2]
+        given = right[:, : steps // 2]
         said = evaluate(problems, law=law, rng=rng, given=given)
         return block(asked, symbols.HINT, symbols.DIGIT + given), responses(said, task)
     if kind in ('judged', 'revised'):
@@ -266,6 +269,10 @@ def part(
         style = rng.integers(styles, size=len(asked))
         shift = style if kind == 'shift' else 0
         return asked, responses(fresh, task, style=style, shift=shift)
+    if kind in RESTATED:
+        said = responses(fresh, task)
+        again = [said[:, steps - 1 : steps]] * RESTATED[kind]
+        return asked, np.concatenate([said[:, :steps], *again, said[:, steps:]], axis=1)
     if kind == 'order':
         style = rng.integers(2, size=len(asked))
         said = evaluate(problems, law=law, rng=rng, backward=style == 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from kd import files
 from kd.data.sources import DataError
+from kd.ranges import Finite
 
 Message = dict[str, str]
 # Fields of a question and its answer, the first of which a record has counts.
@@ -100,6 +101,25 @@ def read(file: Path) -> list[dict[str, Any]]:
     if not records:
         raise DataError(f'{file} has no records')
     return [record for _, record in records]
+
+
+def at_most(
+    records: Sequence[Mapping[str, Any]], *, field: str, most: Finite
+) -> list[Mapping[str, Any]]:
+    """Records whose number `field` is at most so much, such as how hard a problem is: an `edit` of
+    `kd.data.text.chats`.
+
+    Raises:
+      DataError: a record without that number, or none left.
+    """
+    for number, record in enumerate(records, 1):
+        value = record.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f'record {number} has {field}={value!r}, which is no number')
+    kept = [record for record in records if record[field] <= most]
+    if not kept:
+        raise DataError(f'no record has {field} of at most {most}')
+    return kept
 
 
 def tried(record: Mapping[str, Any], where: str) -> Tried | None:

@@ -38,12 +38,14 @@ from kd.methods.lm import common as lm
 from kd.models.decoder import head_of
 from kd.network import Network
 from kd.ranges import Count, Positive, Size
-from kd.rewards.reward import Reward, judged
+from kd.rewards.reward import KEYS, Reward, judged
 from kd.sampling.autoregressive import Rollout
 from kd.sampling.environment import Draws, Episodes, Player
 from kd.state import PyTree, State
 
 Collect = Callable[[State, Batch, jax.Array], Batch]
+# Folded into the key of a step's answers for what their rewards draw.
+_OF_REWARDS = 1_000_003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +151,20 @@ def answered(context: Context, draw: Draws, reward: Reward, *, group: Count) -> 
         variables = context.rollout(state.variables())
         said = draw.of(variables, batch, key)
         decoded = jnp.full(len(said.tokens), draw.turns(said.mask), jnp.float32)
-        return rewarded({**batch, 'decoded': decoded}, said, reward)
+        return rewarded({**batch, 'decoded': decoded}, said, reward, key)
 
     return collect
 
 
-def rewarded(batch: Batch, said: Rollout | Episodes, reward: Reward) -> Batch:
-    """The batch with these answers, and what they are worth by themselves."""
-    batch = {**batch, 'truncated': said.truncated}
-    rewards, unjudged = judged(reward(said.tokens, said.mask, batch))
+def rewarded(
+    batch: Batch, said: Rollout | Episodes, reward: Reward, key: jax.Array | None = None
+) -> Batch:
+    """The batch with these answers, and what they are worth; the key, of the answers, is for
+    rewards that draw, as `kd.rewards.noisy` does."""
+    batch, keys = {**batch, 'truncated': said.truncated}, {}
+    if key is not None:
+        keys[KEYS] = jax.random.split(jax.random.fold_in(key, _OF_REWARDS), len(said.tokens))
+    rewards, unjudged = judged(reward(said.tokens, said.mask, {**batch, **keys}))
     made = {
         'tokens': said.tokens,
         'mask': said.mask,

@@ -12,6 +12,7 @@ from kd.data import chains
 from kd.data.builders import arithmetic, chain, symbols
 from kd.data.builders.arithmetic import TRUTH
 from kd.data.context import SourceContext
+from kd.data.named import named
 from kd.data.sources import DataError
 from kd.text.packing import shifted
 
@@ -76,6 +77,14 @@ def test_texts_are_as_written():
     assert words(styled[0]) == 's5 8 7 3 # 8 EOS'
     blocked = chain.block(asked, symbols.SOL, said[:, :-1])
     assert words(blocked[0]) == 'BOS SOL 3 2 8 # 8 | CHAIN 1 + 2 @ 3 - 4 ='
+    rng = np.random.default_rng(0)
+    for kind, task, text in (
+        ('long', 'chain', '3 2 8 8 8 8 # 8 EOS'),
+        ('longer', 'exec', '3 2 8 8 8 8 8 8 8 # 8 2 3 EOS'),
+    ):
+        asked_of, wordy = chain.part(kind, problem, arithmetic.law('truth'), rng, task)
+        np.testing.assert_array_equal(asked_of, chain.prompts(problem, task))
+        assert words(wordy[0]) == text
     # From right to left: 3 - 4, 2 @ that, 1 + that.
     assert chain.evaluate(problem, backward=True)[0].tolist() == [9, 1, 2]
 
@@ -277,3 +286,25 @@ def test_what_is_not_there_is_told(arguments, message):
     split = arguments.pop('split', 'train')
     with pytest.raises(DataError, match=message):
         chains.chains(SourceContext(split), size=10, **arguments)
+
+
+def test_a_split_names_one_of_several_sets():
+    sets = dict(
+        math=dict(name='kd.data.chains.chains', size=40),
+        code=dict(name='kd.data.chains.chains', size=40, tasks={'exec': 1.0}),
+    )
+    recipe = Recipe(stages={}, data={})
+
+    def load(split):
+        return named(SourceContext(split, recipe), sets=sets)
+
+    assert load('math:train').spec['printed'].shape == (1,)
+    code = load('code:validation[4:10]')
+    assert len(code) == 6
+    alone = chains.chains(
+        SourceContext('validation', recipe), **dict(list(sets['code'].items())[1:])
+    )
+    np.testing.assert_array_equal(code.fetch([0])['printed'], alone.fetch([4])['printed'])
+    for split in ('train', 'other:train'):
+        with pytest.raises(DataError, match=r'names one first, such as math:train; they are'):
+            load(split)
