@@ -81,7 +81,7 @@ def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` has a few steps from an untrained network."""
     runs, share = (FEW, 0.01) if smoke else (RUNS, 1.0)
     return Claim(
-        paper='AceReason-Nemotron 2025, arXiv:2505.16400',
+        paper='Chen et al. 2025 (AceReason-Nemotron), arXiv:2505.16400',
         statement='Rewards for mathematics alone make a policy better at code; rewards for code '
         'after them take nothing from it; and one update on each batch of answers is best.',
         setting='Chains of three operations, a decoder of width 64 and 2 layers; GRPO, '
@@ -91,7 +91,7 @@ def get_claim(smoke: bool = False) -> Claim:
         'temperature 1 on 2,000 problems of which none was trained on. One learning rate for all '
         'arms, that of the card, not tuned.',
         run=lambda say: run(say, runs, share),
-        checks=CHECKS,
+        checks=[check for check in CHECKS if not smoke or check.worse != 'four'],
         draw=draw,
         notes='The paper has 2 and 4 updates by minibatches, an update on each part of the '
         'answers: `quarters`. Four updates on all of them (`four`) are four times the '
@@ -108,11 +108,11 @@ def run(say, runs, share):
     base = world.base('chain_exec', runs)
     world.report('base', base)
     math = world.report('math', world.trained('chain', base, 200))
-    world.report('four', world.trained('chain', base, 200, updates=4))
     if share < 1:
         world.report('math_code', world.trained('exec', math, 120, later=LATER))
     else:
         some = first(base)
+        world.report('four', world.trained('chain', base, 200, updates=4))
         world.report('quarters', world.trained('chain', some, 200, updates=4, parts=4))
         world.then_code(math)
         world.report('code', world.trained('exec', some, 320))
