@@ -39,9 +39,9 @@ from kd.data.builders.push import ACTIONS
 from kd.data.push import BASE as PUSHED
 
 VARIANTS = (
-    *('chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased'),
-    *('chain_exec', 'chain_wordy', 'push'),
-)
+    'chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased', 'chain_exec',
+    'chain_wordy', 'push',
+)  # fmt: skip
 # The network of all that is done on chains.
 NETWORK = dict(name='kd.models.decoders.preset', of='toy')
 # PAD and BOS are never said; EOS ends an answer.
