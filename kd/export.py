@@ -3,7 +3,9 @@
     python -m kd.export runs/mine/student exported --tokenizer=hf:/models/Qwen3-0.6B
 
 writes config.json and model.safetensors, in parts with an index where they are large, and the files
-of the tokenizer. `AutoModelForCausalLM.from_pretrained('exported')` reads them.
+of the tokenizer. `AutoModelForCausalLM.from_pretrained('exported')` reads them. Of a stage that
+trained adapters it writes these for PEFT (`kd.io.peft`), or with --base the base with the adapters
+in it.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import numpy as np
 from kd import config as config_lib
 from kd import files, process
 from kd.errors import UserError
-from kd.io import decoder_names, hf_decoders, pretrained, safetensors
+from kd.io import decoder_names, hf_decoders, peft, pretrained, safetensors
 from kd.io.torch_weights import Part
+from kd.models import adapters
 from kd.models.decoder import Decoder
+from kd.references import is_foreign
 from kd.state import path_name
 from kd.text import tokenizer as tokenizers
 
@@ -173,15 +177,44 @@ def stage_decoder(directory: Path, variables: Mapping[str, Any]) -> Decoder:
     block = dict(stored.get(directory.name, {}).get('network', {}))
     where = f'{file}, {directory.name}.network'
     embedding = variables['params'].get('embed', {}).get('embedding')
-    if not block or embedding is None:
+    beside = adapters.own(variables['params'])
+    if not block or (embedding is None and not beside):
         raise UserError(f'{where} is no kd.models.decoder.Decoder; export it by kd.io.safetensors.')
-    # The vocabulary, where the block left it to the data.
-    if 'num_classes' in inspect.signature(config_lib.resolve(block['name'])).parameters:
+    # The vocabulary, where the block left it to the data; adapters do not know it.
+    takes = inspect.signature(config_lib.resolve(block['name'])).parameters
+    if embedding is not None and 'num_classes' in takes:
         block.setdefault('num_classes', embedding.shape[0])
     decoder = config_lib.build(block, where=where)
     if not isinstance(decoder, Decoder):
         raise UserError(f'{where} is no kd.models.decoder.Decoder; export it by kd.io.safetensors.')
     return decoder
+
+
+def on_base(
+    decoder: Decoder, variables: Mapping[str, Any], base: str
+) -> tuple[Decoder, dict[str, Any]]:
+    """The decoder and its variables with the adapters merged into their base.
+
+    Args:
+      decoder: with an `adapter`.
+      variables: {'params': the adapters}.
+      base: 'hf:DIR', 'gguf:FILE' or the directory of a stage.
+    """
+    assert decoder.adapter is not None
+    plain = decoder.clone(adapter=None)
+    if is_foreign(base):
+        plain = plain.clone(num_classes=pretrained.describe(base).vocabulary)
+        tree = jax.eval_shape(plain.init, jax.random.key(0), np.zeros((1, 1), np.int32))
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        below = pretrained.load(
+            base,
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree),
+        )
+    else:
+        below = safetensors.stage_variables(Path(base))
+        plain = plain.clone(num_classes=below['params']['embed']['embedding'].shape[0])
+    made = adapters.merged(below['params'], variables['params'], decoder.adapter.scale)
+    return plain, {**below, 'params': made}
 
 
 def main() -> int:
@@ -194,9 +227,16 @@ def main() -> int:
     parser.add_argument(
         '--tokenizer', default='', help="'hf:DIR' or 'gguf:FILE' whose tokenizer goes with it"
     )
+    parser.add_argument('--base', default='', help="of adapters: 'hf:DIR', 'gguf:FILE' or a stage")
     arguments = parser.parse_args()
     variables = safetensors.stage_variables(arguments.stage, arguments.weights)
     decoder = stage_decoder(arguments.stage, variables)
+    if decoder.adapter and arguments.base:
+        decoder, variables = on_base(decoder, variables, arguments.base)
+    if decoder.adapter:
+        sizes = peft.export(decoder, variables, arguments.directory)
+        print(f'{arguments.directory}: adapters, {sum(sizes.values()):,} bytes')
+        return 0
     sizes = export(decoder, variables, arguments.directory, tokenizer=arguments.tokenizer)
     count = sum(x.size for x in jax.tree.leaves(variables['params']))
     kind = json.loads((arguments.directory / 'config.json').read_text())['model_type']

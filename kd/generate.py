@@ -57,6 +57,11 @@ def load(weights: str, dtype: str = '') -> tuple[Decoder, Any, str]:
         )
     variables = safetensors.stage_variables(directory)
     decoder = export.stage_decoder(directory, variables)
+    if decoder.adapter:
+        raise UserError(
+            f'{weights} has adapters alone; merge them into their base, by python -m kd.export '
+            f'{weights} DIRECTORY --base=REFERENCE, and name hf:DIRECTORY.'
+        )
     if dtype:
         decoder = decoder.clone(dtype=dtype, param_dtype=dtype)
         variables = jax.tree.map(lambda x: x.astype(dtype), variables)

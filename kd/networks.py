@@ -18,9 +18,10 @@ from kd import config as config_lib
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
 from kd.io import finished, pretrained
+from kd.models import adapters
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
-from kd.references import Pretrained
+from kd.references import START, Pretrained, split_reference
 from kd.state import NETWORK
 from kd.text import tokenizer
 
@@ -43,8 +44,8 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     `num_classes` is filled in from the data where the module takes it and the block is silent.
 
     A module takes the field `input` of the data, or those that its attribute `fields` names; where
-    that is None, `input` and those of its `optional_fields` that the data have. One that takes what
-    no field gives, such as times, says so by a method `example_inputs(spec)`, which
+    that is None, its `required_fields` and those of its `optional_fields` that the data have. One
+    that takes what no field gives, such as times, says so by a method `example_inputs(spec)`, which
     returns the shapes of a batch of one. Of data in pairs it sees one answer at a time.
     """
     if not block:
@@ -57,7 +58,7 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     module = config_lib.build(block, where=where)
     if getattr(module, 'fields', ()) is None:
         known = [name for name in module.optional_fields if name in spec]
-        module = module.clone(fields=('input', *known))
+        module = module.clone(fields=(*module.required_fields, *known))
     if hasattr(module, 'example_inputs'):
         inputs = module.example_inputs(spec)
     else:
@@ -146,6 +147,8 @@ def trained_network(
 ) -> Trained:
     """Finds the network of a stage, or one that somebody else has trained.
 
+    Of a stage that trains adapters it is the base with the adapters merged into it.
+
     Args:
       recipe: the recipe.
       reference: see `kd.references`.
@@ -172,6 +175,9 @@ def trained_network(
             f"{where}: there is no '{weights}'; stage '{reference}' has: {['final', *averages]}."
         )
     abstract = _abstract(network, recipe, mesh)
+    adapted = adapters.adapter_of(network.module) is not None
+    if adapted:
+        abstract = {**abstract, 'params': adapters.own(abstract['params'])}
 
     def verify() -> int | None:
         if _is_missing_base(recipe, directory):
@@ -190,7 +196,37 @@ def trained_network(
         return finished.restore_part(directory, step, abstract, where, part, weights)
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
-    return Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
+    found = Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
+    if not adapted:
+        return found
+    home = workdir if reference in recipe.stages else directory.parent
+    its_recipe = dataclasses.replace(its_recipe, frozen_sharding=recipe.frozen_sharding)
+    below, weights = split_reference(stage['references'][START])
+    return _merged(
+        found,
+        trained_network(its_recipe, below, home, mesh, source, weights=weights, where=where),
+    )
+
+
+def _merged(of: Trained, base: Trained) -> Trained:
+    """A network whose adapters are part of its kernels, which is one of the base's kind."""
+    module: Any = of.network.module
+    network = from_linen(module.clone(adapter=None), *of.network.inputs)
+    scale = module.adapter.scale
+
+    def verify() -> None:
+        base.verify()
+        of.verify()
+
+    def restore() -> Any:
+        places = jax.tree.map(lambda x: x.sharding, base.abstract['params'])
+        merge = jax.jit(lambda below, own: adapters.merged(below, own, scale), out_shardings=places)
+        below, own = base.restore(), of.restore()
+        return {**below, 'params': merge(below['params'], own['params'])}
+
+    return dataclasses.replace(
+        of, network=network, abstract=base.abstract, verify=verify, restore=restore
+    )
 
 
 def described_network(
@@ -206,6 +242,9 @@ def described_network(
         network = build_network(stage['network'], source, where=f'{where} ({reference})')
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
+    if adapters.adapter_of(network.module):
+        module: Any = network.module
+        network = from_linen(module.clone(adapter=None), *network.inputs)
     return network
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from kd import files
 from kd.errors import UserError, did_you_mean
 
+# Name of the reference, in a stage's `references`, that a stage starts from.
+START = 'start'
 # Kinds of files that other libraries write.
 FOREIGN = ('hf', 'gguf')
 

@@ -36,6 +36,8 @@ class State(flax.struct.PyTreeNode):
         not part of a checkpoint: the stage that trained them has saved them.
       extra: whatever else a method keeps, by name.
       result: the part that is the stage's result; no array.
+      base: name of a frozen tree that the result's parameters stand beside, as adapters do (see
+        `kd.models.adapters`); '' for none, no array.
       guard: 'stop' or 'skip' where updates are guarded, see `kd.method.guard`; no array.
     """
 
@@ -48,6 +50,7 @@ class State(flax.struct.PyTreeNode):
     frozen: dict[str, PyTree] = flax.struct.field(default_factory=dict)
     extra: dict[str, PyTree] = flax.struct.field(default_factory=dict)
     result: str = flax.struct.field(pytree_node=False, default=NETWORK)
+    base: str = flax.struct.field(pytree_node=False, default='')
     guard: str = flax.struct.field(pytree_node=False, default='')
 
     @classmethod
@@ -74,6 +77,8 @@ class State(flax.struct.PyTreeNode):
     ) -> dict[str, PyTree]:
         """The variables of a part, {'params': ..., **mutables}, by default of the result.
 
+        Those of a result with a `base` hold the base's parameters too.
+
         Args:
           ema: name of an averaged copy to use for the parameters.
           part: another part than the result.
@@ -89,6 +94,8 @@ class State(flax.struct.PyTreeNode):
                 kind = 'part' if ema is None else f"average '{ema}' of a part"
                 raise UserError(f"The state has no {kind} '{part}', only {sorted(trees)}.")
             params = trees[part]
+        if self.base and part == self.result:
+            params = joined(self.frozen[self.base]['params'], params)
         return {'params': params, **self.mutables.get(part, {})}
 
     def with_params(self, params: PyTree) -> State:
@@ -100,6 +107,14 @@ class State(flax.struct.PyTreeNode):
         return jax.random.fold_in(self.key, self.step)
 
 
+def joined(base: PyTree, own: PyTree) -> PyTree:
+    """The leaves of two trees of mappings in one; they share none."""
+    made = dict(base)
+    for name, x in own.items():
+        made[name] = joined(base.get(name, {}), x) if isinstance(x, Mapping) else x
+    return made
+
+
 def alone(trees: Mapping[str, PyTree]) -> PyTree:
     """The tree of the one part there is, or all of them by name."""
     return next(iter(trees.values())) if len(trees) == 1 else dict(trees)
@@ -108,6 +123,11 @@ def alone(trees: Mapping[str, PyTree]) -> PyTree:
 def path_name(path: tuple) -> str:
     """'params/network/Dense_0/kernel' for a key path of `jax.tree_util`."""
     return '/'.join(_key_name(key) for key in path)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """`path_name` of every leaf."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _key_name(key: Any) -> str:

@@ -79,7 +79,7 @@ class Form:
             return self.described(self.vocabulary or None)
         taken = tokenizer.load(self.tokenizer, template=self.template)
         classes = tokenizer.shared_size(taken, self.vocabulary or taken.size)
-        return self.filled(self._chosen(examples, taken), taken, classes)
+        return self.filled(self.chosen(examples, taken), taken, classes)
 
     def described(
         self, classes: int | None, further: Mapping[str, np.ndarray] | None = None
@@ -103,7 +103,7 @@ class Form:
         logging.info('%s, %s: %s', self.name, self.context.split, counts)
         return made
 
-    def _chosen(
+    def chosen(
         self, examples: Mapping[str, Callable[[Tokenizer], Sequence[Any]]], taken: Tokenizer
     ) -> list[Any]:
         """The examples of the split; of splits that it does not name none are read."""

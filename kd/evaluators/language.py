@@ -50,7 +50,8 @@ def token_metrics(
 ) -> dict[str, Mean]:
     """Sums over the tokens of a batch that count, see `kd.methods.lm.common`.
 
-    nll, nats; accuracy, of the most probable token; entropy, nats; against a teacher top_1, how
+    nll, nats; accuracy, of the most probable token; probability, of the token, which is how often
+    it would be drawn; entropy, nats; against a teacher top_1, how
     often both have the same most probable token, and kl, KL(teacher || student).
 
     Args:
@@ -67,6 +68,7 @@ def token_metrics(
             'accuracy': (logits.argmax(-1) == labels).astype(jnp.float32),
             'entropy': entropy(logits),
         }
+        values['probability'] = jnp.exp(-values['nll'])
         if compare:
             said = signal.all_logits('language', teacher)
             values['top_1'] = top_1_agreement(logits, said)

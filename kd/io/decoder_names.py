@@ -10,7 +10,7 @@ import numpy as np
 
 from kd.errors import UserError
 from kd.io.torch_weights import LEAVES, Find, Part, kernel_axes
-from kd.models.decoder import Architecture
+from kd.models.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

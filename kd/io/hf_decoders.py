@@ -214,6 +214,8 @@ def config(decoder: Decoder) -> dict[str, Any]:
 
 def _kind(of: Decoder) -> str | None:
     """The first of `CLASSES` that computes what a decoder does."""
+    if of.experts is not None:
+        return None
     if of.rope_theta is None:
         same = of.mlp == 'gelu' and of.norm == 'layer' and of.bias and of.qkv_bias
         square = of.groups == of.heads and of.size_of_head * of.heads == of.width

@@ -20,9 +20,10 @@ import flax.linen as nn
 
 from kd import files
 from kd.errors import UserError, did_you_mean
-from kd.io import decoder_names, gguf, gguf_decoders, hf_decoders, torch_weights
+from kd.io import clip_names, decoder_names, gguf, gguf_decoders, hf_decoders, torch_weights
 from kd.io.decoder_names import Names
 from kd.io.torch_weights import Find, Tensor
+from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
 from kd.references import split_foreign
 
@@ -64,9 +65,25 @@ def _hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -
     return hf_decoders.arguments(config, where)
 
 
+def _vision(description: Mapping[str, Any], tensors: Any, where: Path) -> dict[str, Any]:
+    del tensors
+    return clip_names.arguments(description, where)
+
+
+_CLIP = Family(
+    ClipVision,
+    _vision,
+    clip_names.find,
+    ('depth', 'heads', 'mlp', 'layer', 'epsilon', 'pixel_mean', 'pixel_std'),
+)
+
 # By kind of reference, and what names the architecture: `model_type`, `general.architecture`.
 FAMILIES: dict[str, dict[str, Family]] = {
-    'hf': {name: _decoder(names, _hf) for name, names in decoder_names.HF.items()},
+    'hf': {
+        **{name: _decoder(names, _hf) for name, names in decoder_names.HF.items()},
+        'clip_vision_model': _CLIP,
+        'clip': _CLIP,
+    },
     'gguf': {
         name: _decoder(names, gguf_decoders.arguments) for name, names in decoder_names.GGUF.items()
     },
@@ -220,7 +237,9 @@ def _described_hf(reference: str, directory: Path) -> Description:
         raise UserError(f'{directory} has no config.json: it is no directory of a model.')
     config = files.read_json(file, 'fetch it again')
     architecture = _known('hf', config.get('model_type'), file)
-    has_tokenizer = (directory / 'tokenizer.json').is_file()
+    # That of a whole CLIP is no matter of its tower.
+    reads = FAMILIES['hf'][architecture].network is Decoder
+    has_tokenizer = reads and (directory / 'tokenizer.json').is_file()
     return Description(
         reference=reference,
         architecture=architecture,

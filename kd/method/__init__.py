@@ -38,7 +38,13 @@ from kd.method.players import Player, alternate
 from kd.method.private import Privacy, private
 from kd.method.repeated import repeat
 from kd.method.single import gradient, minimize
-from kd.method.wrappers import with_collect, with_extra, with_projection, with_result
+from kd.method.wrappers import (
+    with_base,
+    with_collect,
+    with_extra,
+    with_projection,
+    with_result,
+)
 
 __all__ = [
     'Batch',
@@ -56,6 +62,7 @@ __all__ = [
     'private',
     'repeat',
     'stepwise',
+    'with_base',
     'with_collect',
     'with_ema',
     'with_extra',

@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.method.base import Batch, Method
 from kd.method.guard import NONFINITE, moved, stepwise
 from kd.metrics import Metrics
-from kd.state import PyTree, State, alone
+from kd.state import PyTree, State, alone, paths
 
 
 def with_collect(
@@ -113,6 +113,22 @@ def with_projection(method: Method, project: Callable[[PyTree], PyTree]) -> Meth
         return with_it, metrics
 
     return stepwise(method.init, propose)
+
+
+def with_base(method: Method, name: str, where: str = 'network') -> Method:
+    """Names the frozen tree that the result, which has adapters, stands beside."""
+
+    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
+        state = method.init(key, frozen)
+        own, base = state.params[state.result], (frozen or {})[name]['params']
+        if set(paths(own)) & set(paths(base)):
+            raise UserError(
+                f'{where} has adapters, and the method trains the network whole; take one that '
+                'starts from `references.start`.'
+            )
+        return state.replace(base=name)
+
+    return method._replace(init=init)
 
 
 def with_result(method: Method, part: str, where: str = 'result') -> Method:

@@ -24,10 +24,9 @@ from kd.context import Context
 from kd.errors import UserError
 from kd.method import Init
 from kd.method.base import call_init
+from kd.models import adapters, moe
+from kd.references import START
 from kd.state import PyTree, path_name
-
-# Name of the reference, in a stage's `references`, whose weights a stage starts from.
-START = 'start'
 
 Transform = Callable[[PyTree, PyTree], PyTree]
 
@@ -41,6 +40,10 @@ def whole(reference: PyTree, own: PyTree) -> PyTree:
 def from_reference(init: Init, context: Context, *, transform: Transform | None = None) -> Init:
     """`init` with the variables of `references.start`, if the stage has one.
 
+    Of a network with adapters that reference stays the base, and the adapters alone are what a
+    method starts from and trains. Of a network with experts and a dense reference each expert
+    starts as a copy of the reference's MLP, and routers anew (`kd.models.moe.upcycle`).
+
     Args:
       init: what a method would start from; as it is if there is no such reference.
       context: of the stage.
@@ -50,6 +53,10 @@ def from_reference(init: Init, context: Context, *, transform: Transform | None 
     Raises:
       UserError: the variables are not of the names and shapes of the method's own.
     """
+    network = context.optional_network
+    adapter = adapters.adapter_of(network.module) if network else None
+    if adapter is not None:
+        return _adapters(init, context, transform, adapter.targets)
     if START not in context.references:
         return init
 
@@ -58,12 +65,39 @@ def from_reference(init: Init, context: Context, *, transform: Transform | None 
         if transform is not None:
             made = transform(frozen[START], own)
         elif 'params' in own:
-            made = frozen[START]
+            made = _grown(frozen[START], own)
         else:
-            made = {**own, context.config.result: frozen[START]}
-        return _as(own, made, f'{context.stage}.references.{START}')
+            result = context.config.result
+            made = {**own, result: _grown(frozen[START], own[result])}
+        return as_own(own, made, f'{context.stage}.references.{START}')
 
     return started
+
+
+def _adapters(init: Init, context: Context, transform: Transform | None, targets: str) -> Init:
+    """`init` of the adapters of the result alone."""
+    where = f'{context.stage}.references.{START}'
+    if START not in context.references or transform is not None:
+        raise UserError(
+            f'{context.stage}.network has adapters, which stand beside a whole network: name it as '
+            f'{where}, and take no blocks of it.'
+        )
+
+    def started(key: jax.Array, frozen: Mapping[str, PyTree]) -> PyTree:
+        made = call_init(init, key, frozen)
+        whole = made if 'params' in made else made[context.config.result]
+        _check({**whole, 'params': adapters.without(whole['params'])}, frozen[START], where)
+        ours = {**whole, 'params': adapters.own(whole['params'])}
+        if not ours['params']:
+            raise UserError(f"{context.stage}.network.targets='{targets}' matches no kernel.")
+        return ours if 'params' in made else {**made, context.config.result: ours}
+
+    return started
+
+
+def _grown(reference: PyTree, own: PyTree) -> PyTree:
+    """The reference, with experts where the own network has them."""
+    return {**reference, 'params': moe.upcycle(reference['params'], own['params'])}
 
 
 def copy_blocks(paths: Mapping[str, str], *, keep: str = '', drop: str = '') -> Transform:
@@ -122,8 +156,14 @@ def to_parts(**transforms: Transform) -> Transform:
     return transform
 
 
-def _as(own: PyTree, made: PyTree, where: str) -> PyTree:
+def as_own(own: PyTree, made: PyTree, where: str) -> PyTree:
     """`made` in the types of `own`, if it has the same names and shapes."""
+    _check(own, made, where)
+    return jax.tree.map(lambda x, y: jnp.asarray(y, x.dtype), own, made)
+
+
+def _check(own: PyTree, made: PyTree, where: str) -> None:
+    """Raises `UserError` for the first name or shape in which two trees differ."""
     ours, theirs = _leaves(own), _leaves(made)
     for name in sorted(set(ours) | set(theirs)):
         shapes = [jnp.shape(x[name]) if name in x else 'nothing' for x in (ours, theirs)]
@@ -132,7 +172,6 @@ def _as(own: PyTree, made: PyTree, where: str) -> PyTree:
                 f"{where}: '{name}' is {shapes[1]} in what the stage would start from and "
                 f'{shapes[0]} in the method; name another stage, or a transform.'
             )
-    return jax.tree.map(lambda x, y: jnp.asarray(y, x.dtype), own, made)
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -15,12 +15,12 @@ from jax import lax
 
 from kd.losses import numerics
 from kd.models import rope
+from kd.models.architecture import Architecture
 from kd.models.causal_attention import attend_cached, attend_causally
-from kd.ranges import Count, Positive
+from kd.models.moe import Experts, Moe
 
 __all__ = [
     'SHARDING',
-    'Architecture',
     'Cache',
     'Decoder',
     'head_of',
@@ -29,8 +29,19 @@ __all__ = [
     'unstacked',
 ]
 
-# For `sharding` of a recipe: 'tensor' cuts heads, hidden units and the vocabulary, 'fsdp' the rest.
+# For `sharding` of a recipe: 'tensor' cuts heads, hidden units, the vocabulary and experts, 'fsdp'
+# the rest.
 SHARDING = (
+    (r'blocks/.*experts/(gate|up|down)/kernel$', (None, 'tensor', 'fsdp')),
+    (r'experts/(gate|up|down)/kernel$', ('tensor', 'fsdp')),
+    (r'blocks/.*(query|key|value|gate|up)/lora_b$', (None, None, 'tensor')),
+    (r'blocks/.*(query|key|value|gate|up)/lora_a$', (None, 'fsdp')),
+    (r'blocks/.*(output|down)/lora_b$', (None, None, 'fsdp')),
+    (r'blocks/.*(output|down)/lora_a$', (None, 'tensor')),
+    (r'(query|key|value|gate|up)/lora_b$', (None, 'tensor')),
+    (r'(query|key|value|gate|up)/lora_a$', ('fsdp',)),
+    (r'(output|down)/lora_b$', (None, 'fsdp')),
+    (r'(output|down)/lora_a$', ('tensor',)),
     (r'blocks/.*(query|key|value|gate|up)/kernel$', (None, 'fsdp', 'tensor')),
     (r'blocks/.*(output|down)/kernel$', (None, 'tensor', 'fsdp')),
     (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'tensor')),
@@ -55,102 +66,6 @@ class Cache:
     values: tuple[jax.Array, ...]
     valid: jax.Array
     length: jax.Array
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class Architecture:
-    """What a decoder computes.
-
-    Attributes:
-      num_classes: size of the vocabulary, of inputs and outputs.
-      width: size of a token.
-      depth: number of blocks.
-      heads: of the queries.
-      kv_heads: of keys and values; divides `heads`. None for as many.
-      head_dim: size of a head; None for width / heads.
-      mlp_hidden: hidden units of a block's MLP; None for 4 width.
-      mlp: 'swiglu' with a gate, 'gelu' (by tanh) without.
-      norm: 'rms' or 'layer'.
-      epsilon: of the norms.
-      bias: whether output projections and MLPs have biases, as GPT-2's.
-      qkv_bias: whether queries, keys and values have.
-      qk_norm: whether queries and keys are normalised, by head, as Qwen3's.
-      rope_theta: base of the rotations' wavelengths; None for learned positions, as GPT-2's.
-      rope_scaling: how rotations reach beyond the lengths of pre-training, see `kd.models.rope`.
-      window: how many tokens back, itself included, a token sees; None for all.
-      tied: whether the embedding is the head too.
-      max_length: the positions that there are.
-      deviation: of weights at the start, as of released models; None for 1 / sqrt(inputs), and 1 of
-        embeddings that are no head, from which small networks learn in fewer steps.
-      dtype: compute type; logits, softmax and statistics of norms are at least float32.
-      param_dtype: of the parameters.
-      block: queries at a time where the maps of all would be large, see `attend_causally`.
-    """
-
-    num_classes: Count = 72
-    width: Count = 64
-    depth: Count = 2
-    heads: Count = 4
-    kv_heads: Count | None = None
-    head_dim: Count | None = None
-    mlp_hidden: Count | None = None
-    mlp: Literal['swiglu', 'gelu'] = 'swiglu'
-    norm: Literal['rms', 'layer'] = 'rms'
-    epsilon: Positive = 1e-5
-    bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_theta: Positive | None = 10_000.0
-    rope_scaling: Mapping[str, Any] | None = None
-    window: Count | None = None
-    tied: bool = True
-    max_length: Count = 2048
-    deviation: Positive | None = 0.02
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    block: Count = 512
-
-    @property
-    def groups(self) -> int:
-        """Heads of keys and values."""
-        return self.kv_heads or self.heads
-
-    @property
-    def size_of_head(self) -> int:
-        """Features of a head."""
-        return self.head_dim or self.width // self.heads
-
-    @property
-    def hidden_units(self) -> int:
-        """Of a block's MLP."""
-        return self.mlp_hidden or 4 * self.width
-
-    def dense(self, features: int, bias: bool, depth: int | None = None) -> nn.Dense:
-        """A projection; one that ends a residual branch of `depth` blocks starts smaller."""
-        scale = 1.0 if depth is None else (2 * depth) ** -0.5
-        return nn.Dense(
-            features,
-            use_bias=bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.initial(scale),
-        )
-
-    def initial(self, scale: float = 1.0) -> nn.initializers.Initializer:
-        """Of a matrix [inputs, outputs]."""
-        if self.deviation is None:
-            return nn.initializers.variance_scaling(scale**2, 'fan_in', 'normal')
-        return nn.initializers.normal(scale * self.deviation)
-
-    def embedding(self) -> nn.initializers.Initializer:
-        """Of a table [tokens or positions, width]."""
-        own = self.width**-0.5 if self.tied else 1.0
-        return nn.initializers.normal(self.deviation or own)
-
-    def normalise(self) -> nn.Module:
-        """A norm over the last axis."""
-        kind = nn.RMSNorm if self.norm == 'rms' else nn.LayerNorm
-        return kind(epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
 
 
 class Attention(nn.Module):
@@ -212,32 +127,42 @@ class Mlp(nn.Module):
         self.up = of.dense(of.hidden_units, of.bias)
         self.down = of.dense(of.width, of.bias, of.depth)
 
-    def __call__(self, x):
+    def __call__(self, x, where=None):
+        del where  # For `Moe` alone.
         if self.of.mlp == 'swiglu':
             return self.down(nn.silu(self.gate(x)) * self.up(x))
         return self.down(nn.gelu(self.up(x), approximate=True))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+      of: what it computes.
+      sparse: whether it has experts. They compute no padding.
+    """
 
     of: Architecture
+    sparse: bool = False
 
     def setup(self):
         self.norm1, self.norm2 = self.of.normalise(), self.of.normalise()
-        self.attention, self.mlp = Attention(self.of), Mlp(self.of)
+        self.attention = Attention(self.of)
+        self.mlp = Moe(self.of) if self.sparse else Mlp(self.of)
 
     def __call__(self, x, angles, segments):
         x = x + self.attention(self.norm1(x), angles, segments)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x), None if segments is None else segments > 0)
 
     def step(self, x, angles, keys, values, valid, start, first):
         """Of all tokens the cache gets keys and values, of those from `first` on come outputs."""
+        tokens = x.shape[1] - first
         out, keys, values = self.attention.step(
             self.norm1(x), angles, keys, values, valid, start, first
         )
         x = x[:, first:] + out
-        return x + self.mlp(self.norm2(x)), keys, values
+        there = lax.dynamic_slice_in_dim(valid, start + first, tokens, 1)
+        return x + self.mlp(self.norm2(x), there), keys, values
 
 
 class _Scanned(Block):
@@ -266,9 +191,12 @@ class Decoder(Architecture, nn.Module):
     remat: Literal['none', 'block', 'dots'] = 'none'
     stacked: bool = False
     fields: tuple[str, ...] | None = None
-    optional_fields = ('positions', 'segments')
+    required_fields: ClassVar[tuple[str, ...]] = ('input',)
+    optional_fields: ClassVar[tuple[str, ...]] = ('positions', 'segments')
 
     def __post_init__(self):
+        if isinstance(self.experts, Mapping):
+            object.__setattr__(self, 'experts', Experts(**self.experts))
         _check(self)
         super().__post_init__()
 
@@ -292,15 +220,16 @@ class Decoder(Architecture, nn.Module):
         if self.stacked:
             scanned = nn.scan(
                 kind,
-                variable_axes={'params': 0},
+                variable_axes={'params': 0, 'intermediates': 0},
                 split_rngs={'params': True},
                 in_axes=nn.broadcast,
                 length=self.depth,
             )
-            self.blocks = scanned(of)
+            self.blocks = scanned(of, of.experts is not None)
         else:
             for i in range(self.depth):
-                setattr(self, f'block{i}', kind(of))
+                sparse = of.experts is not None and of.experts.in_block(i)
+                setattr(self, f'block{i}', kind(of, sparse))
         self.final_norm = self.normalise()
         if not self.tied:
             self.head = self.param(
@@ -324,15 +253,19 @@ class Decoder(Architecture, nn.Module):
           tokens: int [B, T]; one that is none of 0 .. num_classes - 1 makes those of its row NaN.
           positions: int [B, T], within the token's document; None counts from the start of each.
           segments: int [B, T], a number for each document of a row: tokens see those of their own
-            alone. Padding is a segment too. None for one document.
+            alone. Padding is a segment too, 0, of which experts compute nothing. None for one
+            document.
           train: nothing depends on it.
 
         Raises:
           ValueError: tokens that are not int [B, T], or more than there are positions.
         """
-        hidden = self.hidden(tokens, positions, segments, train=train)
+        return self._logits(self.hidden(tokens, positions, segments, train=train))
+
+    def _logits(self, hidden):
         head = self.embed.embedding.T if self.tied else self.head
-        return _logits(hidden, head)
+        wide = numerics.accumulation_dtype(hidden, head)
+        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=wide)
 
     def hidden(
         self,
@@ -344,6 +277,11 @@ class Decoder(Architecture, nn.Module):
     ) -> jax.Array:
         """What the head is applied to, [B, T, width] in `dtype`; arguments as of `__call__`."""
         del train
+        x, angles = self._read(tokens, positions, segments)
+        return self._through(x, angles, segments)
+
+    def _read(self, tokens, positions, segments):
+        """Embedded tokens [B, T, width], and the angles of their positions."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f'Decoder takes integer tokens [B, T], got {tokens.dtype}{list(tokens.shape)}.'
@@ -354,7 +292,10 @@ class Decoder(Architecture, nn.Module):
             )
         if positions is None:
             positions = positions_in(tokens.shape, segments)
-        x, angles = self._embedded(tokens, positions)
+        return self._embedded(tokens, positions)
+
+    def _through(self, x, angles, segments):
+        """Embedded tokens through all blocks."""
         if self.stacked:
             x, _ = self.blocks(x, angles, segments)
         else:
@@ -467,11 +408,6 @@ def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(cache, new, start, 2)
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    wide = numerics.accumulation_dtype(hidden, head)
-    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=wide)
-
-
 def _rematerialised(kind: type[Block], what: str) -> type[Block]:
     if what == 'none':
         return kind
@@ -485,6 +421,11 @@ def _check(decoder: Decoder) -> None:
         raise ValueError(
             f'Decoder width={decoder.width} must be divisible by heads={decoder.heads}, unless '
             'head_dim is given.'
+        )
+    if decoder.experts is not None and decoder.stacked and decoder.experts.every > 1:
+        raise ValueError(
+            f'Decoder: experts in one block of {decoder.experts.every} cannot be stacked; set '
+            'experts.every=1 or stacked=False.'
         )
     if decoder.heads % decoder.groups:
         raise ValueError(

@@ -44,7 +44,7 @@ def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state:
         )
         variables = finished.restore_variables(directory, step, abstract, stage.name)
     weights = checksums.of_tree(variables)
-    parameters = parameter_count(state.variables())
+    parameters = parameter_count({'params': state.params[state.result]})
 
     def mark() -> None:
         nonfinite.check_updates(stage.name, directory, stage.config.steps)

@@ -20,14 +20,14 @@ from kd.context import Context, Evaluator, Probe, Writer
 from kd.data import pipeline, sources
 from kd.data.context import source_loader, splits
 from kd.errors import UserError
-from kd.method import Method, with_ema, with_nonfinite_guard, with_result
-from kd.methods.start import START
+from kd.method import Method, with_base, with_ema, with_nonfinite_guard, with_result
+from kd.models.adapters import adapter_of
 from kd.network import Network, output_shape
 from kd.networks import Trained, build_network, trained_network
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import rollout, rollout_rules, tree_shardings
 from kd.ranges import Count, check_value
-from kd.references import split_reference
+from kd.references import START, split_reference
 from kd.state import State
 from kd.text import tokenizer
 from kd.training import optimizer as optim
@@ -149,6 +149,8 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
     )
     method = config_lib.build(stage.method, context, where=f'{name}.method')
     method = with_result(method, stage.result, where=f'{name}.result')
+    if network and adapter_of(network.module):
+        method = with_base(method, START, where=f'{name}.network')
     if stage.ema:
         method = with_ema(method, stage.ema)
     return Stage(

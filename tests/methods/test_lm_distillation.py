@@ -177,6 +177,7 @@ def test_metrics_of_tokens_against_sums_by_hand(student, teacher, batch):
         'perplexity': np.exp(nll),
         'accuracy': (log_q.argmax(-1) == labels).mean(),
         'entropy': -(np.exp(log_q) * log_q).sum(-1).mean(),
+        'probability': np.exp(log_q[range(4), labels]).mean(),
         'top_1': (log_q.argmax(-1) == log_p.argmax(-1)).mean(),
         'kl': (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(),
     }

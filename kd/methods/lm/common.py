@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from kd.context import Context
 from kd.errors import UserError
-from kd.losses import aggregate, sequence, signal
+from kd.losses import aggregate, routing, sequence, signal
 from kd.losses.signal import Dense, HiddenHead, TeacherSignal, TopK
 from kd.method import Batch
 from kd.methods import start
 from kd.methods.teacher import is_cached, teacher_logits
-from kd.metrics import Metrics, mean
+from kd.metrics import Mean, Metrics, mean
+from kd.models import moe
 from kd.models.decoder import Decoder, head_of
 from kd.network import Network
 from kd.ranges import Count, Fraction, NonNegative, Positive, Size
@@ -45,12 +46,15 @@ class TokenLosses(NamedTuple):
       where: bool like `losses`, the tokens that count.
       aux: a tree of arrays with leading axes as of `losses`; of a decoder 0 outside `where`.
       mutables: of the network.
+      routers: float32 [B, T, E] of each layer with experts, or of stacked ones [layers, B, T, E],
+        their probabilities; () of a network without.
     """
 
     losses: jax.Array
     where: jax.Array
     aux: Any
     mutables: PyTree
+    routers: tuple[jax.Array, ...] = ()
 
     @property
     def sums(self) -> jax.Array:
@@ -150,8 +154,8 @@ def token_losses(
         return loss(logits, teacher, *per_token)
 
     given = tuple(flat(x) for x in (labels, *per_token))
-    how = dict(train=train, key=key)
     decoder = decoder_of(network)
+    how = dict(train=train, key=key, capture=moe.routers(decoder))
     if decoder is not None and chunk:
         output = network.apply(variables, *network.of(batch), method='hidden', **how)
         found, aux = sequence.fused_token_loss(
@@ -163,7 +167,38 @@ def token_losses(
         output = network.apply(variables, *network.of(batch), **how)
         found, aux = of_tokens(flat(output.logits), _flat(teacher, flat), given)
     found, aux = jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), (found, aux))
-    return TokenLosses(found, where, aux, output.mutables)
+    routers = tuple(output.features.values())
+    return TokenLosses(found, where, aux, output.mutables, routers)
+
+
+def balanced(
+    network: Network, batch: Batch, routers: Sequence[jax.Array]
+) -> tuple[jax.Array, Metrics]:
+    """How unequally the experts of a network are used, and by whom.
+
+    Args:
+      network, batch: as of `token_losses`.
+      routers: of `TokenLosses`.
+
+    Returns:
+      float32 [B], the balance loss of `kd.losses.routing` of each row, summed over layers; and the
+      metrics `balance`, its mean over layers, `dropped`, the share of choices that found no slot,
+      and `load_e`, the share of expert e in what is computed, 1 / E each where they are balanced.
+    """
+    experts = network.module.experts
+    rows = batch['input'].shape[:2]
+    counted = batch['segments'] > 0 if 'segments' in batch else jnp.ones(rows, bool)
+    layers = [layer for x in routers for layer in (x if x.ndim == 4 else x[None])]
+    each = jnp.stack([routing.balance(layer, where=counted) for layer in layers])
+    loads = jnp.stack([moe.routed(layer, experts, counted).load for layer in layers])
+    total = loads.sum()
+    asked = len(layers) * experts.top_k * counted.sum()
+    metrics = {
+        'balance': mean(each),
+        'dropped': Mean(asked - total, asked),
+        **{f'load_{e}': Mean(loads[..., e].sum(), total) for e in range(experts.count)},
+    }
+    return each.sum(0), jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.float32(x)), metrics)
 
 
 def aggregated(batch: Batch, mode: aggregate.Mode, constant: float | None = None) -> Batch:
@@ -323,6 +358,11 @@ def drawing(
 def needed_decoder(context: Context, network: Network, what: str) -> Decoder:
     """The module of a network; raises `UserError` unless answers can be sampled from it."""
     decoder = decoder_of(network)
+    if decoder is not None and decoder.required_fields != ('input',):
+        raise UserError(
+            f'{context.stage}: answers are sampled from text, and the {what} takes the fields '
+            f'{list(decoder.required_fields)}; take answers of the data.'
+        )
     if decoder is None:
         raise UserError(
             f'{context.stage}: answers are sampled from a decoder such as '

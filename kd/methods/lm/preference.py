@@ -17,19 +17,20 @@ from kd import config as config_lib
 from kd.context import Context
 from kd.data.transforms.anchored import ANCHOR
 from kd.errors import UserError
-from kd.losses import classification, sequence
+from kd.losses import classification, preference_family, sequence
 from kd.method import Batch, Method, Objective, minimize, with_collect
 from kd.methods import start
 from kd.methods.lm import common
 from kd.metrics import Mean, mean
-from kd.network import Network
-from kd.ranges import Count
+from kd.network import Network, output_shape
+from kd.ranges import Count, NonNegative
 from kd.state import PyTree
 
 # The reference that log-probabilities are compared with.
 REFERENCE = 'reference'
 # What a loss may take of a pair; the rest are its options.
-_OF_PAIR = ('log_p', 'counts', ANCHOR)
+BASELINE = 'baseline'
+_OF_PAIR = ('log_p', 'counts', ANCHOR, BASELINE)
 
 
 class Scored(NamedTuple):
@@ -39,11 +40,13 @@ class Scored(NamedTuple):
       log_p: float32 [B, 2], sums of log-probabilities over the tokens of an answer, nats.
       counts: float32 [B, 2], how many tokens these are.
       mutables: of the network.
+      routers: of its experts, see `kd.methods.lm.common.TokenLosses`; of 2 B rows.
     """
 
     log_p: jax.Array
     counts: jax.Array
     mutables: PyTree
+    routers: tuple[jax.Array, ...] = ()
 
     @property
     def means(self) -> jax.Array:
@@ -59,6 +62,7 @@ def score(
     key: jax.Array | None = None,
     chunk: int = 256,
     train: bool = False,
+    outcomes: int | None = None,
 ) -> Scored:
     """Log-probabilities of both answers of every pair, in one pass and without whole logits.
 
@@ -69,6 +73,7 @@ def score(
       key: for dropout.
       chunk: tokens at a time where logits are not formed whole.
       train: whether the network is in training mode.
+      outcomes: tokens that there are, of a vocabulary that is padded further; None for all.
 
     Raises:
       UserError: a batch that is not in pairs.
@@ -82,7 +87,7 @@ def score(
 
     def surprise(logits, teacher, labels):
         del teacher
-        return classification.cross_entropy(logits, labels), ()
+        return classification.cross_entropy(logits[..., :outcomes], labels), ()
 
     found = common.token_losses(
         network, variables, common.rows(network, batch), surprise, key=key, chunk=chunk, train=train
@@ -91,7 +96,7 @@ def score(
     log_p, counts = sequence.sequence_log_probs(
         -found.losses.reshape(by_answer), found.where.reshape(by_answer)
     )
-    return Scored(log_p, counts, found.mutables)
+    return Scored(log_p, counts, found.mutables, found.routers)
 
 
 def preference(
@@ -101,6 +106,8 @@ def preference(
     chunk: Count = 256,
     micro_batches: Count = 1,
     distinct: bool = False,
+    balance: NonNegative = 0.0,
+    trainable: str = '',
     **loss_arguments,
 ) -> Method:
     """A loss of the log-probabilities of both answers, averaged over pairs.
@@ -114,11 +121,13 @@ def preference(
         `references.reference`, or data that bring what it has said
         (`kd.data.transforms.anchored`).
       loss: import path of `loss(log_p [B, 2], ...) -> [B]`: `redi`, `simpo` or `dpo` of
-        `kd.losses.preference_family`, or your own; it gets what it names of `log_p`, `counts` and
-        `anchor_log_p`.
+        `kd.losses.preference_family`, or your own; it gets what it names of `log_p`, `counts`,
+        `anchor_log_p` and `baseline`, float32 [B, 2], of the whole batch (`kto_baseline`).
       chunk: tokens at a time where logits are not formed whole.
       micro_batches: parts over which gradients are accumulated; pairs stay together.
       distinct: leaves pairs of the same answer twice out of all means.
+      balance: weight of the losses of balance of both answers, see `common.balanced`.
+      trainable: regular expression to be found in the path of a leaf that is trained; '' for all.
       **loss_arguments: further keywords of the loss (`alpha` of redi, `beta` of dpo, ...).
     """
     network, of_pairs = context.network, config_lib.resolve(loss)
@@ -127,6 +136,7 @@ def preference(
         of_pairs, loss_arguments, where=f'method ({loss})', reserved=_OF_PAIR
     )
     anchored = ANCHOR in takes
+    compared_with_batch = BASELINE in takes
     given = ANCHOR in context.spec
     if anchored and not given and REFERENCE not in context.references:
         raise UserError(
@@ -135,28 +145,48 @@ def preference(
         )
 
     def collect(state, batch, key):
-        del key
-        return {**batch, ANCHOR: anchor(context, state, batch, chunk)}
+        if not given:
+            batch = {**batch, ANCHOR: anchor(context, state, batch, chunk)}
+        if not compared_with_batch:
+            return batch
+        own = score(network, state.variables(), batch, key=key, chunk=chunk, train=True).log_p
+        where = differ(batch) if distinct else None
+        baseline = preference_family.kto_baseline(own, batch[ANCHOR], where=where)
+        # A row for each pair, so that it is there for all micro-batches.
+        return {**batch, BASELINE: jnp.broadcast_to(baseline, own.shape)}
 
     def objective(params, state, batch, key) -> Objective:
         found = score(
             network, state.variables(params=params), batch, key=key, chunk=chunk, train=True
         )
-        known = {'log_p': found.log_p, 'counts': found.counts, ANCHOR: batch.get(ANCHOR)}
+        known = {'log_p': found.log_p, 'counts': found.counts, **batch}
         losses = of_pairs(**{name: known[name] for name in takes}, **loss_arguments)
         where = differ(batch) if distinct else None
-        metrics = compared(found, known[ANCHOR] if anchored else None, where)
+        metrics = compared(found, batch[ANCHOR] if anchored else None, where)
+        if found.routers:
+            answers = common.rows(network, batch)
+            unequal, loads = common.balanced(network, answers, found.routers)
+            losses += balance * unequal.reshape(-1, 2).sum(1)
+            metrics |= loads
         return Objective(mean(losses, where), metrics, found.mutables)
 
     init = start.from_reference(network.init, context)
-    method = minimize(objective, context.tx, init, micro_batches=micro_batches)
-    return with_collect(method, collect) if anchored and not given else method
+    method = minimize(
+        objective, context.tx, init, micro_batches=micro_batches, trainable=trainable or None
+    )
+    needed = (anchored and not given) or compared_with_batch
+    return with_collect(method, collect) if needed else method
 
 
 def anchor(context: Context, state, batch: Batch, chunk: int = 256) -> jax.Array:
-    """The sums [B, 2] of the stage's reference, which is not in training mode."""
+    """The sums [B, 2] of the stage's reference, which is not in training mode.
+
+    Over the tokens that the stage's network has too, where a vocabulary is padded further.
+    """
     reference = context.references[REFERENCE]
-    return score(reference, state.frozen[REFERENCE], batch, chunk=chunk).log_p
+    outcomes = output_shape(context.network)[-1]
+    found = score(reference, state.frozen[REFERENCE], batch, chunk=chunk, outcomes=outcomes)
+    return found.log_p
 
 
 def differ(batch: Batch) -> jax.Array:

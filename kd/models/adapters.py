@@ -1,0 +1,159 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): what is trained beside matrices that are not.
+
+    h = W x + (alpha / rank) B A x          A [rank, in] random, B [out, rank] zero at the start
+
+A network with an `adapter` has leaves `lora_a` [in, rank] and `lora_b` [rank, out] beside the
+kernels that are targets. In a recipe
+
+    network=dict(name='kd.models.adapters.lora', base=dict(...), rank=16, targets='attention/')
+
+wraps the network of any block. The base is the stage's `references.start`, lies in
+`state.frozen['start']` and is never copied: `state.params` has the adapters alone, as have the
+optimiser and the checkpoints, and a reference to the same network is free. Trees are pure: `own`
+takes the adapters out of one, `joined` puts them beside a base, `merged` into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd import config
+from kd.errors import UserError
+from kd.ranges import Count, Positive
+
+# Leaves beside a kernel.
+DOWN, UP = 'lora_a', 'lora_b'
+# Which kernels have them unless a recipe says so.
+TARGETS = r'attention/(query|key|value|output)/kernel$'
+
+Tree = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Which kernels have adapters, and of which kind.
+
+    Attributes:
+      rank: of B A.
+      alpha: alpha / rank is the factor on B A.
+      targets: regular expression to be found in the path of a kernel, 'block0/mlp/up/kernel' or of
+        stacked blocks 'blocks/mlp/up/kernel'.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: str = TARGETS
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def takes(self, path: tuple[str, ...]) -> bool:
+        """Whether the dense layer at a path is a target."""
+        return re.search(self.targets, '/'.join((*path, 'kernel'))) is not None
+
+
+class Dense(nn.Dense):
+    """A dense layer that may have an adapter; its factors are float32 and compute as it does."""
+
+    adapter: Adapter | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., in] to [..., features]."""
+        out = super().__call__(inputs)
+        if self.adapter is None or not self.adapter.takes(self.path):
+            return out
+        down = self.param(DOWN, _UNIFORM, (inputs.shape[-1], self.adapter.rank), jnp.float32)
+        up = self.param(UP, nn.initializers.zeros, (self.adapter.rank, self.features), jnp.float32)
+        inner = inputs.astype(out.dtype) @ down.astype(out.dtype)
+        return out + self.adapter.scale * (inner @ up.astype(out.dtype))
+
+
+# In +- 1 / sqrt(in), as PEFT draws A.
+_UNIFORM = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def lora(
+    num_classes: int | None = None,
+    *,
+    base: Mapping[str, Any],
+    rank: Count = 8,
+    alpha: Positive = 16.0,
+    targets: str = TARGETS,
+) -> nn.Module:
+    """The network of a block with adapters.
+
+    Args:
+      num_classes: of the data, for a base that takes it and does not say.
+      base: block of the network.
+      rank, alpha, targets: see `Adapter`.
+
+    Raises:
+      UserError: a network that can have none, or an expression that is none.
+    """
+    block = dict(base)
+    takes = inspect.signature(config.resolve(block.get('name', ''))).parameters
+    if num_classes is not None and 'num_classes' in takes:
+        block.setdefault('num_classes', num_classes)
+    module = config.build(block, where='base')
+    if not hasattr(module, 'adapter'):
+        raise UserError(f'base: a {type(module).__name__} can have no adapters.')
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise UserError(f"targets='{targets}' is no regular expression: {error}.") from error
+    return module.clone(adapter=Adapter(rank, alpha, targets))
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """What a network trains beside its base; None for a network that is trained itself."""
+    return getattr(module, 'adapter', None)
+
+
+def own(params: Tree) -> dict[str, Any]:
+    """The adapters in a tree, without all else."""
+    found = {}
+    for name, x in params.items():
+        if isinstance(x, Mapping):
+            if inside := own(x):
+                found[name] = inside
+        elif name in (DOWN, UP):
+            found[name] = x
+    return found
+
+
+def without(params: Tree) -> dict[str, Any]:
+    """A tree without the adapters in it."""
+    return {
+        name: without(x) if isinstance(x, Mapping) else x
+        for name, x in params.items()
+        if name not in (DOWN, UP)
+    }
+
+
+def merged(base: Tree, adapters: Tree, scale: float) -> dict[str, Any]:
+    """The base's parameters with W + scale A B for each kernel W [..., in, out] that has adapters.
+
+    In float32, or in the base's type if that is wider, and then in the base's type. Also of stacked
+    blocks, [depth, in, out].
+    """
+    made = dict(base)
+    for name, x in adapters.items():
+        if isinstance(x, Mapping):
+            made[name] = merged(base[name], x, scale)
+    if DOWN in adapters:
+        kernel = jnp.asarray(base['kernel'])
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        change = jnp.matmul(adapters[DOWN], adapters[UP], precision='highest')
+        made['kernel'] = (kernel.astype(wide) + scale * change.astype(wide)).astype(kernel.dtype)
+    return made
