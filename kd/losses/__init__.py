@@ -23,11 +23,13 @@ What a teacher says, and how far the student is from it:
 | `preference`, `preference_family` | over candidates: DPO and relatives, SimPO, REDI, KTO |
 | `policy` | of rewards: advantages, clipped surrogates, KL estimates |
 
-Flows and diffusion: `interpolant` (paths from noise to data), `flow_map` (the residuals),
-`flow_map_family` and `flow_map_algorithms` (the published losses made of them),
-`flow_map_checks`.
+Flows: `interpolant` (paths from noise to data), `flow_map` (the residuals), `flow_map_family` and
+`flow_map_algorithms` (the published losses made of them), `flow_map_checks`.
 
-Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `distribution_matching`,
+Diffusion: `schedule` (noise, and what networks predict), `score_distillation` (directions of a
+generator, denoising), `adversarial`.
+
+Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `mean_embedding`,
 `batch_statistics`, `sharpness`.
 
 `numerics` has the softmax arithmetic that the others share, `outcomes` what divergences are made
@@ -39,8 +41,8 @@ A few are statistics of the batch they are given, and of its parts another numbe
 from collections.abc import Callable
 from typing import Any
 
-from kd.losses.distribution_matching import mean_embedding_distance
 from kd.losses.feature import linear_cka, similarity_preserving
+from kd.losses.mean_embedding import mean_embedding_distance
 from kd.losses.relation import intra_class_correlation
 
 OF_BATCH: frozenset[Callable[..., Any]] = frozenset(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax as scipy_softmax
 
-from kd.losses import batch_statistics, distribution_matching, divergence, gradient_matching
+from kd.losses import batch_statistics, divergence, gradient_matching, mean_embedding
 
 RNG = np.random.default_rng(0)
 
@@ -88,10 +88,10 @@ def test_mean_embedding_distance_is_the_discrepancy_of_a_linear_kernel():
     kernel = [np.einsum('cid,cjd->cij', x, y).mean((1, 2)) for x, y in ((a, a), (b, b), (a, b))]
     expected = kernel[0] + kernel[1] - 2 * kernel[2]
     with jax.enable_x64(True):
-        value = distribution_matching.mean_embedding_distance(jnp.asarray(a), jnp.asarray(b))
+        value = mean_embedding.mean_embedding_distance(jnp.asarray(a), jnp.asarray(b))
         np.testing.assert_allclose(value, expected, rtol=1e-10)
         padded = np.concatenate([b, np.full((3, 2, 5), np.nan)], 1)
-        masked = distribution_matching.mean_embedding_distance(
+        masked = mean_embedding.mean_embedding_distance(
             jnp.asarray(a), jnp.asarray(padded), real_where=jnp.arange(9) < 7
         )
         np.testing.assert_allclose(masked, expected, rtol=1e-10)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kd.context import Context
 from kd.data.transforms.siamese import siamese
-from kd.losses.distribution_matching import mean_embedding_distance
+from kd.losses.mean_embedding import mean_embedding_distance
 from kd.method import Method, Objective, minimize
 from kd.methods.dataset import common
 from kd.metrics import mean

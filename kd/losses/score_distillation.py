@@ -1,0 +1,153 @@
+"""Losses of generators that follow a difference of denoisers: DMD, VSD and what is made of them.
+
+A generator's sample x is moved against
+
+    g ~ E_{t, eps} [mu_fake(x_t, t) - mu_real(x_t, t)]
+
+which is, up to a weight of the time, the gradient of KL(fake || real) in x: mu_real is a frozen
+teacher's denoiser, mu_fake one that is trained on the generator's samples alone. What a direction
+is made of are constants: all of these stop gradients, and `surrogate` passes a direction on.
+
+The kinds of a prediction, and why guidance may be taken in any, stand in `kd.losses.schedule`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kd.losses.schedule import Schedule
+
+__all__ = ['augmentation', 'denoising', 'direction', 'mean_variance_kl', 'surrogate', 'vsd']
+
+Weight = Literal['x0', 'eps', 'v', 'flow', 'edm', 'alpha2']
+
+
+def direction(x: jax.Array, real: jax.Array, fake: jax.Array, floor: float = 1e-6) -> jax.Array:
+    """g = (mu_fake - mu_real) / mean |x - mu_real|, [B, ...], in float32 at least.
+
+    The mean is that of each example alone, whatever else is in the batch.
+
+    Args:
+      x: the generator's samples, [B, ...], not noised.
+      real, fake: denoisers of the noised samples, [B, ...]; the real one guided, where it is.
+      floor: least denominator.
+
+    Source: DMD, arXiv:2311.18828, eqs. 7 and 8, without the factor alpha_t that its code and all
+    that follow it leave out.
+    """
+    x, real, fake = (jax.lax.stop_gradient(_wide(y)) for y in (x, real, fake))
+    scale = jnp.mean(jnp.abs(x - real), axis=tuple(range(1, x.ndim)), keepdims=True)
+    return (fake - real) / jnp.maximum(scale, floor)
+
+
+def vsd(real: jax.Array, fake: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
+    """g = w (eps_real - eps_fake), [B, ...]: variational score distillation.
+
+    Args:
+      real, fake: predictions of the noise, [B, ...]. With a draw of the noise in place of `fake`
+        it is score distillation sampling.
+      weight: [B] or a scalar.
+
+    Source: ProlificDreamer, arXiv:2305.16213, eq. 9.
+    """
+    weight = jnp.asarray(weight)
+    weight = weight.reshape(weight.shape + (1,) * (real.ndim - weight.ndim))
+    return jax.lax.stop_gradient(weight * (_wide(real) - _wide(fake)))
+
+
+def augmentation(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
+    """g = -(scale - 1) (mu_c - mu_u), [B, ...]: what guidance of the teacher adds to `fake - real`.
+
+    With mu_c the real denoiser it is the part of the DMD direction that no sample can undo.
+
+    Source: Decoupled DMD, arXiv:2511.22677, eqs. 3 and 4.
+    """
+    return jax.lax.stop_gradient((1 - scale) * (_wide(conditional) - _wide(unconditional)))
+
+
+def surrogate(x: jax.Array, direction: jax.Array) -> jax.Array:
+    """mean (x - sg[x - g])^2 / 2 of each example, [B]; its gradient in x is g / size of one.
+
+    Args:
+      x: samples with gradient, [B, ...].
+      direction: g, [B, ...], a constant.
+
+    Source: DMD, arXiv:2311.18828, as released.
+    """
+    x = _wide(x)
+    target = jax.lax.stop_gradient(x - direction)
+    return 0.5 * _mean(jnp.square(x - target))
+
+
+def denoising(
+    prediction: jax.Array,
+    x0: jax.Array,
+    schedule: Schedule,
+    t: jax.Array,
+    weight: Weight = 'x0',
+    sigma_data: float = 0.5,
+) -> jax.Array:
+    """w(t) mean (mu - x0)^2 of each example, [B], in float32 at least.
+
+    | weight | w | so that it is the squared error of |
+    |---|---|---|
+    | x0 | 1 | x0 |
+    | eps | (alpha / sigma)^2 | the noise: the 'simple' loss of DDPM |
+    | v | (alpha^2 + sigma^2)^2 / sigma^2 | v |
+    | flow | ((alpha + sigma) / sigma)^2 | eps - x0 |
+    | edm | (alpha / sigma)^2 + 1 / sigma_data^2 | what an EDM network itself computes |
+    | alpha2 | alpha^4 / sigma^2 | the noise, times alpha^2: SwiftBrush |
+
+    Args:
+      prediction: mu, of x0, [B, ...].
+      x0: [B, ...], stop-gradiented.
+      schedule, t: of the noised x0; t is [B].
+      weight: see above.
+      sigma_data: of the weight 'edm'.
+    """
+    alpha, sigma = schedule.alpha(_wide(t)), schedule.sigma(_wide(t))
+    error = _mean(jnp.square(_wide(prediction) - jax.lax.stop_gradient(_wide(x0))))
+    weights = {
+        'x0': lambda: 1.0,
+        'eps': lambda: (alpha / sigma) ** 2,
+        'v': lambda: (alpha**2 + sigma**2) ** 2 / sigma**2,
+        'flow': lambda: ((alpha + sigma) / sigma) ** 2,
+        'edm': lambda: (alpha / sigma) ** 2 + sigma_data**-2,
+        'alpha2': lambda: alpha**4 / sigma**2,
+    }
+    if weight not in weights:
+        raise ValueError(f'denoising: weight is one of {list(weights)}, got {weight!r}.')
+    return weights[weight]() * error
+
+
+def mean_variance_kl(
+    x: jax.Array, mean: float, variance: float, *, axes: tuple[int, ...] | None = None
+) -> jax.Array:
+    """KL(N(m, s^2) || N(mean, variance)) of the moments of x over `axes`.
+
+        [(s^2 + (m - mean)^2) / variance - 1 - log(s^2 / variance)] / 2
+
+    Args:
+      x: [B, ...].
+      mean, variance: of real data.
+      axes: None for all but the first: [B].
+
+    Source: Decoupled DMD, arXiv:2511.22677, eq. 7.
+    """
+    x = _wide(x)
+    axes = tuple(range(1, x.ndim)) if axes is None else axes
+    m, s2 = jnp.mean(x, axes), jnp.var(x, axes)
+    return 0.5 * ((s2 + (m - mean) ** 2) / variance - 1 - jnp.log(s2) + math.log(variance))
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
