@@ -1,0 +1,97 @@
+"""Mixtures of equal round Gaussians: data whose denoiser is known, and so a teacher for nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd.losses.schedule import Schedule
+from kd.sampling.denoiser import Denoiser, Prediction
+
+
+class Mixture(NamedTuple):
+    """sum_k w_k N(means_k, deviation^2 I).
+
+    Attributes:
+      means: [K, d].
+      deviation: of every component.
+      labels: int [K], the class of each component.
+      weights: [K]; None for equal ones.
+    """
+
+    means: np.ndarray
+    deviation: float
+    labels: np.ndarray
+    weights: np.ndarray | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    @property
+    def shares(self) -> np.ndarray:
+        """[K], summing to 1."""
+        given = np.ones(len(self.means)) if self.weights is None else np.asarray(self.weights)
+        return given / given.sum()
+
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(points [n, d], classes [n])."""
+        component = rng.choice(len(self.means), n, p=self.shares)
+        points = self.means[component]
+        return points + self.deviation * rng.standard_normal(points.shape), self.labels[component]
+
+
+def ring(modes: int = 8, radius: float = 1.4, deviation: float = 0.08, classes: int = 0) -> Mixture:
+    """Modes evenly on a circle; of `classes` classes in turn, or each one its own."""
+    angle = 2 * np.pi * np.arange(modes) / modes
+    means = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return Mixture(means, deviation, np.arange(modes) % (classes or modes))
+
+
+def grid(side: int, spacing: float = 1.0, deviation: float = 0.1) -> Mixture:
+    """side x side modes around the origin, each a class."""
+    axis = spacing * (np.arange(side) - (side - 1) / 2)
+    means = np.stack(np.meshgrid(axis, axis, indexing='ij'), axis=-1).reshape(-1, 2)
+    return Mixture(means, deviation, np.arange(side * side))
+
+
+def pairs(classes: int = 4, radius: float = 0.9, apart: float = 0.45, deviation: float = 0.25):
+    """Two overlapping modes for each class, beside each other on a circle."""
+    angle = 2 * np.pi * np.arange(classes) / classes
+    centre = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    tangent = np.stack([-np.sin(angle), np.cos(angle)], axis=1)
+    means = np.concatenate([centre + apart * tangent, centre - apart * tangent])
+    return Mixture(means, deviation, np.tile(np.arange(classes), 2))
+
+
+def exact_denoiser(mixture: Mixture, schedule: Schedule) -> Denoiser:
+    """E[x0 | x_t], and E[x0 | x_t, label] where the condition has a `label`, in closed form.
+
+        sum_k r_k (mu_k + alpha s^2 / (alpha^2 s^2 + sigma^2) (x_t - alpha mu_k)),
+        r = softmax(log w_k - |x_t - alpha mu_k|^2 / (2 (alpha^2 s^2 + sigma^2)))
+
+    It reads no variables. A label of `num_classes` is none.
+    """
+    means, deviation = jnp.asarray(mixture.means), mixture.deviation
+    shares, labels = jnp.asarray(mixture.shares), jnp.asarray(mixture.labels)
+    classes = mixture.num_classes
+
+    def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
+        del variables, train, key
+        if capture:
+            raise ValueError('exact_denoiser: a formula has no features.')
+        alpha, sigma = schedule.coefficients(t, x)
+        variance = (alpha * deviation) ** 2 + sigma**2
+        away = x[:, None] - alpha[:, None] * means.astype(x.dtype)
+        logits = jnp.log(shares) - 0.5 * jnp.sum(away**2, -1) / variance
+        if 'label' in condition:
+            label = condition['label'][:, None]
+            logits = jnp.where((label == labels) | (label == classes), logits, -jnp.inf)
+        ratio = (alpha * deviation**2 / variance)[..., None]
+        known = means + ratio * away
+        return Prediction(jnp.sum(jax.nn.softmax(logits)[..., None] * known, axis=1), {})
+
+    return Denoiser(schedule, apply, {'label': classes})

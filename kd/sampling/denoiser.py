@@ -1,0 +1,161 @@
+"""Denoisers as functions, whatever network is behind them, and their guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd.errors import UserError
+from kd.losses.interpolant import get_interpolant
+from kd.losses.schedule import Schedule, of_interpolant
+from kd.network import Network
+from kd.sampling.velocity import noise_scale, num_classes
+from kd.state import PyTree
+
+# Fields of a batch by name; {} for none.
+Condition = Mapping[str, jax.Array]
+
+
+class Prediction(NamedTuple):
+    """`x0` [B, ...], E[x0 | x_t], float32 at least; `features` that were asked for, by name."""
+
+    x0: jax.Array
+    features: dict[str, jax.Array]
+
+
+class Denoiser(NamedTuple):
+    """E[x0 | x_t].
+
+    Attributes:
+      schedule: of the noise.
+      apply: `apply(variables, x_t, t, condition, *, train=False, key=None, capture=()) ->
+        Prediction` of x_t [B, ...], t [B] and fields [B, ...] of the condition.
+      null: the condition that is none, a row of each field; None where there is none.
+    """
+
+    schedule: Schedule
+    apply: Callable[..., Prediction]
+    null: Mapping[str, ArrayLike] | None = None
+
+    def bind(
+        self, variables: PyTree, condition: Condition | None = None
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """`(x_t, t) -> x0`, for samplers; t is [B] or a scalar."""
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            times = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
+            return self.apply(variables, x, times, condition or {}).x0
+
+        return denoise
+
+
+def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) -> Denoiser:
+    """The denoiser of a network of `kd.models.denoiser`, or of a flow.
+
+    Args:
+      network: either.
+      trained_by: block of the method that trained a flow, which names its path and noise.
+
+    Raises:
+      UserError: a network that is neither.
+    """
+    module: Any = network.module
+    classes = num_classes(network)
+    null = None if classes is None else {'label': classes}
+    if isinstance(getattr(module, 'schedule', None), Schedule):
+
+        def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
+            said = network.apply(
+                variables, t, x, train=train, key=key, capture=capture, **condition
+            )
+            return Prediction(said.logits, said.features)
+
+        return Denoiser(module.schedule, apply, null)
+    if len(network.inputs) != 3:
+        raise UserError(
+            f'{type(module).__name__} is no denoiser: wrap it in kd.models.denoiser.denoiser, or '
+            'take a velocity network v(s, t, x).'
+        )
+    block = trained_by or {}
+    path = get_interpolant(block.get('interpolant', 'linear'))
+    schedule = of_interpolant(path.name, noise_scale(network, block.get('noise_scale')))
+
+    def apply_flow(variables, x, t, condition, *, train=False, key=None, capture=()):
+        own = schedule.condition(t)
+        said = network.apply(
+            variables, own, own, x, train=train, key=key, capture=capture, **condition
+        )
+        return Prediction(path.to_data(own, x, said.logits), said.features)
+
+    return Denoiser(schedule, apply_flow, null)
+
+
+def conditions(network: Network, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The fields of a batch that a network is conditioned on."""
+    own = () if num_classes(network) is None else ('label',)
+    return {name: batch[name] for name in getattr(network.module, 'conditions', own)}
+
+
+def branches(
+    denoiser: Denoiser,
+    variables: PyTree,
+    x: jax.Array,
+    t: jax.Array,
+    given: Sequence[Condition],
+) -> tuple[jax.Array, ...]:
+    """E[x0 | x_t] under several conditions, in one call on so many times the rows."""
+    count = len(given)
+    stacked = {name: jnp.concatenate([one[name] for one in given]) for name in given[0]}
+    wide = jnp.concatenate([x] * count), jnp.concatenate([t] * count)
+    return tuple(jnp.split(denoiser.apply(variables, *wide, stacked).x0, count))
+
+
+def without(denoiser: Denoiser, condition: Condition) -> dict[str, jax.Array]:
+    """The null condition, for as many rows.
+
+    Raises:
+      UserError: a denoiser that has none.
+    """
+    null = denoiser.null
+    if null is None:
+        raise UserError(
+            'guidance compares with a network that is told nothing, and this one has no null '
+            'condition; give it num_classes, or guidance=1.'
+        )
+    return {
+        name: jnp.broadcast_to(jnp.asarray(null[name], x.dtype), x.shape)
+        for name, x in condition.items()
+    }
+
+
+def guided(denoiser: Denoiser, scale: ArrayLike) -> Denoiser:
+    """Classifier-free guidance, mu_u + scale (mu_c - mu_u), in one call on twice the rows.
+
+    1 is the conditional denoiser, 0 the unconditional one. In x0 it is what it is in any other kind
+    of prediction, see `kd.losses.schedule.convert`. Where a source writes c + s (c - u), scale is
+    1 + s.
+
+    Args:
+      denoiser: to be guided; with 1 it is returned as it is.
+      scale: a number, or [B].
+
+    Source: Ho and Salimans 2022, arXiv:2207.12598.
+    """
+    if isinstance(scale, int | float) and scale == 1:
+        return denoiser
+
+    def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
+        if train or capture:
+            raise ValueError('guided: a guided denoiser is not trained and has no features.')
+        del key
+        given = (condition, without(denoiser, condition))
+        told, untold = branches(denoiser, variables, x, t, given)
+        weight = jnp.broadcast_to(jnp.asarray(scale, told.dtype), x.shape[:1])
+        weight = weight.reshape(weight.shape + (1,) * (x.ndim - 1))
+        return Prediction(untold + weight * (told - untold), {})
+
+    return denoiser._replace(apply=apply)

@@ -1,0 +1,175 @@
+"""Samplers of denoisers: from noise to data in a few calls or many.
+
+`denoise(x_t, t) -> x0` has its variables, condition and guidance bound, see
+`kd.sampling.denoiser.Denoiser.bind`. All steps are taken in y = x / alpha and s = sigma / alpha,
+where every schedule is the one of EDM and the probability flow is dy/ds = (y - mu) / s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd.losses.schedule import Schedule
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Step(NamedTuple):
+    """A step from a time to a cleaner one.
+
+    Attributes:
+      move: `move(schedule, denoise, x, t, to, key, memory) -> (x, memory)`.
+      memory: `memory(x)` before the first step; () for a step without.
+      calls: of the denoiser in a step.
+    """
+
+    move: Callable[..., tuple[jax.Array, tuple]]
+    memory: Callable[[jax.Array], tuple] = lambda x: ()
+    calls: int = 1
+
+
+def ddim(eta: float = 0.0) -> Step:
+    """x0 and as much of the noise that is there, with a share of fresh noise.
+
+        x' = alpha' [mu + s_down (y - mu) / s + s_up z],   s_up = eta s' sqrt(1 - s'^2 / s^2),
+        s_down = sqrt(s'^2 - s_up^2)
+
+    eta = 0 is Euler's step of the probability flow, in whichever kind of prediction; 1 is ancestral
+    sampling, that of DDPM where there are as many steps as times.
+
+    Source: arXiv:2010.02502, eqs. 12 and 16.
+    """
+
+    def move(schedule, denoise, x, t, to, key, memory):
+        y, s, s2, alpha2 = _clean(schedule, x, t, to)
+        mu = denoise(x, t)
+        up = eta * s2 * jnp.sqrt(jnp.maximum(1 - (s2 / s) ** 2, 0.0))
+        down = jnp.sqrt(jnp.maximum(s2**2 - up**2, 0.0))
+        y = mu + down * (y - mu) / s
+        if eta:
+            y = y + up * jax.random.normal(key, x.shape, y.dtype)
+        return alpha2 * y, memory
+
+    return Step(move)
+
+
+def restart() -> Step:
+    """x0 and fresh noise: x' = alpha' mu + sigma' z, of consistency models, LCM and DMD2."""
+
+    def move(schedule, denoise, x, t, to, key, memory):
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        return schedule.mix(denoise(x, t), noise, to), memory
+
+    return Step(move)
+
+
+def heun() -> Step:
+    """Second order: the mean of the slopes at both ends (arXiv:2206.00364, algorithm 1)."""
+
+    def move(schedule, denoise, x, t, to, key, memory):
+        y, s, s2, alpha2 = _clean(schedule, x, t, to)
+        slope = (y - denoise(x, t)) / s
+        ahead = y + (s2 - s) * slope
+        other = (ahead - denoise((alpha2 * ahead).astype(x.dtype), to)) / s2
+        return alpha2 * (y + (s2 - s) * 0.5 * (slope + other)), memory
+
+    return Step(move, calls=2)
+
+
+def dpm_pp_2m() -> Step:
+    """Second order from the step before, DPM-Solver++(2M), one call a step.
+
+        y' = s'/s y + (1 - s'/s) d,  d = (1 + 1/(2r)) mu - mu_before / (2r),  r = h_before / h
+
+    with h the step of log s.
+
+    Source: arXiv:2211.01095, algorithm 2.
+    """
+
+    def move(schedule, denoise, x, t, to, key, memory):
+        y, s, s2, alpha2 = _clean(schedule, x, t, to)
+        before, h_before, count = memory
+        mu, h = denoise(x, t), jnp.log(s) - jnp.log(s2)
+        r = jnp.where(count > 0, h_before, h) / h
+        d = jnp.where(count > 0, (1 + 0.5 / r) * mu - 0.5 / r * before, mu)
+        y = s2 / s * y + (1 - s2 / s) * d
+        return alpha2 * y, (mu, h, count + 1)
+
+    def memory(x):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        each = (len(x),) + (1,) * (x.ndim - 1)
+        return jnp.zeros(x.shape, wide), jnp.zeros(each, wide), jnp.int32(0)
+
+    return Step(move, memory)
+
+
+STEPS: dict[str, Callable[[], Step]] = {
+    'ddim': ddim,
+    'ancestral': lambda: ddim(1.0),
+    'restart': restart,
+    'heun': heun,
+    'dpm_pp_2m': dpm_pp_2m,
+}
+
+
+def sample(
+    schedule: Schedule,
+    denoise: Denoise,
+    x: jax.Array,
+    times: Sequence[float] | np.ndarray,
+    key: jax.Array,
+    *,
+    step: Step | None = None,
+    trajectory: bool = False,
+    unroll: int | bool = 1,
+) -> jax.Array:
+    """Denoises x through the times and ends with what the denoiser says at the last one.
+
+    Args:
+      schedule: of the denoiser.
+      denoise: see above.
+      x: at the first time, [B, ...], see `noise`.
+      times: [N], decreasing: N calls, or 2 N - 1 of a step of two.
+      key: of fresh noise.
+      step: `ddim()` if None.
+      trajectory: return the states at all times and what is said at the last, [N + 1, B, ...].
+      unroll: of the loop; networks with convolutions want True on CPU.
+
+    Raises:
+      ValueError: times that do not decrease.
+    """
+    times = np.asarray(times)
+    if not len(times) or np.any(np.diff(times) >= 0):
+        raise ValueError(f'sample: times must decrease, got {times.tolist()}.')
+    step = step or ddim()
+    keys = jax.random.split(key, len(times))
+
+    def body(carry, given):
+        x, memory = carry
+        t, to, key = given
+        y, memory = step.move(schedule, denoise, x, t, to, key, memory)
+        y = y.astype(x.dtype)
+        return (y, memory), (y if trajectory else None)
+
+    grid = jnp.asarray(times, jnp.promote_types(x.dtype, jnp.float32))
+    pairs = grid[:-1], grid[1:], keys[1:]
+    (last, _), states = jax.lax.scan(body, (x, step.memory(x)), pairs, unroll=unroll)
+    end = denoise(last, grid[-1]).astype(x.dtype)
+    return jnp.concatenate([x[None], states, end[None]]) if trajectory else end
+
+
+def noise(schedule: Schedule, key: jax.Array, shape: tuple[int, ...], t: float) -> jax.Array:
+    """What there is at time t of data that are lost in noise, sigma(t) N(0, I), [B, ...]."""
+    return schedule.sigma(jnp.float32(t)) * jax.random.normal(key, shape, jnp.float32)
+
+
+def _clean(schedule, x, t, to):
+    """(y, s, s', alpha') of a state and two times."""
+    alpha, sigma = schedule.coefficients(t, x)
+    alpha2, sigma2 = schedule.coefficients(to, x)
+    return x / alpha, sigma / alpha, sigma2 / alpha2, alpha2
