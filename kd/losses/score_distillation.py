@@ -14,6 +14,7 @@ The kinds of a prediction, and why guidance may be taken in any, stand in `kd.lo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -111,8 +112,8 @@ def denoising(
     """
     alpha, sigma = schedule.alpha(_wide(t)), schedule.sigma(_wide(t))
     error = _mean(jnp.square(_wide(prediction) - jax.lax.stop_gradient(_wide(x0))))
-    weights = {
-        'x0': lambda: 1.0,
+    weights: dict[str, Callable[[], jax.Array]] = {
+        'x0': lambda: jnp.ones_like(alpha),
         'eps': lambda: (alpha / sigma) ** 2,
         'v': lambda: (alpha**2 + sigma**2) ** 2 / sigma**2,
         'flow': lambda: ((alpha + sigma) / sigma) ** 2,

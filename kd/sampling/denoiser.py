@@ -132,6 +132,21 @@ def without(denoiser: Denoiser, condition: Condition) -> dict[str, jax.Array]:
     }
 
 
+def dropped(denoiser: Denoiser, key: jax.Array, condition: Condition, share: float) -> Condition:
+    """The condition, left out for a share of the examples, which are drawn one by one."""
+    if not share or not condition:
+        return condition
+    null = without(denoiser, condition)
+    rows = len(next(iter(condition.values())))
+    drops = jax.random.bernoulli(key, share, (rows,))
+
+    def chosen(name: str) -> jax.Array:
+        where = drops.reshape(drops.shape + (1,) * (condition[name].ndim - 1))
+        return jnp.where(where, null[name], condition[name])
+
+    return {name: chosen(name) for name in condition}
+
+
 def guided(denoiser: Denoiser, scale: ArrayLike) -> Denoiser:
     """Classifier-free guidance, mu_u + scale (mu_c - mu_u), in one call on twice the rows.
 

@@ -1,0 +1,86 @@
+"""What the builders of this room make of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd import config as config_lib
+from kd.context import Context
+from kd.errors import UserError
+from kd.losses import score_distillation
+from kd.methods.diffusion.distribution_matching import Direction, Discriminator, Student
+from kd.metrics import mean
+from kd.models.discriminator import FeatureHead
+from kd.network import feature_names
+from kd.sampling import denoiser as denoisers
+from kd.sampling import diffusion
+from kd.sampling import times as times_lib
+from kd.sampling.denoiser import Denoiser
+from kd.sampling.times import Clock, TimeLaw
+
+
+def teacher(context: Context) -> Denoiser:
+    """The denoiser of the stage's teacher."""
+    return denoisers.of_network(context.teacher, context.trained_by.get('teacher'))
+
+
+def student(context: Context, times: tuple[float, ...], step: str) -> Student:
+    """The stage's network as a generator.
+
+    Raises:
+      UserError: times that do not decrease, or that its schedule does not have.
+    """
+    own = denoisers.of_network(context.network, context.trained_by.get('teacher'))
+    low, high = own.schedule.low, own.schedule.high
+    if not times or np.any(np.diff(times) >= 0):
+        raise UserError(f'{context.stage}.method.times must decrease, got {times}.')
+    if times[0] > high or times[-1] < low:
+        raise UserError(
+            f"{context.stage}.method.times={times} leaves the times of the schedule '"
+            f"{own.schedule.name}', {low:g} to {high:g}."
+        )
+    return Student(own, tuple(times), diffusion.STEPS[step]())
+
+
+def clock(block: Mapping[str, Any] | None, denoiser: Denoiser) -> Clock:
+    """The clock of a block; None for the times of the denoiser's schedule."""
+    if block is None:
+        return times_lib.even(denoiser.schedule)
+    return config_lib.build(block, where='method.clock')
+
+
+def discriminator(
+    context: Context, feature: str, law: TimeLaw, weight: float, critic_weight: float
+) -> Discriminator | None:
+    """A head on a feature of the teacher's network; None for the weight 0.
+
+    Raises:
+      UserError: a feature that the network does not have.
+    """
+    if not weight:
+        return None
+    known = feature_names(context.teacher)
+    if feature not in known:
+        raise UserError(
+            f"{context.stage}.method.feature='{feature}' is no feature of the network, whose are "
+            f'{", ".join(known)}.'
+        )
+    return Discriminator(FeatureHead(), feature, weight, critic_weight, law)
+
+
+def matching(law: TimeLaw, guidance: float) -> Direction:
+    """The direction of DMD: the guided teacher and the fake denoiser of one noised sample."""
+
+    def direction(views, key):
+        x_t, t = views.noised(key, law)
+        real, fake = views.real(x_t, t, guidance), views.fake(x_t, t)
+        # How far the critic is behind: 0 where it has caught up with an ideal generator.
+        lag = {'gap': mean(jnp.abs(jax.lax.stop_gradient(fake - real)))}
+        return score_distillation.direction(views.x, real, fake), lag
+
+    return direction

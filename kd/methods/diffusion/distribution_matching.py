@@ -1,0 +1,355 @@
+"""The loop of generators that follow a difference of denoisers (DMD2, arXiv:2405.14867).
+
+A step is one move of the generator, and then `updates` moves of the critic:
+
+1. the generator runs to one of its times, without gradient, and is asked there with gradient: x;
+2. it moves along `direction`, which asks the teacher and the fake denoiser of the step before, and
+   along further terms;
+3. the critic, the fake denoiser and the discriminator on its features, learns to denoise samples of
+   the generator: the x of this step at its first move, fresh ones of the moved generator after.
+
+Parts of the state: `generator`, the result, and `fake`, whose parameters are {'network', 'head'}
+where there is a discriminator. The teacher is `state.frozen['teacher']`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd.context import Context
+from kd.errors import UserError
+from kd.losses import adversarial, score_distillation
+from kd.losses.schedule import Schedule
+from kd.losses.score_distillation import Weight
+from kd.method import Batch, Method, Objective, Player, alternate
+from kd.methods import start
+from kd.metrics import Metrics, mean
+from kd.network import Network
+from kd.sampling import denoiser as denoisers
+from kd.sampling import diffusion
+from kd.sampling.denoiser import Condition, Denoiser
+from kd.sampling.rollout import Rollout, rollout
+from kd.sampling.times import TimeLaw
+from kd.state import PyTree, State
+
+GENERATOR, FAKE, TEACHER = 'generator', 'fake', 'teacher'
+
+
+class Student(NamedTuple):
+    """A generator of few steps.
+
+    Attributes:
+      denoiser: of its network.
+      times: at which it is asked, decreasing; one for a generator of one step.
+      step: from one time to the next.
+    """
+
+    denoiser: Denoiser
+    times: tuple[float, ...]
+    step: diffusion.Step = diffusion.restart()
+
+    def sample(self, variables: PyTree, condition: Condition, key: jax.Array, shape) -> jax.Array:
+        """Samples [B, ...] of all its steps."""
+        noise_key, key = jax.random.split(key)
+        path = self.denoiser.schedule
+        z = diffusion.noise(path, noise_key, shape, self.times[0])
+        return diffusion.sample(
+            path, self.denoiser.bind(variables, condition), z, self.times, key, step=self.step
+        )
+
+    def rollout(
+        self, variables: PyTree, condition: Condition, key: jax.Array, shape, train: bool
+    ) -> Rollout:
+        """Its state at one of its times, drawn for the whole batch, and what it says there."""
+        noise_key, exit_key, key, dropout = jax.random.split(key, 4)
+        path = self.denoiser.schedule
+
+        def call(x, t):
+            return self.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
+
+        return rollout(
+            path,
+            self.denoiser.bind(variables, condition),
+            self.times,
+            diffusion.noise(path, noise_key, shape, self.times[0]),
+            key,
+            jax.random.randint(exit_key, (), 0, len(self.times)),
+            step=self.step,
+            call=call,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What may be asked about samples of the generator; nothing is computed before it is.
+
+    Attributes:
+      x: samples, [B, ...], with gradient.
+      level: [B], the time at which the generator was asked.
+      condition: of the samples.
+      schedule: in which samples are noised.
+      real: `real(x_t, t, scale=1.0) -> x0`, the teacher, guided.
+      fake: `fake(x_t, t) -> x0`.
+      both: `both(x_t, t) -> (x0, x0)`, the teacher with and without the condition, in one call.
+    """
+
+    x: jax.Array
+    level: jax.Array
+    condition: Condition
+    schedule: Schedule
+    real: Callable[..., jax.Array]
+    fake: Callable[[jax.Array, jax.Array], jax.Array]
+    both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
+
+    def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
+        """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
+        time_key, noise_key = jax.random.split(key)
+        t, x = law(time_key, self.level), jax.lax.stop_gradient(self.x)
+        return self.schedule.mix(x, jax.random.normal(noise_key, x.shape, x.dtype), t), t
+
+
+# (views, key) -> (g [B, ...], metrics)
+Direction = Callable[[Views, jax.Array], tuple[jax.Array, Metrics]]
+
+
+class Term(NamedTuple):
+    """A further loss of the generator: `loss(views, batch, key) -> [B]`."""
+
+    name: str
+    weight: float
+    loss: Callable[[Views, Batch, jax.Array], jax.Array]
+
+
+class Discriminator(NamedTuple):
+    """A head on features of the fake denoiser, which sees noised real and generated examples.
+
+    Attributes:
+      head: features [B, ...] -> logits [B] or [B, n].
+      feature: path of a feature of the fake network.
+      generator_weight, critic_weight: of its loss in those of generator and critic.
+      law: of the times of the noise.
+    """
+
+    head: nn.Module
+    feature: str
+    generator_weight: float
+    critic_weight: float
+    law: TimeLaw
+
+
+class Critic(NamedTuple):
+    """How the fake denoiser learns.
+
+    Attributes:
+      network: the fake denoiser's.
+      denoiser: the same as a function.
+      tx: its optimiser.
+      law: of the times of its noise.
+      weight: of its loss, see `kd.losses.score_distillation.denoising`.
+      sigma_data: of the weight 'edm'.
+      updates: moves in a step.
+      sample: 'shared', the first move sees the generator's own sample, or 'fresh', none does.
+      dropped: share of samples whose condition is left out, for a fake denoiser that is guided.
+      unroll: the moves are no loop, for convolutions on CPU.
+    """
+
+    network: Network
+    denoiser: Denoiser
+    tx: optax.GradientTransformation
+    law: TimeLaw
+    weight: Weight
+    sigma_data: float = 0.5
+    updates: int = 5
+    sample: Literal['shared', 'fresh'] = 'shared'
+    dropped: float = 0.0
+    unroll: bool = False
+
+
+def distribution_matching(
+    context: Context,
+    *,
+    student: Student,
+    teacher: Denoiser,
+    critic: Critic,
+    direction: Direction,
+    terms: Sequence[Term] = (),
+    discriminator: Discriminator | None = None,
+) -> Method:
+    """Moves a generator along a direction, and the critic that the direction asks, in turn.
+
+        loss of the generator = mean_i (x_i - sg[x_i - g_i])^2 / 2 + sum weight term
+        loss of the critic = mean_i w(t_i) (mu_fake(x_i + noise) - sg[x_i])^2 + weight L_D
+
+    Both networks begin as `references.start`, or as the teacher where there is none.
+
+    Args:
+      context: the stage; its network is the generator's. The batch has the fields that networks are
+        conditioned on, and `input`, whose shape samples have, and which a discriminator and some
+        terms read.
+      student, teacher, critic, direction, terms, discriminator: see above.
+    """
+    network, shape = context.network, context.spec['input'].shape
+
+    def views(state: State, made: Rollout, condition: Condition) -> Views:
+        known = state.frozen.get(TEACHER, {})
+
+        def real(x, t, scale=1.0):
+            of = denoisers.guided(teacher, scale)
+            return jax.lax.stop_gradient(of.apply(known, x, t, condition).x0)
+
+        def both(x, t):
+            given = (condition, denoisers.without(teacher, condition))
+            return jax.lax.stop_gradient(denoisers.branches(teacher, known, x, t, given))
+
+        def fake(x, t):
+            own = _fake_variables(state, state.params[FAKE], discriminator)
+            return jax.lax.stop_gradient(critic.denoiser.apply(own, x, t, condition).x0)
+
+        return Views(made.x, made.time, condition, teacher.schedule, real, fake, both)
+
+    def rolled(state: State, batch: Batch, key: jax.Array, params: PyTree = None) -> Rollout:
+        variables = state.variables(part=GENERATOR, params=params)
+        rows = (len(batch['input']), *shape)
+        return student.rollout(
+            variables, denoisers.conditions(network, batch), key, rows, params is not None
+        )
+
+    def generator_loss(params, state, batch, key):
+        keys = jax.random.split(key, 3 + len(terms))
+        made = rolled(state, batch, keys[0], params)
+        condition = denoisers.conditions(network, batch)
+        seen = views(state, made, condition)
+        g, metrics = direction(seen, keys[1])
+        losses = score_distillation.surrogate(made.x, g)
+        metrics = {**metrics, 'direction': mean(jnp.abs(g)), 'level': mean(made.time)}
+        for key, term in zip(keys[3:], terms, strict=True):
+            value = term.loss(seen, batch, key)
+            losses += term.weight * value
+            metrics[term.name] = mean(value)
+        if discriminator is not None:
+            logits = _logits(
+                critic, discriminator, state.params[FAKE], state, made, condition, keys[2]
+            )
+            value = _rows(adversarial.generator_softplus(logits))
+            losses += discriminator.generator_weight * value
+            metrics['adversarial'] = mean(value)
+        return Objective(mean(losses), metrics, outputs={'x': made.x, 'level': made.time})
+
+    def critic_loss(params, state, batch, key):
+        keys = jax.random.split(key, 5)
+        made = _seen_by_critic(batch, lambda: rolled(state, batch, keys[0]), critic)
+        known = denoisers.conditions(network, batch)
+        condition = denoisers.dropped(critic.denoiser, keys[1], known, critic.dropped)
+        own = _fake_variables(state, params, discriminator)
+        time_key, noise_key = jax.random.split(keys[2])
+        path, t = critic.denoiser.schedule, critic.law(time_key, made.time)
+        x_t = path.mix(made.x, jax.random.normal(noise_key, made.x.shape, made.x.dtype), t)
+        said = critic.denoiser.apply(own, x_t, t, condition, train=True, key=keys[3]).x0
+        losses = score_distillation.denoising(
+            said, made.x, path, t, critic.weight, critic.sigma_data
+        )
+        metrics = {'denoising': mean(losses)}
+        if discriminator is not None:
+            real = Rollout(batch['input'], made.time, batch['input'])
+            d_real, d_fake = (
+                _logits(critic, discriminator, params, state, which, known, key)
+                for which, key in zip((real, made), jax.random.split(keys[4]), strict=True)
+            )
+            value = _rows(adversarial.discriminator_softplus(d_real, d_fake))
+            losses += discriminator.critic_weight * value
+            metrics |= {
+                'discriminator': mean(value),
+                'told_apart': mean(_rows((d_real > d_fake).astype(jnp.float32))),
+            }
+        return Objective(mean(losses), metrics)
+
+    players = {
+        GENERATOR: Player(generator_loss, context.tx),
+        FAKE: Player(
+            critic_loss, critic.tx, repeats=critic.updates, rows='same', unroll=critic.unroll
+        ),
+    }
+    return alternate(players, _init(context, critic, discriminator))
+
+
+def _seen_by_critic(batch: Batch, fresh: Callable[[], Rollout], critic: Critic) -> Rollout:
+    """The samples of a move of the critic, as constants."""
+    if critic.sample == 'fresh':
+        return jax.lax.stop_gradient(fresh())
+    own = batch[f'out/{GENERATOR}']
+    shared = Rollout(own['x'], own['level'], own['x'])
+    if 'move' not in batch:
+        return shared
+    # Without gradient, which of a convolution would be slow under a condition on CPU.
+    return jax.lax.stop_gradient(
+        jax.lax.cond(batch['move'] == 0, lambda: shared, lambda: fresh()._replace(input=shared.x))
+    )
+
+
+def _fake_variables(state: State, params: PyTree, discriminator: Discriminator | None) -> PyTree:
+    own = params if discriminator is None else params['network']
+    return state.variables(part=FAKE, params=own)
+
+
+def _logits(critic, discriminator, params, state, made, condition, key):
+    """Of noised examples; their gradient goes through the trunk."""
+    time_key, noise_key = jax.random.split(key)
+    path, t = critic.denoiser.schedule, discriminator.law(time_key, made.time)
+    x_t = path.mix(made.x, jax.random.normal(noise_key, made.x.shape, made.x.dtype), t)
+    own = _fake_variables(state, params, discriminator)
+    feature = discriminator.feature
+    found = critic.denoiser.apply(own, x_t, t, condition, capture=(feature,)).features[feature]
+    return discriminator.head.apply({'params': params['head']}, found)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """The mean of each row, [B]."""
+    return jnp.mean(x.reshape(len(x), -1), axis=1)
+
+
+def _init(context: Context, critic: Critic, discriminator: Discriminator | None):
+    network = context.network
+
+    def init(key: jax.Array, frozen: Any) -> PyTree:
+        keys = jax.random.split(key, 3)
+        own, fake = network.init(keys[0]), critic.network.init(keys[1])
+        given = frozen.get(start.START, frozen.get(TEACHER))
+        if given is not None:
+            own, fake = (
+                _begun(context, name, variables, given)
+                for name, variables in ((GENERATOR, own), (FAKE, fake))
+            )
+        if discriminator is not None:
+            wanted = discriminator.feature
+            feature = jax.eval_shape(
+                lambda v, *inputs: critic.network.apply(v, *inputs, capture=(wanted,)),
+                fake,
+                *critic.network.inputs,
+            ).features[wanted]
+            head = discriminator.head.init(keys[2], jnp.zeros(feature.shape, feature.dtype))
+            fake = {**fake, 'params': {'network': fake['params'], 'head': head['params']}}
+        return {GENERATOR: own, FAKE: fake}
+
+    return init
+
+
+def _begun(context: Context, name: str, own: PyTree, given: PyTree) -> PyTree:
+    """A network that begins as another.
+
+    Raises:
+      UserError: they are not of one form.
+    """
+    forms = [jax.tree.map(jnp.shape, tree) for tree in (own, given)]
+    if forms[0] != forms[1]:
+        raise UserError(
+            f'{context.stage}: the {name} begins as references.{start.START} or as the teacher, '
+            'and is another network; give it the block of that one, or name a stage to start from.'
+        )
+    return jax.tree.map(lambda x, y: jnp.asarray(y, x.dtype), own, given)
