@@ -70,6 +70,11 @@ def discriminator(
             f"{context.stage}.method.feature='{feature}' is no feature of the network, whose are "
             f'{", ".join(known)}.'
         )
+    return head(feature, law, weight, critic_weight)
+
+
+def head(feature: str, law: TimeLaw, weight: float, critic_weight: float) -> Discriminator:
+    """A `FeatureHead` on a feature of the critic's network."""
     return Discriminator(FeatureHead(), feature, weight, critic_weight, law)
 
 
