@@ -393,6 +393,8 @@ def named(
       UserError: no name, one that cannot be imported, or keywords that it does not take; numbers
         outside what it declares.
     """
+    if not isinstance(block, Mapping):
+        raise UserError(f"{where} must be a block with a 'name', got {block!r}.")
     arguments = dict(block)
     if 'name' not in arguments:
         raise UserError(f"{where} has no 'name'; it must be an import path.")

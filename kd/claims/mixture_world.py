@@ -21,12 +21,13 @@ from kd.evaluators import distribution, fidelity
 from kd.losses.schedule import Schedule, edm
 from kd.method import Method
 from kd.methods.diffusion.denoising import denoising
-from kd.methods.diffusion.distribution_matching import GENERATOR, Critic, Student
+from kd.methods.diffusion.distribution_matching import GENERATOR, Critic
 from kd.models.denoiser import Denoised
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling import denoiser as denoisers
 from kd.sampling import times
+from kd.sampling.generator import Generator
 from kd.state import PyTree
 
 BATCH = 256
@@ -97,9 +98,9 @@ class World:
         )
         return Critic(**given | more)
 
-    def student(self, *levels: float) -> Student:
+    def student(self, *levels: float) -> Generator:
         """A generator that is asked at these times; at the noisiest alone if there are none."""
-        return Student(self.denoiser, levels or (self.path.high,))
+        return Generator(self.denoiser, levels or (self.path.high,))
 
     def denoisers(self, steps: int = 3_000, batch_size: int = 512) -> PyTree:
         """Parameters [R, ...] of networks that have learnt to denoise the data."""
@@ -125,7 +126,7 @@ class World:
         )  # fmt: skip
         return state.params[GENERATOR]
 
-    def samples(self, params: PyTree, student: Student, n: int = 4_000) -> np.ndarray:
+    def samples(self, params: PyTree, student: Generator, n: int = 4_000) -> np.ndarray:
         """[R, n, d], the same noise for every run and arm."""
         return np.asarray(_sampled(self.network, student, n)(params))
 

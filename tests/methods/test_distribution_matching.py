@@ -169,7 +169,7 @@ def test_counts_of_moves_and_what_stays_as_it_is(network, teacher, batch):
 
 def test_inputs_of_later_times_are_made_by_the_generator(network, teacher, batch):
     """No noised data: other parameters, other inputs."""
-    student = common.student(context(network), (5.0, 0.8), 'restart')
+    student = common.student(context(network), (5.0, 0.8))
     rolled = jax.jit(
         lambda v, key: student.rollout(v, {'label': batch['label']}, key, (B, 2), True)
     )

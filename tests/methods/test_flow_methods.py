@@ -18,7 +18,7 @@ from kd.data import catalogue, sources
 from kd.data.context import SourceContext
 from kd.data.transforms import mapped, standardised
 from kd.errors import UserError
-from kd.evaluators import flow_samples
+from kd.evaluators import distribution, flow_samples, generation
 from kd.losses import flow_map as fm
 from kd.losses.flow_map_algorithms import flow_map_errors, get_algorithm
 from kd.losses.interpolant import linear
@@ -33,7 +33,7 @@ from kd.models.unet import UNet
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.parallel.mesh import make_mesh
-from kd.sampling.flow import euler_sample, time_grid
+from kd.sampling.flow import draw_noise, euler_sample, time_grid
 from kd.sampling.velocity import velocity_function
 from kd.training import loop
 from kd.training.stage import prepare
@@ -488,22 +488,22 @@ def test_samples_are_drawn_with_the_average_and_measured_by_steps(stage, batch):
     for weights, sampler in (('slow', 'flow_map'), ('final', 'flow_map'), ('slow', 'euler')):
         probe = flow_samples.flow_samples(made, weights=weights, sampler=sampler, **options)
         drawn[weights, sampler] = probe.run(state, batches)
-    noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
+    noise = draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
     vfn = velocity_function(net, {'params': state.ema['slow']['network']})
     one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
     real = np.asarray(batch['input'][:10])
-    expected = flow_samples.distribution.sliced_wasserstein(real, one)
+    expected = distribution.sliced_wasserstein(real, one)
     found = drawn['slow', 'flow_map']
     assert found['sliced_wasserstein_1'] == pytest.approx(expected, rel=1e-5)
     assert found['samples'].axes
     # As many points of the data itself are a perfect sampler.
     fresh = train.fetch(np.arange(len(train) - 40, len(train)))['input']
-    assert found['kl_floor'] == flow_samples.distribution.histogram_kl(real, fresh) > 0.1
+    assert found['kl_floor'] == distribution.histogram_kl(real, fresh) > 0.1
     # The final parameters are the initial ones: zero velocity, the noise itself.
-    still = flow_samples.distribution.sliced_wasserstein(real, np.asarray(noise))
+    still = distribution.sliced_wasserstein(real, np.asarray(noise))
     assert drawn['final', 'flow_map']['sliced_wasserstein_3'] == pytest.approx(still, rel=1e-5)
     euler = euler_sample(vfn, noise, time_grid(3))
-    expected = flow_samples.distribution.sliced_wasserstein(real, np.asarray(euler))
+    expected = distribution.sliced_wasserstein(real, np.asarray(euler))
     assert drawn['slow', 'euler']['sliced_wasserstein_3'] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match=r"map\.ema has no 'fast'"):
         flow_samples.flow_samples(made, weights='fast')
@@ -521,13 +521,13 @@ def test_fid_is_the_distance_in_the_features_of_shown_pixels(stage, batch, monke
     # Two batches, the last one padded; moments are of all examples, not of the first 40.
     padded = {**batch, 'mask': jnp.arange(BATCH) < 5}
     found = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}] * 3 + [padded])
-    noise = flow_samples.draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
+    noise = draw_noise(jax.random.key(0), 40, (2,), scale=0.5)
     vfn = velocity_function(net, {'params': state.ema['slow']['network']})
     one = np.asarray(fm.flow_map(vfn, 0.0, 1.0, noise))
     inputs = np.asarray(batch['input'])
     inputs = np.concatenate([inputs, inputs, inputs, inputs[:5]])
-    real, fake = (flow_samples.distribution.moments((x + 1.0) ** 2) for x in (inputs, one))
-    expected = flow_samples.distribution.frechet_distance(real, fake)
+    real, fake = (distribution.moments((x + 1.0) ** 2) for x in (inputs, one))
+    expected = distribution.frechet_distance(real, fake)
     assert found['fid_1'] == pytest.approx(expected, rel=1e-5)
     # Moments of the split are kept.
     again = probe.run(state, [{**batch, 'mask': jnp.ones(BATCH, bool)}])
@@ -539,9 +539,9 @@ def test_geometry_agrees_with_the_metrics_of_the_whole_path(stage):
     probe = flow_samples.flow_geometry(made, weights='slow', samples=32, steps=8)
     found = probe.run(state, [])
     noise_key = jax.random.split(jax.random.key(0), 3)[0]
-    noise = flow_samples.draw_noise(noise_key, 32, (2,), scale=0.5)
+    noise = draw_noise(noise_key, 32, (2,), scale=0.5)
     vfn = velocity_function(net, {'params': state.ema['slow']['network']})
-    straight = flow_samples.generation.straightness(vfn, noise, steps=8).mean()
+    straight = generation.straightness(vfn, noise, steps=8).mean()
     assert found['straightness'] == pytest.approx(float(straight), rel=1e-4)
     gap = fm.flow_map(vfn, 0.0, 1.0, noise) - euler_sample(vfn, noise, time_grid(8))
     assert found['map_to_flow'] == pytest.approx(float(jnp.sum(gap**2) / 32), rel=1e-4)

@@ -11,7 +11,7 @@ from kd.losses import schedule
 from kd.models.denoiser import denoiser as denoiser_module
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
-from kd.sampling import denoiser, diffusion, rollout, times
+from kd.sampling import denoiser, diffusion, generator, times
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -254,7 +254,7 @@ def test_a_rollout_is_its_own_steps_and_one_call_with_gradient(exit):
     path, z, key = schedule.edm(), jnp.asarray([[3.0, -4.0], [6.0, 1.0]]), jax.random.key(3)
 
     def run(theta):
-        return rollout.rollout(path, line(theta), GRID, z, key, jnp.int32(exit))
+        return generator.rollout(path, line(theta), GRID, z, key, jnp.int32(exit))
 
     found = run(0.7)
     x = z
@@ -281,7 +281,7 @@ def test_all_exits_are_one_program_with_as_many_calls_as_they_need():
     @jax.jit
     def run(exit):
         traces.append(1)
-        return rollout.rollout(path, counted, GRID, z, jax.random.key(0), exit).x
+        return generator.rollout(path, counted, GRID, z, jax.random.key(0), exit).x
 
     for exit in range(4):
         calls.clear()

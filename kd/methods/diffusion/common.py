@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kd import config as config_lib
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import score_distillation
-from kd.methods.diffusion.distribution_matching import Direction, Discriminator, Student
+from kd.methods.diffusion.distribution_matching import Direction, Discriminator
 from kd.metrics import mean
 from kd.models.discriminator import FeatureHead
 from kd.network import feature_names
 from kd.sampling import denoiser as denoisers
-from kd.sampling import diffusion
+from kd.sampling import generator
 from kd.sampling import times as times_lib
 from kd.sampling.denoiser import Denoiser
+from kd.sampling.generator import Generator
 from kd.sampling.times import Clock, TimeLaw
 
 
@@ -29,22 +29,12 @@ def teacher(context: Context) -> Denoiser:
     return denoisers.of_network(context.teacher, context.trained_by.get('teacher'))
 
 
-def student(context: Context, times: tuple[float, ...], step: str) -> Student:
-    """The stage's network as a generator.
-
-    Raises:
-      UserError: times that do not decrease, or that its schedule does not have.
-    """
-    own = denoisers.of_network(context.network, context.trained_by.get('teacher'))
-    low, high = own.schedule.low, own.schedule.high
-    if not times or np.any(np.diff(times) >= 0):
-        raise UserError(f'{context.stage}.method.times must decrease, got {times}.')
-    if times[0] > high or times[-1] < low:
-        raise UserError(
-            f"{context.stage}.method.times={times} leaves the times of the schedule '"
-            f"{own.schedule.name}', {low:g} to {high:g}."
-        )
-    return Student(own, tuple(times), diffusion.STEPS[step]())
+def student(context: Context, times: Sequence[float], step: str = 'restart') -> Generator:
+    """The stage's network as a generator, see `kd.sampling.generator.of_network`."""
+    return generator.of_network(
+        context.network, times, step, context.trained_by.get('teacher'),
+        where=f'{context.stage}.method',
+    )  # fmt: skip
 
 
 def clock(block: Mapping[str, Any] | None, denoiser: Denoiser) -> Clock:

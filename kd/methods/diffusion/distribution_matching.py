@@ -33,57 +33,12 @@ from kd.methods import start
 from kd.metrics import Metrics, mean
 from kd.network import Network
 from kd.sampling import denoiser as denoisers
-from kd.sampling import diffusion
 from kd.sampling.denoiser import Condition, Denoiser
-from kd.sampling.rollout import Rollout, rollout
+from kd.sampling.generator import Generator, Rollout
 from kd.sampling.times import TimeLaw
 from kd.state import PyTree, State
 
 GENERATOR, FAKE, TEACHER = 'generator', 'fake', 'teacher'
-
-
-class Student(NamedTuple):
-    """A generator of few steps.
-
-    Attributes:
-      denoiser: of its network.
-      times: at which it is asked, decreasing; one for a generator of one step.
-      step: from one time to the next.
-    """
-
-    denoiser: Denoiser
-    times: tuple[float, ...]
-    step: diffusion.Step = diffusion.restart()
-
-    def sample(self, variables: PyTree, condition: Condition, key: jax.Array, shape) -> jax.Array:
-        """Samples [B, ...] of all its steps."""
-        noise_key, key = jax.random.split(key)
-        path = self.denoiser.schedule
-        z = diffusion.noise(path, noise_key, shape, self.times[0])
-        return diffusion.sample(
-            path, self.denoiser.bind(variables, condition), z, self.times, key, step=self.step
-        )
-
-    def rollout(
-        self, variables: PyTree, condition: Condition, key: jax.Array, shape, train: bool
-    ) -> Rollout:
-        """Its state at one of its times, drawn for the whole batch, and what it says there."""
-        noise_key, exit_key, key, dropout = jax.random.split(key, 4)
-        path = self.denoiser.schedule
-
-        def call(x, t):
-            return self.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
-
-        return rollout(
-            path,
-            self.denoiser.bind(variables, condition),
-            self.times,
-            diffusion.noise(path, noise_key, shape, self.times[0]),
-            key,
-            jax.random.randint(exit_key, (), 0, len(self.times)),
-            step=self.step,
-            call=call,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +130,7 @@ class Critic(NamedTuple):
 def distribution_matching(
     context: Context,
     *,
-    student: Student,
+    student: Generator,
     teacher: Denoiser,
     critic: Critic,
     direction: Direction,
