@@ -141,6 +141,18 @@ class World:
             'modes': [float(found.covered) for found in hits],
         }
 
+    def spread(self, samples: np.ndarray) -> np.ndarray:
+        """Deviation of the samples of each run over that of the data, [R]."""
+        real = self.drawn(samples.shape[1], 1)['input']
+        return np.asarray([fidelity.spread(real, x)[0] for x in samples])
+
+    def accuracy(self, samples: np.ndarray) -> list[float]:
+        """Share of samples, whose classes go round, that are of their class: the nearest mode."""
+        wanted = np.arange(samples.shape[1]) % self.mixture.num_classes
+        away = np.linalg.norm(samples[:, :, None] - self.mixture.means, axis=-1)
+        said = self.mixture.labels[away.argmin(-1)]
+        return (said == wanted).mean(1).tolist()
+
 
 @functools.cache
 def _sampled(network, student, n):

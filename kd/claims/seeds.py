@@ -40,6 +40,8 @@ def train(
     frozen_per_run: Mapping[str, PyTree] | None = None,
     hyperparameters: Mapping[str, np.ndarray] | None = None,
     init: Callable[[jax.Array], State] | None = None,
+    watch: Callable[[State], None] | None = None,
+    watched: int = _CHUNK,
 ) -> State:
     """Trains `len(seeds)` runs side by side.
 
@@ -61,6 +63,8 @@ def train(
         the method's outermost transformation.
       init: replaces `method.init` as `init(key) -> State`, to go on from earlier runs for example;
         its step does not depend on the key.
+      watch: is shown the state after every `watched` steps, without frozen trees.
+      watched: as above.
 
     Returns:
       The final state, each leaf with a leading axis [R], without frozen trees.
@@ -92,11 +96,13 @@ def train(
     def chunk(state: State, taken: PyTree, own: PyTree, own_arrays: PyTree) -> State:
         return jax.lax.scan(lambda s, r: (together(s, r, own, own_arrays), None), state, taken)[0]
 
-    for first in range(0, steps, _CHUNK):
-        count = min(_CHUNK, steps - first)
+    for first in range(0, steps, watched):
+        count = min(watched, steps - first)
         each = [_taken(int(seed), size, batch_size, poisson, first, count) for seed in seeds]
         taken = jax.tree.map(lambda *runs: jnp.stack(runs, 1), *each)
         state = chunk(state, taken, own_frozen, own_arrays)
+        if watch is not None:
+            watch(state)
     state = state.replace(step=jnp.broadcast_to(state.step, seeds.shape))
     return jax.block_until_ready(state)
 

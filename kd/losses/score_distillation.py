@@ -22,7 +22,15 @@ import jax.numpy as jnp
 
 from kd.losses.schedule import Schedule
 
-__all__ = ['augmentation', 'denoising', 'direction', 'mean_variance_kl', 'surrogate', 'vsd']
+__all__ = [
+    'augmentation',
+    'denoising',
+    'direction',
+    'mean_variance_kl',
+    'residual',
+    'surrogate',
+    'vsd',
+]
 
 Weight = Literal['x0', 'eps', 'v', 'flow', 'edm', 'alpha2']
 
@@ -40,9 +48,14 @@ def direction(x: jax.Array, real: jax.Array, fake: jax.Array, floor: float = 1e-
     Source: DMD, arXiv:2311.18828, eqs. 7 and 8, without the factor alpha_t that its code and all
     that follow it leave out.
     """
-    x, real, fake = (jax.lax.stop_gradient(_wide(y)) for y in (x, real, fake))
-    scale = jnp.mean(jnp.abs(x - real), axis=tuple(range(1, x.ndim)), keepdims=True)
-    return (fake - real) / jnp.maximum(scale, floor)
+    return jax.lax.stop_gradient((_wide(fake) - _wide(real)) / residual(x, real, floor))
+
+
+def residual(x: jax.Array, real: jax.Array, floor: float = 1e-6) -> jax.Array:
+    """mean |x - mu_real| of each example, at least `floor`, [B, 1, ...]; a direction is over it."""
+    apart = jnp.abs(_wide(x) - _wide(real))
+    scale = jnp.mean(apart, axis=tuple(range(1, x.ndim)), keepdims=True)
+    return jax.lax.stop_gradient(jnp.maximum(scale, floor))
 
 
 def vsd(real: jax.Array, fake: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:

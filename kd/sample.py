@@ -1,0 +1,191 @@
+"""Samples of a trained generator as a picture.
+
+    python -m kd.sample --run=runs/few_steps/four --seed=0
+    python -m kd.sample --run=runs/digits/map --steps=2 --out=digits.png
+
+`--run` is the directory of a finished stage: a generator of few steps, which has its own times and
+refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
+number of --steps. Classes go round. Images make a grid, points in the plane a density.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd import config as config_lib
+from kd import files, process
+from kd.config import Recipe
+from kd.data.context import source_loader, splits
+from kd.data.sources import Source
+from kd.errors import UserError
+from kd.evaluators import generation
+from kd.io import finished, safetensors
+from kd.network import Network
+from kd.networks import build_network
+from kd.sampling import denoiser as denoisers
+from kd.sampling import diffusion, flow, generator, times, velocity
+from kd.state import PyTree
+
+# Stages of these make jumps; other flows are solved by Heun's method.
+_JUMPS = 'kd.methods.flow.flow_map'
+# Steps of a denoiser, flow or flow map unless said otherwise.
+_STEPS = 32
+
+# (variables, label or None, key, shape) -> samples
+Draw = Callable[[PyTree, jax.Array | None, jax.Array, tuple[int, ...]], jax.Array]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the picture; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m kd.sample', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument('--run', required=True, type=process.path_argument, help='a stage')
+    parser.add_argument('--out', type=Path, default=Path('samples.png'))
+    parser.add_argument('--samples', type=int, default=64)
+    parser.add_argument('--steps', type=int, default=0, help="0: the generator's own, else 32")
+    parser.add_argument('--times', default='', help='of a generator, in place of its own: 80,2.5')
+    parser.add_argument('--guidance', type=float, default=1.0)
+    parser.add_argument('--weights', default='final', help="'final' or the name of an average")
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--columns', type=int, default=8)
+    parser.add_argument('--zoom', type=int, default=4)
+    arguments = parser.parse_args(argv)
+    network, source, block, teacher = load(arguments.run)
+    variables = safetensors.stage_variables(arguments.run, arguments.weights)
+    given = tuple(float(t) for t in arguments.times.split(',')) if arguments.times else ()
+    draw = sampler(
+        network, block, teacher, steps=arguments.steps, times=given, guidance=arguments.guidance
+    )
+    classes, shape = denoisers.num_classes(network), source.spec['input'].shape
+    count = arguments.samples
+    label = None if classes is None else jnp.arange(count) % classes
+    key = jax.random.key(arguments.seed)
+    found = np.asarray(jax.jit(draw, static_argnums=3)(variables, label, key, (count, *shape)))
+    if not np.isfinite(found).all():
+        raise UserError(f'{arguments.run} makes samples that are not finite.')
+    if shape == (2,):
+        page = generation.density_page({arguments.run.name: {'samples': found}})
+        page.savefig(arguments.out)
+    elif len(shape) == 3 and shape[-1] in (1, 3):
+        images = source.to_pixels(found)
+        generation.save_image_grid(
+            arguments.out, images, columns=arguments.columns, zoom=arguments.zoom
+        )
+    else:
+        raise UserError(f'samples of the shape {shape} are no picture.')
+    print(f'{arguments.out}: {count} samples of {arguments.run}')
+    return 0
+
+
+def load(directory: Path) -> tuple[Network, Source, Mapping[str, Any], Mapping[str, Any]]:
+    """(network, data, block of its method, block of the method of what taught it) of a stage.
+
+    Raises:
+      UserError: no finished stage, or none that trains a network.
+    """
+    file = directory.parent / 'config.json'
+    if finished.read_done(directory) is None or not file.is_file():
+        raise UserError(
+            f"--run='{directory}' is not the directory of a finished stage, such as "
+            'runs/few_steps/four.'
+        )
+    recipe = config_lib.parse(
+        config_lib.to_plain(files.read_json(file, 'manifest.json beside it holds it too'))
+    )
+    stage = recipe.stages[directory.name]
+    data = config_lib.data_of(recipe.data, stage.data)
+    split = 'train' if 'train' in splits(data) else splits(data)[0]
+    source = source_loader(data, recipe, directory.parent)(split)
+    network = build_network(stage.network, source, where=f'{directory.name}.network')
+    if network is None:
+        raise UserError(f'{directory} trains no network.')
+    return network, source, stage.method, _method_of(recipe, stage.teacher)
+
+
+def sampler(
+    network: Network,
+    block: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    *,
+    steps: int = 0,
+    times: tuple[float, ...] = (),
+    guidance: float = 1.0,
+) -> Draw:
+    """Samples of a network by what its method made of it.
+
+    Args:
+      network: of the stage.
+      block: of its method.
+      teacher: of its teacher's method, {} for none.
+      steps: see the module.
+      times: of a generator, in place of its own.
+      guidance: scale of classifier-free guidance, of denoisers and flows.
+
+    Raises:
+      UserError: steps or guidance that the generator does not have.
+    """
+    if 'times' in block:
+        own = tuple(block['times'])
+        if not times and steps not in (0, len(own)):
+            raise UserError(
+                f'this generator was trained at the times {own}, {len(own)} steps, and has no '
+                f'others; leave --steps out, or give --times to ask it elsewhere.'
+            )
+        if guidance != 1.0:
+            raise UserError('this generator was distilled with its guidance; leave it out.')
+        made = generator.of_network(
+            network, times or own, block.get('step', 'restart'), teacher, where='method'
+        )
+        return lambda v, label, key, shape: made.sample(v, _condition(label), key, shape)
+    if len(network.inputs) == 3:
+        return _of_flow(network, block, steps or _STEPS, guidance)
+    return _of_denoiser(network, steps or _STEPS, guidance)
+
+
+def _of_flow(network: Network, block: Mapping[str, Any], steps: int, guidance: float) -> Draw:
+    jumps = str(block.get('name', '')).startswith(_JUMPS)
+    solve = flow.flow_map_sample if jumps else flow.heun_sample
+    scale = velocity.noise_scale(network, block.get('noise_scale'))
+
+    def draw(variables, label, key, shape):
+        vfn = velocity.velocity_function(network, variables, label, guidance=guidance)
+        noise = flow.draw_noise(key, shape[0], shape[1:], scale=scale)
+        return solve(vfn, noise, flow.time_grid(steps))
+
+    return draw
+
+
+def _of_denoiser(network: Network, steps: int, guidance: float) -> Draw:
+    own = denoisers.guided(denoisers.of_network(network), guidance)
+    path = own.schedule
+    clock = times.karras(path.low, path.high) if path.name == 'edm' else times.even(path)
+    grid = times.grid(clock, steps, last=0.0 if path.low > 0 else 1 / steps)
+
+    def draw(variables, label, key, shape):
+        noise_key, key = jax.random.split(key)
+        noise = diffusion.noise(path, noise_key, shape, float(grid[0]))
+        denoise = own.bind(variables, _condition(label))
+        return diffusion.sample(path, denoise, noise, grid, key, step=diffusion.dpm_pp_2m())
+
+    return draw
+
+
+def _condition(label: jax.Array | None) -> dict[str, jax.Array]:
+    return {} if label is None else {'label': label}
+
+
+def _method_of(recipe: Recipe, stage: str) -> Mapping[str, Any]:
+    return recipe.stages[stage].method if stage in recipe.stages else {}
+
+
+if __name__ == '__main__':
+    process.command(main)
