@@ -27,7 +27,7 @@ from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling import denoiser as denoisers
 from kd.sampling import times
-from kd.sampling.generator import Generator
+from kd.sampling.generator import Generator, of_network
 from kd.state import PyTree
 
 BATCH = 256
@@ -128,7 +128,7 @@ class World:
 
     def samples(self, params: PyTree, student: Generator, n: int = 4_000) -> np.ndarray:
         """[R, n, d], the same noise for every run and arm."""
-        return np.asarray(_sampled(self.network, student, n)(params))
+        return np.asarray(_sampled(self.network, student.times, n)(params))
 
     def measure(self, samples: np.ndarray) -> Mapping[str, list[float]]:
         """Distance to the data and share of samples on a mode, of each run."""
@@ -155,7 +155,8 @@ class World:
 
 
 @functools.cache
-def _sampled(network, student, n):
+def _sampled(network, times, n):
+    student = of_network(network, times, where='student')
     shape = network.inputs[1].shape[1:]
     classes = denoisers.num_classes(network)
 
