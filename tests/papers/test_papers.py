@@ -25,13 +25,14 @@ CITED = [c for c in citations.of_package(ROOT / 'kd') if not c.where.startswith(
 SHARED = {
     *('kd.methods.cache', 'kd.methods.privacy', 'kd.methods.vision.supervised'),
     *('kd.methods.flow.common', 'kd.methods.dataset.matching', 'kd.methods.dataset.coreset'),
-    'kd.methods.rl.surrogate',
+    *('kd.methods.rl.surrogate', 'kd.methods.diffusion.distribution_matching'),
 }
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}
 # Papers whose authors no source at hand names.
 ANONYMOUS = {
     *('dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded', 'sd_zero'),
+    *('decoupled_dmd', 'phased_dmd', 'embedding_loss'),
 }
 
 ENTRY = """
@@ -211,7 +212,7 @@ def test_the_list_by_family(capsys):
     assert started(['--family=vison']) == 2
     assert capsys.readouterr().err == (
         "kd: There is no family 'vison'. Did you mean 'vision'? "
-        'Families: dataset, flow, lm, rl, vision.\n'
+        'Families: dataset, diffusion, flow, lm, rl, vision.\n'
     )
 
 
