@@ -42,11 +42,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kd.losses.feature import linear_cka, similarity_preserving
-from kd.losses.mean_embedding import mean_embedding_distance
+from kd.losses.mean_embedding import mean_embedding_distance, mmd2
 from kd.losses.relation import intra_class_correlation
 
 OF_BATCH: frozenset[Callable[..., Any]] = frozenset(
-    {intra_class_correlation, linear_cka, mean_embedding_distance, similarity_preserving}
+    {intra_class_correlation, linear_cka, mean_embedding_distance, mmd2, similarity_preserving}
 )
 
 

@@ -136,6 +136,7 @@ def distribution_matching(
     direction: Direction,
     terms: Sequence[Term] = (),
     discriminator: Discriminator | None = None,
+    samples: int | None = None,
 ) -> Method:
     """Moves a generator along a direction, and the critic that the direction asks, in turn.
 
@@ -149,6 +150,8 @@ def distribution_matching(
         conditioned on, and `input`, whose shape samples have, and which a discriminator and some
         terms read.
       student, teacher, critic, direction, terms, discriminator: see above.
+      samples: of the generator in a step, for the conditions of the first so many examples; None
+        for as many as there are. Terms see all examples.
     """
     network, shape = context.network, context.spec['input'].shape
 
@@ -169,17 +172,17 @@ def distribution_matching(
 
         return Views(made.x, made.time, condition, teacher.schedule, real, fake, both)
 
+    def asked(batch: Batch) -> dict[str, jax.Array]:
+        return {name: x[:samples] for name, x in denoisers.conditions(network, batch).items()}
+
     def rolled(state: State, batch: Batch, key: jax.Array, params: PyTree = None) -> Rollout:
         variables = state.variables(part=GENERATOR, params=params)
-        rows = (len(batch['input']), *shape)
-        return student.rollout(
-            variables, denoisers.conditions(network, batch), key, rows, params is not None
-        )
+        rows = (len(batch['input'][:samples]), *shape)
+        return student.rollout(variables, asked(batch), key, rows, params is not None)
 
     def generator_loss(params, state, batch, key):
         keys = jax.random.split(key, 3 + len(terms))
-        made = rolled(state, batch, keys[0], params)
-        condition = denoisers.conditions(network, batch)
+        made, condition = rolled(state, batch, keys[0], params), asked(batch)
         seen = views(state, made, condition)
         g, metrics = direction(seen, keys[1])
         losses = score_distillation.surrogate(made.x, g)
@@ -200,7 +203,7 @@ def distribution_matching(
     def critic_loss(params, state, batch, key):
         keys = jax.random.split(key, 5)
         made = _seen_by_critic(batch, lambda: rolled(state, batch, keys[0]), critic)
-        known = denoisers.conditions(network, batch)
+        known = asked(batch)
         condition = denoisers.dropped(critic.denoiser, keys[1], known, critic.dropped)
         own = _fake_variables(state, params, discriminator)
         time_key, noise_key = jax.random.split(keys[2])
@@ -212,7 +215,8 @@ def distribution_matching(
         )
         metrics = {'denoising': mean(losses)}
         if discriminator is not None:
-            real = Rollout(batch['input'], made.time, batch['input'])
+            data = batch['input'][:samples]
+            real = Rollout(data, made.time, data)
             d_real, d_fake = (
                 _logits(critic, discriminator, params, state, which, known, key)
                 for which, key in zip((real, made), jax.random.split(keys[4]), strict=True)
