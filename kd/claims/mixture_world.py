@@ -1,7 +1,7 @@
 """Generators of points from mixtures whose denoiser is known, for claims on score distillation.
 
-Many of them at once: a seed decides network, noise and order. Networks are perceptrons with the
-preconditioning of EDM, first trained as denoisers of the data.
+Many of them at once: a seed decides network, noise and order. Networks are perceptrons, with the
+preconditioning of EDM or of velocities, first trained as denoisers of the data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class World:
     Attributes:
       mixture: the data.
       path: the schedule.
-      clock: of Karras et al. on it.
+      clock: of Karras et al. on it, or even.
       network, denoiser: of generators and critics.
       exact: the teacher, E[x0 | x_t].
       seeds: of the runs.
@@ -51,18 +51,21 @@ class World:
         mixture: Mixture,
         seeds: np.ndarray,
         *,
-        low: float = 0.02,
-        high: float = 5.0,
+        path: Schedule | None = None,
         width: int = 128,
         conditional: bool = False,
     ):
         self.mixture, self.seeds = mixture, np.asarray(seeds)
-        self.path: Schedule = edm(low, high)
-        self.clock = times.karras(low, high)
+        self.path = path or edm(0.02, 5.0)
         inner = VelocityMLP(
             width=width, depth=3, num_classes=mixture.num_classes if conditional else None
         )
-        module = Denoised(inner, self.path, precondition='edm')
+        if self.path.name == 'edm':
+            self.clock = times.karras(self.path.low, self.path.high)
+            module = Denoised(inner, self.path, precondition='edm')
+        else:
+            self.clock = times.even(self.path)
+            module = Denoised(inner, self.path, kind='flow')
         self.spec = {'input': jax.ShapeDtypeStruct((mixture.means.shape[1],), jnp.float32)}
         self.network = from_linen(module, *module.example_inputs(self.spec))
         self.denoiser = denoisers.of_network(self.network)
@@ -94,7 +97,7 @@ class World:
             denoiser=self.denoiser,
             tx=context.optimizer(name='adam', lr=lr, updates=updates),
             law=times.uniform(self.clock),
-            weight='edm',
+            weight='edm' if self.path.name == 'edm' else 'flow',
         )
         return Critic(**given | more)
 
@@ -110,8 +113,11 @@ class World:
             steps=steps,
             optimizer=dict(name='adam', lr=1e-3, schedule='cosine'),
         )
-        law = dict(name='kd.sampling.times.lognormal', mean=-0.8, deviation=1.4)
-        method = denoising(context, law=law, weight='edm')
+        if self.path.name == 'edm':
+            law = dict(name='kd.sampling.times.lognormal', mean=-0.8, deviation=1.4)
+            method = denoising(context, law=law, weight='edm')
+        else:
+            method = denoising(context, weight='flow')
         state = seeds_lib.train(method, self.data, self.seeds, steps=steps, batch_size=batch_size)
         return state.params['network']
 
@@ -126,9 +132,11 @@ class World:
         )  # fmt: skip
         return state.params[GENERATOR]
 
-    def samples(self, params: PyTree, student: Generator, n: int = 4_000) -> np.ndarray:
+    def samples(
+        self, params: PyTree, student: Generator, n: int = 4_000, step: str = 'restart'
+    ) -> np.ndarray:
         """[R, n, d], the same noise for every run and arm."""
-        return np.asarray(_sampled(self.network, student.times, n)(params))
+        return np.asarray(_sampled(self.network, student.times, step, n)(params))
 
     def measure(self, samples: np.ndarray) -> Mapping[str, list[float]]:
         """Distance to the data and share of samples on a mode, of each run."""
@@ -139,6 +147,7 @@ class World:
             'swd': [distribution.sliced_wasserstein(real, x) for x in samples],
             'hit': [found.hit for found in hits],
             'modes': [float(found.covered) for found in hits],
+            'entropy': [found.entropy for found in hits],
         }
 
     def spread(self, samples: np.ndarray) -> np.ndarray:
@@ -155,8 +164,8 @@ class World:
 
 
 @functools.cache
-def _sampled(network, times, n):
-    student = of_network(network, times, where='student')
+def _sampled(network, times, step, n):
+    student = of_network(network, times, step, where='student')
     shape = network.inputs[1].shape[1:]
     classes = denoisers.num_classes(network)
 

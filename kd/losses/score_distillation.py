@@ -20,6 +20,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kd.losses.interpolant import expand_times
 from kd.losses.schedule import Schedule
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     'direction',
     'mean_variance_kl',
     'residual',
+    'subinterval',
     'surrogate',
     'vsd',
 ]
@@ -136,6 +138,41 @@ def denoising(
     if weight not in weights:
         raise ValueError(f'denoising: weight is one of {list(weights)}, got {weight!r}.')
     return weights[weight]() * error
+
+
+def subinterval(
+    prediction: jax.Array,
+    x_s: jax.Array,
+    eps: jax.Array,
+    schedule: Schedule,
+    s: jax.Array,
+    t: jax.Array,
+    clamp: float = 10.0,
+) -> jax.Array:
+    """Denoising where no clean example is known, only x_s at a time s: of each example, [B].
+
+        min(1 / b^2, clamp) mean (b u - [(alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2 eps
+        - b / alpha_s x_s])^2,      x_t = a x_s + b eps,      a, b of `Schedule.bridge(s, t)`
+
+    Its minimiser is u = E[eps' - x0 | x_t], with eps' the noise of x_t as a whole, for every law of
+    x_s; `eps - x_s` in its place is biased. With s = 0 it is the squared error of u.
+
+    Args:
+      prediction: u, of the kind 'flow' (see `kd.losses.schedule`), [B, ...].
+      x_s: [B, ...], stop-gradiented.
+      eps: the noise between the times, [B, ...].
+      schedule, s, t: s and t are [B], s < t.
+      clamp: of the weight, which has a pole at t = s.
+
+    Source: Phased DMD, arXiv:2510.27684, eqs. 9 to 11.
+    """
+    u, x_s, eps = (_wide(y) for y in (prediction, jax.lax.stop_gradient(x_s), eps))
+    _, b = (expand_times(y, u) for y in schedule.bridge(s, t))
+    alpha_s, sigma_s = schedule.coefficients(s, u)
+    alpha_t, sigma_t = schedule.coefficients(t, u)
+    share = (alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / alpha_s**2
+    error = _mean(jnp.square(b * u - (share * eps - b / alpha_s * x_s)))
+    return jnp.minimum(1.0 / jnp.maximum(b.reshape(-1) ** 2, 1e-12), clamp) * error
 
 
 def mean_variance_kl(

@@ -1,8 +1,9 @@
 """Samplers of denoisers: from noise to data in a few calls or many.
 
 `denoise(x_t, t) -> x0` has its variables, condition and guidance bound, see
-`kd.sampling.denoiser.Denoiser.bind`. All steps are taken in y = x / alpha and s = sigma / alpha,
-where every schedule is the one of EDM and the probability flow is dy/ds = (y - mu) / s.
+`kd.sampling.denoiser.Denoiser.bind`. All steps are those of y = x / alpha and s = sigma / alpha,
+where every schedule is the one of EDM and the probability flow is dy/ds = (y - mu) / s; they are
+written so that alpha may be 0 at the first time, where nothing is left of the data.
 """
 
 from __future__ import annotations
@@ -46,14 +47,15 @@ def ddim(eta: float = 0.0) -> Step:
     """
 
     def move(schedule, denoise, x, t, to, key, memory):
-        y, s, s2, alpha2 = _clean(schedule, x, t, to)
+        alpha, sigma, alpha2, sigma2 = _both(schedule, x, t, to)
         mu = denoise(x, t)
-        up = eta * s2 * jnp.sqrt(jnp.maximum(1 - (s2 / s) ** 2, 0.0))
-        down = jnp.sqrt(jnp.maximum(s2**2 - up**2, 0.0))
-        y = mu + down * (y - mu) / s
+        ratio = alpha * sigma2 / (alpha2 * sigma)
+        up = eta * sigma2 * jnp.sqrt(jnp.maximum(1 - ratio**2, 0.0))
+        down = jnp.sqrt(jnp.maximum(sigma2**2 - up**2, 0.0))
+        moved = alpha2 * mu + down * (x - alpha * mu) / sigma
         if eta:
-            y = y + up * jax.random.normal(key, x.shape, y.dtype)
-        return alpha2 * y, memory
+            moved = moved + up * jax.random.normal(key, x.shape, moved.dtype)
+        return moved, memory
 
     return Step(move)
 
@@ -72,11 +74,15 @@ def heun() -> Step:
     """Second order: the mean of the slopes at both ends (arXiv:2206.00364, algorithm 1)."""
 
     def move(schedule, denoise, x, t, to, key, memory):
-        y, s, s2, alpha2 = _clean(schedule, x, t, to)
-        slope = (y - denoise(x, t)) / s
-        ahead = y + (s2 - s) * slope
-        other = (ahead - denoise((alpha2 * ahead).astype(x.dtype), to)) / s2
-        return alpha2 * (y + (s2 - s) * 0.5 * (slope + other)), memory
+        alpha, sigma, alpha2, sigma2 = _both(schedule, x, t, to)
+        mu = denoise(x, t)
+        eps = (x - alpha * mu) / sigma
+        ahead = alpha2 * mu + sigma2 * eps
+        other = (ahead - alpha2 * denoise(ahead.astype(x.dtype), to)) / sigma2
+        # (s' - s) (eps + eps') / 2 from y = mu + s eps; there is no s where nothing is left of x0.
+        s = sigma / jnp.where(alpha > 0, alpha, 1.0)
+        change = 0.5 * (sigma2 - alpha2 * s) * (other - eps)
+        return ahead + jnp.where(alpha > 0, change, 0.0), memory
 
     return Step(move, calls=2)
 
@@ -92,13 +98,15 @@ def dpm_pp_2m() -> Step:
     """
 
     def move(schedule, denoise, x, t, to, key, memory):
-        y, s, s2, alpha2 = _clean(schedule, x, t, to)
+        alpha, sigma, alpha2, sigma2 = _both(schedule, x, t, to)
         before, h_before, count = memory
-        mu, h = denoise(x, t), jnp.log(s) - jnp.log(s2)
+        ratio = alpha * sigma2 / (alpha2 * sigma)
+        mu, h = denoise(x, t), -jnp.log(ratio)
         r = jnp.where(count > 0, h_before, h) / h
-        d = jnp.where(count > 0, (1 + 0.5 / r) * mu - 0.5 / r * before, mu)
-        y = s2 / s * y + (1 - s2 / s) * d
-        return alpha2 * y, (mu, h, count + 1)
+        second = (count > 0) & jnp.isfinite(r)
+        r = jnp.where(second, r, 1.0)
+        d = jnp.where(second, (1 + 0.5 / r) * mu - 0.5 / r * before, mu)
+        return sigma2 / sigma * x + alpha2 * (1 - ratio) * d, (mu, h, count + 1)
 
     def memory(x):
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -168,8 +176,6 @@ def noise(schedule: Schedule, key: jax.Array, shape: tuple[int, ...], t: float) 
     return schedule.sigma(jnp.float32(t)) * jax.random.normal(key, shape, jnp.float32)
 
 
-def _clean(schedule, x, t, to):
-    """(y, s, s', alpha') of a state and two times."""
-    alpha, sigma = schedule.coefficients(t, x)
-    alpha2, sigma2 = schedule.coefficients(to, x)
-    return x / alpha, sigma / alpha, sigma2 / alpha2, alpha2
+def _both(schedule, x, t, to):
+    """(alpha, sigma, alpha', sigma') of two times."""
+    return *schedule.coefficients(t, x), *schedule.coefficients(to, x)

@@ -55,9 +55,25 @@ class Generator(NamedTuple):
         )
 
     def rollout(
-        self, variables: PyTree, condition: Condition, key: jax.Array, shape, train: bool
+        self,
+        variables: PyTree,
+        condition: Condition,
+        key: jax.Array,
+        shape,
+        train: bool,
+        frozen: Mapping[str, PyTree],
     ) -> Rollout:
-        """Its state at one of its times, drawn for the whole batch, and what it says there."""
+        """Its state at one of its times, drawn for the whole batch, and what it says there.
+
+        Args:
+          variables: of the generator.
+          condition: of the samples.
+          key: of the noise and the time.
+          shape: [B, ...].
+          train: whether the call with gradient is in training mode.
+          frozen: variables of other networks, for generators that need them.
+        """
+        del frozen
         noise_key, exit_key, key, dropout = jax.random.split(key, 4)
         path = self.denoiser.schedule
 

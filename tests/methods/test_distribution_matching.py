@@ -171,7 +171,7 @@ def test_inputs_of_later_times_are_made_by_the_generator(network, teacher, batch
     """No noised data: other parameters, other inputs."""
     student = common.student(context(network), (5.0, 0.8))
     rolled = jax.jit(
-        lambda v, key: student.rollout(v, {'label': batch['label']}, key, (B, 2), True)
+        lambda v, key: student.rollout(v, {'label': batch['label']}, key, (B, 2), True, {})
     )
     other = jax.tree.map(lambda x: 1.5 * x, teacher)
     seen = set()

@@ -186,6 +186,25 @@ def test_samplers_carry_a_gaussian_to_a_gaussian(name, step):
         )
 
 
+@pytest.mark.parametrize('step', ['ddim', 'ancestral', 'heun', 'dpm_pp_2m', 'restart'])
+def test_where_nothing_is_left_of_the_data_a_step_goes_to_the_mean_and_the_noise(step):
+    """The first time of a flow, and of a schedule with zero terminal signal."""
+    for path, grid in (
+        (schedule.flow(), (1.0, 0.6, 0.3)),
+        (schedule.discrete(zero_terminal=True), (999.0, 600.0, 300.0)),
+    ):
+        denoise = gaussian(path, 0.3, 0.5).bind({})
+        z = jnp.asarray(np.random.default_rng(0).standard_normal((5, 2)))
+        found = diffusion.sample(
+            path, denoise, z, grid, jax.random.key(0), step=diffusion.STEPS[step](),
+            trajectory=True,
+        )  # fmt: skip
+        assert np.isfinite(found).all()
+        if step in ('ddim', 'dpm_pp_2m'):
+            t = jnp.float64(grid[1])
+            np.testing.assert_allclose(found[1], path.alpha(t) * 0.3 + path.sigma(t) * z, rtol=1e-6)
+
+
 def test_first_and_second_order():
     """Halving the steps multiplies the error by 2, and by 4."""
     path = schedule.edm()

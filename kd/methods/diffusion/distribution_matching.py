@@ -15,8 +15,8 @@ where there is a discriminator. The teacher is `state.frozen['teacher']`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,8 @@ import optax
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import adversarial, score_distillation
-from kd.losses.schedule import Schedule
+from kd.losses.interpolant import expand_times
+from kd.losses.schedule import Schedule, convert
 from kd.losses.score_distillation import Weight
 from kd.method import Batch, Method, Objective, Player, alternate
 from kd.methods import start
@@ -34,11 +35,26 @@ from kd.metrics import Metrics, mean
 from kd.network import Network
 from kd.sampling import denoiser as denoisers
 from kd.sampling.denoiser import Condition, Denoiser
-from kd.sampling.generator import Generator, Rollout
+from kd.sampling.generator import Rollout
 from kd.sampling.times import TimeLaw
 from kd.state import PyTree, State
 
 GENERATOR, FAKE, TEACHER = 'generator', 'fake', 'teacher'
+
+
+class Student(Protocol):
+    """What makes the samples: `kd.sampling.generator.Generator`, or another with its `rollout`."""
+
+    def rollout(
+        self,
+        variables: PyTree,
+        condition: Condition,
+        key: jax.Array,
+        shape: tuple[int, ...],
+        train: bool,
+        frozen: Mapping[str, PyTree],
+    ) -> Rollout:
+        """A call with gradient; see `Generator.rollout`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +69,7 @@ class Views:
       real: `real(x_t, t, scale=1.0) -> x0`, the teacher, guided.
       fake: `fake(x_t, t) -> x0`.
       both: `both(x_t, t) -> (x0, x0)`, the teacher with and without the condition, in one call.
+      base: time at which samples are, where they are not clean.
     """
 
     x: jax.Array
@@ -62,12 +79,24 @@ class Views:
     real: Callable[..., jax.Array]
     fake: Callable[[jax.Array, jax.Array], jax.Array]
     both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
+    base: float | None = None
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
         time_key, noise_key = jax.random.split(key)
         t, x = law(time_key, self.level), jax.lax.stop_gradient(self.x)
-        return self.schedule.mix(x, jax.random.normal(noise_key, x.shape, x.dtype), t), t
+        noise = jax.random.normal(noise_key, x.shape, x.dtype)
+        return noised(self.schedule, x, noise, t, self.base), t
+
+
+def noised(
+    schedule: Schedule, x: jax.Array, noise: jax.Array, t: jax.Array, base: float | None
+) -> jax.Array:
+    """x_t of x that is clean, or at the time `base`."""
+    if base is None:
+        return schedule.mix(x, noise, t)
+    a, b = (expand_times(y, x) for y in schedule.bridge(jnp.full_like(t, base), t))
+    return (a * x + b * noise).astype(x.dtype)
 
 
 # (views, key) -> (g [B, ...], metrics)
@@ -130,13 +159,14 @@ class Critic(NamedTuple):
 def distribution_matching(
     context: Context,
     *,
-    student: Generator,
+    student: Student,
     teacher: Denoiser,
     critic: Critic,
     direction: Direction,
     terms: Sequence[Term] = (),
     discriminator: Discriminator | None = None,
     samples: int | None = None,
+    base: float | None = None,
 ) -> Method:
     """Moves a generator along a direction, and the critic that the direction asks, in turn.
 
@@ -152,6 +182,8 @@ def distribution_matching(
       student, teacher, critic, direction, terms, discriminator: see above.
       samples: of the generator in a step, for the conditions of the first so many examples; None
         for as many as there are. Terms see all examples.
+      base: the time at which samples of the generator are, where they are not clean: the critic
+        then learns by `kd.losses.score_distillation.subinterval`.
     """
     network, shape = context.network, context.spec['input'].shape
 
@@ -170,7 +202,7 @@ def distribution_matching(
             own = _fake_variables(state, state.params[FAKE], discriminator)
             return jax.lax.stop_gradient(critic.denoiser.apply(own, x, t, condition).x0)
 
-        return Views(made.x, made.time, condition, teacher.schedule, real, fake, both)
+        return Views(made.x, made.time, condition, teacher.schedule, real, fake, both, base)
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
         return {name: x[:samples] for name, x in denoisers.conditions(network, batch).items()}
@@ -178,7 +210,8 @@ def distribution_matching(
     def rolled(state: State, batch: Batch, key: jax.Array, params: PyTree = None) -> Rollout:
         variables = state.variables(part=GENERATOR, params=params)
         rows = (len(batch['input'][:samples]), *shape)
-        return student.rollout(variables, asked(batch), key, rows, params is not None)
+        train = params is not None
+        return student.rollout(variables, asked(batch), key, rows, train, state.frozen)
 
     def generator_loss(params, state, batch, key):
         keys = jax.random.split(key, 3 + len(terms))
@@ -208,11 +241,16 @@ def distribution_matching(
         own = _fake_variables(state, params, discriminator)
         time_key, noise_key = jax.random.split(keys[2])
         path, t = critic.denoiser.schedule, critic.law(time_key, made.time)
-        x_t = path.mix(made.x, jax.random.normal(noise_key, made.x.shape, made.x.dtype), t)
+        noise = jax.random.normal(noise_key, made.x.shape, made.x.dtype)
+        x_t = noised(path, made.x, noise, t, base)
         said = critic.denoiser.apply(own, x_t, t, condition, train=True, key=keys[3]).x0
-        losses = score_distillation.denoising(
-            said, made.x, path, t, critic.weight, critic.sigma_data
-        )
+        if base is None:
+            losses = score_distillation.denoising(
+                said, made.x, path, t, critic.weight, critic.sigma_data
+            )
+        else:
+            u, low = convert(path, said, x_t, t, 'x0', 'flow'), jnp.full_like(t, base)
+            losses = score_distillation.subinterval(u, made.x, noise, path, low, t)
         metrics = {'denoising': mean(losses)}
         if discriminator is not None:
             data = batch['input'][:samples]
