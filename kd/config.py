@@ -393,7 +393,7 @@ def named(
       UserError: no name, one that cannot be imported, or keywords that it does not take; numbers
         outside what it declares.
     """
-    if not isinstance(block, Mapping):
+    if not isinstance(block, Mapping | ConfigDict):
         raise UserError(f"{where} must be a block with a 'name', got {block!r}.")
     arguments = dict(block)
     if 'name' not in arguments:

@@ -59,9 +59,10 @@ def get_claim(smoke: bool = False) -> Claim:
         'that are trained phase by phase keep more modes than one that leaves at random.',
         setting=f'Four points on a line, perceptrons of 3 x 128, {steps} steps of batch 512, '
         f'states at {BASE}; trajectories from 1 to {BASE} by 100 steps. 4 x 4 modes, spacing .8, '
-        f'deviation .05, exact teacher, perceptrons of 3 x 48 that have learnt to denoise for {pretraining} '
-        f'steps, {updates} moves of the generator in all arms, half for each phase, four critic '
-        f'moves each, batches of 256, Adam 3e-4 and 1e-3; {runs} seeds. Nothing is tuned.',
+        'deviation .05, exact teacher, perceptrons of 3 x 48 that have learnt to denoise for '
+        f'{pretraining} steps, {updates} moves of the generator in all arms, half for each phase, '
+        f'four critic moves each, batches of 256, Adam 3e-4 and 1e-3; {runs} seeds. Nothing is '
+        'tuned.',
         run=lambda say: run(say, runs, steps, pretraining, updates, smoke),
         checks=CHECKS[:2] if smoke else CHECKS,
         draw=draw,

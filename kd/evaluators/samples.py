@@ -14,6 +14,7 @@ from kd.context import Context, Probe
 from kd.errors import UserError
 from kd.evaluators import distribution, fidelity, generation
 from kd.evaluators.inception import inception_features
+from kd.ranges import Count, Positive, Seed
 from kd.sampling.flow import draw_noise
 from kd.state import PyTree, State
 
@@ -30,15 +31,15 @@ def probe(
     context: Context,
     draws: Mapping[int, Draw],
     *,
-    scale: float,
+    scale: Positive,
     weights: str,
-    samples: int,
-    batch: int,
+    samples: Count,
+    batch: Count,
     support: str,
     classifier: str,
     feature: str,
     inception: str,
-    seed: int,
+    seed: Seed,
 ) -> Probe:
     """The probe of `draws`, by number of steps, from noise of deviation `scale`.
 

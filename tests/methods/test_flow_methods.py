@@ -18,7 +18,7 @@ from kd.data import catalogue, sources
 from kd.data.context import SourceContext
 from kd.data.transforms import mapped, standardised
 from kd.errors import UserError
-from kd.evaluators import distribution, flow_samples, generation
+from kd.evaluators import distribution, flow_samples, generation, samples
 from kd.losses import flow_map as fm
 from kd.losses.flow_map_algorithms import flow_map_errors, get_algorithm
 from kd.losses.interpolant import linear
@@ -513,7 +513,7 @@ def test_fid_is_the_distance_in_the_features_of_shown_pixels(stage, batch, monke
     made, state, net = stage
     source = catalogue.load('checkerboard', 'test')
     monkeypatch.setattr(source, 'to_pixels', lambda x: x + 1.0)
-    monkeypatch.setattr(flow_samples, 'inception_features', lambda file: np.square)
+    monkeypatch.setattr(samples, 'inception_features', lambda file: np.square)
     made = dataclasses.replace(made, source=lambda split: source)
     probe = flow_samples.flow_samples(
         made, weights='slow', steps=(1,), samples=40, batch=20, inception='weights.safetensors'

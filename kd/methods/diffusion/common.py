@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from kd.methods.diffusion.distribution_matching import Direction, Discriminator
 from kd.metrics import mean
 from kd.models.discriminator import FeatureHead
 from kd.network import feature_names
+from kd.ranges import NonNegative, Positive
 from kd.sampling import denoiser as denoisers
 from kd.sampling import generator
 from kd.sampling import times as times_lib
@@ -29,7 +30,7 @@ def teacher(context: Context) -> Denoiser:
     return denoisers.of_network(context.teacher, context.trained_by.get('teacher'))
 
 
-def student(context: Context, times: Sequence[float], step: str = 'restart') -> Generator:
+def student(context: Context, times: tuple[Positive, ...], step: str = 'restart') -> Generator:
     """The stage's network as a generator, see `kd.sampling.generator.of_network`."""
     return generator.of_network(
         context.network, times, step, context.trained_by.get('teacher'),
@@ -45,7 +46,7 @@ def clock(block: Mapping[str, Any] | None, denoiser: Denoiser) -> Clock:
 
 
 def discriminator(
-    context: Context, feature: str, law: TimeLaw, weight: float, critic_weight: float
+    context: Context, feature: str, law: TimeLaw, weight: NonNegative, critic_weight: NonNegative
 ) -> Discriminator | None:
     """A head on a feature of the teacher's network; None for the weight 0.
 

@@ -33,6 +33,7 @@ from kd.method import Batch, Method, Objective, Player, alternate
 from kd.methods import start
 from kd.metrics import Metrics, mean
 from kd.network import Network
+from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
 from kd.sampling.denoiser import Condition, Denoiser
 from kd.sampling.generator import Rollout
@@ -165,8 +166,8 @@ def distribution_matching(
     direction: Direction,
     terms: Sequence[Term] = (),
     discriminator: Discriminator | None = None,
-    samples: int | None = None,
-    base: float | None = None,
+    samples: Count | None = None,
+    base: NonNegative | None = None,
 ) -> Method:
     """Moves a generator along a direction, and the critic that the direction asks, in turn.
 
