@@ -164,7 +164,7 @@ def subinterval(
       schedule, s, t: s and t are [B], s < t.
       clamp: of the weight, which has a pole at t = s.
 
-    Source: Phased DMD, arXiv:2510.27684, eqs. 9 to 11.
+    Source: Phased DMD, arXiv:2510.27684, eqs. 9-11.
     """
     u, x_s, eps = (_wide(y) for y in (prediction, jax.lax.stop_gradient(x_s), eps))
     _, b = (expand_times(y, u) for y in schedule.bridge(s, t))

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from kd.models import layers
 from kd.models.attention import attend
-from kd.ranges import Count, Positive, Whole
+from kd.ranges import Count, Finite, Positive, Whole
 
 __all__ = ['PRESETS', 'ClipVision', 'preset']
 
@@ -56,8 +56,8 @@ class Tower:
     mlp: Literal['quick_gelu', 'gelu'] = 'quick_gelu'
     layer: Whole = -2
     epsilon: Positive = 1e-5
-    pixel_mean: tuple[float, ...] = (0.5,)
-    pixel_std: tuple[float, ...] = (0.5,)
+    pixel_mean: tuple[Finite, ...] = (0.5,)
+    pixel_std: tuple[Positive, ...] = (0.5,)
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

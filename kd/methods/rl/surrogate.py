@@ -105,7 +105,7 @@ def method(
     collect: common.Collect,
     term: Callable[[common.Said, jax.Array, dict[str, jax.Array]], Term],
     *,
-    group: int,
+    group: Count,
     how: Surrogate,
     fields: Sequence[str] = (),
     teacher: Callable[[State, Batch], HiddenHead] | None = None,
