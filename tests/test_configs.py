@@ -30,6 +30,7 @@ ABSENT = {
 # Files and variants that take long to trace: UNets, three or four deep networks. Others of their
 # family go the same way in a few seconds.
 LARGE = (
+    'llava_mod.py:qwen2_7b_to_0_5b',
     *('afhq64.py', 'celeba64.py'),
     *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
     *('distil.py:smollm2,gsm8k', 'distil.py:smollm2,cached', 'paced.py:qwen3_8b_to_1_7b'),
@@ -75,7 +76,8 @@ def test_every_recipe_traces(path, stand_ins, data_dir):
     config = kd_config.load(path)
     config.data_dir = data_dir
     recipe = kd_config.parse(config)
-    if recipe.data.get('source', {}).get('name', '').startswith('kd.data.text.'):
+    source = recipe.data.get('source', {}).get('name', '')
+    if source.startswith(('kd.data.text.', 'kd.data.image_text.')):
         # Neither text nor tokenizer are at hand.
         recipe = dataclasses.replace(recipe, data_dir=catalogue.DESCRIBED)
     mesh = make_mesh({'data': 1})

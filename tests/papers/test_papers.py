@@ -32,7 +32,7 @@ ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'
 # Papers whose authors no source at hand names.
 ANONYMOUS = {
     *('dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded', 'sd_zero'),
-    *('decoupled_dmd', 'phased_dmd', 'embedding_loss'),
+    *('decoupled_dmd', 'phased_dmd', 'embedding_loss', 'llava_mod'),
 }
 
 ENTRY = """
