@@ -72,15 +72,15 @@ def cpu():
         )  # fmt: skip
         return dict(name=SEES, language=language, vision=vision, image_token=22)
 
-    def stage(network, method, steps=1_200, lr=5e-3, **fields):
+    def stage(network, method, steps=1_200, lr=5e-3, decay=0.0, **fields):
         return kd_config.stage(
             network=network,
             method=method,
-            optimizer=dict(name='adam', lr=lr, schedule='cosine'),
+            optimizer=dict(name='adamw', lr=lr, weight_decay=decay, schedule='cosine'),
             steps=steps,
             batch_size=128,
             log_every=50,
-            eval_every=600,
+            eval_every=400,
             evaluators=dict(test=dict(name='kd.evaluators.language.language', split='test')),
             **fields,
         )
@@ -108,8 +108,10 @@ def cpu():
         mesh=dict(data=1),
     )
     seen = dict(vision='teacher')
+    # Of one draw of the noise it would learn as little as a student.
     config.teacher = stage(
-        sees(48, 2), dict(LABELS, trainable=''), data=dict(train='teacher')
+        sees(48, 2), dict(LABELS, trainable=''), steps=400, lr=3e-3, decay=0.3,
+        data=dict(source=dict(source, draws=8), train='teacher', test='test'),
     )  # fmt: skip
     config.sft = stage(sees(12, 1), LABELS, steps=2_400, references=seen)
     config.d2d = stage(sees(12, 1), D2D, teacher='teacher', references=seen)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.context import SourceContext
-from kd.ranges import NonNegative
+from kd.ranges import Count, NonNegative
 
 # Answers come first: ten digits, even and odd, below five and not, four quadrants.
 EVEN, BELOW, QUADRANT, ANSWERS = 10, 12, 14, 18
@@ -33,12 +33,13 @@ def answers(images: np.ndarray, digits: np.ndarray) -> np.ndarray:
     ).astype(np.int32)
 
 
-def make(split: str, *, noise: float = NOISE, seed: int = 0) -> sources.Batch:
+def make(split: str, *, noise: float = NOISE, draws: int = 1, seed: int = 0) -> sources.Batch:
     """All questions about the images of a split.
 
     Args:
       split: one of `SIZES`; the seed shares the images out.
-      noise: standard deviation of what is added to pixels in [0, 1], once for each image.
+      noise: standard deviation of what is added to pixels in [0, 1].
+      draws: of the noise for each image, one after the other.
       seed: of the splits and the noise.
 
     Returns:
@@ -58,10 +59,10 @@ def make(split: str, *, noise: float = NOISE, seed: int = 0) -> sources.Batch:
     ends = np.cumsum([0, *SIZES.values()])
     rows = order[ends[place] : ends[place + 1]]
     clean, rng = digits.images[rows] / 16, np.random.default_rng([seed, 55, place])
-    images = (clean + noise * rng.normal(size=clean.shape)) * 2 - 1
-    said = answers(clean, digits.target[rows]).reshape(-1)
+    images = ((clean + noise * rng.normal(size=(draws, *clean.shape))) * 2 - 1).reshape(-1, 8, 8)
+    said = np.tile(answers(clean, digits.target[rows]).reshape(-1), draws)
     text = np.full((len(said), LENGTH), IMAGE, np.int32)
-    text[:, -2] = ANSWERS + np.tile(np.arange(QUESTIONS), len(rows))
+    text[:, -2] = ANSWERS + np.tile(np.arange(QUESTIONS), len(images))
     text[:, -1] = said
     return {
         'input': text,
@@ -70,24 +71,28 @@ def make(split: str, *, noise: float = NOISE, seed: int = 0) -> sources.Batch:
     }
 
 
-def digit_questions(context: SourceContext, *, noise: NonNegative = NOISE) -> sources.Source:
+def digit_questions(
+    context: SourceContext, *, noise: NonNegative = NOISE, draws: Count = 1
+) -> sources.Source:
     """`make` as a source, a question a row; the recipe's seed decides splits and noise.
 
     Args:
       context: names the split, a slice of 'teacher', 'train' or 'test'.
       noise: see `make`.
+      draws: of the noise for the teacher's images; others have one.
 
     Raises:
       DataError: an unknown split.
     """
-    known = {split: QUESTIONS * size for split, size in SIZES.items()}
+    often = {split: draws if split == 'teacher' else 1 for split in SIZES}
+    known = {split: QUESTIONS * size * often[split] for split, size in SIZES.items()}
     seed = context.recipe.seed
     first = make('test', noise=noise, seed=seed)
     spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in first.items()}
     data = sources.DataSet(
         'digit_questions',
         known,
-        lambda split: sources.in_memory(make(split, noise=noise, seed=seed)),
+        lambda split: sources.in_memory(make(split, noise=noise, draws=often[split], seed=seed)),
         spec,
         TOKENS,
     )

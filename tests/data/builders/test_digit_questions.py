@@ -45,6 +45,11 @@ def test_noise_is_of_the_image_and_of_the_seed():
     assert added.std() == pytest.approx(0.25, rel=0.02)
     assert added.mean() == pytest.approx(0, abs=0.01)
     np.testing.assert_array_equal(noisy, again)
+    several = questions.make('test', draws=2)
+    first, second = np.split(several['image'], 2)
+    np.testing.assert_array_equal(first, noisy)
+    assert (second != first).all()
+    np.testing.assert_array_equal(*np.split(several['input'], 2))
     assert (noisy != other).any()
 
 
