@@ -14,8 +14,10 @@ four steps that begin as the teacher. Each of their steps is a move of the gener
 critic; a discriminator on the critic's features sees data. The report has the Frechet distances by
 steps and the samples beside each other.
 
-`cpu` is what we ran; the others' networks, rates and steps are ours, near those of DMD2 on
-ImageNet at 64 pixels, and were not run to the end by us.
+`cpu` takes 18 minutes of one core. Expect Frechet distances of 3.3, 6.3 and 7.9 for one, two and
+four steps, where the teacher has 59, 59 and 5.7 in as many, 1.3 in 16 and .9 in 64: the moves of a
+generator are shared among its times, and 300 are few for four. The others' networks, rates and
+steps are ours, near those of DMD2 on ImageNet at 64 pixels, and were not run by us.
 """
 
 from kd import config as kd_config
