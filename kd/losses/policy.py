@@ -87,6 +87,32 @@ def dead_groups(rewards: ArrayLike, group: int) -> jax.Array:
     return _equal(_grouped(rewards, group))
 
 
+def sibling_index(
+    rewards: ArrayLike, group: int, threshold: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
+    """For each answer the first right one of its group that is another: whom it could learn from.
+
+    Args:
+      rewards: [B].
+      group: G, at least 2; divides B.
+      threshold: an answer is right from this reward on.
+
+    Returns:
+      (index int32 [B], never the row itself; available bool [B], whether the answer there is right:
+      an answer that alone is right has no other).
+
+    Source: SDPO, arXiv 2601.20802, whose code takes no answer as its own demonstration.
+    """
+    grouped = _grouped(rewards, group)
+    own = jnp.eye(group, dtype=bool)
+    others = (grouped >= threshold)[:, None, :] & ~own
+    available = others.any(-1)
+    following = (jnp.arange(group) + 1) % group
+    first = jnp.where(available, others.argmax(-1), following)
+    index = first + group * jnp.arange(grouped.shape[0])[:, None]
+    return index.reshape(-1).astype(jnp.int32), available.reshape(-1)
+
+
 def log_ratio(log_p: ArrayLike, old_log_p: ArrayLike) -> jax.Array:
     """log rho = log_p - sg[old_log_p], cut to +-20 nats, beyond which there is no gradient.
 

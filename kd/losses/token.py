@@ -151,6 +151,33 @@ def top_fraction_mask(
     return (where & (values >= least) & (taken > 0)).reshape(shape)
 
 
+def entropy_weights(
+    entropies: ArrayLike, where: ArrayLike, sharpness: ArrayLike = 1.0
+) -> jax.Array:
+    """exp(-b H), divided by its mean over the counted tokens; no gradient.
+
+    Tokens of which a teacher is certain weigh more; the mean weight is 1. A statistic of the batch:
+    it belongs into a method's `collect`, and not into a loss that sees micro-batches.
+
+    Args:
+      entropies: H, [...] nats, of the teacher.
+      where: bool [...], the tokens that count; others have weight 0, and may hold anything.
+      sharpness: b >= 0; 0 weighs all alike.
+
+    Returns:
+      [...] of `entropies`; all 0 where no token counts.
+
+    Source: SRPO, arXiv 2604.02288, dynamic weights.
+    """
+    where, entropies = jnp.asarray(where), lax.stop_gradient(jnp.asarray(entropies))
+    exponent = jnp.where(where, -jnp.asarray(sharpness, entropies.dtype) * entropies, -jnp.inf)
+    # The largest is 1: nothing is lost of weights that are all small.
+    largest = jnp.max(exponent, initial=-jnp.inf, where=where)
+    raw = jnp.where(where, jnp.exp(exponent - jnp.where(largest > -jnp.inf, largest, 0.0)), 0.0)
+    total = jnp.sum(raw)
+    return raw * jnp.sum(where) / jnp.where(total > 0, total, 1.0)
+
+
 def list_mle(student_logits: ArrayLike, teacher_logits: ArrayLike, k: int = 10) -> jax.Array:
     """-sum_j [s_j - log sum_{i>=j} exp(s_i)]: the student's top k, ranked as the teacher would.
 

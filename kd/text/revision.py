@@ -48,20 +48,24 @@ class Cues:
     after: Size | None = None
 
     def around(self, tokenizer: Tokenizer | None) -> tuple[Around, Around]:
-        """The tokens around a wrong and around a right answer.
-
-        Without a tokenizer, where only shapes count, a text has as many tokens as characters.
-        """
-
-        def tokens(words: Words) -> np.ndarray:
-            if not isinstance(words, str):
-                return np.asarray(words, np.int32).reshape(-1)
-            if tokenizer is None:
-                return np.zeros(len(words), np.int32)
-            return np.asarray(tokenizer.encode(words, begin=False) if words else [], np.int32)
-
-        wrong, right = (Around(*map(tokens, both)) for both in (self.wrong, self.right))
+        """The tokens around a wrong and around a right answer."""
+        wrong, right = (
+            Around(*(encoded(words, tokenizer) for words in both))
+            for both in (self.wrong, self.right)
+        )
         return wrong, right
+
+
+def encoded(words: Words, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The tokens of words inside a text, int32 [n].
+
+    Without a tokenizer, where only shapes count, a text has as many tokens as characters.
+    """
+    if not isinstance(words, str):
+        return np.asarray(words, np.int32).reshape(-1)
+    if tokenizer is None:
+        return np.zeros(len(words), np.int32)
+    return np.asarray(tokenizer.encode(words, begin=False) if words else [], np.int32)
 
 
 def revised(

@@ -323,3 +323,30 @@ def test_pass_at_k_by_counting_draws():
     np.testing.assert_allclose(policy.pass_at_k(np.arange(9), 8, 1), np.arange(9) / 8, rtol=1e-6)
     with pytest.raises(ValueError, match=r'k must be in 1 .. 4 \(samples\), got 5'):
         policy.pass_at_k(1, 4, 5)
+
+
+class TestSiblings:
+    REWARDS = np.random.default_rng(3).integers(0, 2, 40).astype(float)
+
+    def test_the_first_other_right_answer_of_the_group(self):
+        index, available = map(np.asarray, policy.sibling_index(self.REWARDS, 4))
+        for row in range(40):
+            group = range(row // 4 * 4, row // 4 * 4 + 4)
+            others = [j for j in group if j != row and self.REWARDS[j] >= 0.5]
+            assert available[row] == bool(others)
+            assert index[row] != row
+            assert index[row] // 4 == row // 4
+            assert not others or index[row] == others[0]
+
+    def test_one_right_answer_is_that_of_all_others_and_has_none(self):
+        index, available = map(np.asarray, policy.sibling_index([0.0, 0, 1, 0], 4))
+        assert available.tolist() == [True, True, False, True]
+        assert index[available].tolist() == [2, 2, 2]
+        assert not np.asarray(policy.sibling_index(np.zeros(8), 4)[1]).any()
+
+    def test_what_is_right_does_not_depend_on_the_order_of_a_group(self):
+        order = np.random.default_rng(4).permuted(np.arange(40).reshape(10, 4), axis=1).ravel()
+        available = np.asarray(policy.sibling_index(self.REWARDS, 4)[1])
+        index, moved = map(np.asarray, policy.sibling_index(self.REWARDS[order], 4))
+        np.testing.assert_array_equal(moved, available[order])
+        assert (self.REWARDS[order][index[moved]] == 1).all()

@@ -315,3 +315,21 @@ def test_k2_pulls_towards_the_reference_alone():
     np.testing.assert_allclose(token.k2(log_p, reference), [0.125, 1.125, 0])
     slopes = jax.grad(lambda l, r: token.k2(l, r).sum(), (0, 1))(log_p, reference)
     np.testing.assert_allclose(slopes, [[0.5, -1.5, 0], [0, 0, 0]])
+
+
+def test_entropy_weights_favour_certain_tokens_and_have_mean_one():
+    rng = np.random.default_rng(5)
+    entropies = rng.gamma(1.0, 1.0, (4, 6)).astype(np.float32)
+    where = rng.random((4, 6)) < 0.6
+    found = np.asarray(token.entropy_weights(np.where(where, entropies, np.nan), where, 2.0))
+    raw = np.exp(-2.0 * entropies) * where
+    np.testing.assert_allclose(found, raw / raw.sum() * where.sum(), rtol=1e-5)
+    assert found[where].mean() == pytest.approx(1, abs=1e-6)
+    order = np.argsort(entropies[where])
+    assert (np.diff(found[where][order]) < 0).all()
+    np.testing.assert_allclose(token.entropy_weights(entropies, where, 0.0), where, rtol=1e-6)
+    # Weights whose exponentials would all be 0 are as good as any.
+    far = np.asarray(token.entropy_weights(entropies + 500, where))
+    near = np.asarray(token.entropy_weights(entropies, where))
+    np.testing.assert_allclose(far, near, rtol=1e-3)
+    assert not np.asarray(token.entropy_weights(entropies, np.zeros_like(where))).any()

@@ -54,14 +54,14 @@ def texts(batch, name='input', mask='prompt_mask'):
             zip(np.asarray(batch[name]), np.asarray(batch[mask]), strict=True)]  # fmt: skip
 
 
-@pytest.mark.parametrize('after', [0, 1, 2, None])
+@pytest.mark.parametrize('after', [0, 1, 2, -1, None])
 def test_a_block_stands_where_it_is_told_and_quotes_answers_without_their_end(batch, after):
     made = self_teacher.with_block(batch, *block(batch), after=after)
     said = texts(batch, 'tokens', 'mask')
     wanted = []
     for asked, answer, cut in zip(texts(batch), said, batch['truncated'], strict=True):
         quoted = [TAG, *(answer if cut else answer[:-1]), BAR, BAR]
-        at = len(asked) if after is None else after
+        at = len(asked) if after is None else after % len(asked) if after < 0 else after
         wanted.append([*asked[:at], *quoted, *asked[at:]])
     assert texts(made) == wanted
     assert made['input'].shape == (4, P + 1 + R + 2)
@@ -169,3 +169,32 @@ def test_a_teacher_with_the_same_prompt_and_weights_has_nothing_to_say(network, 
 def test_an_argument_that_the_divergence_lacks_is_told(draw):
     with pytest.raises(UserError, match='beta'):
         self_teacher.comparison(draw, Comparison(arguments=dict(beta=0.5)))
+
+
+def test_what_a_teacher_says_is_scored_in_the_same_pass_where_it_is_asked(network, draw, batch):
+    variables = sharp(network, 2)
+    asked = self_teacher.with_block(batch, *block(batch), after=1)
+
+    @jax.jit
+    def found(scored):
+        hidden, scores = self_teacher.heard(
+            network, variables, asked, draw, where=scored, chunk=5, parts=2
+        )
+        teacher = self_teacher.with_head(network, variables, hidden)
+        return scores, teacher.logits(), common.score(network, variables, asked, draw)
+
+    # Of two parts one is left out if the other has all that is asked for.
+    for scored, left_out in (([1, 0, 1, 1], 0), ([0, 0, 1, 0], 2), ([0, 0, 0, 0], 4)):
+        scored = np.array(scored, bool)
+        scores, logits, wanted = found(scored)
+        for mine, plain in zip(scores, wanted, strict=True):
+            np.testing.assert_allclose(mine, np.where(scored[:, None], plain, 0), atol=1e-5)
+        silent = ~np.asarray(logits).any((1, 2))
+        assert silent.sum() == left_out
+        assert not silent[scored].any()
+        logits = np.array(logits, np.float64)
+        logits[..., :2] = -np.inf
+        law = special.log_softmax(logits / TEMPERATURE, -1)
+        chosen = np.take_along_axis(law, batch['tokens'][..., None], -1)[..., 0]
+        there = batch['mask'] & ~silent[:, None]
+        np.testing.assert_allclose(chosen[there], np.asarray(wanted.log_probs)[there], atol=1e-5)

@@ -23,13 +23,19 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd import config as config_lib
-from kd.losses import outcomes, signal
+from kd.losses import outcomes, sequence, signal
+from kd.losses.signal import HiddenHead
 from kd.method import Batch
+from kd.method.single import joined, split
 from kd.methods.rl import common
+from kd.models.decoder import head_of
+from kd.network import Network
 from kd.ranges import Size
 from kd.sampling.environment import Draws
+from kd.state import PyTree
 
 # Tokens int [B, n], and which of them there are, bool [B, n].
 Piece = tuple[jax.Array, jax.Array]
@@ -90,6 +96,65 @@ def comparison(draw: Draws, how: Comparison) -> Callable[[common.Said], jax.Arra
     return compare
 
 
+def heard(
+    network: Network,
+    variables: PyTree,
+    batch: Batch,
+    draw: Draws,
+    *,
+    where: jax.Array | None = None,
+    chunk: int = 256,
+    parts: int = 1,
+) -> tuple[jax.Array, common.Scores]:
+    """Hidden states [B, R, D] of a teacher at the tokens of answers, and its scores of them.
+
+    One forward pass, for a method whose loss compares with the teacher and whose `collect` needs
+    the teacher's entropies: hand the hidden states on in the batch, and the head by `with_head`.
+
+    Args:
+      network, variables: of the teacher.
+      batch: `input`, `prompt_mask`, `tokens`, `mask`, and `there` of an environment, with the
+        prompts that the teacher reads.
+      draw: the sampler of the answers.
+      where: bool [B], the answers that are asked for; None for all. Scores of others are 0.
+      chunk: tokens at a time through the head.
+      parts: of the batch, one after another, to save memory. What is asked for comes first, and
+        parts without any of it are left out: their hidden states are 0.
+    """
+    names = ('input', 'prompt_mask', 'tokens', 'mask', 'there')
+    answered = {name: batch[name] for name in names if name in batch}
+    answered['where'] = jnp.ones(len(batch['mask']), bool) if where is None else where
+
+    def of_part(part: Batch) -> tuple[jax.Array, common.Scores]:
+        said = common.hidden(network, variables, part)
+        valid = part['mask'] & part['where'][:, None]
+        scores = sequence.token_log_probs(
+            said.hidden.reshape(valid.size, -1), said.head, part['tokens'].reshape(-1),
+            temperature=draw.temperature, valid=valid.reshape(-1), chunk=chunk, tied=said.tied,
+            where=draw.allowed(said.head.shape[-1]),
+        )  # fmt: skip
+        return said.hidden, common.Scores(*(x.reshape(valid.shape) for x in scores))
+
+    if parts == 1:
+        return of_part(answered)
+
+    def if_any(part: Batch) -> tuple[jax.Array, common.Scores]:
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, part))
+        return jax.lax.cond(part['where'].any(), of_part, lambda _: nothing, part)
+
+    # `split` deals rows like cards: so part p has the p-th run of the sorted ones.
+    order = jnp.argsort(~answered['where'], stable=True).reshape(parts, -1).T.reshape(-1)
+    dealt = jax.tree.map(lambda x: jnp.asarray(x)[order], answered)
+    found = joined(jax.lax.map(if_any, split(dealt, parts, 'parts; change micro_batches')))
+    return jax.tree.map(lambda x: x[jnp.argsort(order)], found)
+
+
+def with_head(network: Network, variables: PyTree, hidden: jax.Array) -> HiddenHead:
+    """Hidden states of `heard` and the head that they are for."""
+    decoder: Any = network.module
+    return HiddenHead(hidden, head_of(decoder, variables), decoder.tied)
+
+
 def with_block(batch: Batch, *pieces: Piece, after: int | None = None) -> Batch:
     """The batch with pieces inside its prompts, behind the first `after` tokens of each.
 
@@ -99,12 +164,14 @@ def with_block(batch: Batch, *pieces: Piece, after: int | None = None) -> Batch:
     Args:
       batch: of answers.
       *pieces: one after another, padded anywhere.
-      after: tokens of a prompt that stay before the block, such as 1 for BOS; None for all.
+      after: tokens of a prompt that stay before the block, such as 1 for BOS; -n for all but the
+        last n, such as those that end a question and begin an answer; None for all.
     """
     tokens, mask = batch['input'], jnp.asarray(batch['prompt_mask'], bool)
     if after is None:
         return common.with_prompt(batch, (tokens, mask), *pieces)
-    first = mask & (jnp.cumsum(mask, axis=1) <= after)
+    stay = after if after >= 0 else mask.sum(1, keepdims=True) + after
+    first = mask & (jnp.cumsum(mask, axis=1) <= stay)
     made = common.with_prompt(batch, (tokens, first), *pieces, (tokens, mask & ~first))
     # Of the two copies of a prompt one is padding, now on the left.
     width = tokens.shape[1]
@@ -121,7 +188,7 @@ def without_end(batch: Batch) -> Piece:
     return batch['tokens'], mask & (jnp.arange(mask.shape[1]) < length)
 
 
-def tokens_of(tokens: int | Sequence[int], rows: int) -> Piece:
+def tokens_of(tokens: int | Sequence[int] | np.ndarray, rows: int) -> Piece:
     """The same tokens in each of so many rows."""
     one = jnp.atleast_1d(jnp.asarray(tokens, jnp.int32))
     made = jnp.broadcast_to(one, (rows, one.size))

@@ -109,6 +109,7 @@ def method(
     how: Surrogate,
     fields: Sequence[str] = (),
     teacher: Callable[[State, Batch], HiddenHead] | None = None,
+    further: Callable[[Batch], Metrics] | None = None,
 ) -> Method:
     """Rollout, verdicts, scores and all updates as one compiled step.
 
@@ -121,6 +122,7 @@ def method(
       how: see there.
       fields: of the batch, [B] or [B, R], that `term` is given.
       teacher: hidden states [B, R, D] and head, for `said.teacher`.
+      further: metrics of what `collect` has brought.
     """
     network = context.network
 
@@ -144,6 +146,7 @@ def method(
         logged, aux = found.aux
         said = metrics(batch, **logged, low=how.low, high=how.high, cap=how.cap or 2.0)
         said |= {name: mean(value, batch['mask']) for name, value in aux.items()}
+        said |= further(batch) if further else {}
         return Objective(mean(found.losses.sum(1)), said, found.mutables)
 
     init = start.from_reference(network.init, context)
