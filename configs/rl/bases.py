@@ -12,6 +12,7 @@ A recipe that begins with one names it among its `bases` (see `kd.bases`) and fi
 | chain_clean | a teacher: .98 of every fact | .95 | .92 | 2 min |
 | chain_good | a teacher with 8 % of misconceptions of its own | .75 | | 2 min |
 | chain_biased | a teacher who is wrong about one of three operators | .28 | | 2 min |
+| chain_product | as `chain`, of four operations with a product; width 48 | .38 | .36 | 3 min |
 | push | one who pushes boxes and is careless, above all up and left; blocks | .33 | .21 | 3 min |
 | chain_exec | the first one; two thirds `chain`, one third `exec`, no blocks | .43, .35 | | 3 min |
 | chain_wordy | the first one, who says a result up to six times more | .43 | | 3 min |
@@ -19,7 +20,8 @@ A recipe that begins with one names it among its `bases` (see `kd.bases`) and fi
 `chain`: chains of arithmetic of three operations (`kd.data.builders.chain`), whose answers a
 demonstrator with misconceptions gives; a first stage has two operations. Of the rows 46 % are
 plain, and 18 % each have a solution, a hint or a judged answer before the prompt, which the base
-learns to read. A decoder of 0.1 M parameters, width 64, 2 layers.
+learns to read. A decoder of 0.1 M parameters, width 64, 2 layers. `chain_product` has a b mod 10 in
+the place of one operator.
 
 `chain_reviser` is told in half of its rows that an answer was wrong, or right, and sees wrong ones
 revised by somebody who holds misconceptions half as firmly. It can do better than it does at first.
@@ -40,7 +42,7 @@ from kd.data.push import BASE as PUSHED
 
 VARIANTS = (
     'chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased', 'chain_exec',
-    'chain_wordy', 'push',
+    'chain_wordy', 'chain_product', 'push',
 )  # fmt: skip
 # The network of all that is done on chains.
 NETWORK = dict(name='kd.models.decoders.preset', of='toy')
@@ -50,6 +52,10 @@ REWARD = dict(name='kd.rewards.printed.printed')
 CHAINS = 'kd.data.chains.chains'
 BOTH = {'chain': 2 / 3, 'exec': 1 / 3}
 WORDY = {'plain': 1 / 3, 'long': 1 / 3, 'longer': 1 / 3}
+# Of `chain_product`: what its data have beside a law, its network and its answers.
+PRODUCT = dict(operations={'4': 1.0}, third='product')
+NARROW = dict(NETWORK, width=48)
+LONGER = dict(SAMPLING, max_new=7)
 # Of levels: an action a turn.
 LEVELS = 'kd.data.push.push'
 PLAYING = dict(
@@ -74,6 +80,7 @@ def get_config(variant: str = 'chain'):
         'chain_wordy': lambda: chain(
             'demonstrator', 'base', steps=900, batch_size=144, kinds=WORDY, max_new=12
         ),
+        'chain_product': product,
         'push': push,
     }
     return kd_config.variant(variant, known)()
@@ -89,6 +96,19 @@ def chain(law: str, last: str, *, steps: int, kinds=None, tasks=None, **fields):
         evaluators={'validation': dict(name='kd.evaluators.language.language')},
     )  # fmt: skip
     config[last] = of_three(law, kinds, FALLING, steps, 'short', both=both, **fields)
+    return config
+
+
+def product():
+    """`chain`, but its problems and its network."""
+    config = chain('demonstrator', 'base', steps=1_050, kinds=BASE)
+    for stage in (config.short, config.base):
+        stage.network = NARROW
+        stage.data.source.update(third=PRODUCT['third'])
+    config.base.data.source.operations = PRODUCT['operations']
+    config.data.source.update(PRODUCT)
+    for name in ('sampled', 'greedy'):
+        config.base.evaluators[name].sampling.update(max_new=LONGER['max_new'])
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.builders import arithmetic, chain
-from kd.data.builders.arithmetic import LawName
+from kd.data.builders.arithmetic import LawName, Third
 from kd.data.builders.symbols import TOKENS
 from kd.data.context import SourceContext
 from kd.ranges import Count, Fraction, Size
@@ -27,6 +27,7 @@ def chains(
     law: LawName | Fraction = 'truth',
     kinds: Mapping[str, Fraction] | None = None,
     styles: Count = 1,
+    third: Third = 'affine',
     layout: Literal['prompts', 'rows'] = 'prompts',
     size: Size = 0,
 ) -> sources.Source:
@@ -44,6 +45,7 @@ def chains(
       kinds: {kind: share} of rows, see `kd.data.builders.chain.part`; {'plain': 1} by default.
         Bases learn from `kd.data.builders.chain.BASE`.
       styles: of the kinds 'free' and 'shift'.
+      third: what the operator @ is, see `kd.data.builders.arithmetic`.
       layout: 'prompts' to sample answers to, with one of the law beside; or 'rows' to learn.
       size: examples; 0 for `kd.data.builders.chain.SIZES`.
 
@@ -54,8 +56,8 @@ def chains(
     named = [base for base in chain.SIZES if base in split] or [split]
     arrays = {
         base: make(
-            base, size, tasks=tasks, operations=operations, law=arithmetic.law(law, seed),
-            kinds=kinds, styles=styles, layout=layout, seed=seed,
+            base, size, tasks=tasks, operations=operations, law=arithmetic.law(law, seed, third),
+            kinds=kinds, styles=styles, third=third, layout=layout, seed=seed,
         )
         for base in named
     }  # fmt: skip
@@ -79,6 +81,7 @@ def make(
     operations: Mapping[Any, float] | None = None,
     kinds: Mapping[str, float] | None = None,
     styles: int = 1,
+    third: Third = 'affine',
     layout: str = 'prompts',
     seed: int = 0,
 ) -> sources.Batch:
@@ -95,8 +98,8 @@ def make(
     for task, steps, kind in itertools.product(tasks, operations, kinds):
         count = round(size * tasks[task] * operations[steps] * kinds[kind])
         asks = chain.problems(rng, count, int(steps), split)
-        parts.append(chain.part(kind, asks, law, rng, task, styles=styles))
-        keys.append(chain.key_of(asks, kind, task))
+        parts.append(chain.part(kind, asks, law, rng, task, styles=styles, third=third))
+        keys.append(chain.key_of(asks, kind, task, third))
         lengths += [int(steps)] * count
     if layout == 'rows':
         made = chain.rows(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kd import packages
 
 
@@ -26,3 +28,19 @@ def same_result(answer: str, result: str) -> float:
         raise ValueError(f'{result!r} is no result.')
     found = package.parse(answer, parsing_timeout=None)
     return float(package.verify(right, found, timeout_seconds=None))
+
+
+def same_choice(answer: str, letter: str) -> float:
+    """1 if the last `<answer>` of an answer is this letter, as the questions of SciKnowEval ask.
+
+    Args:
+      answer: of a model, in words.
+      letter: the right one.
+
+    Raises:
+      ValueError: the right one is no letter.
+    """
+    if not re.fullmatch('[A-Za-z]', letter):
+        raise ValueError(f'{letter!r} is no letter of an option.')
+    chosen = re.findall(r'<answer>\s*([A-Za-z])\s*</answer>', answer)
+    return float(bool(chosen) and chosen[-1].upper() == letter.upper())

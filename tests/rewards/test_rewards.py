@@ -120,6 +120,17 @@ def context():
     return dataclasses.replace(made, source=lambda split: Source())
 
 
+def test_the_last_option_that_an_answer_names_is_its_choice():
+    choose = verify.same_choice
+    said = '<reasoning>\nA or C\n</reasoning>\n<answer>\nC\n</answer>'
+    assert [choose(said, letter) for letter in 'ACc'] == [0, 1, 1]
+    assert choose(f'<answer>A</answer> no: {said}', 'C') == 1
+    for wrong in ('C', '<answer>C', '<answer>C: 3 mol</answer>', ''):
+        assert choose(wrong, 'C') == 0
+    with pytest.raises(ValueError, match=r"'CC' is no letter"):
+        choose(said, 'CC')
+
+
 def test_results_in_words_are_compared():
     pytest.importorskip('math_verify')
     cases = [

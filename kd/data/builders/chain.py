@@ -22,7 +22,7 @@ import numpy as np
 
 from kd.data import sources
 from kd.data.builders import arithmetic, symbols
-from kd.data.builders.arithmetic import TRUTH
+from kd.data.builders.arithmetic import TRUTH, Third
 
 Task = Literal['chain', 'exec']
 TAGS = {'chain': symbols.CHAIN, 'exec': symbols.EXEC}
@@ -93,6 +93,7 @@ def evaluate(
     rng: np.random.Generator | None = None,
     given: np.ndarray | None = None,
     backward: np.ndarray | bool = False,
+    truth: np.ndarray = TRUTH,
 ) -> np.ndarray:
     """The values after each step, int [N, L].
 
@@ -102,6 +103,7 @@ def evaluate(
       rng: for draws from the law.
       given: int [N, h], the first h values where they are given.
       backward: bool, or bool [N]: from right to left, d0 o1 (d1 o2 (.. dL)).
+      truth: int [3, 10, 10], of `arithmetic.truth_of`.
     """
     digits, operators = problems
     size, steps = operators.shape
@@ -116,7 +118,7 @@ def evaluate(
         if given is not None and step < given.shape[1]:
             value = given[:, step]
         elif law is None:
-            value = TRUTH[operator, left, right]
+            value = truth[operator, left, right]
         else:
             assert rng is not None, 'draws from a law need random numbers'
             below = law[operator, left, right].cumsum(-1)
@@ -205,11 +207,14 @@ def passes(tokens: jax.Array, mask: jax.Array, printed: jax.Array) -> jax.Array:
     return styled & hashes.any(-1) & (there & (said == wanted)).all(-1)
 
 
-def key_of(problems: Problems, kind: str = 'plain', task: Task = 'chain') -> np.ndarray:
+def key_of(
+    problems: Problems, kind: str = 'plain', task: Task = 'chain', third: Third = 'affine'
+) -> np.ndarray:
     """What answers to these problems have to print, for `passes`."""
+    truth = arithmetic.truth_of(third)
     if kind != 'order':
-        return printed(evaluate(problems), task)
-    both = [evaluate(problems, backward=backward) for backward in (False, True)]
+        return printed(evaluate(problems, truth=truth), task)
+    both = [evaluate(problems, backward=backward, truth=truth) for backward in (False, True)]
     return np.stack([printed(values, task) for values in both], axis=1)
 
 
@@ -224,6 +229,7 @@ def part(
     task: Task = 'chain',
     *,
     styles: int = 1,
+    third: Third = 'affine',
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of one kind, and answers to them.
 
@@ -243,11 +249,12 @@ def part(
       DataError: another kind.
     """
     asked, steps = prompts(problems, task), problems.operators.shape[1]
-    right, fresh = evaluate(problems), evaluate(problems, law=law, rng=rng)
+    truth = arithmetic.truth_of(third)
+    right, fresh = evaluate(problems, truth=truth), evaluate(problems, law=law, rng=rng)
     if kind == 'plain':
         return asked, responses(fresh, task)
     if kind == 'solution':
-        said = evaluate(problems, law=arithmetic.noisy(TRUTH, 0.97), rng=rng)
+        said = evaluate(problems, law=arithmetic.noisy(truth, 0.97), rng=rng)
         return block(asked, symbols.SOL, responses(right, task)[:, :-1]), responses(said, task)
     if kind == 'hint':
         given = right[:, : steps // 2]
@@ -256,7 +263,7 @@ def part(
     if kind in ('judged', 'revised'):
         first = evaluate(problems, law=law, rng=rng)
         if kind == 'revised':
-            better = (law + arithmetic.noisy(TRUTH, 1.0)) / 2
+            better = (law + arithmetic.noisy(truth, 1.0)) / 2
             fresh = evaluate(problems, law=better, rng=rng)
         good = (printed(first, task) == printed(right, task)).all(-1)
         keeps = good & (rng.random(len(good)) < 0.9)

@@ -308,3 +308,32 @@ def test_a_split_names_one_of_several_sets():
     for split in ('train', 'other:train'):
         with pytest.raises(DataError, match=r'names one first, such as math:train; they are'):
             load(split)
+
+
+def test_with_a_product_for_the_third_operator_everything_follows():
+    truth = arithmetic.truth_of('product')
+    assert truth[2, 7, 8] == 6
+    np.testing.assert_array_equal(truth[:2], TRUTH[:2])
+    made = chains.make(
+        'test', 400, law=arithmetic.law('truth', third='product'), third='product',
+        operations={4: 1.0}, kinds={'plain': 0.5, 'solution': 0.5},
+    )  # fmt: skip
+    for prompt, there, printed in zip(
+        made['input'], made['prompt_mask'], made['printed'], strict=True
+    ):
+        said = words(prompt[there])
+        problem = said.partition('CHAIN ')[2].removesuffix(' =').split()
+        result = int(problem[0])
+        for operator, digit in zip(problem[1::2], map(int, problem[2::2]), strict=True):
+            result = {'+': result + digit, '-': result - digit, '@': result * digit}[operator] % 10
+        assert printed.tolist() == [symbols.DIGIT + result]
+        if 'SOL' in said:
+            assert f'# {result} |' in said
+    # Its demonstrator: the law by enumeration and by draws, where wrong steps may cancel.
+    law = arithmetic.law('demonstrator', 0, 'product')
+    problems, rng = drawn(40_000, 4)
+    right = chain.evaluate(problems, truth=truth)[:, -1]
+    found = (chain.evaluate(problems, law=law, rng=rng)[:, -1] == right).mean()
+    assert found == pytest.approx(arithmetic.expected_accuracy(law, 4, third='product'), abs=0.01)
+    with pytest.raises(DataError, match='the third operator is one of'):
+        arithmetic.truth_of('power')
