@@ -1,6 +1,6 @@
 """A small model that sees learns from a large one, with experts, and then from mistakes.
 
-    python -m kd.claims llava_mod            about 5 minutes on two cores
+    python -m kd.claims llava_mod            about 10 minutes on two busy cores
 
 Questions about digits in noise (`kd.data.builders.digit_questions`), arXiv:2408.15881. A teacher
 has learned from 500 images; students that see through its tower learn from 900 others. How much of
