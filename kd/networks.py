@@ -164,7 +164,7 @@ def trained_network(
             raise UserError(f"{where}: there is no '{weights}' of '{reference}', only 'final'.")
         return _pretrained(recipe, foreign, mesh, source, where)
     directory = recipe.locate(reference, workdir)
-    stage, its_recipe = _stage_of(recipe, reference, directory, where)
+    stage, its_recipe = stage_of(recipe, reference, directory, where)
     part = stage.get('result', NETWORK)
     averages = [name for name, kept in stage['ema'].items() if _is_of(part, kept)]
     network = build_network(stage['network'], source, where=f'{where} ({reference})')
@@ -238,7 +238,7 @@ def described_network(
         with _told(where):
             network = build_network(foreign.block, source, where=where)
     else:
-        stage, _ = _stage_of(recipe, reference, recipe.locate(reference, workdir), where)
+        stage, _ = stage_of(recipe, reference, recipe.locate(reference, workdir), where)
         network = build_network(stage['network'], source, where=f'{where} ({reference})')
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
@@ -248,7 +248,7 @@ def described_network(
     return network
 
 
-def _stage_of(
+def stage_of(
     recipe: Recipe, reference: str, directory: Path, where: str
 ) -> tuple[dict[str, Any], Recipe]:
     """The config of a stage of this recipe, a base or another run, and its recipe."""

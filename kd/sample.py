@@ -21,16 +21,16 @@ import numpy as np
 
 from kd import config as config_lib
 from kd import files, process
-from kd.config import Recipe
 from kd.data.context import source_loader, splits
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.evaluators import generation
 from kd.io import finished, safetensors
 from kd.network import Network
-from kd.networks import build_network
+from kd.networks import build_network, stage_of
 from kd.sampling import denoiser as denoisers
-from kd.sampling import diffusion, flow, generator, times, velocity
+from kd.sampling import diffusion, flow, generator, velocity
+from kd.sampling import times as times_lib
 from kd.state import PyTree
 
 # Stages of these make jumps; other flows are solved by Heun's method.
@@ -108,7 +108,11 @@ def load(directory: Path) -> tuple[Network, Source, Mapping[str, Any], Mapping[s
     network = build_network(stage.network, source, where=f'{directory.name}.network')
     if network is None:
         raise UserError(f'{directory} trains no network.')
-    return network, source, stage.method, _method_of(recipe, stage.teacher)
+    teacher: Mapping[str, Any] = {}
+    if stage.teacher and recipe.foreign(stage.teacher) is None:
+        place = recipe.locate(stage.teacher, directory.parent)
+        teacher = stage_of(recipe, stage.teacher, place, directory.name)[0]['method']
+    return network, source, stage.method, teacher
 
 
 def sampler(
@@ -142,10 +146,12 @@ def sampler(
             )
         if guidance != 1.0:
             raise UserError('this generator was distilled with its guidance; leave it out.')
-        made = generator.of_network(
-            network, times or own, block.get('step', 'restart'), teacher, where='method'
+        made = generator.of_block(
+            network, {**block, 'times': times or own}, teacher, where='this generator'
         )
         return lambda v, label, key, shape: made.sample(v, _condition(label), key, shape)
+    if times:
+        raise UserError('--times are of a generator; this takes any number of --steps.')
     if len(network.inputs) == 3:
         return _of_flow(network, block, steps or _STEPS, guidance)
     return _of_denoiser(network, steps or _STEPS, guidance)
@@ -166,9 +172,7 @@ def _of_flow(network: Network, block: Mapping[str, Any], steps: int, guidance: f
 
 def _of_denoiser(network: Network, steps: int, guidance: float) -> Draw:
     own = denoisers.guided(denoisers.of_network(network), guidance)
-    path = own.schedule
-    clock = times.karras(path.low, path.high) if path.name == 'edm' else times.even(path)
-    grid = times.grid(clock, steps, last=0.0 if path.low > 0 else 1 / steps)
+    path, grid = own.schedule, times_lib.sampling(own.schedule, steps)
 
     def draw(variables, label, key, shape):
         noise_key, key = jax.random.split(key)
@@ -181,10 +185,6 @@ def _of_denoiser(network: Network, steps: int, guidance: float) -> Draw:
 
 def _condition(label: jax.Array | None) -> dict[str, jax.Array]:
     return {} if label is None else {'label': label}
-
-
-def _method_of(recipe: Recipe, stage: str) -> Mapping[str, Any]:
-    return recipe.stages[stage].method if stage in recipe.stages else {}
 
 
 if __name__ == '__main__':

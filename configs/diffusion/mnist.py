@@ -151,7 +151,6 @@ def recipe(
             method=dict(
                 name='kd.methods.diffusion.dmd.dmd',
                 times=times,
-                clock=dict(name='kd.sampling.times.karras'),
                 weight='edm',
                 optimizer=dict(name='adam', b1=0.0, lr=students['critic_lr'], clip_norm=10.0),
                 gan=students['gan'],

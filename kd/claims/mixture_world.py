@@ -19,6 +19,7 @@ from kd.context import Context
 from kd.data.builders.mixtures import Mixture, exact_denoiser
 from kd.evaluators import distribution, fidelity
 from kd.losses.schedule import Schedule, edm
+from kd.losses.score_distillation import Weight
 from kd.method import Method
 from kd.methods.diffusion.denoising import denoising
 from kd.methods.diffusion.distribution_matching import GENERATOR, Critic
@@ -39,7 +40,8 @@ class World:
     Attributes:
       mixture: the data.
       path: the schedule.
-      clock: of Karras et al. on it, or even.
+      clock: its natural one.
+      weight: of denoising.
       network, denoiser: of generators and critics.
       exact: the teacher, E[x0 | x_t].
       seeds: of the runs.
@@ -60,12 +62,11 @@ class World:
         inner = VelocityMLP(
             width=width, depth=3, num_classes=mixture.num_classes if conditional else None
         )
-        if self.path.name == 'edm':
-            self.clock = times.karras(self.path.low, self.path.high)
-            module = Denoised(inner, self.path, precondition='edm')
-        else:
-            self.clock = times.even(self.path)
-            module = Denoised(inner, self.path, kind='flow')
+        self.clock = times.natural(self.path)
+        # How networks of the schedule are made and trained.
+        deviations = self.path.name == 'edm'
+        self.weight: Weight = 'edm' if deviations else 'flow'
+        module = Denoised(inner, self.path, 'flow', 'edm' if deviations else 'none')
         self.spec = {'input': jax.ShapeDtypeStruct((mixture.means.shape[1],), jnp.float32)}
         self.network = from_linen(module, *module.example_inputs(self.spec))
         self.denoiser = denoisers.of_network(self.network)
@@ -97,7 +98,7 @@ class World:
             denoiser=self.denoiser,
             tx=context.optimizer(name='adam', lr=lr, updates=updates),
             law=times.uniform(self.clock),
-            weight='edm' if self.path.name == 'edm' else 'flow',
+            weight=self.weight,
         )
         return Critic(**given | more)
 
@@ -113,11 +114,8 @@ class World:
             steps=steps,
             optimizer=dict(name='adam', lr=1e-3, schedule='cosine'),
         )
-        if self.path.name == 'edm':
-            law = dict(name='kd.sampling.times.lognormal', mean=-0.8, deviation=1.4)
-            method = denoising(context, law=law, weight='edm')
-        else:
-            method = denoising(context, weight='flow')
+        law = dict(name='kd.sampling.times.lognormal', mean=-0.8, deviation=1.4)
+        method = denoising(context, law=law if self.weight == 'edm' else None, weight=self.weight)
         state = seeds_lib.train(method, self.data, self.seeds, steps=steps, batch_size=batch_size)
         return state.params['network']
 

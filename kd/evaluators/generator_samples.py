@@ -12,10 +12,9 @@ from kd.context import Context, Probe
 from kd.errors import UserError
 from kd.evaluators import samples as samples_lib
 from kd.evaluators.samples import Draw
-from kd.methods.diffusion import common
 from kd.ranges import Count, Finite, Seed
 from kd.sampling import denoiser as denoisers
-from kd.sampling import diffusion, times
+from kd.sampling import diffusion, generator, times
 from kd.sampling.generator import Generator
 
 
@@ -46,7 +45,12 @@ def generator_samples(
             f'{context.stage}: generator_samples asks a generator at the times of its method, and '
             f'{block.get("name", "this")} has none; take denoiser_samples.'
         )
-    own = common.student(context, block['times'], block.get('step', 'restart'))
+    own = generator.of_block(
+        context.network,
+        block,
+        context.trained_by.get('teacher', {}),
+        where=f'{context.stage}.method',
+    )
     return _probe(
         context, {len(own.times): own}, 1.0, weights=weights, samples=samples, batch=batch,
         support=support, classifier=classifier, feature=feature, inception=inception, seed=seed,
@@ -83,14 +87,10 @@ def denoiser_samples(
     if sampler not in diffusion.STEPS:
         raise UserError(f"sampler must be one of {list(diffusion.STEPS)}, got '{sampler}'.")
     own = denoisers.of_network(context.network, context.config.method)
-    path = own.schedule
-    clock = times.even(path)
-    if path.name == 'edm':
-        clock = times.karras(path.low, path.high, rho)
-    last = 0.0 if path.low > 0 else 0.02
     step = diffusion.STEPS[sampler]()
     made = {
-        n: Generator(own, tuple(map(float, times.grid(clock, n, last=last))), step) for n in steps
+        n: Generator(own, tuple(map(float, times.sampling(own.schedule, n, rho))), step)
+        for n in steps
     }
     return _probe(
         context, made, guidance, weights=weights, samples=samples, batch=batch, support=support,

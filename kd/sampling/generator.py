@@ -123,6 +123,23 @@ def of_network(
     return Generator(own, tuple(map(float, times)), diffusion.STEPS[step]())
 
 
+def of_block(
+    network: Network, block: Mapping[str, Any], trained_by: Mapping[str, Any], *, where: str
+) -> Generator:
+    """What a method has trained, by the `times` and the `step` of its block.
+
+    Raises:
+      UserError: as of `of_network`; one phase of several, which makes no samples alone.
+    """
+    if block.get('end') or block.get('before'):
+        raise UserError(
+            f'{where}: this is one phase of a generator of several, and makes no samples alone.'
+        )
+    return of_network(
+        network, block['times'], block.get('step', 'restart'), trained_by, where=where
+    )
+
+
 def rollout(
     schedule: Schedule,
     denoise: diffusion.Denoise,

@@ -47,6 +47,13 @@ def karras(low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Clock:
     return Clock(at, lambda t: (t ** (1 / rho) - first) / (last - first))
 
 
+def natural(schedule: Schedule, rho: float = 7.0) -> Clock:
+    """That of Karras et al. where times are deviations of the noise, `even` elsewhere."""
+    if schedule.name == 'edm':
+        return karras(schedule.low, schedule.high, rho)
+    return even(schedule)
+
+
 def shifted(clock: Clock, shift: float) -> Clock:
     """Times moved towards noise, u -> shift u / (1 + (shift - 1) u) (SD3, arXiv:2403.03206)."""
 
@@ -112,6 +119,18 @@ def grid(clock: Clock, steps: int, *, first: float = 1.0, last: float = 0.0) -> 
         raise ValueError(f'grid: steps={steps}, expected at least 1.')
     with jax.ensure_compile_time_eval():
         return np.asarray(clock.at(jnp.linspace(first, last, steps)))
+
+
+def sampling(schedule: Schedule, steps: int, rho: float = 7.0) -> np.ndarray:
+    """`steps` times of the natural clock, from the noisiest to the cleanest that has noise.
+
+    Where the first time of a schedule has none, as of flows, the last step ends there: times are
+    1, .., 1 / steps, at the last of which a sampler takes what is said of clean data.
+    """
+    clock = natural(schedule, rho)
+    with jax.ensure_compile_time_eval():
+        noisy = float(schedule.sigma(jnp.float32(schedule.low))) > 0
+    return grid(clock, steps, last=0.0 if noisy else 1.0 / steps)
 
 
 def spaced(schedule: Schedule, steps: int, spacing: str = 'trailing') -> np.ndarray:

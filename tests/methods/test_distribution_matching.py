@@ -21,7 +21,6 @@ from kd.sampling import denoiser, times
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 EDM = dict(name='kd.losses.schedule.edm', low=0.02, high=5.0)
-CLOCK = dict(name='kd.sampling.times.karras', low=0.02, high=5.0)
 B, LR, FAKE_LR = 6, 0.3, 0.1
 SPEC = {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
 MIXTURE = mixtures.pairs(3)
@@ -59,7 +58,7 @@ def context(network, **more):
 
 
 def method(network, **options):
-    options = dict(times=(5.0,), optimizer=dict(name='sgd', lr=FAKE_LR), clock=CLOCK) | options
+    options = dict(times=(5.0,), optimizer=dict(name='sgd', lr=FAKE_LR)) | options
     return dmd(context(network), **options)
 
 
@@ -127,12 +126,12 @@ def test_a_step_against_one_by_hand(network, teacher, batch):
 
     fake, player = state.params['fake'], jax.random.fold_in(state.step_key(), 1)
     for move in range(2):
-        keys_of = jax.random.split(jax.random.fold_in(player, move), 5)
+        keys_of = jax.random.split(jax.random.fold_in(player, move), 4)
         if move == 0:  # The sample that the generator made before it moved.
             x = rolled(state.params['generator'], keys[0])
         else:
             x = rolled(generator, keys_of[0])
-        x_t, t = noised(x, keys_of[2], 0.0, 1.0)
+        x_t, t = noised(x, keys_of[1], 0.0, 1.0)
 
         def denoise(params, x=x, x_t=x_t, t=t):
             return jnp.mean(jnp.square(mu(params, x_t, t) - x).mean(1) / t**2)
@@ -151,7 +150,7 @@ def test_counts_of_moves_and_what_stays_as_it_is(network, teacher, batch):
         seeds.context(
             network=network, teacher=network, tx=optax.adam(1e-3), spec=SPEC, steps=10
         ),
-        times=(5.0, 0.8), optimizer=dict(name='adam', lr=1e-3), clock=CLOCK, updates=3,
+        times=(5.0, 0.8), optimizer=dict(name='adam', lr=1e-3), updates=3,
     )  # fmt: skip
     state, step = begun(made, teacher), jax.jit(made.step)
     for _ in range(2):

@@ -12,11 +12,11 @@ from kd import config as config_lib
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import score_distillation
-from kd.methods.diffusion.distribution_matching import Direction, Discriminator
+from kd.methods.diffusion.distribution_matching import Critic, Direction, Discriminator
 from kd.metrics import mean
 from kd.models.discriminator import FeatureHead
 from kd.network import feature_names
-from kd.ranges import NonNegative, Positive
+from kd.ranges import Count, NonNegative, Positive
 from kd.sampling import denoiser as denoisers
 from kd.sampling import generator
 from kd.sampling import times as times_lib
@@ -39,10 +39,25 @@ def student(context: Context, times: tuple[Positive, ...], step: str = 'restart'
 
 
 def clock(block: Mapping[str, Any] | None, denoiser: Denoiser) -> Clock:
-    """The clock of a block; None for the times of the denoiser's schedule."""
+    """The clock of a block; None for the natural one of the denoiser's schedule."""
     if block is None:
-        return times_lib.even(denoiser.schedule)
+        return times_lib.natural(denoiser.schedule)
     return config_lib.build(block, where='method.clock')
+
+
+def critic(
+    context: Context, optimizer: Mapping[str, Any], law: TimeLaw, *, updates: Count, **how: Any
+) -> Critic:
+    """A critic of the form of the stage's teacher.
+
+    Args:
+      context: the stage.
+      optimizer: arguments of `Context.optimizer`.
+      law: of the times of its noise.
+      updates, **how: fields of `Critic`.
+    """
+    tx = context.optimizer(updates=updates, **optimizer)
+    return Critic(context.teacher, teacher(context), tx, law, updates=updates, **how)
 
 
 def discriminator(

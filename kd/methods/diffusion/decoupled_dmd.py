@@ -14,7 +14,6 @@ from kd.losses.score_distillation import Weight
 from kd.method import Method
 from kd.methods.diffusion import common
 from kd.methods.diffusion.distribution_matching import (
-    Critic,
     Direction,
     Term,
     distribution_matching,
@@ -78,13 +77,11 @@ def decoupled_dmd(
         context,
         student=student,
         teacher=teacher,
-        critic=Critic(
-            network=context.teacher,
-            denoiser=teacher,
-            tx=context.optimizer(updates=updates, **optimizer),
-            law=times_lib.uniform(measure),
+        critic=common.critic(
+            context,
+            optimizer,
+            times_lib.uniform(measure),
             weight=weight,
-            sigma_data=getattr(context.teacher.module, 'sigma_data', 0.5),
             updates=updates,
             unroll=unroll,
         ),

@@ -138,10 +138,8 @@ class Critic(NamedTuple):
       tx: its optimiser.
       law: of the times of its noise.
       weight: of its loss, see `kd.losses.score_distillation.denoising`.
-      sigma_data: of the weight 'edm'.
       updates: moves in a step.
       sample: 'shared', the first move sees the generator's own sample, or 'fresh', none does.
-      dropped: share of samples whose condition is left out, for a fake denoiser that is guided.
       unroll: the moves are no loop, for convolutions on CPU.
     """
 
@@ -150,11 +148,14 @@ class Critic(NamedTuple):
     tx: optax.GradientTransformation
     law: TimeLaw
     weight: Weight
-    sigma_data: float = 0.5
     updates: int = 5
     sample: Literal['shared', 'fresh'] = 'shared'
-    dropped: float = 0.0
     unroll: bool = False
+
+    @property
+    def sigma_data(self) -> float:
+        """Of the weight 'edm': that of the network's preconditioning."""
+        return getattr(self.network.module, 'sigma_data', 0.5)
 
 
 def distribution_matching(
@@ -184,8 +185,11 @@ def distribution_matching(
       samples: of the generator in a step, for the conditions of the first so many examples; None
         for as many as there are. Terms see all examples.
       base: the time at which samples of the generator are, where they are not clean: the critic
-        then learns by `kd.losses.score_distillation.subinterval`.
+        then learns by `kd.losses.score_distillation.subinterval`. Without a discriminator, whose
+        real examples are clean.
     """
+    if base is not None and discriminator is not None:
+        raise ValueError('distribution_matching: samples with noise are not told from clean data.')
     network, shape = context.network, context.spec['input'].shape
 
     def views(state: State, made: Rollout, condition: Condition) -> Views:
@@ -235,16 +239,14 @@ def distribution_matching(
         return Objective(mean(losses), metrics, outputs={'x': made.x, 'level': made.time})
 
     def critic_loss(params, state, batch, key):
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 4)
         made = _seen_by_critic(batch, lambda: rolled(state, batch, keys[0]), critic)
-        known = asked(batch)
-        condition = denoisers.dropped(critic.denoiser, keys[1], known, critic.dropped)
-        own = _fake_variables(state, params, discriminator)
-        time_key, noise_key = jax.random.split(keys[2])
+        condition, own = asked(batch), _fake_variables(state, params, discriminator)
+        time_key, noise_key = jax.random.split(keys[1])
         path, t = critic.denoiser.schedule, critic.law(time_key, made.time)
         noise = jax.random.normal(noise_key, made.x.shape, made.x.dtype)
         x_t = noised(path, made.x, noise, t, base)
-        said = critic.denoiser.apply(own, x_t, t, condition, train=True, key=keys[3]).x0
+        said = critic.denoiser.apply(own, x_t, t, condition, train=True, key=keys[2]).x0
         if base is None:
             losses = score_distillation.denoising(
                 said, made.x, path, t, critic.weight, critic.sigma_data
@@ -257,8 +259,8 @@ def distribution_matching(
             data = batch['input'][:samples]
             real = Rollout(data, made.time, data)
             d_real, d_fake = (
-                _logits(critic, discriminator, params, state, which, known, key)
-                for which, key in zip((real, made), jax.random.split(keys[4]), strict=True)
+                _logits(critic, discriminator, params, state, which, condition, key)
+                for which, key in zip((real, made), jax.random.split(keys[3]), strict=True)
             )
             value = _rows(adversarial.discriminator_softplus(d_real, d_fake))
             losses += discriminator.critic_weight * value

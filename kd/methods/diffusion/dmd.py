@@ -9,7 +9,7 @@ from kd.context import Context
 from kd.losses.score_distillation import Weight
 from kd.method import Method
 from kd.methods.diffusion import common
-from kd.methods.diffusion.distribution_matching import Critic, distribution_matching
+from kd.methods.diffusion.distribution_matching import distribution_matching
 from kd.ranges import Count, Finite, Fraction, NonNegative, Positive
 from kd.sampling import times as times_lib
 
@@ -65,13 +65,11 @@ def dmd(
         context,
         student=student,
         teacher=teacher,
-        critic=Critic(
-            network=context.teacher,
-            denoiser=teacher,
-            tx=context.optimizer(updates=updates, **optimizer),
-            law=law,
+        critic=common.critic(
+            context,
+            optimizer,
+            law,
             weight=weight,
-            sigma_data=getattr(context.teacher.module, 'sigma_data', 0.5),
             updates=updates,
             sample=sample,
             unroll=unroll,

@@ -14,7 +14,7 @@ from kd.losses import mean_embedding
 from kd.losses.score_distillation import Weight
 from kd.method import Method
 from kd.methods.diffusion import common
-from kd.methods.diffusion.distribution_matching import Critic, Term, distribution_matching
+from kd.methods.diffusion.distribution_matching import Term, distribution_matching
 from kd.network import Network, from_linen
 from kd.ranges import Count, Finite, Fraction, NonNegative, Positive
 from kd.sampling import times as times_lib
@@ -67,13 +67,11 @@ def embedding_loss(
         context,
         student=student,
         teacher=teacher,
-        critic=Critic(
-            network=context.teacher,
-            denoiser=teacher,
-            tx=context.optimizer(updates=updates, **optimizer),
-            law=times_lib.uniform(measure),
+        critic=common.critic(
+            context,
+            optimizer,
+            times_lib.uniform(measure),
             weight=weight,
-            sigma_data=getattr(context.teacher.module, 'sigma_data', 0.5),
             updates=updates,
             unroll=unroll,
         ),

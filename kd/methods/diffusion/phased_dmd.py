@@ -14,7 +14,7 @@ from kd.losses.interpolant import expand_times
 from kd.losses.schedule import convert
 from kd.method import Method
 from kd.methods.diffusion import common
-from kd.methods.diffusion.distribution_matching import Critic, Direction, distribution_matching
+from kd.methods.diffusion.distribution_matching import Direction, distribution_matching
 from kd.metrics import mean
 from kd.ranges import Count, Finite, NonNegative, Positive
 from kd.sampling import denoiser as denoisers
@@ -139,11 +139,10 @@ def phased_dmd(
         context,
         student=Phase(own, tuple(times), base, experts),
         teacher=teacher,
-        critic=Critic(
-            network=context.teacher,
-            denoiser=teacher,
-            tx=context.optimizer(updates=updates, **optimizer),
-            law=law,
+        critic=common.critic(
+            context,
+            optimizer,
+            law,
             weight='flow',
             updates=updates,
             sample='fresh',
