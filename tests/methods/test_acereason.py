@@ -153,16 +153,15 @@ def ended(context):
     return lambda tokens, mask, batch: 1.0 - batch['truncated']
 
 
-def test_a_short_budget_cuts_answers_off_and_a_longer_one_leaves_them_as_they_are(network, batch):
-    variables, rows = sharp(network, 1), np.repeat(np.arange(4), 8)
-    prompt = batch['input'][rows], batch['prompt_mask'][rows]
-    found = {}
-    for budget in (2, R + 2):
-        draw = sampler(network.module, max_new=budget, stop=(EOS,), forbidden=(0, 1))
-        found[budget] = jax.jit(draw)(variables, *prompt, jax.random.key(3))
-    said, whole = found[2], found[R + 2]
+def test_a_short_budget_cuts_answers_off_and_a_longer_one_leaves_them_as_they_are(
+    network, policy_of, run, sampled
+):
+    rows, whole, _ = sampled
+    draw = sampler(network.module, max_new=2, stop=(EOS,), forbidden=(0, 1))
+    key = jax.random.fold_in(run.first.step_key(), zlib.crc32(b'collect'))
+    said = jax.jit(draw)(policy_of, rows['input'], rows['prompt_mask'], key)
     fits = ~np.asarray(whole.truncated) & (np.asarray(whole.mask).sum(1) <= 2)
-    assert 0 < fits.sum() < len(rows)
+    assert 0 < fits.sum() < 4 * G
     reward = np.asarray(ended(None)(said.tokens, said.mask, {'truncated': said.truncated}))
     np.testing.assert_array_equal(reward, fits)
     # What is cut off has all of its tokens counted, and is what the whole answer begins with.
