@@ -22,6 +22,7 @@ REQUIREMENTS = [
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
+    'pillow>=11',
     'safetensors>=0.5',
     'scikit-learn>=1.6',
     'scipy>=1.15',

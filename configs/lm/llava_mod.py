@@ -12,8 +12,8 @@ Stages: the teacher that sees (`teacher_adaptor`, `teacher`), the student's `ada
 and `pd`; in `cpu`, where no language is there before, `sft` for comparison and no adaptors. Seed 0
 gave probabilities of the truth of .826 (teacher), .774 (`sft`), .728, .739 and .704. The last stage
 wins or loses with the weights that D2D began with: from other ones, behind the same teacher, D2D is
-.756, D2S .765 and PD .769; five more gave .729 to .748 for D2D. The claim's PD, whose pairs are made
-before, ends at the same parameters as that of the recipe, from the same D2S.
+.756, D2S .765 and PD .769; five more gave .729 to .748 for D2D. The claim's PD, whose pairs are
+made before, ends at the same parameters as that of the recipe, from the same D2S.
 
 The larger one reads `/models/Qwen2-7B-Instruct`, `/models/Qwen2-0.5B-Instruct` and
 `/models/clip-vit-large-patch14-336` (its weights as safetensors), and in `--data_dir` lists as

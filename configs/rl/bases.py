@@ -14,7 +14,7 @@ A recipe that begins with one names it among its `bases` (see `kd.bases`) and fi
 | chain_biased | a teacher who is wrong about one of three operators | .28 | | 2 min |
 | chain_product | as `chain`, of four operations with a product; width 48 | .38 | .36 | 3 min |
 | push | one who pushes boxes and is careless, above all up and left; blocks | .33 | .21 | 3 min |
-| chain_exec | the first one; two thirds `chain`, one third `exec`, no blocks | .43, .35 | .40 | 3 min |
+| chain_exec | the first one; two of three `chain`, one `exec`, no blocks | .43, .35 | .40 | 3 min |
 | chain_wordy | the first one, who says a result up to six times more | .43 | .36 | 3 min |
 
 `chain`: chains of arithmetic of three operations (`kd.data.builders.chain`), whose answers a
