@@ -119,7 +119,7 @@ def test_flows_and_flow_maps_are_sampled_by_their_own_solvers():
     # A generator that began as a flow knows its path by what taught it.
     student = sample.sampler(network, dict(name='x', times=(1.0,)), dict(interpolant='linear'))
     assert student(variables, None, key, (5, 2)).shape == (5, 2)
-    with pytest.raises(UserError, match=r'method\.times must decrease'):
+    with pytest.raises(UserError, match=r'this generator\.times must decrease'):
         sample.sampler(network, dict(name='x', times=(0.5, 1.0)), {})
 
 
