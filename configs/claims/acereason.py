@@ -28,20 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd import figures
-from kd.claims import seeds
+from kd.claims import chain_world, seeds
 from kd.claims.claim import Check, Claim
-from kd.data import chains
-from kd.data.builders import arithmetic, chain, symbols
-from kd.io import safetensors
+from kd.data.builders import chain, symbols
 from kd.methods.rl.grpo import grpo
-from kd.models.decoders import preset
-from kd.network import from_linen
 from kd.sampling.autoregressive import sampler
-from kd.training import loop
 
-BATCH, GROUP, LR = 16, 8, 4e-4
-PRINTED = dict(name='kd.rewards.printed.printed')
-ENDS = dict(stop=(symbols.EOS,), forbidden=(symbols.PAD, symbols.BOS))
+BATCH, LR = chain_world.PROMPTS, 4e-4
 TOKENS = {'chain': 6, 'exec': 8}
 # Of wrong and of right answers, the share with a wrong verdict.
 MISTAKES = {'wrong_20': (0.2, 0), 'right_20': (0, 0.2), 'wrong_40': (0.4, 0), 'right_40': (0, 0.4)}
@@ -88,8 +81,8 @@ def get_claim(smoke: bool = False) -> Claim:
         statement='Rewards for mathematics alone make a policy better at code; rewards for code '
         'after them take nothing from it; and one update on each batch of answers is best.',
         setting='Chains of three operations, a decoder of width 64 and 2 layers; GRPO, '
-        f'{BATCH} problems x {GROUP} answers, mean over tokens, no KL, Adam {LR} with a constant '
-        'rate, clip .2 and .28 where there are several updates; one base for all, '
+        f'{BATCH} problems x {chain_world.GROUP} answers, mean over tokens, no KL, Adam {LR} with '
+        'a constant rate, clip .2 and .28 where there are several updates; one base for all, '
         f'{runs} seeds of problems and draws (three where nothing is checked); accuracy at '
         'temperature 1 on 2,000 problems of which none was trained on. One learning rate for all '
         'arms, that of the card, not tuned.',
@@ -135,17 +128,13 @@ class World:
     def __init__(self, say, share):
         self.say, self.share, self.measured = say, share, {}
         self.train, self.test = (
-            {task: problems(split, size, task) for task in TOKENS}
+            {task: chain_world.problems(split, size, tasks={task: 1.0}) for task in TOKENS}
             for split, size in (('train', 20_000), ('test', 2_000))
         )
 
     def base(self, name, runs):
         """Its parameters, [R, ...] all alike; of a network that has learnt nothing for a smoke."""
-        if self.share < 1:
-            params = network().init(jax.random.key(0))['params']
-        else:
-            place = loop.provide(f'configs/rl/bases.py:{name}')
-            params = safetensors.stage_variables(place / 'base')['params']
+        params = chain_world.base(name, 'base', self.share < 1)
         return jax.tree.map(lambda x: jnp.stack([x] * runs), params)
 
     def trained(
@@ -169,22 +158,23 @@ class World:
         data, runs = self.train[task], len(jax.tree.leaves(start)[0])
         numbers = np.arange(runs) if numbers is None else numbers
         spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in data.items()}
-        reward, per_run = PRINTED, dict(own or {})
+        reward, per_run = chain_world.REWARD, dict(own or {})
         if rates is not None:
             fields = ('false_positives', 'false_negatives')
             named = {field: field for field in fields}
-            reward = dict(name='kd.rewards.noisy.noisy', reward=PRINTED, **named)
+            reward = dict(name='kd.rewards.noisy.noisy', reward=chain_world.REWARD, **named)
             spec |= dict.fromkeys(fields, jax.ShapeDtypeStruct((), jnp.float32))
             shape = (runs, len(data['input']))
             for field, of_run in zip(fields, np.float32(rates).T, strict=True):
                 per_run[field] = np.broadcast_to(of_run[:, None], shape)
         context = seeds.context(
-            network=network(), references={'start': network()}, steps=steps, batch_size=BATCH,
-            spec=spec, num_classes=symbols.TOKENS, optimizer=dict(name='adam', lr=LR),
+            network=chain_world.network(), references={'start': chain_world.network()},
+            steps=steps, batch_size=BATCH, spec=spec, num_classes=symbols.TOKENS,
+            optimizer=dict(name='adam', lr=LR),
         )  # fmt: skip
         method = grpo(
             context, reward=reward, aggregation='token_mean', updates=updates, parts=parts,
-            sampling=dict(group=GROUP, max_new=tokens or TOKENS[task], **ENDS), old='sampler',
+            sampling=dict(chain_world.SAMPLING, max_new=tokens or TOKENS[task]), old='sampler',
             low=0.2, high=0.28, chunk=8_192,
         )  # fmt: skip
         state = seeds.train(
@@ -248,19 +238,6 @@ class World:
             self.tell(arm, {'math': right.mean(1), 'length': length})
 
 
-@functools.cache
-def network():
-    """The decoder of the bases."""
-    shape = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return from_linen(preset('toy', num_classes=symbols.TOKENS), shape)
-
-
-def problems(split, size, task):
-    """Prompts of a task with what has to be printed."""
-    made = chains.make(split, size, law=arithmetic.law('truth'), tasks={task: 1.0})
-    return {name: made[name] for name in ('input', 'prompt_mask', 'printed')}
-
-
 def part(tree, begin, count):
     """Some of the runs."""
     return jax.tree.map(lambda x: x[begin : begin + count], tree)
@@ -286,7 +263,7 @@ def answered(params, data, tokens, key=2026):
 
 @functools.cache
 def _answering(tokens):
-    draw = sampler(network().module, max_new=tokens, **ENDS)
+    draw = sampler(chain_world.network().module, **chain_world.DRAWS | dict(max_new=tokens))
 
     def of_run(params, data, key):
         said = draw({'params': params}, data['input'], data['prompt_mask'], key)

@@ -17,25 +17,18 @@ import numpy as np
 
 from kd import config as kd_config
 from kd import figures
-from kd.claims import seeds
+from kd.claims import chain_world, seeds
 from kd.claims.claim import Check, Claim
 from kd.data.builders import chain, symbols
-from kd.io import safetensors
 from kd.methods.lm import common as lm
 from kd.methods.lm.distillation import distillation
 from kd.methods.rl import common, sd_zero, self_teacher
 from kd.methods.rl.grpo import grpo
 from kd.metrics import mean_interval
-from kd.models.decoders import preset
-from kd.network import from_linen
-from kd.training import loop
 
-BASE = 'configs/rl/bases.py:chain_reviser'
 CUES = dict(
     right=((symbols.GOOD,), (symbols.BAR,)), wrong=((symbols.BAD,), (symbols.BAR,)), after=1
 )
-SAMPLING = dict(max_new=6, stop=(symbols.EOS,), forbidden=(symbols.PAD, symbols.BOS))
-REWARD = dict(name='kd.rewards.printed.printed')
 # A record: BOS BAD, six symbols, |, nine of the problem and six of an answer. Alone it is shorter.
 WIDTH, PLAIN_WIDTH = 24, 16
 TRIES = 3
@@ -173,12 +166,9 @@ class World:
     def __init__(self, size, smoke):
         self.size, self.smoke = size, smoke
         self.seeds = FIRST + np.arange(size.runs)
-        self.network = network()
-        if smoke:
-            one = jax.jit(self.network.init)(jax.random.key(0))
-        else:
-            one = safetensors.stage_variables(loop.provide(BASE) / 'base')
-        self.base = jax.tree.map(lambda x: jnp.stack([x] * size.runs), one['params'])
+        self.network = chain_world.network()
+        one = chain_world.base('chain_reviser', 'base', smoke)
+        self.base = jax.tree.map(lambda x: jnp.stack([x] * size.runs), one)
         drawn = [_problems(int(seed), size) for seed in self.seeds]
         self.problems = {name: stacked([each[name] for each in drawn]) for name in drawn[0]}
         self.budget_steps = size.phase_2 if smoke else BUDGET // 128
@@ -242,8 +232,8 @@ class World:
         asked = self.problems['further'] if problems is None else problems['all']
         context = self.context(5e-4, steps, 128, asked, teacher=self.network)
         method = sd_zero.sd_zero(
-            context, reward=REWARD, sampling=dict(SAMPLING, group=1), cues=CUES,
-            comparison=comparison, chunk=8_192,
+            context, reward=chain_world.REWARD, sampling=dict(chain_world.DRAWS, group=1),
+            cues=CUES, comparison=comparison, chunk=8_192,
         )  # fmt: skip
         frozen = {'start': params, 'teacher': params}
         return self.trained(method, asked, steps, 128, frozen, seed)
@@ -253,8 +243,8 @@ class World:
         asked, steps = self.problems['all'], self.budget_steps
         context = self.context(4e-4, steps, 16, asked)
         method = grpo(
-            context, reward=REWARD, sampling=dict(SAMPLING, group=8), updates=2, old='sampler',
-            low=0.2, high=0.28, chunk=8_192,
+            context, reward=chain_world.REWARD, sampling=chain_world.SAMPLING, updates=2,
+            old='sampler', low=0.2, high=0.28, chunk=8_192,
         )  # fmt: skip
         return self.trained(method, asked, steps, 16, {'start': self.base})
 
@@ -304,12 +294,6 @@ class World:
         return {**made, 'localisation': ratio}
 
 
-@functools.cache
-def network():
-    """The decoder of the small worlds."""
-    return from_linen(preset('toy'), jax.ShapeDtypeStruct((1, 8), jnp.int32))
-
-
 def _problems(seed, size):
     """Fields of problems of one seed: different ones for both phases."""
     count = size.first + size.further
@@ -352,8 +336,8 @@ def _tools(network, top_k=0):
     """The sampler, (params, prompts, key) -> answers with verdicts, and what reads them again."""
     spec = {'prompt_mask': 0, 'printed': 0}
     context = seeds.context(network=network, spec=spec)
-    draw = common.drawing(context, common.Sampling(group=1, top_k=top_k, **SAMPLING))
-    reward = kd_config.build(REWARD, context, where='reward')
+    draw = common.drawing(context, common.Sampling(group=1, top_k=top_k, **chain_world.DRAWS))
+    reward = kd_config.build(chain_world.REWARD, context, where='reward')
 
     def answered(params, asked, key):
         said = draw({'params': params}, asked['input'], asked['prompt_mask'], key)

@@ -30,12 +30,12 @@ REWARD = {'name': 'kd.rewards.printed.printed'}
 # Prompts and answers to each, of a step.
 PROMPTS, GROUP = 16, 8
 # PAD and BOS are never said.
-_DRAWS: dict[str, Any] = {
+DRAWS: dict[str, Any] = {
     'max_new': 6,
     'stop': (symbols.EOS,),
     'forbidden': (symbols.PAD, symbols.BOS),
 }
-SAMPLING = {'group': GROUP, **_DRAWS}
+SAMPLING = {'group': GROUP, **DRAWS}
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def measure(
 
 @functools.cache
 def _measured(own: Network, max_new: int):
-    how = {**_DRAWS, 'max_new': max_new}
+    how = {**DRAWS, 'max_new': max_new}
     decoder: Any = own.module
     draws: dict[str, Sampler] = {
         'right': sampler(decoder, **how),
