@@ -16,8 +16,9 @@ tries; code comes after mathematics.
 
 `cpu` begins with the base of `configs/rl/bases.py:chain_exec`, which it trains first if nobody has:
 "math" is `chain`, whose result is verified, "code" is `exec`, all of whose printed values are. Both
-have the same facts. Expect of `math` .44 to become .9, and of `code` .37 to become .7 before any
-reward for code; then .9 in both.
+have the same facts. Of seed 0 `math` was right in .90 of results and `code`, before any reward for
+it, in .62 of all values (base .44 and .41); a stage of hard problems took both back to .86 and .55;
+rewards for code left .97 in both. Four minutes.
 
 The other two are the paper's setting, as far as it is told: AdamW, 1e-6 on mathematics and 5e-6 on
 code, batches of 128 problems, 8 answers to each with 8k tokens and 16 beyond, temperature 1 (.6 on
