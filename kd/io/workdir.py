@@ -126,7 +126,10 @@ class MetricLog:
         with process.active().nothing_to_lose():
             from clu import metric_writers
 
-        self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))
+        # In a thread of its own: a signal that finds the main thread in a write crashes it.
+        self._writer = metric_writers.AsyncWriter(
+            metric_writers.SummaryWriter(str(directory / 'tensorboard'))
+        )
         # TensorFlow's first write takes most of a second: here, and not between two steps.
         self._writer.write_texts(resume_step, {'stage': directory.name})
         self._stream = self._file.open('a')
