@@ -42,6 +42,7 @@ from kd.method.wrappers import (
     with_base,
     with_collect,
     with_extra,
+    with_memory,
     with_projection,
     with_result,
 )
@@ -66,6 +67,7 @@ __all__ = [
     'with_collect',
     'with_ema',
     'with_extra',
+    'with_memory',
     'with_nonfinite_guard',
     'with_projection',
     'with_result',

@@ -37,6 +37,35 @@ def with_collect(
     return Method(method.init, lambda state, batch: method.step(state, collected(state, batch)))
 
 
+def with_memory(
+    method: Method,
+    name: str,
+    first: PyTree,
+    collect: Callable[[State, Batch, jax.Array], tuple[Batch, PyTree]],
+) -> Method:
+    """`with_collect` that keeps something of what it has collected: a bank of examples, say.
+
+        batch, state.extra[name] <- collect(state, batch, key)
+
+    `collect` reads in `state.extra[name]` what earlier steps have left there, and has the key that
+    `with_collect` would give it. A step that a guard leaves out leaves the memory as it was.
+
+    Args:
+      method: the method to wrap.
+      name: of the value in `state.extra`.
+      first: the value before the first step, a tree of arrays.
+      collect: see above; pure.
+    """
+    fold = zlib.crc32(b'collect')
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        batch, value = collect(state, batch, jax.random.fold_in(state.step_key(), fold))
+        state, metrics = method.step(state, batch)
+        return state.replace(extra={**state.extra, name: value}), metrics
+
+    return Method(_beginning(method, name, first), step)
+
+
 def with_extra(
     method: Method,
     name: str,
@@ -56,11 +85,6 @@ def with_extra(
       update: of the value, the step's metrics and the number of steps taken with this one.
     """
 
-    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
-        state = method.init(key, frozen)
-        value = jax.tree.map(jnp.array, first)
-        return state.replace(extra={**state.extra, name: value})
-
     def renewed(state: State, metrics: Metrics, steps: jax.Array) -> State:
         value = update(state.extra[name], metrics, steps)
         return state.replace(extra={**state.extra, name: value})
@@ -77,7 +101,7 @@ def with_extra(
         )
         return state.replace(extra=extra), metrics
 
-    return Method(init, step)
+    return Method(_beginning(method, name, first), step)
 
 
 def with_projection(method: Method, project: Callable[[PyTree], PyTree]) -> Method:
@@ -144,3 +168,14 @@ def with_result(method: Method, part: str, where: str = 'result') -> Method:
         return state.replace(result=part)
 
     return method._replace(init=init)
+
+
+def _beginning(method: Method, name: str, first: PyTree) -> Callable[..., State]:
+    """The method's `init`, with a value in `state.extra`."""
+
+    def init(key: jax.Array, frozen: Mapping[str, PyTree] | None = None) -> State:
+        state = method.init(key, frozen)
+        value = jax.tree.map(jnp.array, first)
+        return state.replace(extra={**state.extra, name: value})
+
+    return init

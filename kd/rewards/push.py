@@ -12,7 +12,7 @@ from kd.data.builders import push as world
 from kd.errors import UserError
 from kd.method import Batch
 from kd.ranges import Count
-from kd.rewards.reward import Reward
+from kd.rewards.reward import Reward, Summary
 from kd.sampling.environment import Environment
 
 FIELDS = ('agent', 'box', 'goal')
@@ -70,6 +70,27 @@ def push(context: Context, *, of: Literal['success', 'completion'] = 'success') 
         return (box == goal[:, None]).any(1).astype(jnp.float32)
 
     return reward
+
+
+def summary(context: Context) -> Summary:
+    """What an episode teaches, see `kd.data.builders.push.skill`; the best is the one whose box
+    came nearest to the goal, and of these the shortest.
+
+    Args:
+      context: the stage; data of `kd.data.push.push`.
+
+    Raises:
+      UserError: data without levels.
+    """
+    _needed(context)
+
+    def of(batch: Batch) -> tuple[jax.Array, jax.Array]:
+        action, box = played(batch['tokens'], batch['mask'], batch)
+        # Two completions of a level are further apart than any two lengths.
+        score = world.completion(batch['goal'], box) - 1e-3 * (action >= 0).sum(1)
+        return world.skill(batch['goal'], box, action), score
+
+    return Summary(world.BLOCK, of)
 
 
 def played(tokens: jax.Array, mask: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,7 @@ from kd.method import (
     with_collect,
     with_ema,
     with_extra,
+    with_memory,
     with_nonfinite_guard,
     with_projection,
     with_result,
@@ -97,6 +98,38 @@ def test_a_step_that_is_left_out_leaves_that_value(data):
     before, _ = run(method, data[:1])
     after, _ = run(method, [data[0], bad])
     assert_bit_identical(after.extra['running'], before.extra['running'])
+
+
+def test_what_is_remembered_is_read_by_the_next_step_and_lost_with_a_step_left_out(data):
+    def collect(state, batch, key):
+        seen = state.extra['seen']
+        drawn = jax.random.normal(key, ())
+        batch = {**batch, 'sum': jnp.full(batch['y'].shape, seen['sum'])}
+        return batch, {'sum': seen['sum'] + batch['y'].sum(), 'drawn': drawn}
+
+    def loss(params, state, batch, key):
+        objective = squared_error(params, state, batch, key)
+        return objective._replace(metrics={**objective.metrics, 'read': mean(batch['sum'])})
+
+    first = {'sum': 1.0, 'drawn': 0.0}
+    method = with_memory(minimize(loss, optax.sgd(LR), initial), 'seen', first, collect)
+    state, history = run(method, data)
+    sums = 1 + np.cumsum([0, *(batch['y'].sum() for batch in data)])
+    read = [float(m['read'].total / m['read'].count) for m in history]
+    np.testing.assert_allclose(read, sums[:-1], rtol=1e-5)
+    np.testing.assert_allclose(state.extra['seen']['sum'], sums[-1], rtol=1e-5)
+    # The key is that of a batch that is collected without a memory.
+    plain = with_collect(
+        minimize(loss, optax.sgd(LR), initial),
+        lambda state, batch, key: {**batch, 'sum': jnp.full(8, jax.random.normal(key, ()))},
+    )
+    _, others = run(plain, data)
+    last = others[-1]['read']
+    np.testing.assert_allclose(last.total / last.count, state.extra['seen']['drawn'], rtol=1e-6)
+    guarded = with_nonfinite_guard(method, 'skip')
+    before, _ = run(guarded, data[:1])
+    after, _ = run(guarded, [data[0], {**data[1], 'x': np.full_like(data[1]['x'], np.nan)}])
+    assert_bit_identical(after.extra['seen'], before.extra['seen'])
 
 
 def test_projected_gradient_descent_is_numpys(data):

@@ -385,6 +385,13 @@ def with_prompt(batch: Batch, *pieces: tuple[jax.Array, jax.Array]) -> Batch:
     return {**batch, **moved}
 
 
+def prompts_of(batch: Batch, rows: int) -> Batch:
+    """`input` and `prompt_mask` of a batch of prompts, each as often as it has answers among
+    `rows`; for answers that were given to another prompt."""
+    times = rows // len(batch['input'])
+    return {name: jnp.repeat(batch[name], times, axis=0) for name in ('input', 'prompt_mask')}
+
+
 def _hidden(network, variables, batch, *, train, key):
     """Hidden states [B, R, D] at the positions that predict the answers, head and mutables."""
     asked, length = batch['prompt_mask'], batch['tokens'].shape[1]

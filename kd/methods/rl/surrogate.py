@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,17 @@ from kd.context import Context
 from kd.errors import UserError
 from kd.losses import policy
 from kd.losses.signal import HiddenHead
-from kd.method import Batch, Method, Objective, minimize, repeat, with_collect
+from kd.method import Batch, Method, Objective, minimize, repeat, with_collect, with_memory
 from kd.methods import start
 from kd.methods.rl import common, watched
 from kd.metrics import Mean, Metrics, mean
 from kd.network import Network
-from kd.ranges import Count, Positive
+from kd.ranges import Count, NonNegative, Positive
 from kd.sampling.environment import Draws
-from kd.state import State
+from kd.state import PyTree, State
 
+# A number, or what gives it: of the runs of a claim each may have its own, in `state.frozen`.
+Number = NonNegative | Callable[[State], jax.Array]
 # Name of the reference, in a stage's `references`, that the policy is kept near.
 REFERENCE = 'reference'
 
@@ -102,7 +104,7 @@ class Pull(NamedTuple):
 def method(
     context: Context,
     draw: Draws,
-    collect: common.Collect,
+    collect: Callable[[State, Batch, jax.Array], Any],
     term: Callable[[common.Said, jax.Array, dict[str, jax.Array]], Term],
     *,
     group: Count,
@@ -110,6 +112,7 @@ def method(
     fields: Sequence[str] = (),
     teacher: Callable[[State, Batch], HiddenHead] | None = None,
     further: Callable[[Batch], Metrics] | None = None,
+    memory: tuple[str, PyTree] | None = None,
 ) -> Method:
     """Rollout, verdicts, scores and all updates as one compiled step.
 
@@ -123,6 +126,8 @@ def method(
       fields: of the batch, [B] or [B, R], that `term` is given.
       teacher: hidden states [B, R, D] and head, for `said.teacher`.
       further: metrics of what `collect` has brought.
+      memory: name and first value of what `collect` keeps, which it then returns beside the batch,
+        see `kd.method.with_memory`.
     """
     network = context.network
 
@@ -151,7 +156,10 @@ def method(
 
     init = start.from_reference(network.init, context)
     one = minimize(loss, context.tx_of(how.updates), init, micro_batches=how.micro_batches)
-    return with_collect(repeat(one, how.updates, parts=how.parts, group=group), collect)
+    several = repeat(one, how.updates, parts=how.parts, group=group)
+    if memory is None:
+        return with_collect(several, collect)
+    return with_memory(several, *memory, collect)
 
 
 def networks(context: Context, *pulls: Pull) -> dict[str, Network]:
@@ -178,6 +186,11 @@ def networks(context: Context, *pulls: Pull) -> dict[str, Network]:
                 )
             found['teacher'] = context.teacher
     return found
+
+
+def number(value: Any, state: State) -> Any:
+    """A `Number` of a state."""
+    return value(state) if callable(value) else value
 
 
 def field_of(name: str) -> str:
