@@ -25,13 +25,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from kd.data import sources
+import numpy as np
+
+from kd.data import catalogue, sources
 from kd.data.builders import examples as builder
 from kd.data.builders import records
+from kd.data.builders import sokoban as boards
+from kd.data.builders import sokoban_words as game
 from kd.data.builders import stdlib_docs as documentation
 from kd.data.context import SourceContext
 from kd.data.text_rows import Form, Layout, TextSource
 from kd.ranges import Count, Seed, Size
+from kd.text import tokenizer as tokenizers
 from kd.text.packing import Example, Long
 from kd.text.tokenizer import Tokenizer
 
@@ -255,6 +260,45 @@ def preferences(
         return builder.pairs(taken, file, builder.stamp(file), tuple(fields), style)
 
     return rows.source({split: partial(examples, file) for split, file in paths.items()})
+
+
+def sokoban(
+    context: SourceContext,
+    *,
+    tokenizer: str,
+    length: Count,
+    rules: str = game.RULES,
+    told: Size = 0,
+    vocabulary: Size = 0,
+) -> TextSource:
+    """Levels of Sokoban to play (`kd.data.builders.sokoban`), by `kd.rewards.sokoban.environment`.
+
+    The prompt is what the system says, the same for all; boards are shown by the environment. Its
+    fields are those of `kd.data.builders.sokoban.Levels`, without the plan; `level` int32, the
+    number of the level in its split; and `told` int32 [L] and `told_mask` bool [L], the first
+    actions of the plan in words, if they are asked for.
+
+    Args:
+      context: a split of 'train' (96 levels), 'validation' and 'test' (64).
+      tokenizer, length, vocabulary: as of `chats`; layout 'prompts'.
+      rules: control tokens in it are such.
+      told: so many actions of the plan.
+    """
+    rows = Form('sokoban', context, tokenizer, length, 'prompts', 0, 'drop', 64, vocabulary, 0)
+    if context.recipe.data_dir == catalogue.DESCRIBED:
+        return rows.described(vocabulary or None, game.fields('train', [0], told, None))
+    taken = tokenizers.load(tokenizer)
+    sizes = {split: size for split, (size, _) in boards.SPLITS.items()}
+    parts = sources.parse_split(context.split, sizes, name='sokoban')
+    ids = np.asarray(taken.encode(rules, special=True), np.int32)
+    chosen = [Example(ids, np.zeros(len(ids), bool))] * sum(
+        stop - start for _, start, stop in parts
+    )
+    found = [game.fields(split, range(a, b), told, taken) for split, a, b in parts]
+    fields = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return rows.filled(
+        chosen, taken, tokenizers.shared_size(taken, vocabulary or taken.size), fields
+    )
 
 
 def _paths(path: str | Mapping[str, str], context: SourceContext) -> dict[str, Path]:
