@@ -21,6 +21,7 @@ from kd.context import Context
 from kd.data import push, sources
 from kd.data.builders import push as world
 from kd.data.builders import symbols
+from kd.data.context import SourceContext
 from kd.io import safetensors
 from kd.method import Batch
 from kd.methods.rl import common
@@ -60,8 +61,7 @@ def base(smoke: bool = False) -> PyTree:
 
 
 def context(
-    steps: int, *, references: Sequence[str] = ('start',), asked: sources.Batch | None = None,
-    **fields: Any,
+    steps: int, *, references: Sequence[str] = ('start',), asked: sources.Batch | None = None
 ) -> Context:  # fmt: skip
     """For a method's builder: Adam at 3e-4."""
     own, asked = network(), push.levels('train', 'full') if asked is None else asked
@@ -69,7 +69,7 @@ def context(
         network=own, references=dict.fromkeys(references, own), steps=steps,
         optimizer={'name': 'adam', 'lr': LR}, batch_size=LEVELS, num_classes=symbols.TOKENS,
         spec={name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in asked.items()},
-        **fields,
+        source=lambda split: push.push(SourceContext(split)),
     )  # fmt: skip
 
 

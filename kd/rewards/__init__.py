@@ -14,6 +14,9 @@ reward of any function of Python, which judges answers one by one in processes o
 within a time limit: `kd.rewards.words` does so with any function of texts, `kd.rewards.mathematics`
 with `math-verify`. `kd.rewards.noisy` makes mistakes with another reward's verdicts.
 
+Worlds that answer turn by turn are environments (`kd.sampling.environment`): `kd.rewards.push` and
+`kd.rewards.sokoban` have one each, beside the rewards of what was done in it.
+
 An answer that cannot be judged (a verifier hangs, raises or dies) has the reward NaN, which
 `kd.rewards.reward.judged` turns into 0 and counts.
 
