@@ -4,8 +4,7 @@
 
 Boxes pushed to their goals in at most twelve turns, 96 levels to learn from, one base that wins one
 level in five. The expert is a search, and says the first six actions of the shortest way. GRPO,
-which is told nothing; OPSD; pi-Distill of three alphas, and without its divergence; imitation of
-the expert, and GRPO after it.
+which is told nothing; OPSD; pi-Distill of three alphas; imitation of the expert, and GRPO after it.
 """
 
 import jax
@@ -25,7 +24,6 @@ SHARES = {
     'alpha_0.5': (0.5, BETA),
     'alpha_1': (1.0, BETA),
     'alpha_0': (0.0, BETA),
-    'alpha_1_beta_0': (1.0, 0.0),
 }
 TITLES = {
     'base': 'base',
@@ -36,7 +34,6 @@ TITLES = {
     'alpha_0': 'pi-Distill, alpha 0',
     'alpha_0.5': 'pi-Distill, alpha .5',
     'alpha_1': 'pi-Distill, alpha 1',
-    'alpha_1_beta_0': 'alpha 1, no divergence',
 }
 CHECKS = [
     Check('alpha .5: the told policy wins more than before', 'told', 'alpha_0.5', 'base'),
