@@ -35,6 +35,7 @@ from kd.data.builders import sokoban_words as game
 from kd.data.builders import stdlib_docs as documentation
 from kd.data.context import SourceContext
 from kd.data.text_rows import Form, Layout, TextSource
+from kd.errors import UserError
 from kd.ranges import Count, Seed, Size
 from kd.text import tokenizer as tokenizers
 from kd.text.packing import Example, Long
@@ -291,6 +292,8 @@ def sokoban(
     sizes = {split: size for split, (size, _) in boards.SPLITS.items()}
     parts = sources.parse_split(context.split, sizes, name='sokoban')
     ids = np.asarray(taken.encode(rules, special=True), np.int32)
+    if len(ids) > length:
+        raise UserError(f'sokoban: the rules are {len(ids)} tokens, and length is {length}.')
     chosen = [Example(ids, np.zeros(len(ids), bool))] * sum(
         stop - start for _, start, stop in parts
     )

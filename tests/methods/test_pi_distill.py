@@ -126,9 +126,7 @@ def test_a_step_is_the_gradient_of_both_terms(distilled, slopes, alpha, beta):
     assert abs(value(metrics, 'kl_to_untold')) > 1e-3
 
 
-def test_without_rewards_that_differ_the_student_learns_what_the_teacher_does(
-    network, distilled, slopes
-):
+def test_without_rewards_that_differ_the_student_learns_what_the_teacher_does(network):
     """A = 0, alpha = 0: maximum likelihood of all that the teacher has done."""
     short = {**SAMPLING, 'environment': {**SAMPLING['environment'], 'horizon': 1}}
     how = {**HOW, 'sampling': short, 'reward': dict(name='kd.rewards.push.push')}
@@ -158,7 +156,7 @@ def test_an_expert_that_says_nothing_leaves_grpo(network, distilled):
         assert largest(jax.tree.map(jnp.subtract, taken, wanted)) > 1e-3
 
 
-def test_the_penalty_may_be_a_part_of_the_reward(network, slopes, acted, distilled):
+def test_the_penalty_may_be_a_part_of_the_reward(network, acted):
     run = Run(network, pi_distill(context(network), **HOW, alpha=0.5, beta=0.25, penalty='reward'))
     _, metrics = run()
     params = run.start.params['network']

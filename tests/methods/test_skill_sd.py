@@ -54,7 +54,7 @@ def filled(uses, total):
         ([4, 5, 2], [2, 2.5, 1], 1.0, 2),
         # Without exploration the best mean.
         ([1, 9, 3], [0.5, 8, 2], 0.0, 1),
-        # By hand: .9 + sqrt(ln 12 / 10) = 1.40, .5 + sqrt(ln 12 / 1) = 2.08, .4 + 1.58.
+        # By hand: .9 + sqrt(ln 12 / 10) = 1.40, .5 + sqrt(ln 12 / 1) = 2.08, 0 + 1.58.
         ([10, 1, 1], [9, 0.5, 0], 1.0, 1),
     ],
 )
@@ -123,7 +123,7 @@ def test_without_a_weight_or_without_skills_it_is_grpo(network, skilled):
     for weight in (0.0, 50.0):
         _, after, metrics = skilled(weight=weight)
         close(after.params, wanted.params, atol=1e-7)
-        assert value(metrics, 'kl_to_teacher') == pytest.approx(0, abs=1e-6)
+        assert value(metrics, 'kl_to_teacher') == pytest.approx(0, abs=1e-5)
         for name in ('reward', 'length', 'dead_groups', 'entropy'):
             assert value(metrics, name) == pytest.approx(value(told, name), abs=1e-6), name
         # Now there are skills, that only a weight lets in.
@@ -223,7 +223,7 @@ def test_controls_act_with_the_skill_in_the_prompt(network, skilled, acts):
     assert value(metrics, 'reward') != value(plain, 'reward')
     if acts == 'told':
         # The policy has read what the teacher reads.
-        assert value(metrics, 'kl_to_teacher') == pytest.approx(0, abs=1e-6)
+        assert value(metrics, 'kl_to_teacher') == pytest.approx(0, abs=1e-5)
         assert value(metrics, 'ratio') == 1
     else:
         # The ratio is to who acted, who is the teacher.

@@ -95,7 +95,7 @@ def test_moves_and_boards_are_those_of_the_game():
             signs = [world.SIGNS[i] for i in np.asarray(world.board(at))[0]]
             assert '\n'.join(''.join(signs[6 * i : 6 * i + 6]) for i in range(6)) == game.drawn()
             assert int(world.at_goals(at)[0]) == len(game.boxes & game.goals)
-    assert pushes > 10
+    assert pushes > 3
     at = position(Game(LEVEL))
     jax.tree.map(np.testing.assert_array_equal, move(at, jnp.array([-1])), at)
 
@@ -145,7 +145,7 @@ def source(tmp_path_factory):
     """Levels in the words of a toy tokenizer."""
     name = toys.write_gguf(tmp_path_factory.mktemp('toy') / 'toy.gguf', toys.fields())
     context = SourceContext('train[:8]', Recipe(stages={}, data={}))
-    return text.sokoban(context, tokenizer=name, length=400, told=3)
+    return text.sokoban(context, tokenizer=name, length=600, told=3)
 
 
 @pytest.fixture(scope='module')
@@ -217,6 +217,9 @@ def test_what_does_not_fit_is_told(source, ids):
     context = context_of(source)
     with pytest.raises(UserError, match=r'U, R, D, L are the tokens .* and actions are'):
         sokoban.environment(context)
+    short = SourceContext('train', Recipe(stages={}, data={}))
+    with pytest.raises(UserError, match=r'the rules are \d+ tokens, and length is 30'):
+        text.sokoban(short, tokenizer=source.tokenizer.name, length=30)
     with pytest.raises(DataError, match='sokoban has the splits'):
         world.levels('other')
     spec = {name: x for name, x in source.spec.items() if name != 'walls'}

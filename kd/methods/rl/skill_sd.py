@@ -122,7 +122,9 @@ def skill_sd(
 
         if how.recomputed:
             made['old_log_probs'] = of(state.variables(), made)
-        made['teacher_log_probs'] = of(who(state), with_skill(made))
+        # Who has acted told has the skill in the prompt already.
+        asked = made if acts == 'told' else with_skill(made)
+        made['teacher_log_probs'] = of(who(state), asked)
         made['drawn'] = surrogate.number(weight, state) * drawn_weights(made)
         made['weight'] *= surrogate.number(reward_weight, state)
         return made, renewed(bank, made, task, slot, there, told, config.group)
