@@ -141,11 +141,15 @@ def after(agent, boxes, walls):
 
 
 @pytest.fixture(scope='module')
-def source(tmp_path_factory):
+def tokenizer(tmp_path_factory):
+    return toys.write_gguf(tmp_path_factory.mktemp('toy') / 'toy.gguf', toys.fields())
+
+
+@pytest.fixture(scope='module')
+def source(tokenizer):
     """Levels in the words of a toy tokenizer."""
-    name = toys.write_gguf(tmp_path_factory.mktemp('toy') / 'toy.gguf', toys.fields())
     context = SourceContext('train[:8]', Recipe(stages={}, data={}))
-    return text.sokoban(context, tokenizer=name, length=600, told=3)
+    return text.sokoban(context, tokenizer=tokenizer, length=600, told=3)
 
 
 @pytest.fixture(scope='module')
@@ -213,13 +217,13 @@ def test_prompts_are_rules_and_what_an_expert_says(source):
     assert said.endswith(f'in at most 40 turns.\nAn expert would begin with: {plan}')
 
 
-def test_what_does_not_fit_is_told(source, ids):
+def test_what_does_not_fit_is_told(source, ids, tokenizer):
     context = context_of(source)
     with pytest.raises(UserError, match=r'U, R, D, L are the tokens .* and actions are'):
         sokoban.environment(context)
     short = SourceContext('train', Recipe(stages={}, data={}))
     with pytest.raises(UserError, match=r'the rules are \d+ tokens, and length is 30'):
-        text.sokoban(short, tokenizer=source.tokenizer.name, length=30)
+        text.sokoban(short, tokenizer=tokenizer, length=30)
     with pytest.raises(DataError, match='sokoban has the splits'):
         world.levels('other')
     spec = {name: x for name, x in source.spec.items() if name != 'walls'}
