@@ -25,6 +25,7 @@ from kd.methods.rl import common, surrogate
 from kd.methods.rl.surrogate import Number, Surrogate, Term
 from kd.ranges import Count, Keywords, NonNegative, Positive
 from kd.rewards.reward import Summary
+from kd.sampling.environment import Draws
 from kd.state import PyTree, State
 
 SKILLS, START = 'skills', 'start'
@@ -101,30 +102,17 @@ def skill_sd(
     told = config_lib.build(summary, context, where=f'{context.stage}.method.summary')
     _check(context, field, teacher)
     answer = common.answered(context, draw, common.of_block(context, reward), group=config.group)
-    who = _teacher(teacher)
+    act, scores = _acting(answer, acts, teacher), _scores(context, draw, how, acts, teacher)
 
     def collect(state: State, batch: Batch, key: jax.Array) -> tuple[Batch, banks.Bank]:
         bank, task = state.extra[SKILLS], batch[field]
         slot, there = banks.select(bank, task, explore)
-        skill = bank.tokens[task, slot]
-        batch = {**batch, 'skill': skill, 'told': there}
-        made = _acting(answer, acts, who)(state, batch, key)
+        batch = {**batch, 'skill': bank.tokens[task, slot], 'told': there}
         made = common.valued(
-            made, config.group, advantage=advantage, ddof=ddof, aggregation=aggregation,
-            longest=draw.max_new,
+            act(state, batch, key), config.group, advantage=advantage, ddof=ddof,
+            aggregation=aggregation, longest=draw.max_new,
         )  # fmt: skip
-
-        def of(variables: PyTree, asked: Batch) -> jax.Array:
-            said = common.score(
-                context.network, variables, asked, draw, chunk=chunk, parts=micro_batches
-            )
-            return said.log_probs
-
-        if how.recomputed:
-            made['old_log_probs'] = of(state.variables(), made)
-        # Who has acted told has the skill in the prompt already.
-        asked = made if acts == 'told' else with_skill(made)
-        made['teacher_log_probs'] = of(who(state), asked)
+        made |= scores(state, made)
         made['drawn'] = surrogate.number(weight, state) * drawn_weights(made)
         made['weight'] *= surrogate.number(reward_weight, state)
         return made, renewed(bank, made, task, slot, there, told, config.group)
@@ -177,9 +165,7 @@ def renewed(
     return banks.insert(banks.credit(bank, task, slot, there, rewards), task, tokens[best])
 
 
-def _acting(
-    answer: common.Collect, acts: Acts, teacher: Callable[[State], PyTree]
-) -> common.Collect:
+def _acting(answer: common.Collect, acts: Acts, teacher: str) -> common.Collect:
     """`answer`, with the skill in the prompt or not."""
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
@@ -187,21 +173,39 @@ def _acting(
             return answer(state, batch, key)
         if acts == 'told':
             return answer(state, with_skill(batch), key)
-        made = answer(state.with_params(teacher(state)['params']), with_skill(batch), key)
+        variables = _teacher(state, teacher)
+        made = answer(state.with_params(variables['params']), with_skill(batch), key)
         return {**made, **common.prompts_of(batch, len(made['tokens']))}
 
     return collect
 
 
-def _teacher(name: str) -> Callable[[State], PyTree]:
+def _scores(
+    context: Context, draw: Draws, how: Surrogate, acts: Acts, teacher: str
+) -> Callable[[State, Batch], Batch]:
+    """Log-probabilities of answers: of the teacher, and of the old policy where it is asked."""
+
+    def of(variables: PyTree, asked: Batch) -> jax.Array:
+        return common.score(
+            context.network, variables, asked, draw, chunk=how.chunk, parts=how.micro_batches
+        ).log_probs
+
+    def scores(state: State, batch: Batch) -> Batch:
+        # Who has acted told has the skill in the prompt already.
+        asked = batch if acts == 'told' else with_skill(batch)
+        made = {'teacher_log_probs': of(_teacher(state, teacher), asked)}
+        if how.recomputed:
+            made['old_log_probs'] = of(state.variables(), batch)
+        return made
+
+    return scores
+
+
+def _teacher(state: State, name: str) -> PyTree:
     """The variables of who is told."""
-
-    def variables(state: State) -> PyTree:
-        if name == 'live':
-            return state.variables()
-        return state.frozen[name] if name == START else state.variables(name)
-
-    return variables
+    if name == 'live':
+        return state.variables()
+    return state.frozen[name] if name == START else state.variables(name)
 
 
 def _check(context: Context, field: str, teacher: str) -> None:
