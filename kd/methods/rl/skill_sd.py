@@ -1,6 +1,6 @@
 """Skill-SD: a policy learns from itself as it is when it is told of earlier tries.
 
-Wang et al. 2026, arXiv:2604.10674. What was tried at a task is summed up in a few tokens, a skill.
+arXiv:2604.10674 (2026). What was tried at a task is summed up in a few tokens, a skill.
 The policy acts without it, and the same weights, told of it, say of every action how likely it is:
 beside the reward, the policy is drawn to that.
 """
