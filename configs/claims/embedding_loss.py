@@ -97,14 +97,14 @@ def run(say, runs, steps, pretraining, smoke):
 
 def draw(measured):
     """The distance along training, and every seed at its end."""
-    figure = figures.new_figure(9, 3.2)
+    figure = figures.new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     parts = (np.arange(PARTS) + 1) / PARTS
     for colour, (name, found) in zip(figures.COLOURS, measured.items(), strict=False):
         curves = np.asarray([found[f'swd_{part}'] for part in range(PARTS)])
         left.plot(parts, curves.mean(1), 'o-', color=colour, label=TITLES[name])
     left.set(xlabel='part of the training', ylabel='sliced Wasserstein distance')
-    left.legend(fontsize=8)
+    figure.legend(loc='outside lower center', ncols=5, frameon=False, fontsize=8)
     figures.dots(right, {TITLES[name]: found['swd'] for name, found in measured.items()})
     right.set_xlabel('sliced Wasserstein distance at the end')
     return figure

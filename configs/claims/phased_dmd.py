@@ -3,7 +3,9 @@
     python -m kd.claims phased_dmd
 
 Four points on a line, whose velocity is known, for the target of a subinterval; a grid of sixteen
-modes for the diversity of generators of two steps.
+modes for the diversity of generators of two steps. Without the paper's shift of the times all arms
+keep 4 to 6 of the modes, in a first run: the paper's weight is 1 / sigma at little noise, and there
+the direction seeks the nearest mode.
 """
 
 import jax
@@ -29,6 +31,8 @@ from kd.sampling.generator import Generator
 
 # Told t itself, not a thousand times it.
 PATH = flow(1.0)
+# Of the times of generators and critics, as for Wan.
+SHIFT = 5.0
 BASE, MIDDLE = 0.5, 0.7
 POINTS = (-1.0, 0.0, 1.0, 2.0)
 TARGETS = {
@@ -61,12 +65,15 @@ def get_claim(smoke: bool = False) -> Claim:
         f'states at {BASE}; trajectories from 1 to {BASE} by 100 steps. 4 x 4 modes, spacing .8, '
         'deviation .05, exact teacher, perceptrons of 3 x 48 that have learnt to denoise for '
         f'{pretraining} steps, {updates} moves of the generator in all arms, half for each phase, '
-        f'four critic moves each, batches of 256, Adam 3e-4 and 1e-3; {runs} seeds. Nothing is '
+        f'four critic moves each, times shifted by {SHIFT:g}, batches of 256, Adam 3e-4 and 1e-3; '
+        f'{runs} seeds. Nothing is '
         'tuned.',
         run=lambda say: run(say, runs, steps, pretraining, updates, smoke),
         checks=CHECKS[:2] if smoke else CHECKS,
         draw=draw,
-        notes='Distances and precision of generators are no check: each phase has half the moves.',
+        notes='Distances and precision of generators are no check: each phase has half the moves. '
+        'The biased target is wrong by .25 in velocity, and half a unit of time makes at most .125 '
+        'of that: .2 was expected of trajectories by mistake, and stays as it was set.',
     )
 
 
@@ -154,8 +161,10 @@ def trained(world, name, started, updates):
             'second': Phase(own, (MIDDLE,), None, before),
         }[phase]
         base = MIDDLE if phase == 'first' else None
-        high = MIDDLE if name == 'disjoint' and phase == 'second' else 0.98
-        law = times.uniform(world.clock, base or 0.02, high)
+        clock = times.shifted(world.clock, SHIFT)
+        low = 0.02 if base is None else float(clock.rank(base))
+        high = float(clock.rank(MIDDLE)) if name == 'disjoint' and phase == 'second' else 0.98
+        law = times.uniform(clock, low, high)
         steps = updates // len(phases)
         context = world.context(3e-4, optimizer=dict(b1=0.0), steps=steps)
         method = distribution_matching(
@@ -195,6 +204,7 @@ def draw(measured):
     rows = {ARMS[n]: measured[n]['entropy'] for n in ARMS if n in measured}
     if rows:
         figures.dots(right, rows)
-        right.axvline(np.log(16), color='black', lw=1, ls=':')
-        right.set_xlabel('entropy of sixteen modes, nats; dotted: equal')
+        right.axvline(np.log(16), color='black', lw=1, ls=':', label='sixteen alike')
+        right.legend()
+        right.set_xlabel('entropy of modes, nats')
     return figure
