@@ -120,15 +120,21 @@ class World:
         return state.params['network']
 
     def train(
-        self, method: Method, started: PyTree, steps: int, batch_size: int = BATCH, **more: Any
+        self,
+        method: Method,
+        started: PyTree,
+        steps: int,
+        batch_size: int = BATCH,
+        average: str = '',
+        **more: Any,
     ) -> PyTree:
-        """Parameters [R, ...] of generators that a method trains from these."""
+        """Parameters [R, ...] of generators that a method trains from these, or an average's."""
         frozen = {'start': {'params': started}} | more.pop('frozen_per_run', {})
         state = seeds_lib.train(
             method, self.data, self.seeds, steps=steps, batch_size=batch_size,
             frozen_per_run=frozen, **more,
         )  # fmt: skip
-        return state.params[GENERATOR]
+        return (state.ema[average] if average else state.params)[GENERATOR]
 
     def samples(
         self, params: PyTree, student: Generator, n: int = 4_000, step: str = 'restart'

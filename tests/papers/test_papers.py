@@ -34,6 +34,7 @@ ANONYMOUS = {
     *('dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded', 'sd_zero'),
     *('decoupled_dmd', 'phased_dmd', 'embedding_loss', 'llava_mod'),
     *('srpo', 'sdpo', 'skill_sd'),
+    'innate_one_step',
 }
 
 ENTRY = """

@@ -1,0 +1,143 @@
+"""A diffusion transformer as a generator of one step, by a discriminator alone (arXiv:2405.20750).
+
+    python -m kd.main --config=configs/diffusion/innate_one_step.py:cpu --workdir=runs/innate
+
+| variant | data | networks | hardware |
+|---|---|---|---|
+| cpu | 8x8 digits of scikit-learn, 1,500 | DiT of .1 M parameters | 2 cores |
+| cifar10 (default) | CIFAR-10, in `--data_dir` | DiT of 36 M parameters | 8 GPUs or v5e-8 |
+
+Stages: a classifier, whose layers the discriminator reads and whose features measure samples; the
+teacher; the generator begun as the teacher (GDD); the same with the blocks' MLPs and projections
+frozen (GDD-I).
+
+The paper has the EDM UNet of CIFAR-10 (batches of 256, rates 1e-4, 5 M images, FID 1.56) and reads
+VGG16 and EfficientNet-lite0, trained on ImageNet, at 224 pixels. Here a DiT of our own stands for
+the first and a classifier of the same data for the second; rates, batch, images and gamma of
+`cifar10` are the paper's, and it was not run by us. `cpu` takes about EXPECTED.
+"""
+
+from kd import config as kd_config
+
+VARIANTS = ('cpu', 'cifar10')
+# MLPs and output projections of blocks; what adapts, queries, keys and both ends are trained.
+FROZEN = r'block\d+/(mlp|projection)'
+
+
+def get_config(variant: str = 'cifar10'):
+    """The recipe of a variant."""
+    return kd_config.variant(variant, {'cpu': cpu, 'cifar10': cifar10})()
+
+
+def cpu():
+    """Minutes on two cores."""
+    return recipe(
+        data=dict(name='digits', train='train', validation='test'),
+        network=dict(patch=2, width=48, depth=3, heads=4),
+        sigma_data=0.75,
+        teacher=dict(steps=1_200, lr=2e-3, batch_size=128),
+        students=dict(steps=400, lr=2e-4, critic_lr=4e-4, gamma=1e-2, batch_size=128),
+        samples=1_000,
+        reads={'first': 'classifier/hidden0', 'second': 'classifier/hidden1'},
+        judge=dict(
+            network=dict(name='kd.models.mlp.MLP', widths=(64, 32)),
+            optimizer=dict(name='adamw', lr=3e-3, schedule='cosine', weight_decay=1e-3),
+            steps=600,
+        ),
+    )
+
+
+def cifar10():
+    """A teacher from nothing, and its generators, in a day on 8 GPUs."""
+    return recipe(
+        data=dict(name='cifar10', train='train[:49000]', validation='train[49000:]', test='test'),
+        network=dict(patch=2, width=384, depth=12, heads=6, dtype='bfloat16'),
+        sigma_data=0.5,
+        teacher=dict(steps=400_000, lr=2e-4, batch_size=512),
+        # 5 M images; gamma by the batch of one of four devices, see the method.
+        students=dict(steps=20_000, lr=1e-4, critic_lr=1e-4, gamma=1e-4 / 64, batch_size=256),
+        samples=10_000,
+        reads={'first': 'classifier/block1', 'second': 'classifier/block2'},
+        judge=dict(
+            network=dict(name='kd.models.convnet.ConvNet', depth=3, width=64),
+            optimizer=dict(name='adamw', lr=1e-3, schedule='cosine', weight_decay=1e-4),
+            steps=10_000,
+        ),
+        mesh=dict(data=-1),
+    )
+
+
+def recipe(*, data, network, sigma_data, teacher, students, samples, reads, judge, **parallel):
+    """Stages classifier, teacher, gdd, gdd_i."""
+    denoiser = dict(
+        name='kd.models.denoiser.denoiser',
+        network=dict(name='kd.models.dit.DiT', data_scale=1.0, **network),
+        schedule=dict(name='kd.losses.schedule.edm'),
+        precondition='edm',
+        sigma_data=sigma_data,
+    )
+    config = kd_config.recipe(
+        stages=('classifier', 'teacher', 'gdd', 'gdd_i'),
+        data=data,
+        report=dict(
+            name='kd.reports.generation.generation',
+            rows=(('teacher', 'teacher'), ('GDD', 'gdd'), ('GDD-I', 'gdd_i')),
+        ),
+        **parallel,
+    )
+    config.classifier = kd_config.stage(
+        method=dict(name='kd.methods.vision.supervised.supervised'),
+        evaluators={'validation': dict(name='kd.evaluators.classification.classification')},
+        batch_size=128,
+        **judge,
+    )
+    measured = dict(samples=samples, batch=250, classifier='classifier', split='train')
+    probes = 'kd.evaluators.generator_samples'
+    config.teacher = kd_config.stage(
+        network=denoiser,
+        method=dict(
+            name='kd.methods.diffusion.denoising.denoising',
+            law=dict(name='kd.sampling.times.lognormal'),
+            weight='edm',
+        ),
+        optimizer=dict(
+            name='adam', lr=teacher['lr'], clip_norm=1.0, warmup_steps=teacher['steps'] // 50
+        ),
+        ema={'slow': dict(halflife=teacher['steps'] / 20, ramp=0.05)},
+        references={'classifier': 'classifier'},
+        evaluators={
+            'samples': dict(
+                name=f'{probes}.denoiser_samples', steps=(1, 4, 16), weights='slow', **measured
+            )
+        },
+        steps=teacher['steps'],
+        batch_size=teacher['batch_size'],
+        log_every=max(teacher['steps'] // 50, 1),
+        checkpoint_every=teacher['steps'] // 2,
+    )  # fmt: skip
+    head = dict(name='kd.models.discriminator.FeatureHead')
+    for name, freeze in (('gdd', ''), ('gdd_i', FROZEN)):
+        config[name] = kd_config.stage(
+            network=denoiser,
+            result='generator',
+            references={'start': 'teacher@slow', 'classifier': 'classifier'},
+            method=dict(
+                name='kd.methods.diffusion.innate_one_step.innate_one_step',
+                times=(80.0,),
+                optimizer=dict(name='adam', b1=0.0, b2=0.99, lr=students['critic_lr']),
+                heads={place: head for place in reads},
+                reads=reads,
+                gamma=students['gamma'],
+                freeze=freeze,
+            ),
+            optimizer=dict(name='adam', b1=0.0, b2=0.99, lr=students['lr']),
+            ema={'slow': dict(halflife=students['steps'] / 10, ramp=0.05)},
+            evaluators={
+                'samples': dict(name=f'{probes}.generator_samples', weights='slow', **measured)
+            },
+            steps=students['steps'],
+            batch_size=students['batch_size'],
+            log_every=max(students['steps'] // 30, 1),
+            checkpoint_every=students['steps'] // 2,
+        )
+    return config
