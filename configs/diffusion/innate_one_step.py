@@ -14,7 +14,7 @@ frozen (GDD-I).
 The paper has the EDM UNet of CIFAR-10 (batches of 256, rates 1e-4, 5 M images, FID 1.56) and reads
 VGG16 and EfficientNet-lite0, trained on ImageNet, at 224 pixels. Here a DiT of our own stands for
 the first and a classifier of the same data for the second; rates, batch, images and gamma of
-`cifar10` are the paper's, and it was not run by us. `cpu` takes about EXPECTED.
+`cifar10` are the paper's, and it was not run by us.
 """
 
 from kd import config as kd_config
@@ -125,7 +125,7 @@ def recipe(*, data, network, sigma_data, teacher, students, samples, reads, judg
                 name='kd.methods.diffusion.innate_one_step.innate_one_step',
                 times=(80.0,),
                 optimizer=dict(name='adam', b1=0.0, b2=0.99, lr=students['critic_lr']),
-                heads={place: head for place in reads},
+                heads=dict.fromkeys(reads, head),
                 reads=reads,
                 gamma=students['gamma'],
                 freeze=freeze,
