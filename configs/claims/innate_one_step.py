@@ -20,7 +20,6 @@ from kd.method import Objective, minimize, with_ema
 from kd.methods import start
 from kd.methods.diffusion.innate_one_step import innate_one_step
 from kd.metrics import mean
-from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion, times
 
 # Name: (grid, width, whether all arms are run).
