@@ -155,7 +155,7 @@ def discriminator(
 
     def judge(params: PyTree, x: jax.Array, state: State) -> jax.Array:
         inputs = seen(x, lambda reference: state.frozen[reference])
-        logits = [
+        logits: list[Any] = [
             module.apply({'params': params[name]}, inputs[name]) for name, module in modules.items()
         ]
         return jnp.concatenate([each.reshape(len(x), -1) for each in logits], axis=1)
