@@ -13,8 +13,9 @@ Stages of `cpu`: a student of half-corrupted traces in three styles; trials, sho
 teachers say to the same questions, of which the one with a single style is chosen; a network as
 that teacher; the student's pass rates and the teacher's answers to a pool; and the student on right
 answers to 200 questions at random, or to those that it solves in at most half of its tries, the
-four answers to each that lie farthest from one another. See `configs/claims/ded.py` for what to
-expect.
+four answers to each that lie farthest from one another. Seed 0 solves .18 before, .30 and .54 after
+the trials, .30 by answers to any questions and .54 by far answers to chosen ones;
+`configs/claims/ded.py` has more seeds.
 
 `r1_distill_32b` is the paper's own setting: fine-tuning on 965 answers to 237 problems of s1k, with
 LLaMA-Factory there: texts of up to 16,384 tokens, 48 a step, ten epochs, AdamW at 1e-5. It reads
