@@ -10,7 +10,8 @@
 | qwen3_8b_to_1_7b | Qwen3-8B, Qwen3-1.7B | UltraInteract | 8 H100 |
 
 Stages of `cpu`: a teacher of true traces, a student of traces of which 40 % are corrupted, and from
-there the teacher's answers, GKD and TSD-KD. See `configs/claims/tsd_kd.py` for what to expect.
+there the teacher's answers, GKD and TSD-KD. Seed 0 has .40 of its answers right before, and .64,
+.73 and .80 after; longer training turns the last two around, see `configs/claims/tsd_kd.py`.
 
 The larger ones read directories as Hugging Face has them, in `/models`, and UltraInteract_sft as
 lines of `instruction` and `response`, `ultrainteract_sft.jsonl` in `--data_dir`. As in the paper
