@@ -32,7 +32,7 @@ from kd.method import Batch, Method
 from kd.methods.lm import common
 from kd.metrics import Metrics, mean
 from kd.network import output_shape
-from kd.parallel import distributed
+from kd.parallel import distributed, layout
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, Positive, Size
 from kd.state import PyTree, State
@@ -233,14 +233,15 @@ def _rows(
             batch = {name: batches[number][name] for name in fields}
             batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
             count = min(size, len(source) - number * size)
+            # By position, so that a cache that was cut off has the draws of one that was not.
+            key = base if text else jax.random.fold_in(base, number)
+            with layout.inside(mesh):
+                found = jax.device_get(compute(variables, batch, key))
+            chosen: Any = ()
             if text:
-                found, where = jax.device_get(compute(variables, batch, base))
-                chosen: Any = (where[:count],)
+                found, where = found
+                chosen = (where[:count],)
                 lengths.append(where[:count].sum(1))
-            else:
-                # By position, so that a cache that was cut off has the draws of one that was not.
-                found = jax.device_get(compute(variables, batch, jax.random.fold_in(base, number)))
-                chosen = ()
             for name in names:
                 rows[name].append(getattr(found, name)[:count][chosen])
         joined = {name: np.concatenate(parts) for name, parts in rows.items()}

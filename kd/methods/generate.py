@@ -35,7 +35,7 @@ from kd.io.progress import say
 from kd.method import Batch
 from kd.methods.lm import common
 from kd.models.decoder import Decoder
-from kd.parallel import distributed
+from kd.parallel import distributed, layout
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, NonNegative, Positive, Size
 from kd.state import PyTree, State
@@ -184,7 +184,8 @@ def _rows(
         for number in range(first // size, -(-end // size)):
             batch = {name: batches[number][name] for name in source.spec}
             batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
-            found.append(jax.device_get(compute(variables, batch, key)))
+            with layout.inside(mesh):
+                found.append(jax.device_get(compute(variables, batch, key)))
         joined = jax.tree.map(lambda *x: np.concatenate(x)[: end - first], *found)
         return joined
 

@@ -24,7 +24,7 @@ from kd.errors import UserError
 from kd.io import cache, checksums, shards
 from kd.io.progress import say
 from kd.methods.lm import preference
-from kd.parallel import distributed
+from kd.parallel import distributed, layout
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count
 from kd.state import State
@@ -69,8 +69,12 @@ def reference_sums(
         manifest = {'examples': len(source), 'per_file': per_file, 'made_of': made_of}
         writer = shards.Writer(directory / anchored.FOLDER, manifest, anchored.WHAT)
         mesh = jax.tree.leaves(variables)[0].sharding.mesh
+
+        def log_p(variables, batch):
+            return preference.score(teacher, variables, batch, chunk=chunk).log_p
+
         compute = jax.jit(
-            lambda variables, batch: preference.score(teacher, variables, batch, chunk=chunk).log_p,
+            log_p,
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
         part, parts = mesh_lib.batch_part(mesh)
@@ -79,7 +83,8 @@ def reference_sums(
         def sums_of(number: int) -> np.ndarray:
             batch = {name: batches[number][name] for name in source.spec}
             batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
-            return np.asarray(compute(variables, batch), anchored.RECORD)
+            with layout.inside(mesh):
+                return np.asarray(compute(variables, batch), anchored.RECORD)
 
         for file in distributed.from_first(writer.begin):
             first = file * per_file // size

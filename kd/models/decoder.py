@@ -18,6 +18,7 @@ from kd.models import rope
 from kd.models.architecture import Architecture
 from kd.models.causal_attention import attend_cached, attend_causally
 from kd.models.moe import Experts, Moe
+from kd.parallel import layout
 
 __all__ = [
     'SHARDING',
@@ -263,7 +264,7 @@ class Decoder(Architecture, nn.Module):
         return self._logits(self.hidden(tokens, positions, segments, train=train))
 
     def _logits(self, hidden):
-        head = self.embed.embedding.T if self.tied else self.head
+        head = _used(self, self.embed.embedding if self.tied else self.head)
         wide = numerics.accumulation_dtype(hidden, head)
         return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=wide)
 
@@ -292,7 +293,7 @@ class Decoder(Architecture, nn.Module):
             )
         if positions is None:
             positions = positions_in(tokens.shape, segments)
-        return self._embedded(tokens, positions)
+        return self._embedded(tokens, positions, spread=True)
 
     def _through(self, x, angles, segments):
         """Embedded tokens through all blocks."""
@@ -331,7 +332,7 @@ class Decoder(Architecture, nn.Module):
             valid = jnp.ones(tokens.shape, bool)
         start = cache.length
         valid = lax.dynamic_update_slice_in_dim(cache.valid, valid, start, 1)
-        x, angles = self._embedded(tokens, positions)
+        x, angles = self._embedded(tokens, positions, spread=False)
         keys, values = [], []
         for i, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
             first = tokens.shape[1] - 1 if last and i == self.depth - 1 else 0
@@ -342,9 +343,18 @@ class Decoder(Architecture, nn.Module):
         written = Cache(tuple(keys), tuple(values), valid, start + tokens.shape[1])
         return self.final_norm(x), written
 
-    def _embedded(self, tokens, positions):
-        # A negative token would count from the end.
-        x = self.embed(jnp.where(tokens < 0, self.num_classes, tokens))
+    def _embedded(self, tokens, positions, *, spread):
+        """Tokens [B, T, width] and angles; `spread` tells that weights may lie along fsdp."""
+        # A negative token would count from the end, and one past it is NaN.
+        known = jnp.where(tokens < 0, self.num_classes, tokens)
+        if spread:
+            # Devices look up the columns that they have, and exchange: neither the table nor rows
+            # are gathered, here and for the gradient.
+            known = layout.lying(known, 'copies')
+        x = jnp.take(self.embed.embedding.astype(self.dtype), known, axis=0)
+        if spread:
+            x = layout.lying(x, 'copies', None, 'width')
+        x = layout.lying(x, 'rows')
         if self.rope_theta is None:
             return x + self.positions[positions].astype(x.dtype), None
         turned = rope.angles(
@@ -371,9 +381,18 @@ def init_cache(decoder: Architecture, rows: int, slots: int, dtype: Any = None) 
 
 
 def head_of(decoder: Decoder, variables: Mapping[str, Any]) -> jax.Array:
-    """The head [width, num_classes], in the type of the parameters."""
+    """The head [width, num_classes], in the type of computation; on several devices cut along the
+    vocabulary alone, so that a loop over slabs of tokens finds it at hand."""
     params = variables['params']
-    return params['embed']['embedding'].T if decoder.tied else params['head']
+    return _used(decoder, params['embed']['embedding'] if decoder.tied else params['head'])
+
+
+def _used(decoder: Decoder, weight: jax.Array) -> jax.Array:
+    """The head [width, num_classes] that an embedding is or a weight; see `head_of`."""
+    weight = weight.astype(decoder.dtype)
+    if decoder.tied:
+        return layout.gathered(weight, 'features').T
+    return layout.gathered(weight, None, 'features')
 
 
 def unstacked(decoder: Decoder, variables: Mapping[str, Any]) -> tuple[Decoder, Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from kd.context import Evaluator, Probe
 from kd.data import pipeline
 from kd.errors import UserError
-from kd.parallel import distributed
+from kd.parallel import distributed, layout
 from kd.parallel import mesh as mesh_lib
 from kd.state import State
 from kd.training import watch
@@ -120,7 +120,8 @@ class Evaluation:
 
     def _summed(self, evaluator: Evaluator) -> Callable[..., Any]:
         def update(state, batch, sums):
-            return jax.tree.map(jax.numpy.add, sums, evaluator.update(state, batch))
+            with layout.inside(self.stage.mesh):
+                return jax.tree.map(jax.numpy.add, sums, evaluator.update(state, batch))
 
         return jax.jit(update, out_shardings=replicated(self.stage.mesh))
 

@@ -14,6 +14,7 @@ from kd.config import Recipe
 from kd.context import Evaluator, Probe
 from kd.data import catalogue
 from kd.errors import UserError, did_you_mean, one_line
+from kd.parallel import layout
 from kd.state import State
 from kd.training.stage import Stage, prepare, replicated
 
@@ -30,7 +31,8 @@ def make_train_step(stage: Stage) -> Callable[..., tuple[State, Any]]:
     everywhere = replicated(stage.mesh)
 
     def train_step(state, frozen, window, batch):
-        state, metrics = stage.method.step(state.replace(frozen=frozen), batch)
+        with layout.inside(stage.mesh):
+            state, metrics = stage.method.step(state.replace(frozen=frozen), batch)
         return state.replace(frozen={}), metrics_lib.merge(window, metrics)
 
     return jax.jit(

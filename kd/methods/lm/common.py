@@ -25,6 +25,7 @@ from kd.metrics import Mean, Metrics, mean
 from kd.models import moe
 from kd.models.decoder import Decoder, head_of
 from kd.network import Network
+from kd.parallel import layout
 from kd.ranges import Count, Fraction, NonNegative, Positive, Size
 from kd.sampling.autoregressive import Sampler, sampler
 from kd.state import PyTree, State
@@ -139,7 +140,8 @@ def token_losses(
       teacher: with leading axes as of the labels.
       per_token: further arrays with leading axes as of the labels.
       key: for dropout.
-      chunk: tokens at a time; 0 for all at once, whose logits are then formed whole.
+      chunk: tokens at a time, of each device that shares the batch; 0 for all at once, whose logits
+        are then formed whole.
       train: whether the network is in training mode.
     """
     labels, where = targets(batch)
@@ -158,10 +160,11 @@ def token_losses(
     how = dict(train=train, key=key, capture=moe.routers(decoder))
     if decoder is not None and chunk:
         output = network.apply(variables, *network.of(batch), method='hidden', **how)
+        shards = layout.shards(labels.size)
         found, aux = sequence.fused_token_loss(
             flat(output.logits), head_of(decoder, variables), of_tokens,
-            teacher=_flat(teacher, flat), per_token=given, valid=flat(where), chunk=chunk,
-            tied=decoder.tied,
+            teacher=_flat(teacher, flat), per_token=given, valid=flat(where),
+            chunk=chunk * shards, shards=shards, tied=decoder.tied,
         )  # fmt: skip
     else:
         output = network.apply(variables, *network.of(batch), **how)

@@ -37,6 +37,7 @@ from kd.method.single import joined, split
 from kd.methods.lm import common as lm
 from kd.models.decoder import head_of
 from kd.network import Network
+from kd.parallel import layout
 from kd.ranges import Count, Positive, Size
 from kd.rewards.reward import KEYS, Reward, judged
 from kd.sampling.autoregressive import Rollout
@@ -321,7 +322,7 @@ def answer_losses(
       per_token: arrays [B, R], or [B] of rows.
       teacher: hidden states [B, R, D'] and head, of `hidden`.
       key: for dropout.
-      chunk: tokens at a time.
+      chunk: tokens at a time, of each device that shares the batch.
       train: whether the network is in training mode.
     """
     shape = batch['tokens'].shape
@@ -342,6 +343,7 @@ def answer_losses(
     given = {name: flat(x) for name, x in (per_token or {}).items()}
     if teacher is not None:
         teacher = HiddenHead(flat(teacher.hidden), teacher.head, teacher.tied)
+    shards = layout.shards(batch['tokens'].size)
     losses, aux = sequence.fused_token_loss(
         flat(hidden),
         head,
@@ -349,7 +351,8 @@ def answer_losses(
         teacher=teacher,
         per_token=(flat(batch['tokens']), given),
         valid=flat(batch['mask']),
-        chunk=chunk,
+        chunk=chunk * shards,
+        shards=shards,
         tied=network.module.tied,
     )
     losses, aux = jax.tree.map(lambda x: x.reshape(shape), (losses, aux))
