@@ -1,12 +1,18 @@
 """Causal attention over packed rows and over a cache, in blocks of queries."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kd.models.attention import attend, attend_by_head
+from kd.models.tpu_attention import attend_on_tpu
 
 __all__ = ['attend_cached', 'attend_causally']
+
+# Tokens of a row, below which maps are small.
+_WORTH_A_KERNEL = 256
 
 
 def attend_causally(
@@ -21,8 +27,9 @@ def attend_causally(
     """Attention of each token to those before it and to itself, within its document.
 
     Rows of more than `block` tokens go through it in blocks of queries, whose maps are computed
-    again for the gradient, so that no array of [T, T] ever exists. On a GPU, queries in float16 or
-    bfloat16 of rows that are one document go through cuDNN's kernel instead.
+    again for the gradient, so that no array of [T, T] ever exists. Queries in float16 or bfloat16
+    go through a kernel instead: on a GPU, where rows are one document, cuDNN's, and on a TPU, of
+    rows of 256 tokens and more in bfloat16, that of `kd.models.tpu_attention`.
 
     Args:
       query: [B, T, H, d].
@@ -44,7 +51,14 @@ def attend_causally(
             f'attend_causally: segments have shape {list(segments.shape)}, the queries are of '
             f'{list(query.shape[:2])} tokens.'
         )
-    return _in_blocks(query, key, value, segments=segments, window=window, block=block)
+
+    def plain(query, key, value, segments):
+        return _in_blocks(query, key, value, segments=segments, window=window, block=block)
+
+    if query.dtype != jnp.bfloat16 or query.shape[1] < _WORTH_A_KERNEL:
+        return plain(query, key, value, segments)
+    on_tpu = partial(attend_on_tpu, window=window)
+    return lax.platform_dependent(query, key, value, segments, tpu=on_tpu, default=plain)
 
 
 def attend_cached(
