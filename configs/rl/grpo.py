@@ -1,13 +1,14 @@
 """GRPO (Shao et al. 2024, arXiv:2402.03300), alone and with a teacher (KDRL, arXiv:2506.02208).
 
     python -m kd.main --config=configs/rl/grpo.py:cpu --workdir=runs/grpo
-    python -m kd.aot --config=configs/rl/grpo.py:qwen3_1_7b --topology=v5p:4x4x4
+    python -m kd.aot --config=configs/rl/grpo.py:qwen3_8b --topology=v5p:8x8x8
 
 | variant | policy, teacher | problems | hardware |
 |---|---|---|---|
 | cpu | decoders of 0.1 M parameters | chains of arithmetic | 2 cores |
 | smollm2_gsm8k | SmolLM2-135M-Instruct | GSM8K, in `--data_dir` | a GPU |
-| qwen3_1_7b (default) | Qwen3-1.7B, Qwen3-8B | GSM8K, in `--data_dir` | v5p-64 |
+| qwen3_1_7b (default) | Qwen3-1.7B, Qwen3-8B | GSM8K, in `--data_dir` | v5p-128 |
+| qwen3_8b | Qwen3-8B, Qwen3-32B | GSM8K, thought over, in `--data_dir` | v5p-1024, v6e-256 |
 
 `cpu` begins with the base of `configs/rl/bases.py:chain`, which it trains first if nobody has, and
 so its teacher, `chain_clean`. One step is 16 prompts with 8 answers each and two updates, all of it
@@ -16,9 +17,9 @@ one compiled program. Expect .41 of right answers to become .7 in 40 steps, .92 
 
 The larger ones have not been run to the end by us. Rewards are verdicts of `math-verify`
 (`pip install -e '.[math]'`). Rates, lengths and batches are ours, near what GRPO's users take: Adam
-at 1e-6, 64 to 128 prompts of 8 answers, cut at 512 or 1,024 tokens, DAPO's clip of .2 and .28,
-means over tokens, no KL to a reference. SmolLM2 is found as in `configs/lm/distil.py`, Qwen3 in
-`/models`, as Hugging Face has it.
+at 1e-6, 64 to 128 prompts of 8 answers, cut at 512, 1,024 or 15,360 tokens, DAPO's clip of .2 and
+.28, means over tokens, no KL to a reference. SmolLM2 is found as in `configs/lm/distil.py`, Qwen3
+in `/models`, as Hugging Face has it.
 """
 
 import os
@@ -29,7 +30,7 @@ from kd import config as kd_config
 from kd.models import decoders
 from kd.models.decoder import SHARDING
 
-VARIANTS = ('cpu', 'smollm2_gsm8k', 'qwen3_1_7b')
+VARIANTS = ('cpu', 'smollm2_gsm8k', 'qwen3_1_7b', 'qwen3_8b')
 GRPO = 'kd.methods.rl.grpo.grpo'
 VERIFIED = 'kd.evaluators.verified.verified'
 CHAIN, TEACHER = 'configs/rl/bases.py:chain', 'configs/rl/bases.py:chain_clean'
@@ -38,7 +39,9 @@ SMOLLM2 = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 def get_config(variant: str = 'qwen3_1_7b'):
     """The recipe of a variant."""
-    known = {'cpu': cpu, 'smollm2_gsm8k': smollm2_gsm8k, 'qwen3_1_7b': qwen3_1_7b}
+    known = {
+        'cpu': cpu, 'smollm2_gsm8k': smollm2_gsm8k, 'qwen3_1_7b': qwen3_1_7b, 'qwen3_8b': qwen3_8b
+    }  # fmt: skip
     return kd_config.variant(variant, known)()
 
 
@@ -112,28 +115,54 @@ def smollm2_gsm8k():
 
 def qwen3_1_7b():
     """Qwen3-1.7B on GSM8K, with Qwen3-8B as its teacher."""
-    preset, shape = 'kd.models.decoders.preset', dict(dtype='bfloat16', stacked=True, remat='block')
-    teacher = dict(name=preset, of='qwen3_8b', param_dtype='bfloat16', **shape)
-    return gsm8k(
-        tokenizer='hf:/models/Qwen3-1.7B',
-        vocabulary=decoders.PRESETS['qwen3_1_7b']['num_classes'],
-        policy=dict(name=preset, of='qwen3_1_7b', **shape),
-        start='hf:/models/Qwen3-1.7B',
-        teacher=dict(weights='hf:/models/Qwen3-8B', network=teacher),
-        longest=1_024,
-        steps=1_000,
-        batch_size=128,
-        micro_batches=8,
+    return pod(
+        'Qwen3-1.7B', 'Qwen3-8B', longest=1_024, batch_size=128, micro_batches=8,
         mesh=dict(data=1, fsdp=-1),
+    )  # fmt: skip
+
+
+def qwen3_8b():
+    """Qwen3-8B with Qwen3-32B as its teacher, rows of 16,384 tokens.
+
+    A prompt lies on all chips of a group along tensor, of which its answers' keys and values need
+    the memory: 2.25 GiB each.
+    """
+    return pod(
+        'Qwen3-8B', 'Qwen3-32B', longest=15_360, batch_size=64, micro_batches=8, length=1_024,
+        thinking=True, mesh=dict(data=1, fsdp=64, tensor=-1),
+    )  # fmt: skip
+
+
+def pod(policy, teacher, **fields):
+    """A released policy and teacher, in bfloat16, sharded over the devices."""
+
+    def network(name, **more):
+        of = name.lower().replace('-', '_').replace('.', '_')
+        return dict(
+            name='kd.models.decoders.preset', of=of, dtype='bfloat16', stacked=True, remat='block',
+            **more,
+        )  # fmt: skip
+
+    own = network(policy)
+    return gsm8k(
+        tokenizer=f'hf:/models/{policy}',
+        vocabulary=decoders.PRESETS[own['of']]['num_classes'],
+        policy=own,
+        start=f'hf:/models/{policy}',
+        teacher=dict(
+            weights=f'hf:/models/{teacher}', network=network(teacher, param_dtype='bfloat16')
+        ),
+        steps=1_000,
         sharding=SHARDING,
         frozen_sharding=SHARDING,
         rollout_dtype='bfloat16',
+        **fields,
     )
 
 
 def gsm8k(
     *, tokenizer, vocabulary, policy, start, longest, steps, batch_size, teacher=None,
-    micro_batches=4, **parallel,
+    micro_batches=4, length=320, thinking=False, **parallel,
 ):  # fmt: skip
     """Problems in words, a group of answers to each, and verdicts on their results."""
     reward = dict(name='kd.rewards.mathematics.mathematics')
@@ -147,9 +176,9 @@ def gsm8k(
                 tokenizer=tokenizer,
                 vocabulary=vocabulary,
                 layout='prompts',
-                length=320,
+                length=length,
                 response_length=512,
-                template_arguments=dict(enable_thinking=False),
+                template_arguments=dict(enable_thinking=thinking),
             ),
             train='train[:95%]',
             validation='train[95%:]',

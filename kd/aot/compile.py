@@ -19,6 +19,9 @@ from kd.errors import UserError, reason
 from kd.io import manifest
 from kd.parallel import mesh as mesh_lib
 
+# Tokens that attention in blocks may add to a row, see `kd.models.causal_attention`.
+_PADDING = 511
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -39,6 +42,9 @@ class Report:
       effort: of the compiler, -1 to 1. Below 0 the program moves, and as a rule holds, more than
         need be.
       commit: of the code whose step it is, see `kd.io.manifest.commit`.
+      tokens: of a row, T; 0 where rows are something else.
+      square: bytes of the largest map of attention between all tokens of a row, over all devices,
+        see `kd.aot.hlo.largest_square`.
     """
 
     stage: str
@@ -56,6 +62,8 @@ class Report:
     loops: int = 0
     effort: float = 0.0
     commit: str = ''
+    tokens: int = 0
+    square: int = 0
 
     @property
     def chips(self) -> int:
@@ -155,6 +163,7 @@ def compile_stage(
     arguments = step_lib.abstract_arguments(stage)
     step: Any = step_lib.make_train_step(stage)
     traced = step.trace(*arguments)
+    tokens, platform = tokens_of_row(stage), devices[0].platform
     report = Report(
         stage=name,
         target=target,
@@ -170,6 +179,8 @@ def compile_stage(
         collectives=[],
         effort=effort,
         commit=manifest.commit('kd', 'configs'),
+        tokens=tokens,
+        square=hlo.largest_square(traced.jaxpr.jaxpr, tokens, _PADDING, platform) if tokens else 0,
     )
     try:
         compiled = traced.lower().compile(
@@ -195,6 +206,18 @@ def compile_stage(
 def _check_stage(recipe: config_lib.Recipe, name: str) -> None:
     if name not in recipe.stages:
         raise UserError(f"There is no stage '{name}'; stages: {', '.join(recipe.stages)}.")
+
+
+def tokens_of_row(stage: Any) -> int:
+    """Of the text that a stage's network reads, with the answers that it samples; 0 for no text."""
+    spec, method = stage.context.spec, stage.config.method
+    asked = spec.get('input')
+    if asked is None or not asked.shape or not np.issubdtype(asked.dtype, np.integer):
+        return 0
+    said = [block['max_new'] for name in ('sampling', 'rollout') if (block := method.get(name))]
+    if not said and 'response' in spec:
+        said = [spec['response'].shape[-1]]
+    return asked.shape[-1] + sum(said[:1])
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -232,6 +255,8 @@ def text(report: Report) -> str:
     if report.times():
         each = ', '.join(f'{name} {t}' for name, t in times(report).items())
         lines.append(f'  roofline        {each}')
+    if report.tokens:
+        lines.append(f'  rows            {rows(report)}')
     if report.refused:
         lines.append(f'  compiler        {report.refused}')
     return '\n'.join([*lines, f'  verdict         {report.verdict()}'])
@@ -244,6 +269,14 @@ def times(report: Report) -> dict[str, str]:
         name: ('≤ ' if name in most and t else '') + f'{1e3 * t:.3g} ms'
         for name, t in report.times().items()
     }
+
+
+def rows(report: Report) -> str:
+    """The length T of rows of tokens, and the maps of attention of [T, T]; '' for no such rows."""
+    if not report.tokens:
+        return ''
+    found = f'[T, T] in {mib(report.square)}' if report.square else 'no [T, T]'
+    return f'{report.tokens:,} tokens, {found}'
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -354,6 +354,32 @@ def while_loops(jaxpr: Any) -> int:
     )
 
 
+def largest_square(jaxpr: Any, side: int, slack: int, platform: str) -> int:
+    """Bytes of the largest softmax over arrays with two last sides of `side`; 0 for none.
+
+    Or up to `slack` more, for rows that are padded, and over all devices. Such is a map of
+    attention between all tokens of a row. What a softmax is known by is its exponential: other
+    arrays may be as wide as rows are long. Insides of kernels, which stay on the chip, are left
+    out, and so is what is for another platform (`jax.lax.platform_dependent`).
+    """
+    largest, platforms = 0, {}
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, _inner(equation.params)
+        if name == 'platform_index':
+            platforms[equation.outvars[0]] = equation.params['platforms']
+        elif name == 'cond' and equation.invars[0] in platforms:
+            of = [each is None or platform in each for each in platforms[equation.invars[0]]]
+            inner = [inner[of.index(True)]]
+        last = equation.outvars[0].aval.shape[-2:] if name == 'exp' else ()
+        if len(last) == 2 and all(side <= each <= side + slack for each in last):
+            made = equation.outvars[0].aval
+            largest = max(largest, made.size * made.dtype.itemsize)
+        if name != 'pallas_call':
+            found = [largest_square(x, side, slack, platform) for x in inner]
+            largest = max([largest, *found])
+    return largest
+
+
 def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:
     found = []
     for value in parameters.values():

@@ -60,8 +60,10 @@ _HALF = 'distilled.data.source.network.dtype=bfloat16'
 # Slices on which the experts' batch of 256 is at least an example a chip; a larger one would need
 # another number of steps.
 _UP_TO_256 = ('v5e:4x4', 'v5e:16x16', 'v6e:16x16')
-_QWEN, _LLAMA = (f'configs/lm/distil.py:{name}' for name in ('qwen3_8b_to_0_6b', 'llama3_8b_to_1b'))
-_V5P_64 = ('v5p:2x4x4', 'v6e:4x8')
+_DISTIL, _TAID, _GRPO = 'configs/lm/distil.py', 'configs/lm/taid.py', 'configs/rl/grpo.py'
+# v5p-64, for which most recipes of language models are, and chips of a third of its memory.
+_V5P_64, _V6E_32 = 'v5p:2x4x4', 'v6e:4x8'
+_SMALL = ('v5e:4x4', 'v6e:4x4')
 _LONG_ROWS = ('data.source.length=16384', 'student.batch_size=32')
 ROWS = (
     Row('configs/vision/logit_kd.py', 'student'),
@@ -103,12 +105,24 @@ ROWS = (
         for size, slices in ((1024, ('v5e:16x16', 'v6e:16x16')), (2048, ('v5p:8x8x8',)))
         for name in ('cifar10', 'celeba64')
     ),
-    # v5p-64, for which these recipes are, and one of chips with a third of its memory.
-    Row(_QWEN, 'student', (), _V5P_64),
-    Row(_LLAMA, 'student', (), _V5P_64),
-    Row(_QWEN, 'student', _LONG_ROWS, ('v5p:2x4x4',)),
-    Row('configs/lm/taid.py', 'student', (), ('v5e:4x4', 'v6e:4x4')),
-    Row('configs/lm/taid.py:llama2_to_tinyllama', 'student', (), ('v5e:4x4', 'v6e:4x4')),
+    Row(f'{_DISTIL}:qwen3_8b_to_0_6b', 'student', (), (_V5P_64, _V6E_32)),
+    Row(f'{_DISTIL}:llama3_8b_to_1b', 'student', (), (_V5P_64, _V6E_32)),
+    Row(f'{_DISTIL}:qwen3_8b_to_0_6b', 'student', _LONG_ROWS, (_V5P_64,)),
+    # A prompt to each group of chips along tensor.
+    Row(f'{_GRPO}:qwen3_8b', 'student', (), ('v5p:8x8x8', 'v6e:16x16')),
+    Row(f'{_GRPO}:qwen3_1_7b', 'student', (), ('v5p:4x4x4',)),
+    Row(_TAID, 'student', (), _SMALL),
+    Row(f'{_TAID}:llama2_to_tinyllama', 'student', (), _SMALL),
+    Row('configs/lm/first.py', 'student', (), _SMALL),
+    Row('configs/lm/tsd_kd.py', 'student', (), (_V5P_64,)),
+    Row('configs/lm/curiosft.py', 'student', (), (_V5P_64,)),
+    Row('configs/lm/redi.py', 'redi', (), (_V5P_64,)),
+    Row('configs/lm/soda.py:qwen2_5_7b', 'soda', (), (_V5P_64,)),
+    Row('configs/lm/ded.py:r1_distill_32b', 'student', (), (_V5P_64,)),
+    Row('configs/lm/ded.py:qwen3_32b_to_8b', 'student', (), (_V5P_64,)),
+    Row('configs/lm/paced.py', 'reverse', (), (_V5P_64,)),
+    Row('configs/lm/cascading_bias.py:qwen2,logits', 'student', (), (_V5P_64,)),
+    Row('configs/lm/dp_opd.py', 'student', (_SPREAD,), ('v5e:4x4',)),
 )
 
 _PAGE = """# Training steps, compiled ahead of time
@@ -123,6 +137,13 @@ times of memory and communication are what it takes at most. Experts have batche
 a v5p:8x8x8 has chips. Not in the table: `dataset/infer_ufc.py`, whose groups of one image per class
 are trained one after another, and ftd and smooth_experts, whose steps are those of mtt, the
 experts' with a second gradient.
+
+Of rows of tokens the page tells their length T, answers to prompts included, and the largest map of
+attention between all of them, [T, T], of all chips together. Of language models every all-gather is
+of weights, each whole along `data` and `fsdp`: once for the forward and, with `remat`, once more
+for the backward pass of each micro-batch; once for a teacher; heads once each, and everything once
+for a rollout. Their all-reduces and collective-permutes are sums of gradients, and along `tensor`
+of activations.
 
 The last column is the commit whose step a row is, '+' where it had changes besides; of the first
 rows, from before there was this column, the commit that brought them. Rows of commits before
@@ -220,9 +241,9 @@ def page(kept: Mapping[str, Any], rows: Sequence[Row] = ROWS) -> str:
 def table(reports: Sequence[tuple[str, aot.Report]]) -> str:
     """(label, report) pairs as a Markdown table."""
     head = (
-        '| recipe, stage | slice | batch | arguments | temporaries | peak | operations a chip | '
-        'collectives | arithmetic, memory, communication | verdict | commit |\n'
-        '|---|---|---:|---:|---:|---:|---:|---|---|---|---|'
+        '| recipe, stage | slice | batch | rows | arguments | temporaries | peak | '
+        'operations a chip | collectives | arithmetic, memory, communication | verdict | commit |\n'
+        '|---|---|---:|---|---:|---:|---:|---:|---|---|---|---|'
     )
     rows = []
     for label, report in reports:
@@ -236,7 +257,7 @@ def table(reports: Sequence[tuple[str, aot.Report]]) -> str:
             where += f', {report.devices} of {report.chips} chips'
         unknown = 'refused' if report.refused else ''
         cells = [
-            label, where, f'{report.batch_size:,}',
+            label, where, f'{report.batch_size:,}', aot.rows(report),
             aot.mib(report.arguments),
             *(unknown or aot.mib(size) for size in (report.temporaries, report.peak)),
             f'{report.flops / report.devices:.3g}', moved or 'none', times, report.verdict(),

@@ -24,6 +24,7 @@ from kd.data.context import source_loader
 from kd.errors import UserError
 from kd.io import manifest
 from kd.losses import divergence
+from kd.models.causal_attention import attend_causally
 
 ROOT = Path(__file__).parents[2]
 TEACHER_WIDTH, WIDTH, CLASSES = 256, 64, 10
@@ -208,7 +209,7 @@ def test_loops_of_unknown_length_are_refused_in_the_verdict(monkeypatch):
     assert hidden.times() == {}
     assert 'roofline' not in aot.text(hidden)
     assert aot.from_json(json.loads(json.dumps(aot.as_json(hidden)))) == hidden
-    assert aot_table.table([('x', hidden)]).splitlines()[2].count('|') == 12
+    assert aot_table.table([('x', hidden)]).splitlines()[2].count('|') == 13
     # A teacher that decodes until it is done.
     whole = divergence.forward_kl
 
@@ -384,7 +385,7 @@ def test_shardings_of_stand_ins_need_no_device():
 def test_the_table_has_a_row_for_each_report():
     head, rule, row = aot_table.table([('vision/logit_kd.py student', REPORT)]).splitlines()
     assert head.count('|') == rule.count('|') == row.count('|')
-    assert '| vision/logit_kd.py student | v5e:4x4 | 64 | 1.00 GiB |' in row
+    assert '| vision/logit_kd.py student | v5e:4x4 | 64 |  | 1.00 GiB |' in row
     assert '2 all-reduce 191 MiB, 1 all-gather 95.4 MiB' in row
     assert row.endswith('| 0123456+ |')
 
@@ -484,3 +485,35 @@ def test_the_page_of_the_table_is_what_its_record_says():
     rows = json.loads(record.read_text())
     assert aot_table.page(rows) == page.read_text()
     assert all(row['commit'] for row in rows.values() if 'stage' in row)
+
+
+@pytest.mark.parametrize(('block', 'bytes_'), [(8, 0), (64, 2 * 4 * 24 * 24 * 4)])
+def test_the_largest_map_of_all_tokens_of_a_row_is_found_inside_of_loops(block, bytes_):
+    heads = jnp.ones((2, 24, 4, 16))
+
+    def twice(x):
+        def body(x, _):
+            return attend_causally(x, x, x, block=block), None
+
+        return jax.lax.scan(body, x, None, length=2)[0].sum()
+
+    traced = jax.make_jaxpr(jax.grad(twice))(heads).jaxpr
+    assert hlo.largest_square(traced, 24, 0, 'cpu') == bytes_
+    # Rows of 20 tokens padded to 24 are found too.
+    assert hlo.largest_square(traced, 20, 4, 'cpu') == bytes_
+
+
+def test_of_kernels_for_one_platform_only_the_others_are_told_maps():
+    heads = jnp.ones((2, 512, 4, 16), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda x: attend_causally(x, x, x))(heads).jaxpr
+    assert hlo.largest_square(traced, 512, 0, 'cpu') == 2 * 4 * 512 * 512 * 4
+    assert hlo.largest_square(traced, 512, 0, 'tpu') == 0
+
+
+def test_a_report_tells_of_rows_of_tokens():
+    assert aot.rows(REPORT) == ''
+    text = dataclasses.replace(REPORT, tokens=16_384)
+    assert aot.rows(text) == '16,384 tokens, no [T, T]'
+    assert '  rows            16,384 tokens, no [T, T]' in aot.text(text)
+    assert aot.rows(dataclasses.replace(text, square=2**30)) == '16,384 tokens, [T, T] in 1.00 GiB'
+    assert '| 16,384 tokens, no [T, T] |' in aot_table.table([('x', text)])
