@@ -109,9 +109,7 @@ def _backward(run, how, residuals, cotangents):
     hidden, kept, given, found = residuals
     weights, of_aux = cotangents[0].astype(found['head'].dtype), _floats(cotangents[1])
     slabs = _Slabs(how, hidden, given)
-    # Of those tokens whose weight matters; not picked out, which would bring all to every device.
-    common = jnp.max(jnp.where(found['slopes'], weights, -jnp.inf), initial=-jnp.inf)
-    common = jnp.where(jnp.any(found['slopes']), common, 0)
+    common = weights[jnp.argmax(found['slopes'])]
     alike = jnp.all((weights == common) | ~found['slopes'])
 
     def scale():

@@ -32,9 +32,10 @@ SEGMENTS = jnp.asarray([[0] * 70 + [1] * 130, [2] * 20 + [3] * 180], jnp.int32)
     ],
 )
 def test_it_is_attention_in_blocks_and_so_is_its_gradient(segments, window, sizes):
-    arrays = draw()
     weights = jnp.cos(jnp.arange(B * T * H * D)).reshape(B, T, H, D)
     mesh = mesh_lib.make_mesh(dict(dict(data=1), **(sizes or {})), jax.devices()[:4])
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = jax.device_put(draw(), everywhere)
 
     def on_tpu(*arrays):
         with layout.inside(mesh):

@@ -87,10 +87,11 @@ def test_weights_are_gathered_once_each_way_and_gradients_added_once(problem, si
 
     # Blocks for the forward and, computed again, for the backward pass; the head, which is the
     # embedding, once; of the teacher each weight and the head once, and no table that is looked up.
-    # Numbers of tokens come to all columns of the tables, and once more for the gradient.
+    # Numbers of tokens come to all columns of the tables, and once more for the gradient; and so
+    # does one number for each, which tells whether all count alike.
     gathered = (2 * blocks + head + frozen + theirs) / tensor
     tokens = B * T * 4
-    assert gathered <= moved(found, 'all-gather') <= gathered + 3 * tokens
+    assert gathered <= moved(found, 'all-gather') <= gathered + 4 * tokens
 
     # Every gradient once, over all that share the batch; a data axis has a share of it once more.
     # The head's and the embedding's come apart. Norms and numbers are small.
@@ -186,7 +187,7 @@ def test_no_weight_is_gathered_for_a_token_of_a_rollout(rollouts, sizes):
     frozen, theirs = weights(state.frozen['teacher']['params'])
     # Blocks for the rollout, forward and backward; the head, and as a table, for it, and once.
     gathered = (3 * blocks + 3 * head + frozen + theirs) / tensor
-    assert moved(found, 'all-gather') <= gathered + 3 * tokens
+    assert moved(found, 'all-gather') <= gathered + 4 * tokens
     # Of the decoding loop: sums over tensor, of a token's hidden states and of the vocabulary.
     loop = [each for each in found if each.times >= ANSWER - 1]
     assert bool(loop) == (tensor > 1)
