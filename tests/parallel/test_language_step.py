@@ -19,10 +19,16 @@ from kd.network import from_linen
 from kd.parallel import layout
 from kd.parallel import mesh as mesh_lib
 from kd.parallel.sharding import rollout, rollout_rules, tree_shardings
+from kd.sampling.autoregressive import sampler
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 # Lengths that differ, so that a shape tells what it is of.
 V, T, B, CHUNK = 96, 24, 8, 6
-MESHES = [dict(fsdp=4), dict(data=2, fsdp=2), dict(fsdp=2, tensor=2)]
+MESHES = [
+    dict(fsdp=2, tensor=2),
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (dict(fsdp=4), dict(data=2, fsdp=2))),
+]
 
 
 def decoder(width, depth, hidden, **changes):
@@ -32,6 +38,20 @@ def decoder(width, depth, hidden, **changes):
         stacked=True, remat='block', fields=('input',), max_length=T, **changes,
     )  # fmt: skip
     return from_linen(module, shape)
+
+
+def drawn(init, *arguments):
+    """As `init(key, *arguments)`, but numbers are NumPy's, for which nothing is compiled."""
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.asarray(rng.normal(0.0, 0.2, x.shape), x.dtype)
+        return jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0), *arguments))
 
 
 @pytest.fixture(scope='module')
@@ -45,8 +65,8 @@ def problem():
         'input': rng.integers(0, V, (B, T)).astype(np.int32),
         'response_mask': rng.integers(0, 2, (B, T)).astype(bool),
     }
-    frozen = {'teacher': jax.jit(teacher.init)(jax.random.key(1))}
-    state = jax.jit(method.init)(jax.random.key(0), frozen)
+    frozen = {'teacher': drawn(teacher.init)}
+    state = drawn(method.init, frozen).replace(frozen=frozen)
     return method, state, batch, jax.jit(method.step)(state, batch)
 
 
@@ -121,6 +141,7 @@ def test_weights_are_gathered_once_each_way_and_gradients_added_once(problem, si
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-7), new.params, alone.params)
 
 
+@pytest.mark.slow
 def test_left_to_itself_xla_moves_more(problem):
     """What the layout is for: the same step without it, where the test above fails."""
     method, state, batch, _ = problem
@@ -138,6 +159,44 @@ def even(context):
     """Rewards answers that begin with an even token."""
     del context
     return lambda tokens, mask, batch: jnp.where(tokens[:, 0] % 2, 0.0, 1.0)
+
+
+def prompts():
+    """Four of them, padded on the left."""
+    asked = np.arange(PROMPT) >= PROMPT - np.array([PROMPT, 3, 1, 4])[:, None]
+    rng = np.random.default_rng(0)
+    return {
+        'input': np.where(asked, rng.integers(3, V, asked.shape), 0).astype(np.int32),
+        'prompt_mask': asked,
+    }
+
+
+def test_no_weight_is_gathered_for_a_token_of_a_rollout():
+    network, batch = decoder(32, 2, 48), prompts()
+    variables = drawn(network.init)
+    draw = sampler(network.module, max_new=ANSWER, stop=(2,), block=5)
+    alone = jax.jit(draw.of)(variables, batch, jax.random.key(0))
+    mesh = mesh_lib.make_mesh(dict(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+
+    def over_devices(variables, batch):
+        laid_out = rollout(variables, rules=rollout_rules(SHARDING), mesh=mesh)
+        with layout.inside(mesh):
+            return draw.of(laid_out, batch, jax.random.key(0))
+
+    lying = tree_shardings(variables, SHARDING, mesh), mesh_lib.batch_sharding(mesh)
+    arguments = jax.device_put((variables, batch), lying)
+    program = jax.jit(over_devices).lower(*arguments).compile()
+    blocks, head = weights(variables['params'])
+    found = hlo.collectives(program.as_text())
+    # Once, before the loop: blocks, and the embedding as a table and as a head.
+    once = [each for each in found if each.times == 1]
+    assert blocks / 2 <= moved(once, 'all-gather') <= (blocks + 2 * head) / 2 + 4 * 4 * PROMPT
+    # For every token sums along tensor, of its hidden states and of what is said of the vocabulary.
+    loop = [each for each in found if each.times > 1]
+    assert {each.kind for each in loop} == {'all-reduce'}
+    said = program(*arguments)
+    np.testing.assert_array_equal(said.tokens, alone.tokens)
+    np.testing.assert_allclose(said.log_probs, alone.log_probs, atol=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -165,20 +224,16 @@ def rollouts():
             teacher_weight=0.1,
         )
 
-    rng = np.random.default_rng(0)
-    asked = np.arange(PROMPT) >= PROMPT - np.array([PROMPT, 3, 1, 4])[:, None]
-    batch = {
-        'input': np.where(asked, rng.integers(3, V, asked.shape), 0).astype(np.int32),
-        'prompt_mask': asked,
-    }
-    frozen = {'teacher': jax.jit(teacher.init)(jax.random.key(1))}
+    batch = prompts()
+    frozen = {'teacher': drawn(teacher.init)}
     alone = made(None)
-    state = jax.jit(alone.init)(jax.random.key(0), frozen)
+    state = drawn(alone.init, frozen).replace(frozen=frozen)
     return made, state, batch, jax.jit(alone.step)(state, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [dict(data=2, fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
-def test_no_weight_is_gathered_for_a_token_of_a_rollout(rollouts, sizes):
+def test_a_step_of_grpo_gathers_weights_for_its_rollout_once_and_none_for_a_token(rollouts, sizes):
     made, state, batch, (alone, told) = rollouts
     mesh = mesh_lib.make_mesh(dict(dict(data=1), **sizes), jax.devices()[:4])
     program, arguments, found = compiled(made(mesh).step, mesh, state, batch)
