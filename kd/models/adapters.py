@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from kd import config
 from kd.errors import UserError
+from kd.parallel import layout
 from kd.ranges import Count, Positive
 
 # Leaves beside a kernel.
@@ -63,9 +64,15 @@ class Adapter:
 
 
 class Dense(nn.Dense):
-    """A dense layer that may have an adapter; its factors are float32 and compute as it does."""
+    """A dense layer that may have an adapter; its factors are float32 and compute as it does.
+
+    Attributes:
+      adapter: None for none.
+      dot_general: a `kd.parallel.layout.Product`.
+    """
 
     adapter: Adapter | None = None
+    dot_general: Any = layout.Product()
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -75,8 +82,12 @@ class Dense(nn.Dense):
             return out
         down = self.param(DOWN, _UNIFORM, (inputs.shape[-1], self.adapter.rank), jnp.float32)
         up = self.param(UP, nn.initializers.zeros, (self.adapter.rank, self.features), jnp.float32)
-        inner = inputs.astype(out.dtype) @ down.astype(out.dtype)
-        return out + self.adapter.scale * (inner @ up.astype(out.dtype))
+        # Between them all ranks are whole.
+        narrow = layout.Product(inputs=self.dot_general.inputs)
+        wide = layout.Product(outputs=self.dot_general.outputs)
+        last = (((inputs.ndim - 1,), (0,)), ((), ()))
+        inner = narrow(inputs.astype(out.dtype), down.astype(out.dtype), last)
+        return out + self.adapter.scale * wide(inner, up.astype(out.dtype), last)
 
 
 # In +- 1 / sqrt(in), as PEFT draws A.

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kd.models.adapters import Adapter, Dense
 from kd.models.moe import Experts
@@ -100,7 +98,7 @@ class Architecture:
             param_dtype=self.param_dtype,
             kernel_init=self.initial(scale),
             adapter=self.adapter,
-            dot_general=_product if depth is None else _product_back,
+            dot_general=layout.WIDENING if depth is None else layout.NARROWING,
         )
 
     def initial(self, scale: float = 1.0) -> nn.initializers.Initializer:
@@ -118,15 +116,3 @@ class Architecture:
         """A norm over the last axis."""
         kind = nn.RMSNorm if self.norm == 'rms' else nn.LayerNorm
         return kind(epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
-
-
-def _product(x: jax.Array, kernel: jax.Array, *how: Any, **options: Any) -> jax.Array:
-    """`lax.dot_general` of tokens [B, T, D] and a weight [D, heads or hidden units]."""
-    out = lax.dot_general(x, layout.gathered(kernel, None, 'features'), *how, **options)
-    return layout.lying(out, 'rows', None, 'features')
-
-
-def _product_back(x: jax.Array, kernel: jax.Array, *how: Any, **options: Any) -> jax.Array:
-    """`lax.dot_general` of [B, T, heads or hidden units] and a weight back to tokens."""
-    out = lax.dot_general(x, layout.gathered(kernel, 'features'), *how, **options)
-    return layout.lying(out, 'rows')

@@ -12,6 +12,7 @@ from einops import rearrange
 
 from kd.models import layers
 from kd.models.attention import attend
+from kd.parallel import layout
 from kd.ranges import Count, Finite, Positive, Whole
 
 __all__ = ['PRESETS', 'ClipVision', 'preset']
@@ -71,9 +72,11 @@ class Tower:
         """N, of an image."""
         return (self.image // self.patch) ** 2
 
-    def dense(self, features: int) -> nn.Dense:
+    def dense(self, features: int, product: layout.Product) -> nn.Dense:
         """A projection."""
-        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype)
+        return nn.Dense(
+            features, dtype=self.dtype, param_dtype=self.param_dtype, dot_general=product
+        )
 
     def norm(self, name: str | None = None) -> nn.LayerNorm:
         """A norm over the last axis."""
@@ -90,8 +93,10 @@ class Block(nn.Module):
     def setup(self):
         of = self.of
         self.norm1, self.norm2 = of.norm(), of.norm()
-        self.query, self.key, self.value, self.output = (of.dense(of.width) for _ in range(4))
-        self.up, self.down = of.dense(of.mlp_hidden), of.dense(of.width)
+        wide, back = layout.WIDENING, layout.NARROWING
+        self.query, self.key, self.value = (of.dense(of.width, wide) for _ in range(3))
+        self.output = of.dense(of.width, back)
+        self.up, self.down = of.dense(of.mlp_hidden, wide), of.dense(of.width, back)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm1(x)

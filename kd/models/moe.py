@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kd.parallel import layout
+
 if TYPE_CHECKING:
     from kd.models.architecture import Architecture
 
@@ -137,7 +139,7 @@ class Router(nn.Module):
 
 
 class Each(nn.Module):
-    """A dense layer of each expert, [..., E, C, in] to [..., E, C, features]."""
+    """A dense layer of each expert, [B, E, C, in] to [B, E, C, features]."""
 
     of: Architecture
     features: int
@@ -153,7 +155,9 @@ class Each(nn.Module):
             initial = nn.initializers.normal(self.scale * of.deviation)
         shape = (count, x.shape[-1], self.features)
         kernel = self.param('kernel', initial, shape, of.param_dtype)
-        out = jnp.einsum('...eci,eio->...eco', x, kernel.astype(x.dtype))
+        kernel = layout.gathered(kernel.astype(x.dtype), 'features')
+        out = jnp.einsum('beci,eio->beco', x, kernel)
+        out = layout.lying(out, 'rows', 'features')
         if not of.bias:
             return out
         bias = self.param(
@@ -163,7 +167,7 @@ class Each(nn.Module):
 
 
 class Ffns(nn.Module):
-    """The MLPs of all experts, [..., E, C, width] to the same."""
+    """The MLPs of all experts, [B, E, C, width] to the same; experts lie along 'features'."""
 
     of: Architecture
 
@@ -198,8 +202,9 @@ class Moe(nn.Module):
         # Slots and choices that are none lie one past the end.
         rows, experts, slots = found.tokens.shape
         pick = jax.vmap(lambda of, at: of.at[at].get(mode='fill', fill_value=0))
-        out = self.experts(pick(x.astype(self.of.dtype), found.tokens))
-        chosen = pick(out.reshape(rows, experts * slots, -1), found.slots)
+        taken = layout.lying(pick(x.astype(self.of.dtype), found.tokens), 'rows', 'features')
+        out = self.experts(taken).reshape(rows, experts * slots, -1)
+        chosen = layout.lying(pick(out, found.slots), 'rows')
         return (found.weights[..., None].astype(chosen.dtype) * chosen).sum(2)
 
 

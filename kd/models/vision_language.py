@@ -15,6 +15,7 @@ from kd import config
 from kd.errors import UserError
 from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
+from kd.parallel import layout
 from kd.ranges import Size
 
 # Parts of the parameters beside those of a decoder.
@@ -33,10 +34,14 @@ class Adaptor(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def dense(name):
-            return nn.Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        def dense(name, product):
+            return nn.Dense(
+                self.width, dtype=self.dtype, param_dtype=self.param_dtype, name=name,
+                dot_general=product,
+            )  # fmt: skip
 
-        return dense('down')(nn.gelu(dense('up')(x), approximate=False))
+        hidden = nn.gelu(dense('up', layout.WIDENING)(x), approximate=False)
+        return dense('down', layout.NARROWING)(hidden)
 
 
 class VisionDecoder(Decoder):

@@ -21,6 +21,7 @@ Outside of a mesh, on one device and inside `shard_map` nothing is held to anyth
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,6 +77,27 @@ def gathered(weight: jax.Array, *names: Name) -> jax.Array:
     # A gradient that were held to the same would be whole on every device before it is cut.
     used.defjvp(lambda primals, tangents: (used(*primals), *tangents))
     return used(weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """`lax.dot_general` of activations [B, ..., in] and a weight [in, out], as `flax` takes one.
+
+    Attributes:
+      inputs, outputs: along what the features lie that go in and come out; None for whole.
+    """
+
+    inputs: Name = None
+    outputs: Name = None
+
+    def __call__(self, x: jax.Array, kernel: jax.Array, *how: Any, **options: Any) -> jax.Array:
+        """Activations [B, ..., out], whose rows stay where they are."""
+        out = lax.dot_general(x, gathered(kernel, self.inputs, self.outputs), *how, **options)
+        return lying(out, 'rows', *[None] * (out.ndim - 2), self.outputs)
+
+
+# From tokens to heads or hidden units, and back.
+WIDENING, NARROWING = Product(outputs='features'), Product(inputs='features')
 
 
 def divides(size: int, name: str) -> bool:
