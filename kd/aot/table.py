@@ -147,7 +147,8 @@ of activations.
 
 The last column is the commit whose step a row is, '+' where it had changes besides; of the first
 rows, from before there was this column, the commit that brought them. Rows of commits before
-6af2922 have another guard against non-finite updates.
+6af2922 have another guard against non-finite updates. edca031 is not in this history: its changes
+are, on top of later ones.
 """
 
 
