@@ -1,7 +1,7 @@
 """SRPO: rewards for right answers, a self-teacher for wrong ones (2026, arXiv:2604.02288).
 
     python -m kd.main --config=configs/rl/srpo.py:cpu --workdir=runs/srpo
-    python -m kd.aot --config=configs/rl/srpo.py:qwen3_8b --topology=v5p:4x4x4
+    python -m kd.aot --config=configs/rl/srpo.py:qwen3_8b --topology=v5p:2x4x4
     python -m kd.claims srpo
 
 | variant | policy | problems | hardware |

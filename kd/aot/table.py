@@ -123,6 +123,14 @@ ROWS = (
     Row('configs/lm/paced.py', 'reverse', (), (_V5P_64,)),
     Row('configs/lm/cascading_bias.py:qwen2,logits', 'student', (), (_V5P_64,)),
     Row('configs/lm/dp_opd.py', 'student', (_SPREAD,), ('v5e:4x4',)),
+    Row('configs/lm/llava_mod.py', 'd2d', (), (_V5P_64,)),
+    Row('configs/lm/llava_mod.py', 'pd', (), (_V5P_64,)),
+    Row('configs/rl/srpo.py', 'student', (), (_V5P_64,)),
+    Row('configs/rl/sd_zero.py', 'sd_zero', (), (_V5P_64,)),
+    *(
+        Row(f'configs/rl/acereason.py:r1_distill_{size}', 'math_32k', (), ('v5p:4x4x4',))
+        for size in ('7b', '14b')
+    ),
 )
 
 _PAGE = """# Training steps, compiled ahead of time
