@@ -133,7 +133,9 @@ def cpu():
 def images():
     """Qwen2-7B to Qwen2-0.5B with experts, behind CLIP's ViT-L/14 at 336 pixels."""
     shape = dict(dtype='bfloat16', remat='block')
-    tower = dict(name='kd.models.clip.preset', of='vit_l_14_336', dtype='bfloat16')
+    tower = dict(
+        name='kd.models.clip.preset', of='vit_l_14_336', dtype='bfloat16', stacked=True
+    )  # fmt: skip
 
     def language(of, **changes):
         return dict(name='kd.models.decoders.preset', of=of, **shape, **changes)

@@ -68,7 +68,8 @@ def arguments(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
 
 
 def find(of: ClipVision, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
-    """Where each leaf of a tower lies, and an expression for what is left over.
+    """Where each leaf of a tower lies, of stacked blocks a part for each, and an expression for what
+    is left over.
 
     Args:
       of: what the file holds.
@@ -78,14 +79,18 @@ def find(of: ClipVision, tensors: Iterable[str], where: Any) -> tuple[Find, str]
     del where
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ''
 
-    def found(keys: tuple[str, ...], shape: tuple[int, ...]) -> Part:
+    def found(keys: tuple[str, ...], shape: tuple[int, ...]) -> Part | tuple[Part, ...]:
         if keys[-1] in _ALONE:
             return Part(prefix + _ALONE[keys[-1]])
-        *path, leaf = keys
-        block = re.fullmatch(r'block(\d+)', path[0])
-        inside = f'encoder.layers.{block[1]}.' if block else ''
-        name = f'{prefix}{inside}{_MODULES[path[-1]]}.{LEAVES[leaf]}'
-        return Part(name, kernel_axes(len(shape)) if leaf == 'kernel' else None)
+        if keys[0] == 'blocks':
+            inside = (f'encoder.layers.{layer}.' for layer in range(shape[0]))
+            return tuple(part(each, keys, len(shape) - 1) for each in inside)
+        block = re.fullmatch(r'block(\d+)', keys[0])
+        return part(f'encoder.layers.{block[1]}.' if block else '', keys, len(shape))
+
+    def part(inside: str, keys: tuple[str, ...], rank: int) -> Part:
+        name = f'{prefix}{inside}{_MODULES[keys[-2]]}.{LEAVES[keys[-1]]}'
+        return Part(name, kernel_axes(rank) if keys[-1] == 'kernel' else None)
 
     later = '|'.join(str(layer) for layer in range(of.depth))
     return found, f'{_OTHERS}|encoder\\.layers\\.({later})\\.'

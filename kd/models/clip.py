@@ -45,6 +45,8 @@ class Tower:
       epsilon: of the norms.
       pixel_mean, pixel_std: by which pixels in [0, 1] are standardised, a number for each channel
         or one for all.
+      stacked: whether the blocks' parameters are stacked, [blocks, ...], and run by one scan, which
+        compiles faster.
       dtype, param_dtype: compute type and that of the parameters.
     """
 
@@ -59,6 +61,7 @@ class Tower:
     epsilon: Positive = 1e-5
     pixel_mean: tuple[Finite, ...] = (0.5,)
     pixel_std: tuple[Positive, ...] = (0.5,)
+    stacked: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -111,6 +114,13 @@ class Block(nn.Module):
         return x + self.down(y)
 
 
+class _Scanned(Block):
+    """A block as the body of a scan."""
+
+    def __call__(self, x):
+        return super().__call__(x), None
+
+
 class ClipVision(Tower, nn.Module):
     """Images to features of their patches.
 
@@ -120,7 +130,7 @@ class ClipVision(Tower, nn.Module):
 
     Attributes: as of `Tower`.
 
-    Features: `block0`, ..., with the class token.
+    Features: `block0`, ..., with the class token (unless stacked).
     """
 
     # Of a batch, what it takes.
@@ -165,8 +175,17 @@ class ClipVision(Tower, nn.Module):
         x = jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)
         x = self.norm('pre_norm')(x)
         of = Tower(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Tower)})
-        for i in range(self.blocks):
-            x = Block(of, name=f'block{i}')(x)
+        if self.stacked and self.blocks:
+            scanned = nn.scan(
+                _Scanned,
+                variable_axes={'params': 0, 'intermediates': 0},
+                split_rngs={'params': True},
+                length=self.blocks,
+            )
+            x, _ = scanned(of, name='blocks')(x)
+        else:
+            for i in range(self.blocks):
+                x = Block(of, name=f'block{i}')(x)
         return x[:, 1:]
 
 

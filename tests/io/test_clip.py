@@ -115,6 +115,16 @@ def test_a_tower_computes_the_hidden_states_of_its_tensors(tmp_path, layer):
     np.testing.assert_allclose(found, hidden_states(IMAGES, layer), atol=2e-5)
 
 
+@pytest.mark.parametrize('layer', [-1, 0])
+def test_stacked_blocks_are_those_of_the_tower(tmp_path, layer):
+    """All three, one more than a described tower computes; and none."""
+    module, variables = loaded(write(tmp_path / 'tower'), layer=layer, stacked=True)
+    found = jax.jit(module.apply)(variables, IMAGES)
+    np.testing.assert_allclose(found, hidden_states(IMAGES, layer), atol=2e-5)
+    stacks = jax.tree.leaves(variables['params'].get('blocks', {}))
+    assert {x.shape[0] for x in stacks} == ({DEPTH} if layer else set())
+
+
 def test_a_whole_clip_brings_the_same_tower(tmp_path):
     rest = {
         'logit_scale': np.zeros(1, np.float32),
