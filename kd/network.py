@@ -31,7 +31,7 @@ class Network(NamedTuple):
     """`init(key) -> variables`; `apply(variables, *inputs, train=, key=, capture=) -> Output`.
 
     Attributes:
-      init, apply: as above.
+      init, apply: as above; `init` is jitted.
       module: the linen module.
       inputs: shapes and dtypes of a batch of one.
       fields: names of the fields of a batch that are the inputs, in order.
@@ -66,6 +66,7 @@ def from_linen(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Network:
 
 
 def _network(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Network:
+    @jax.jit
     def init(key: jax.Array) -> PyTree:
         examples = [jnp.zeros(x.shape, x.dtype) for x in inputs]
         return module.init(key, *examples, train=False)

@@ -68,8 +68,9 @@ def arguments(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
 
 
 def find(of: ClipVision, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
-    """Where each leaf of a tower lies, of stacked blocks a part for each, and an expression for what
-    is left over.
+    """Where each leaf of a tower lies, and an expression for what is left over.
+
+    Of leaves that stack blocks there is a part for each block.
 
     Args:
       of: what the file holds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -164,6 +165,13 @@ class Block(nn.Module):
         x = x[:, first:] + out
         there = lax.dynamic_slice_in_dim(valid, start + first, tokens, 1)
         return x + self.mlp(self.norm2(x), there), keys, values
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='first')
+def _stepped(block, variables, x, angles, keys, values, valid, start, *, first):
+    """`Block.step`, traced once for all blocks of a kind."""
+    arguments = (x, angles, keys, values, valid, start)
+    return block.apply(variables, *arguments, first=first, method='step')
 
 
 class _Scanned(Block):
@@ -337,7 +345,12 @@ class Decoder(Architecture, nn.Module):
         for i, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
             first = tokens.shape[1] - 1 if last and i == self.depth - 1 else 0
             block = getattr(self, f'block{i}')
-            x, key, value = block.step(x, angles, key, value, valid, start, first)
+            if self.adapter is None:
+                alike = Block(block.of, block.sparse, parent=None)
+                step = functools.partial(_stepped, alike, block.variables, first=first)
+            else:  # Which kernels have adapters may depend on the block's name.
+                step = functools.partial(block.step, first=first)
+            x, key, value = step(x, angles, key, value, valid, start)
             keys.append(key)
             values.append(value)
         written = Cache(tuple(keys), tuple(values), valid, start + tokens.shape[1])
