@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import os
 from pathlib import Path
 
 import budget
@@ -10,6 +11,9 @@ import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The older emitters of loops compile in three quarters of the time.
+os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false ' + os.environ.get('XLA_FLAGS', '')
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -23,6 +27,13 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     budget.longest_first(items)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: going through it again and again was a third of tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope='module', autouse=True)
