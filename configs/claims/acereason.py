@@ -127,15 +127,16 @@ class World:
 
     def __init__(self, say, share):
         self.say, self.share, self.measured = say, share, {}
+        sizes = dict(train=20_000, test=2_000) if share == 1 else dict(train=64, test=32)
         self.train, self.test = (
             {task: chain_world.problems(split, size, tasks={task: 1.0}) for task in TOKENS}
-            for split, size in (('train', 20_000), ('test', 2_000))
+            for split, size in sizes.items()
         )
 
     def base(self, name, runs):
         """Its parameters, [R, ...] all alike; of a network that has learnt nothing for a smoke."""
         params = chain_world.base(name, 'base', self.share < 1)
-        return jax.tree.map(lambda x: jnp.stack([x] * runs), params)
+        return jax.tree.map(lambda x: np.stack([x] * runs), params)
 
     def trained(
         self, task, start, steps, *, rates=None, own=None, tokens=0, updates=1, parts=1,

@@ -168,7 +168,7 @@ class World:
         self.seeds = FIRST + np.arange(size.runs)
         self.network = chain_world.network()
         one = chain_world.base('chain_reviser', 'base', smoke)
-        self.base = jax.tree.map(lambda x: jnp.stack([x] * size.runs), one)
+        self.base = jax.tree.map(lambda x: np.stack([x] * size.runs), one)
         drawn = [_problems(int(seed), size) for seed in self.seeds]
         self.problems = {name: stacked([each[name] for each in drawn]) for name in drawn[0]}
         self.budget_steps = size.phase_2 if smoke else BUDGET // 128
@@ -327,6 +327,7 @@ def stacked(runs):
     return {name: np.stack([one[name] for one in runs]) for name in runs[0]}
 
 
+@jax.jit
 def _at(params, run):
     return jax.tree.map(lambda x: x[run], params)
 

@@ -135,11 +135,12 @@ def chain_arms(say, runs, chosen, teacher_steps, base_steps, steps):
     corrupted = arithmetic.law((0.6 ** (1 / OPERATIONS) - 0.1) / 0.9)
     teacher = pretrained(large, truth, 1, teacher_steps, 4e-3)
     base = pretrained(small, corrupted, runs, base_steps, 5e-3)
-    test = prompts('test', 2000)
+    smoke = steps < BATCH
+    test = prompts('test', 40 if smoke else 2000)
     say(f'teacher: {float(np.mean(exact(large, teacher, test))):.3f}')
     measured = {'base': {'exact': exact(small, base, test), **entropies(small, base, test)}}
     say(f'base: {np.mean(measured["base"]["exact"]):.3f}, {measured["base"]["gap"]}')
-    data = prompts('train', 40_000)
+    data = prompts('train', 400 if smoke else 40_000)
     context = made(small, steps, LR, teacher=large, references={'start': small})
     methods = {
         'sft': distillation(
@@ -197,7 +198,7 @@ def pretrained(network, law, runs, steps, lr):
     )
     method = distillation(made(network, steps, lr), soft_weight=0.0, chunk=8192)
     state = seeds.train(method, data, np.arange(1), steps=steps, batch_size=2 * BATCH)
-    return jax.tree.map(lambda x: jnp.concatenate([x] * runs), state.params['network'])
+    return jax.tree.map(lambda x: np.concatenate([x] * runs), state.params['network'])
 
 
 @functools.cache
@@ -211,10 +212,13 @@ def drawing(network):
     return jax.jit(jax.vmap(of_run, in_axes=(0, None)))
 
 
+_passes = jax.jit(jax.vmap(chain.passes, (0, 0, None)))
+
+
 def exact(network, params, data):
     """Share of sampled answers that print the result, [R]."""
     found = drawing(network)(params, data)
-    right = jax.vmap(chain.passes, (0, 0, None))(found.tokens, found.mask, data['printed'])
+    right = _passes(found.tokens, found.mask, data['printed'])
     return np.asarray(right.mean(1))
 
 

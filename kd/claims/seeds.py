@@ -99,7 +99,7 @@ def train(
     for first in range(0, steps, watched):
         count = min(watched, steps - first)
         each = [_taken(int(seed), size, batch_size, poisson, first, count) for seed in seeds]
-        taken = jax.tree.map(lambda *runs: jnp.stack(runs, 1), *each)
+        taken = jax.tree.map(lambda *runs: np.stack(runs, 1), *each)
         state = chunk(state, taken, own_frozen, own_arrays)
         if watch is not None:
             watch(state)
@@ -110,7 +110,8 @@ def train(
 def _begun(start: Callable[..., State], seeds: np.ndarray, own: PyTree) -> tuple[State, Any]:
     """States of all runs, and their axes: every leaf but the step has one for the runs."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    abstract = jax.eval_shape(start, keys[0], jax.tree.map(lambda x: x[0], own))
+    abstract_own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), own)
+    abstract = jax.eval_shape(start, jax.random.key(0), abstract_own)
     axes: Any = jax.tree.map(lambda _: 0, abstract).replace(step=None)
     return jax.jit(jax.vmap(start, out_axes=axes))(keys, own), axes
 
