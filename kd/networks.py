@@ -199,6 +199,7 @@ def trained_network(
     found = Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
     if not adapted:
         return found
+    adapters.check_merges(network.module, where)
     home = workdir if reference in recipe.stages else directory.parent
     its_recipe = dataclasses.replace(its_recipe, frozen_sharding=recipe.frozen_sharding)
     below, weights = split_reference(stage['references'][START])
@@ -243,6 +244,7 @@ def described_network(
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
     if adapters.adapter_of(network.module):
+        adapters.check_merges(network.module, where)
         module: Any = network.module
         network = from_linen(module.clone(adapter=None), *network.inputs)
     return network

@@ -32,6 +32,8 @@ from kd.ranges import Count, Positive
 
 # Leaves beside a kernel.
 DOWN, UP = 'lora_a', 'lora_b'
+# Modules beside a layer begin so, see `kd.models.guided`.
+GUIDANCE = 'guidance_'
 # Which kernels have them unless a recipe says so.
 TARGETS = r'attention/(query|key|value|output)/kernel$'
 
@@ -117,7 +119,7 @@ def lora(
     if num_classes is not None and 'num_classes' in takes:
         block.setdefault('num_classes', num_classes)
     module = config.build(block, where='base')
-    if not hasattr(module, 'adapter'):
+    if 'adapter' not in type(module).__dataclass_fields__:
         raise UserError(f'base: a {type(module).__name__} can have no adapters.')
     try:
         re.compile(targets)
@@ -126,20 +128,36 @@ def lora(
     return module.clone(adapter=Adapter(rank, alpha, targets))
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
-    """What a network trains beside its base; None for a network that is trained itself."""
+def adapter_of(module: nn.Module) -> Any:
+    """What a network trains beside its base, an `Adapter` or one of another kind with `targets`.
+
+    None for a network that is trained itself.
+    """
     return getattr(module, 'adapter', None)
+
+
+def check_merges(module: nn.Module, where: str) -> None:
+    """Refuses adapters that are part of no kernel.
+
+    Raises:
+      UserError: adapters of another kind than `Adapter`.
+    """
+    adapter = adapter_of(module)
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise UserError(
+            f'{where}: a {type(adapter).__name__} becomes part of no kernel, so that its stage is '
+            'no teacher and no start; name the stage of its base.'
+        )
 
 
 def own(params: Tree) -> dict[str, Any]:
     """The adapters in a tree, without all else."""
     found = {}
     for name, x in params.items():
-        if isinstance(x, Mapping):
-            if inside := own(x):
-                found[name] = inside
-        elif name in (DOWN, UP):
+        if _beside(name):
             found[name] = x
+        elif isinstance(x, Mapping) and (inside := own(x)):
+            found[name] = inside
     return found
 
 
@@ -148,8 +166,12 @@ def without(params: Tree) -> dict[str, Any]:
     return {
         name: without(x) if isinstance(x, Mapping) else x
         for name, x in params.items()
-        if name not in (DOWN, UP)
+        if not _beside(name)
     }
+
+
+def _beside(name: str) -> bool:
+    return name in (DOWN, UP) or name.startswith(GUIDANCE)
 
 
 def merged(base: Tree, adapters: Tree, scale: float) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class Denoised(nn.Module):
         own = ('label',) if self.num_classes is not None else ()
         return tuple(getattr(self.inner, 'conditions', own))
 
+    @property
+    def adapter(self) -> Any:
+        """What is trained beside F; None where F is trained itself."""
+        return getattr(self.inner, 'adapter', None)
+
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
 

@@ -20,6 +20,10 @@ from kd.state import PyTree
 Condition = Mapping[str, jax.Array]
 
 
+# The field of a network that is told the scale of its guidance.
+GUIDANCE = 'guidance'
+
+
 class Prediction(NamedTuple):
     """`x0` [B, ...], E[x0 | x_t], float32 at least; `features` that were asked for, by name."""
 
@@ -35,11 +39,13 @@ class Denoiser(NamedTuple):
       apply: `apply(variables, x_t, t, condition, *, train=False, key=None, capture=()) ->
         Prediction` of x_t [B, ...], t [B] and fields [B, ...] of the condition.
       null: the condition that is none, a row of each field; None where there is none.
+      told: whether it takes the scale of its guidance, as the field `GUIDANCE` of the condition.
     """
 
     schedule: Schedule
     apply: Callable[..., Prediction]
     null: Mapping[str, ArrayLike] | None = None
+    told: bool = False
 
     def bind(
         self, variables: PyTree, condition: Condition | None = None
@@ -74,7 +80,8 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
             )
             return Prediction(said.logits, said.features)
 
-        return Denoiser(module.schedule, apply, null)
+        told = GUIDANCE in getattr(module, 'conditions', ())
+        return Denoiser(module.schedule, apply, null, told)
     if len(network.inputs) != 3:
         raise UserError(
             f'{type(module).__name__} is no denoiser: wrap it in kd.models.denoiser.denoiser, or '
@@ -95,9 +102,19 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
 
 
 def conditions(network: Network, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The fields of a batch that a network is conditioned on."""
+    """The fields of a batch that a network is conditioned on.
+
+    Raises:
+      UserError: the data lack one.
+    """
     own = () if num_classes(network) is None else ('label',)
-    return {name: batch[name] for name in getattr(network.module, 'conditions', own)}
+    named = tuple(getattr(network.module, 'conditions', own))
+    if missing := [name for name in named if name not in batch]:
+        raise UserError(
+            f'the network is conditioned on {missing[0]!r}, which the data do not have; they have '
+            f'{sorted(batch)}.'
+        )
+    return {name: batch[name] for name in named}
 
 
 def branches(
@@ -152,7 +169,7 @@ def guided(denoiser: Denoiser, scale: ArrayLike) -> Denoiser:
 
     1 is the conditional denoiser, 0 the unconditional one. In x0 it is what it is in any other kind
     of prediction, see `kd.losses.schedule.convert`. Where a source writes c + s (c - u), scale is
-    1 + s.
+    1 + s. A denoiser that is told its guidance is asked once.
 
     Args:
       denoiser: to be guided; with 1 it is returned as it is.
@@ -162,6 +179,13 @@ def guided(denoiser: Denoiser, scale: ArrayLike) -> Denoiser:
     """
     if isinstance(scale, int | float) and scale == 1:
         return denoiser
+    if denoiser.told:
+
+        def apply_told(variables, x, t, condition, **how):
+            weight = jnp.broadcast_to(jnp.asarray(scale, x.dtype), x.shape[:1])
+            return denoiser.apply(variables, x, t, {**condition, GUIDANCE: weight}, **how)
+
+        return denoiser._replace(apply=apply_told, told=False)
 
     def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
         if train or capture:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd.losses.schedule import Schedule
+from kd.losses.schedule import Schedule, convert
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -52,7 +52,7 @@ def ddim(eta: float = 0.0) -> Step:
         ratio = alpha * sigma2 / (alpha2 * sigma)
         up = eta * sigma2 * jnp.sqrt(jnp.maximum(1 - ratio**2, 0.0))
         down = jnp.sqrt(jnp.maximum(sigma2**2 - up**2, 0.0))
-        moved = alpha2 * mu + down * (x - alpha * mu) / sigma
+        moved = alpha2 * mu + down * convert(schedule, mu, x, t, 'x0', 'eps')
         if eta:
             moved = moved + up * jax.random.normal(key, x.shape, moved.dtype)
         return moved, memory
@@ -76,9 +76,10 @@ def heun() -> Step:
     def move(schedule, denoise, x, t, to, key, memory):
         alpha, sigma, alpha2, sigma2 = _both(schedule, x, t, to)
         mu = denoise(x, t)
-        eps = (x - alpha * mu) / sigma
+        eps = convert(schedule, mu, x, t, 'x0', 'eps')
         ahead = alpha2 * mu + sigma2 * eps
-        other = (ahead - alpha2 * denoise(ahead.astype(x.dtype), to)) / sigma2
+        after = denoise(ahead.astype(x.dtype), to)
+        other = convert(schedule, after, ahead, to, 'x0', 'eps')
         # (s' - s) (eps + eps') / 2 from y = mu + s eps; there is no s where nothing is left of x0.
         s = sigma / jnp.where(alpha > 0, alpha, 1.0)
         change = 0.5 * (sigma2 - alpha2 * s) * (other - eps)
@@ -151,6 +152,38 @@ def sample(
     Raises:
       ValueError: times that do not decrease.
     """
+    last, states, at = _walked(
+        schedule, denoise, x, times, key, step, unroll, lambda x, said, y: y if trajectory else None
+    )
+    end = denoise(last, at).astype(x.dtype)
+    return jnp.concatenate([x[None], states, end[None]]) if trajectory else end
+
+
+def recorded(
+    schedule: Schedule,
+    denoise: Denoise,
+    x: jax.Array,
+    times: Sequence[float] | np.ndarray,
+    key: jax.Array,
+    *,
+    step: Step | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What a sampler asks on its way, and what it is told: (x_t, x0), each [N, B, ...].
+
+    Of a step of two calls the first counts; the last x0 is what `sample` ends with.
+
+    Args:
+      schedule, denoise, x, times, key, step: as of `sample`.
+    """
+    last, (states, said), at = _walked(
+        schedule, denoise, x, times, key, step, 1, lambda x, said, y: (x, said)
+    )
+    end = denoise(last, at).astype(x.dtype)
+    return jnp.concatenate([states, last[None]]), jnp.concatenate([said, end[None]])
+
+
+def _walked(schedule, denoise, x, times, key, step, unroll, keep):
+    """The state at the last time, `keep(x, said, next x)` of every step, and the last time."""
     times = np.asarray(times)
     if not len(times) or np.any(np.diff(times) >= 0):
         raise ValueError(f'sample: times must decrease, got {times.tolist()}.')
@@ -160,15 +193,20 @@ def sample(
     def body(carry, given):
         x, memory = carry
         t, to, key = given
-        y, memory = step.move(schedule, denoise, x, t, to, key, memory)
+        heard = []
+
+        def listening(x_t, t):
+            heard.append(denoise(x_t, t))
+            return heard[-1]
+
+        y, memory = step.move(schedule, listening, x, t, to, key, memory)
         y = y.astype(x.dtype)
-        return (y, memory), (y if trajectory else None)
+        return (y, memory), keep(x, heard[0].astype(x.dtype), y)
 
     grid = jnp.asarray(times, jnp.promote_types(x.dtype, jnp.float32))
     pairs = grid[:-1], grid[1:], keys[1:]
-    (last, _), states = jax.lax.scan(body, (x, step.memory(x)), pairs, unroll=unroll)
-    end = denoise(last, grid[-1]).astype(x.dtype)
-    return jnp.concatenate([x[None], states, end[None]]) if trajectory else end
+    (last, _), kept = jax.lax.scan(body, (x, step.memory(x)), pairs, unroll=unroll)
+    return last, kept, grid[-1]
 
 
 def noise(schedule: Schedule, key: jax.Array, shape: tuple[int, ...], t: float) -> jax.Array:

@@ -1,5 +1,9 @@
 """Schedules and conversions against closed forms, published tables and the flows' own algebra."""
 
+import ast
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,3 +210,23 @@ def test_grids_of_integer_times_are_those_of_diffusers():
         times.spaced(sd, 4, 'even')
     with pytest.raises(ValueError, match="'edm' are no integers"):
         times.spaced(schedule.edm(), 4)
+
+
+def test_no_other_conversion_stands_anywhere():
+    """Of x0, eps, v, velocity and score: what is divided by sigma or alpha is so in one table."""
+    forms = (
+        r'\(\w+ - alpha\w* \* \w+\) / sigma',
+        r'\(\w+ - sigma\w* \* \w+\) / alpha',
+        r'sqrt\(1(\.0)? ?- ?(ab|alpha)',
+        r'alpha\w* \* eps\w* - sigma',
+        r'-\s*\w*eps\w* / sigma',
+        r'alpha\w* \* x\w* - sigma',
+    )
+    package, found = Path(schedule.__file__).parents[1], set()
+    for file in package.rglob('*.py'):
+        # Without comments, and each expression in one way.
+        code = ast.unparse(ast.parse(file.read_text()))
+        if any(re.search(form, code) for form in forms):
+            found.add(str(file.relative_to(package)))
+    # Between noise and data of flows, whose derivatives it takes; its own tests hold it to ours.
+    assert found == {'losses/schedule.py'}

@@ -7,12 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd import config as config_lib
 from kd.context import Context
+from kd.data import sampled
 from kd.errors import UserError
 from kd.losses import score_distillation
-from kd.methods.diffusion.distribution_matching import Critic, Direction, Discriminator
+from kd.methods.diffusion.distribution_matching import (
+    Critic,
+    Direction,
+    Discriminator,
+    Term,
+)
 from kd.metrics import mean
 from kd.models.discriminator import FeatureHead
 from kd.network import feature_names
@@ -90,8 +97,38 @@ def matching(law: TimeLaw, guidance: float) -> Direction:
     def direction(views, key):
         x_t, t = views.noised(key, law)
         real, fake = views.real(x_t, t, guidance), views.fake(x_t, t)
-        # How far the critic is behind: 0 where it has caught up with an ideal generator.
+        # How far apart fake and real are: 0 where critic and generator have arrived.
         lag = {'gap': mean(jnp.abs(jax.lax.stop_gradient(fake - real)))}
         return score_distillation.direction(views.x, real, fake), lag
 
     return direction
+
+
+def regression(context: Context, times: tuple[float, ...], weight: float) -> Term:
+    """mean (G(noise) - sample)^2 with the sample that the teacher has made of the noise: [B].
+
+    Raises:
+      UserError: data without pairs, or pairs whose noise is at another time than the generator's.
+
+    Source: DMD, arXiv:2311.18828, section 3.3, with the squared error for its perceptual distance.
+    """
+    if sampled.NOISE not in context.spec:
+        raise UserError(
+            f'{context.stage}.method.regression wants pairs of a noise and a sample of the '
+            "teacher; name a stage of these as the data's source (kd.data.sampled.pairs)."
+        )
+    for split in context.splits:
+        grid = getattr(context.source(split), 'grid', None)
+        if grid is not None and not np.isclose(grid[0], times[0]):
+            raise UserError(
+                f'{context.stage}.method.times begin at {times[0]:g}, and the noise of its pairs '
+                f'is at {grid[0]:g}; take that, or make pairs of the other.'
+            )
+
+    def loss(views, batch, key):
+        del key
+        noise, made = (batch[name][: len(views.x)] for name in (sampled.NOISE, sampled.SAMPLE))
+        said = views.generator(noise, jnp.full(len(noise), times[0]))
+        return jnp.mean(jnp.square(said - made).reshape(len(made), -1), axis=1)
+
+    return Term('regression', weight, loss)

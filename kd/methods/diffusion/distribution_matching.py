@@ -71,6 +71,7 @@ class Views:
       fake: `fake(x_t, t) -> x0`.
       both: `both(x_t, t) -> (x0, x0)`, the teacher with and without the condition, in one call.
       base: time at which samples are, where they are not clean.
+      generator: `generator(x_t, t) -> x0`, with gradient.
     """
 
     x: jax.Array
@@ -81,6 +82,7 @@ class Views:
     fake: Callable[[jax.Array, jax.Array], jax.Array]
     both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
     base: float | None = None
+    generator: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
@@ -192,7 +194,7 @@ def distribution_matching(
         raise ValueError('distribution_matching: samples with noise are not told from clean data.')
     network, shape = context.network, context.spec['input'].shape
 
-    def views(state: State, made: Rollout, condition: Condition) -> Views:
+    def views(state: State, made: Rollout, condition: Condition, params: PyTree) -> Views:
         known = state.frozen.get(TEACHER, {})
 
         def real(x, t, scale=1.0):
@@ -207,7 +209,14 @@ def distribution_matching(
             own = _fake_variables(state, state.params[FAKE], discriminator)
             return jax.lax.stop_gradient(critic.denoiser.apply(own, x, t, condition).x0)
 
-        return Views(made.x, made.time, condition, teacher.schedule, real, fake, both, base)
+        def generator(x, t):
+            own = denoisers.of_network(network, context.trained_by.get('teacher'))
+            variables = state.variables(part=GENERATOR, params=params)
+            return own.apply(variables, x, t, condition, train=True).x0
+
+        return Views(
+            made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator
+        )
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
         return {name: x[:samples] for name, x in denoisers.conditions(network, batch).items()}
@@ -221,7 +230,7 @@ def distribution_matching(
     def generator_loss(params, state, batch, key):
         keys = jax.random.split(key, 3 + len(terms))
         made, condition = rolled(state, batch, keys[0], params), asked(batch)
-        seen = views(state, made, condition)
+        seen = views(state, made, condition, params)
         g, metrics = direction(seen, keys[1])
         losses = score_distillation.surrogate(made.x, g)
         metrics = {**metrics, 'direction': mean(jnp.abs(g)), 'level': mean(made.time)}

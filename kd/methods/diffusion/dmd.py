@@ -30,9 +30,10 @@ def dmd(
     gan: NonNegative = 0.0,
     gan_critic: NonNegative = 1e-2,
     feature: str = '',
+    regression: NonNegative = 0.0,
     unroll: bool = False,
 ) -> Method:
-    """DMD2 (Yin et al. 2024, arXiv:2405.14867), and DMD (2311.18828) without its regression.
+    """DMD2 (Yin et al. 2024, arXiv:2405.14867), and with `regression` DMD (2311.18828).
 
         g = (mu_fake - mu_real) / mean |x - mu_real|,   x = G(x_s, s) of the generator's own x_s
 
@@ -56,6 +57,9 @@ def dmd(
       gan: weight of the adversarial loss of the generator; 0 for no discriminator.
       gan_critic: of the discriminator's loss in the critic's.
       feature: of the network, which the discriminator reads.
+      regression: weight of the squared error between what the generator makes of a noise and what
+        the teacher's sampler has made of it; the data are `kd.data.sampled.pairs`. The paper has
+        .25, of a perceptual distance.
       unroll: the critic's moves are no loop, for convolutions on CPU.
     """
     student, teacher = common.student(context, times, step), common.teacher(context)
@@ -75,5 +79,6 @@ def dmd(
             unroll=unroll,
         ),
         direction=common.matching(times_lib.uniform(measure, *between), guidance),
+        terms=[common.regression(context, times, regression)] if regression else [],
         discriminator=common.discriminator(context, feature, law, gan, gan_critic),
     )
