@@ -29,6 +29,7 @@ from kd import config
 from kd.errors import UserError
 from kd.parallel import layout
 from kd.ranges import Count, Positive
+from kd.state import path_name
 
 # Leaves beside a kernel.
 DOWN, UP = 'lora_a', 'lora_b'
@@ -172,6 +173,30 @@ def without(params: Tree) -> dict[str, Any]:
 
 def _beside(name: str) -> bool:
     return name in (DOWN, UP) or name.startswith(GUIDANCE)
+
+
+def drawn(key: jax.Array, params: Tree, adapter: Adapter) -> dict[str, Any]:
+    """Adapters beside the kernels [in, out] of any tree that are targets: A random, B zero.
+
+    With `merged` a network of any kind has them, whose matrices are then made at every call.
+
+    Raises:
+      UserError: there is no such kernel.
+    """
+    made: dict[str, Any] = {}
+    for path, kernel in jax.tree_util.tree_flatten_with_path(params)[0]:
+        *above, last = path_name(path).split('/')
+        if last != 'kernel' or kernel.ndim != 2 or not adapter.takes(tuple(above)):
+            continue
+        key, own = jax.random.split(key)
+        place = made
+        for name in above:
+            place = place.setdefault(name, {})
+        place[DOWN] = _UNIFORM(own, (kernel.shape[0], adapter.rank), jnp.float32)
+        place[UP] = jnp.zeros((adapter.rank, kernel.shape[1]), jnp.float32)
+    if not made:
+        raise UserError(f"targets='{adapter.targets}' matches no kernel.")
+    return made
 
 
 def merged(base: Tree, adapters: Tree, scale: float) -> dict[str, Any]:

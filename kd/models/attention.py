@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-__all__ = ['attend', 'attend_by_head']
+__all__ = ['attend', 'attend_away', 'attend_by_head']
 
 
 def attend(
@@ -60,6 +60,35 @@ def attend(
         return _fused(query, key, value, mask, kernel)
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     return jnp.swapaxes(attend_by_head(query, key, value, mask, edit), 1, 2)
+
+
+def attend_away(
+    query: jax.Array,
+    positive: tuple[jax.Array, jax.Array],
+    negative: tuple[jax.Array, jax.Array],
+    strength: jax.Array | float,
+    *,
+    masks: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    fused: bool = False,
+) -> jax.Array:
+    """Z = Z+ - strength Z-: attention to one text away from another (NASA), [B, N, H, e].
+
+    Before the output projection, whose bias would else be scaled too.
+
+    Args:
+      query: [B, N, H, d].
+      positive, negative: (keys, values) of the two texts by the same projections, whose lengths may
+        differ; see `attend`.
+      strength: alpha, a number or [B]; 0 attends to the positive text alone, 1 is strong.
+      masks: of the two, as of `attend`.
+      fused: as of `attend`.
+
+    Source: SNOOPI, arXiv:2412.02687.
+    """
+    towards = attend(query, *positive, mask=masks[0], fused=fused)
+    away = attend(query, *negative, mask=masks[1], fused=fused)
+    alpha = jnp.asarray(strength, towards.dtype)
+    return towards - alpha.reshape(alpha.shape + (1,) * (towards.ndim - alpha.ndim)) * away
 
 
 def attend_by_head(

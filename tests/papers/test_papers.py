@@ -35,6 +35,7 @@ ANONYMOUS = {
     *('decoupled_dmd', 'phased_dmd', 'embedding_loss', 'llava_mod'),
     *('srpo', 'sdpo', 'skill_sd'),
     'innate_one_step',
+    'snoopi',
     'agd',
 }
 

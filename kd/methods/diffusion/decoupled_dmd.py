@@ -117,6 +117,11 @@ def decoupled(
             noised = views.noised(keys[0] if levels == 'shared' else keys[1], matched)
             pulled = score_distillation.direction(views.x, views.real(*noised), views.fake(*noised))
             g, metrics = g + matching * pulled, metrics | {'matching': mean(jnp.abs(pulled))}
+        if matching and augmentation:
+            # How much the shield has to undo, over what the spear does: it grows where the critic
+            # falls behind.
+            ratio = jnp.mean(jnp.abs(pulled)) / jnp.maximum(jnp.mean(jnp.abs(added)), 1e-12)
+            metrics |= {'lag': mean(ratio)}
         return g, metrics
 
     return direction

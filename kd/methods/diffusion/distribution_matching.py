@@ -32,6 +32,8 @@ from kd.losses.score_distillation import Weight
 from kd.method import Batch, Method, Objective, Player, alternate
 from kd.methods import start
 from kd.metrics import Metrics, mean
+from kd.models import adapters
+from kd.models.adapters import Adapter, merged
 from kd.network import Network
 from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
@@ -72,6 +74,7 @@ class Views:
       both: `both(x_t, t) -> (x0, x0)`, the teacher with and without the condition, in one call.
       base: time at which samples are, where they are not clean.
       generator: `generator(x_t, t) -> x0`, with gradient.
+      fake_both: as `both`, of the fake denoiser.
     """
 
     x: jax.Array
@@ -83,6 +86,7 @@ class Views:
     both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
     base: float | None = None
     generator: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    fake_both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]] | None = None
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
@@ -143,6 +147,9 @@ class Critic(NamedTuple):
       updates: moves in a step.
       sample: 'shared', the first move sees the generator's own sample, or 'fresh', none does.
       unroll: the moves are no loop, for convolutions on CPU.
+      dropout: share of the samples whose condition it is not told; what is asked without one has to
+        be trained so.
+      adapter: it is what the networks begin as with these beside, which alone are trained.
     """
 
     network: Network
@@ -153,6 +160,8 @@ class Critic(NamedTuple):
     updates: int = 5
     sample: Literal['shared', 'fresh'] = 'shared'
     unroll: bool = False
+    dropout: float = 0.0
+    adapter: Adapter | None = None
 
     @property
     def sigma_data(self) -> float:
@@ -201,13 +210,21 @@ def distribution_matching(
             of = denoisers.guided(teacher, scale)
             return jax.lax.stop_gradient(of.apply(known, x, t, condition).x0)
 
+        def branches(of, variables, x, t):
+            given = (condition, denoisers.without(of, condition))
+            return jax.lax.stop_gradient(denoisers.branches(of, variables, x, t, given))
+
         def both(x, t):
-            given = (condition, denoisers.without(teacher, condition))
-            return jax.lax.stop_gradient(denoisers.branches(teacher, known, x, t, given))
+            return branches(teacher, known, x, t)
+
+        def tracking():
+            return _fake_variables(critic, state, state.params[FAKE], discriminator)
 
         def fake(x, t):
-            own = _fake_variables(state, state.params[FAKE], discriminator)
-            return jax.lax.stop_gradient(critic.denoiser.apply(own, x, t, condition).x0)
+            return jax.lax.stop_gradient(critic.denoiser.apply(tracking(), x, t, condition).x0)
+
+        def fake_both(x, t):
+            return branches(critic.denoiser, tracking(), x, t)
 
         def generator(x, t):
             own = denoisers.of_network(network, context.trained_by.get('teacher'))
@@ -215,8 +232,9 @@ def distribution_matching(
             return own.apply(variables, x, t, condition, train=True).x0
 
         return Views(
-            made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator
-        )
+            made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator,
+            fake_both,
+        )  # fmt: skip
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
         return {name: x[:samples] for name, x in denoisers.conditions(network, batch).items()}
@@ -250,12 +268,15 @@ def distribution_matching(
     def critic_loss(params, state, batch, key):
         keys = jax.random.split(key, 4)
         made = _seen_by_critic(batch, lambda: rolled(state, batch, keys[0]), critic)
-        condition, own = asked(batch), _fake_variables(state, params, discriminator)
+        condition, own = asked(batch), _fake_variables(critic, state, params, discriminator)
+        told = denoisers.dropped(
+            critic.denoiser, jax.random.fold_in(key, 4), condition, critic.dropout
+        )
         time_key, noise_key = jax.random.split(keys[1])
         path, t = critic.denoiser.schedule, critic.law(time_key, made.time)
         noise = jax.random.normal(noise_key, made.x.shape, made.x.dtype)
         x_t = noised(path, made.x, noise, t, base)
-        said = critic.denoiser.apply(own, x_t, t, condition, train=True, key=keys[2]).x0
+        said = critic.denoiser.apply(own, x_t, t, told, train=True, key=keys[2]).x0
         if base is None:
             losses = score_distillation.denoising(
                 said, made.x, path, t, critic.weight, critic.sigma_data
@@ -302,9 +323,19 @@ def _seen_by_critic(batch: Batch, fresh: Callable[[], Rollout], critic: Critic) 
     )
 
 
-def _fake_variables(state: State, params: PyTree, discriminator: Discriminator | None) -> PyTree:
+def _fake_variables(
+    critic: Critic, state: State, params: PyTree, discriminator: Discriminator | None
+) -> PyTree:
     own = params if discriminator is None else params['network']
+    if critic.adapter is not None:
+        below = _beginning(state.frozen)
+        return {**below, 'params': merged(below['params'], own, critic.adapter.scale)}
     return state.variables(part=FAKE, params=own)
+
+
+def _beginning(frozen: Mapping[str, PyTree]) -> PyTree:
+    """What the networks begin as, None for nothing."""
+    return frozen.get(start.START, frozen.get(TEACHER))
 
 
 def _logits(critic, discriminator, params, state, made, condition, key):
@@ -312,7 +343,7 @@ def _logits(critic, discriminator, params, state, made, condition, key):
     time_key, noise_key = jax.random.split(key)
     path, t = critic.denoiser.schedule, discriminator.law(time_key, made.time)
     x_t = path.mix(made.x, jax.random.normal(noise_key, made.x.shape, made.x.dtype), t)
-    own = _fake_variables(state, params, discriminator)
+    own = _fake_variables(critic, state, params, discriminator)
     feature = discriminator.feature
     found = critic.denoiser.apply(own, x_t, t, condition, capture=(feature,)).features[feature]
     return discriminator.head.apply({'params': params['head']}, found)
@@ -329,17 +360,20 @@ def _init(context: Context, critic: Critic, discriminator: Discriminator | None)
     def init(key: jax.Array, frozen: Any) -> PyTree:
         keys = jax.random.split(key, 3)
         own, fake = network.init(keys[0]), critic.network.init(keys[1])
-        given = frozen.get(start.START, frozen.get(TEACHER))
+        given = _beginning(frozen)
         if given is not None:
             own, fake = (
                 _begun(context, name, variables, given)
                 for name, variables in ((GENERATOR, own), (FAKE, fake))
             )
+        seen = fake
+        if critic.adapter is not None:
+            fake = {'params': adapters.drawn(keys[1], fake['params'], critic.adapter)}
         if discriminator is not None:
             wanted = discriminator.feature
             feature = jax.eval_shape(
                 lambda v, *inputs: critic.network.apply(v, *inputs, capture=(wanted,)),
-                fake,
+                seen,
                 *critic.network.inputs,
             ).features[wanted]
             head = discriminator.head.init(keys[2], jnp.zeros(feature.shape, feature.dtype))
