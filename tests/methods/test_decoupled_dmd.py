@@ -61,8 +61,8 @@ def test_at_one_time_it_is_dmd_with_guidance(asked):
     scale = jnp.abs(views.x - views.real(x_t, t)).mean(1, keepdims=True)
     np.testing.assert_allclose(g, (fake - guided) / scale, rtol=2e-4, atol=2e-4)
     assert set(metrics) == {'augmentation', 'matching', 'lag'}
-    ratio = float(metrics['matching'].sum / metrics['augmentation'].sum)
-    assert float(metrics['lag'].sum) == pytest.approx(ratio, rel=1e-5)
+    ratio = float(metrics['matching'].total / metrics['augmentation'].total)
+    assert float(metrics['lag'].total) == pytest.approx(ratio, rel=1e-5)
 
 
 def test_without_guidance_nothing_is_added(asked):
