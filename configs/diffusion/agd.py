@@ -137,7 +137,7 @@ def recipe(
     own = {name: adapters[name] for name in ('kind', 'width')}
     config.adapters = kd_config.stage(
         network=denoiser(dict(name='kd.models.guided.guided', base=base, **own)),
-        references={'start': 'teacher:slow', 'classifier': 'classifier'},
+        references={'start': 'teacher@slow', 'classifier': 'classifier'},
         data=dict(
             source=dict(name='kd.data.sampled.states', stage='trajectories'),
             train='train_states',
