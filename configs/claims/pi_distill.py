@@ -8,6 +8,7 @@ which is told nothing; OPSD; pi-Distill of three alphas; imitation of the expert
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kd.claims import push_world as world
@@ -45,18 +46,19 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes two steps, an untrained base, few levels and arms."""
-    runs, steps = (3, 2) if smoke else (3, 100)
+    size = world.SMOKE if smoke else world.FULL
     return Claim(
         paper='Penaloza et al. 2026 (pi-Distill), arXiv:2602.04942',
         statement='A network that is told what an expert does, and trained to win both told and '
         'untold, does at least as well untold as from rewards alone, and better than if it is only '
         'drawn to its told self, or only trained told.',
         setting='Boxes pushed on a grid of 5 x 5, 12 turns; a decoder of 0.1 M parameters; '
-        f'{world.LEVELS} levels of 96 with {world.GROUP} episodes each, one update of Adam '
-        f'{world.LR:g}, clip .2, beta {BETA}, {steps} steps, the same for all arms; 64 held-out '
-        f'levels, {world.TRIES} tries each, untold; {runs} seeds of episodes and of the order of '
-        'levels, one base. Imitation has one solution of each level, and as many steps.',
-        run=lambda say: run(say, runs, steps, smoke),
+        f'{size.levels} levels of 96 with {size.group} episodes each, one update of Adam '
+        f'{world.LR:g}, clip .2, beta {BETA}, {size.steps} steps, the same for all arms; 64 '
+        f'held-out levels, {size.tries} tries each, untold; {size.runs} seeds of episodes and of '
+        'the order of levels, one base. Imitation has one solution of each level, and as many '
+        'steps.',
+        run=lambda say: run(say, size),
         checks=CHECKS,
         draw=draw,
         notes='That pi-Distill or OPSD are better than imitation followed by GRPO, which the paper '
@@ -65,37 +67,34 @@ def get_claim(smoke: bool = False) -> Claim:
     )
 
 
-def run(say, runs, steps, smoke):
+def run(say, size):
     """Success untold and told, by arm and seed."""
-    base = world.base(smoke)
-    few = dict(few=6, tries=2) if smoke else {}
-    asked = push.levels('train', 'full')
+    base, asked, runs = world.base(size), push.levels('train', 'full'), size.runs
     every = world.FIRST + np.arange(runs)
-    shared = dict(reward=world.REWARD, sampling=world.SAMPLING, chunk=8_192)
+    shared = dict(reward=world.REWARD, sampling=size.sampling, chunk=8_192)
     measured = {}
 
     def measure(arm, params):
-        found = world.measure(params, **few)
-        found['told'] = world.measure(params, told='full', **few)['success']
-        size = len(found['told'])
-        measured[arm] = {name: np.repeat(x, runs // size) for name, x in found.items()}
-        means = ', '.join(f'{name} {x.mean():.3f}' for name, x in measured[arm].items())
+        found = world.measure(params, size)
+        found['told'] = world.measure(params, size, told='full')['success']
+        measured[arm] = found
+        means = ', '.join(f'{name} {x.mean():.3f}' for name, x in found.items())
         say(f'{TITLES[arm]}: {means}')
 
-    def trained(method, data, count=1, size=world.LEVELS, begun=None, **numbers):
-        start = dict(frozen_per_run={'start': {'params': begun}}) if begun else {}
+    def trained(method, data, count=1, batch_size=size.levels, begun=None, **numbers):
         own = {name: np.repeat(np.float32(x), runs) for name, x in numbers.items()}
+        start = {'start': {'params': base if begun is None else begun}}
         state = seeds.train(
-            method, data, np.tile(every, count), steps=steps, batch_size=size,
-            frozen={} if begun else {'start': {'params': base}},
-            frozen_per_run={**start.get('frozen_per_run', {}), **own},
+            method, data, np.tile(every, count), steps=size.steps, batch_size=batch_size,
+            frozen=start if begun is None else {},
+            frozen_per_run=own if begun is None else {**start, **own},
         )  # fmt: skip
         return state.params['network']
 
     def context():
-        return world.context(steps, asked=asked)
+        return world.context(size, asked)
 
-    measure('base', jax.tree.map(lambda x: x[None], base))
+    measure('base', jax.tree.map(lambda x: jnp.repeat(x[None], runs, axis=0), base))
     alphas, betas = zip(*SHARES.values(), strict=True)
     method = pi_distill(
         context(), **shared, alpha=lambda state: state.frozen['alpha'],
@@ -106,9 +105,10 @@ def run(say, runs, steps, smoke):
         measure(arm, jax.tree.map(lambda x, p=place: x[p * runs : (p + 1) * runs], found))
     measure('opsd', trained(opsd(context(), **shared, beta=BETA), asked))
     measure('grpo', trained(grpo(context(), **shared), asked))
-    if not smoke:
+    if size is world.FULL:
         solved = push.rows('train', {'expert': 1.0}, len(asked['input']), pool=True)
-        imitated = trained(distillation(context(), soft_weight=0.0, chunk=8_192), solved, size=64)
+        method = distillation(context(), soft_weight=0.0, chunk=8_192)
+        imitated = trained(method, solved, batch_size=64)
         measure('sft', imitated)
         measure('sft_grpo', trained(grpo(context(), **shared), asked, begun=imitated))
     return measured

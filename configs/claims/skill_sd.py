@@ -9,6 +9,7 @@ which the policy has not when it is measured; and the told policy acting for the
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kd.claims import push_world as world
@@ -49,19 +50,19 @@ CHECKS = [
 
 
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` takes two steps, an untrained base and few levels."""
-    runs, steps = (3, 2) if smoke else (3, 100)
+    """The claim; `smoke` takes two steps, an untrained base, few levels and arms."""
+    size = world.SMOKE if smoke else world.FULL
     return Claim(
         paper='Skill-SD 2026, arXiv:2604.10674',
         statement='A policy that is drawn to itself as it is when told of earlier tries learns at '
         'least as much as from rewards alone; told so in its own prompt, or without rewards, it '
         'learns less.',
         setting='Boxes pushed on a grid of 5 x 5, 12 turns; a decoder of 0.1 M parameters; '
-        f'{world.LEVELS} levels of 96 with {world.GROUP} episodes each, one update of Adam '
-        f'{world.LR:g}, clip .2, {steps} steps, the same for all arms; 64 held-out levels, '
-        f'{world.TRIES} tries each, without a skill; {runs} seeds of episodes and of the order of '
-        'levels, one base.',
-        run=lambda say: run(say, runs, steps, smoke),
+        f'{size.levels} levels of 96 with {size.group} episodes each, one update of Adam '
+        f'{world.LR:g}, clip .2, {size.steps} steps, the same for all arms; 64 held-out levels, '
+        f'{size.tries} tries each, without a skill; {size.runs} seeds of episodes and of the order '
+        'of levels, one base.',
+        run=lambda say: run(say, size),
         checks=CHECKS,
         draw=draw,
         notes='Skills are computed, not written by a language model: whether the best try won, the '
@@ -71,34 +72,34 @@ def get_claim(smoke: bool = False) -> Claim:
     )
 
 
-def run(say, runs, steps, smoke):
+def run(say, size):
     """Success and completion by arm and seed."""
-    base = world.base(smoke)
-    few = dict(few=6, tries=2) if smoke else {}
-    asked = push.levels('train')
+    base, asked, runs = world.base(size), push.levels('train'), size.runs
     common = dict(
-        reward=world.REWARD, sampling=world.SAMPLING, chunk=8_192,
+        reward=world.REWARD, sampling=size.sampling, chunk=8_192,
         summary=dict(name='kd.rewards.push.summary'), tasks=96,
     )  # fmt: skip
-    started = world.measure(jax.tree.map(lambda x: x[None], base), **few)
-    measured = {'base': {name: np.repeat(x, runs) for name, x in started.items()}}
+    measured = {}
+
+    def measure(arm, params):
+        measured[arm] = found = world.measure(params, size)
+        means = ', '.join(f'{name} {x.mean():.3f}' for name, x in found.items())
+        say(f'{TITLES[arm]}: {means}')
 
     def trained(arms, numbers, **fields):
-        method = skill_sd(world.context(steps, asked=asked), **common, **fields)
+        method = skill_sd(world.context(size, asked), **common, **fields)
         state = seeds.train(
-            method, asked, np.tile(world.FIRST + np.arange(runs), len(arms)), steps=steps,
-            batch_size=world.LEVELS, frozen={'start': {'params': base}},
+            method, asked, np.tile(world.FIRST + np.arange(runs), len(arms)), steps=size.steps,
+            batch_size=size.levels, frozen={'start': {'params': base}},
             frozen_per_run={
                 name: np.repeat(np.float32(values), runs) for name, values in numbers.items()
             },
         )  # fmt: skip
-        found = world.measure(state.params['network'], **few)
         for place, arm in enumerate(arms):
             rows = slice(place * runs, (place + 1) * runs)
-            measured[arm] = {name: x[rows] for name, x in found.items()}
-            means = ', '.join(f'{name} {x.mean():.3f}' for name, x in measured[arm].items())
-            say(f'{TITLES[arm]}: {means}')
+            measure(arm, jax.tree.map(lambda x, rows=rows: x[rows], state.params['network']))
 
+    measure('base', jax.tree.map(lambda x: jnp.repeat(x[None], runs, axis=0), base))
     reward_weights, weights = zip(*WEIGHTS.values(), strict=True)
     trained(
         list(WEIGHTS), {'reward_weight': reward_weights, 'weight': weights},
@@ -106,7 +107,7 @@ def run(say, runs, steps, smoke):
         reward_weight=lambda state: state.frozen['reward_weight'],
     )  # fmt: skip
     for arm, fields in OTHERS.items():
-        if not smoke or arm == 'told':
+        if size is world.FULL or arm == 'told':
             trained([arm], {}, **fields)
     return measured
 

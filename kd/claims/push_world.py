@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,56 +33,86 @@ from kd.rewards import push as rewards
 from kd.state import PyTree
 from kd.training import loop
 
-# Levels of a step and episodes of each; tries of each level when it is measured.
-LEVELS, GROUP, TRIES = 16, 8, 8
 LR = 3e-4
-SAMPLING: dict[str, Any] = {
-    'group': GROUP,
-    'max_new': 1,
-    'only': world.ACTIONS,
-    'environment': {'name': 'kd.rewards.push.environment'},
-}
 REWARD = {'name': 'kd.rewards.push.push'}
 # Seeds of the runs.
 FIRST = 10
 
 
-def network() -> Network:
-    """The network of the base."""
-    return from_linen(decoders.preset('toy'), jax.ShapeDtypeStruct((1, 8), jnp.int32))
+class Size(NamedTuple):
+    """How much a claim does.
+
+    Attributes:
+      runs: of each arm.
+      steps: of each run.
+      levels, group: of a step, and episodes of each.
+      horizon: turns of an episode at most.
+      few, tries: levels of a split when runs are measured, 0 for all, and episodes of each.
+      network: what differs from that of the base, of `kd.models.decoders.preset`; then there is no
+        base to load.
+    """
+
+    runs: int = 3
+    steps: int = 100
+    levels: int = 16
+    group: int = 8
+    horizon: int = world.HORIZON
+    few: int = 0
+    tries: int = 8
+    network: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Of episodes."""
+        return {
+            'group': self.group,
+            'max_new': 1,
+            'only': world.ACTIONS,
+            'environment': {'name': 'kd.rewards.push.environment', 'horizon': self.horizon},
+        }
 
 
-def base(smoke: bool = False) -> PyTree:
-    """Its parameters; it is trained if nobody has. Those of nobody where `smoke`."""
-    if smoke:
-        return network().init(jax.random.key(0))['params']
+FULL = Size()
+SMOKE = Size(
+    steps=2, levels=2, group=2, horizon=3, few=2, tries=1,
+    network=(('width', 16), ('depth', 1), ('heads', 2), ('kv_heads', 2), ('mlp_hidden', 24)),
+)  # fmt: skip
+
+
+def network(size: Size = FULL) -> Network:
+    """The network of the base, or of this size."""
+    inputs = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return from_linen(decoders.preset('toy', **dict(size.network)), inputs)
+
+
+def base(size: Size = FULL) -> PyTree:
+    """Parameters of the base, which is trained if nobody has; those of nobody of another size."""
+    if size.network:
+        return jax.jit(network(size).init)(jax.random.key(0))['params']
     place = loop.provide('configs/rl/bases.py:push')
     return safetensors.stage_variables(place / 'base')['params']
 
 
-def context(
-    steps: int, *, references: Sequence[str] = ('start',), asked: sources.Batch | None = None
-) -> Context:  # fmt: skip
+def context(size: Size, asked: sources.Batch) -> Context:
     """For a method's builder: Adam at 3e-4."""
-    own, asked = network(), push.levels('train', 'full') if asked is None else asked
+    own = network(size)
     return seeds.context(
-        network=own, references=dict.fromkeys(references, own), steps=steps,
-        optimizer={'name': 'adam', 'lr': LR}, batch_size=LEVELS, num_classes=symbols.TOKENS,
+        network=own, references={'start': own}, steps=size.steps,
+        optimizer={'name': 'adam', 'lr': LR}, batch_size=size.levels, num_classes=symbols.TOKENS,
         spec={name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in asked.items()},
         source=lambda split: push.push(SourceContext(split)),
     )  # fmt: skip
 
 
 def measure(
-    params: PyTree, *, told: world.Told | None = None, tries: int = TRIES, few: int = 0
+    params: PyTree, size: Size = FULL, *, told: world.Told | None = None
 ) -> dict[str, np.ndarray]:
     """How runs, parameters [R, ...], do on levels that are held out and on those of 'train'.
 
     Args:
       params: of the runs.
+      size: of the claim.
       told: what an expert says of the levels before they are played; None for nothing.
-      tries: of each level.
-      few: so many levels of a split; 0 for all.
 
     Returns:
       success, completion (held out), train_success, train_completion: [R].
@@ -90,16 +120,18 @@ def measure(
     found = {}
     for split, prefix in (('test', ''), ('train', 'train_')):
         levels = push.levels(split, told or 'full')
-        asked = {name: np.repeat(x[: few or None], tries, axis=0) for name, x in levels.items()}
-        for name, value in _measured(told is not None)(params, asked).items():
+        asked = {
+            name: np.repeat(x[: size.few or None], size.tries, axis=0) for name, x in levels.items()
+        }
+        for name, value in _measured(size, told is not None)(params, asked).items():
             found[prefix + name] = np.asarray(value)
     return found
 
 
 @functools.cache
-def _measured(told: bool):
-    own = context(1)
-    draw = common.drawing(own, common.Sampling(**SAMPLING))
+def _measured(size: Size, told: bool):
+    own = context(size, push.levels('train', 'full'))
+    draw = common.drawing(own, common.Sampling(**size.sampling))
     rewarded = {
         'success': rewards.push(own),
         'completion': rewards.push(own, of='completion'),
