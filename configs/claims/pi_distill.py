@@ -59,7 +59,7 @@ def get_claim(smoke: bool = False) -> Claim:
         'the order of levels, one base. Imitation has one solution of each level, and as many '
         'steps.',
         run=lambda say: run(say, size),
-        checks=CHECKS,
+        checks=[check for check in CHECKS if not smoke or check.worse in ('base', 'alpha_1')],
         draw=draw,
         notes='That pi-Distill or OPSD are better than imitation followed by GRPO, which the paper '
         'says of agents whose thoughts are hidden, is not part of the claim: here nothing is. '
@@ -103,9 +103,9 @@ def run(say, size):
     found = trained(method, asked, len(SHARES), alpha=alphas, beta=betas)
     for place, arm in enumerate(SHARES):
         measure(arm, jax.tree.map(lambda x, p=place: x[p * runs : (p + 1) * runs], found))
-    measure('opsd', trained(opsd(context(), **shared, beta=BETA), asked))
-    measure('grpo', trained(grpo(context(), **shared), asked))
     if size is world.FULL:
+        measure('opsd', trained(opsd(context(), **shared, beta=BETA), asked))
+        measure('grpo', trained(grpo(context(), **shared), asked))
         solved = push.rows('train', {'expert': 1.0}, len(asked['input']), pool=True)
         method = distillation(context(), soft_weight=0.0, chunk=8_192)
         imitated = trained(method, solved, batch_size=64)
