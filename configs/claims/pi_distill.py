@@ -1,10 +1,14 @@
 """Told by an expert in training and untold afterwards: who learns most? (arXiv:2602.04942)
 
-    python -m kd.claims pi_distill            about 16 minutes on one core
+    python -m kd.claims pi_distill            about 15 minutes of one core
 
 Boxes pushed to their goals in at most twelve turns, 96 levels to learn from, one base that wins one
 level in five. The expert is a search, and says the first six actions of the shortest way. GRPO,
 which is told nothing; OPSD; pi-Distill of three alphas; imitation of the expert, and GRPO after it.
+
+Untold, alpha .5 wins .52 of held-out levels as GRPO does (.51), alpha 1 .26 and alpha 0 .24; told,
+.55, more than any other. That it is not below GRPO - .02, and above OPSD (.46) by .057 [-.002,
+.117], three seeds leave open.
 """
 
 import jax
