@@ -99,10 +99,12 @@ class Context:
         return self._needed('optimizer', self.optional_tx)
 
     def tx_of(self, updates: int) -> optax.GradientTransformation:
-        """The stage's optimiser for a step of several updates; its schedule goes by steps."""
-        if updates == 1:
+        """The stage's optimiser for a step of several updates; its schedule goes by steps.
+
+        One that no config describes is as it is: it counts updates.
+        """
+        if updates == 1 or not self.config.optimizer:
             return self.tx
-        self._needed('optimizer', self.config.optimizer or None)
         return self.optimizer(updates=updates, **self.config.optimizer)
 
     def _needed(self, what: str, value: Any) -> Any:

@@ -133,8 +133,11 @@ def test_a_context_makes_optimisers_for_its_steps():
     np.testing.assert_allclose(rates(further, 4), [2, 1.5, 1, 0.5], rtol=1e-6)
     with pytest.raises(ValueError, match='give the context `steps`'):
         seeds.context().optimizer(lr=1.0)
+    # One that is made by hand has no schedule that goes by steps.
+    by_hand = optax.sgd(0.1)
+    assert seeds.context(tx=by_hand).tx_of(2) is by_hand
     with pytest.raises(UserError, match=r'needs stage\.optimizer'):
-        seeds.context(tx=optax.sgd(0.1)).tx_of(2)
+        seeds.context().tx_of(2)
 
 
 def test_every_example_is_seen_once_an_epoch():
@@ -161,3 +164,17 @@ def test_batches_by_coins_are_those_of_the_pipeline():
         coins = pipeline.CoinIndices(20, 14, 5, seed=seed, host_index=0, host_count=1)
         taken = np.concatenate([rows[mask] for rows, mask in (coins[i] for i in range(6))])
         np.testing.assert_allclose(found, -x[taken].sum() / 5, rtol=1e-5)
+
+
+def test_who_looks_sees_all_runs_on_their_way(setup):
+    data, method = setup
+    options = dict(steps=5, batch_size=16)
+    seen = []
+    runs = seeds.train(
+        method, data, np.array([3, 5]), every=2, look=lambda at, state: seen.append((at, state)),
+        **options,
+    )  # fmt: skip
+    assert [at for at, _ in seen] == [2, 4, 5]
+    first = seeds.train(method, data, np.array([3, 5]), steps=2, batch_size=16)
+    jax.tree.map(np.testing.assert_array_equal, seen[0][1].params, first.params)
+    jax.tree.map(np.testing.assert_array_equal, seen[2][1].params, runs.params)

@@ -274,6 +274,15 @@ class TestAnchored:
         assert self.loss(-1.0, 5.0) == pytest.approx(0.5 * r)
         assert self.loss(-1.0, 5.0, clamp_gradient='straight') == pytest.approx(r)
 
+    def test_what_no_sign_clips_lies_between_the_logarithms_of_both_ends(self):
+        ratio = np.linspace(-0.4, 0.4, 801)
+        either = [policy.is_clipped(ratio, sign, low=0.2, high=0.2) for sign in (1.0, -1.0)]
+        free = ratio[~np.logical_or(*either)]
+        assert free.min() == pytest.approx(math.log(0.8), abs=1e-3)
+        assert free.max() == pytest.approx(math.log(1.2), abs=1e-3)
+        # The symmetric bound log(1 + eps) that the paper prints is none on the lower side.
+        assert -free.min() > math.log(1.2)
+
     def test_the_last_log_probability_with_a_gradient(self):
         old, teacher, alpha = -1.2, -0.9, 0.5
         last = alpha * old + (1 - alpha) * teacher + math.log(1.28)

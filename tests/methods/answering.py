@@ -6,6 +6,7 @@ import numpy as np
 from scipy import special
 
 from kd.claims import seeds
+from kd.method import with_nonfinite_guard
 from kd.models.decoder import Decoder
 from kd.network import from_linen
 
@@ -82,3 +83,31 @@ def log_probs(network, variables, batch, temperature=1.0):
     chosen = np.take_along_axis(log_q, batch['tokens'][..., None], -1)[..., 0]
     entropy = special.entr(np.exp(log_q)).sum(-1)
     return np.where(batch['mask'], chosen, 0), np.where(batch['mask'], entropy, 0)
+
+
+class Run:
+    """A method of one step, compiled once: `build(context, reward=, sampling=, **options)`."""
+
+    def __init__(self, build, network, reward=REWARD, *, fields=(), **options):
+        made = build(context(network, **dict(fields)), reward=reward, sampling=SAMPLING, **options)
+        self.network, self.method = network, with_nonfinite_guard(made, 'skip')
+        self.first = jax.jit(self.method.init)(jax.random.key(0), {})
+        self.step = jax.jit(self.method.step)
+
+    def __call__(self, batch, seed=1, frozen=None):
+        """The state before, that after, and metrics of a step from `sharp(seed)`."""
+        state = self.first.replace(params={'network': sharp(self.network, seed)['params']})
+        return state, *self.step(state.replace(frozen=frozen or {}), batch)
+
+
+def forced(batch, verdict):
+    return {**batch, 'forced': ~batch['forced'], 'verdict': np.full(4, verdict, np.float32)}
+
+
+def value(metrics, name):
+    total, count = metrics[name]
+    return float(total / count)
+
+
+def close(first, second, atol=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), first, second)

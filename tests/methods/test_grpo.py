@@ -6,10 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from answering import REWARD, SAMPLING, SPEC, G, P, context, decoder, prompts, sharp
+from answering import (
+    SAMPLING,
+    SPEC,
+    G,
+    P,
+    Run,
+    close,
+    context,
+    decoder,
+    forced,
+    prompts,
+    sharp,
+    value,
+)
 
 from kd.errors import UserError
-from kd.method import with_nonfinite_guard
 from kd.methods.rl import common
 from kd.methods.rl.grpo import grpo
 from kd.models.structured import BottleneckLM
@@ -31,38 +43,14 @@ def batch():
     return prompts()
 
 
-def forced(batch, verdict):
-    return {**batch, 'forced': ~batch['forced'], 'verdict': np.full(4, verdict, np.float32)}
-
-
-def method(network, reward=REWARD, *, fields=(), **options):
-    made = grpo(
-        context(network, **dict(fields)), reward=reward, sampling=SAMPLING, chunk=32, **options
-    )
-    return with_nonfinite_guard(made, 'skip')
-
-
-class Run:
-    """A method, compiled once."""
-
-    def __init__(self, network, **options):
-        self.network, self.method = network, method(network, **options)
-        self.first = jax.jit(self.method.init)(jax.random.key(0), {})
-        self.step = jax.jit(self.method.step)
-
-    def __call__(self, batch, seed=1, frozen=None):
-        state = self.first.replace(params={'network': sharp(self.network, seed)['params']})
-        return state, *self.step(state.replace(frozen=frozen or {}), batch)
-
-
 @pytest.fixture(scope='module')
 def plain(network):
-    return Run(network)
+    return Run(grpo, network, chunk=32)
 
 
 MANY = dict(
-    updates=4, parts=2, aggregation='token_mean', low=0.01, high=0.02, teacher_weight=0.03,
-    kl_weight=0.01, kl='k3+', old='sampler',
+    chunk=32, updates=4, parts=2, aggregation='token_mean', low=0.01, high=0.02,
+    teacher_weight=0.03, kl_weight=0.01, kl='k3+', old='sampler',
 )  # fmt: skip
 SLOW = {'optimizer': dict(name='sgd', lr=0.02)}
 
@@ -71,16 +59,11 @@ SLOW = {'optimizer': dict(name='sgd', lr=0.02)}
 def many(network):
     """Four updates on two parts, beside a teacher and a reference."""
     fields = {'teacher': network, 'references': {'reference': network}, **SLOW}
-    return Run(network, fields=fields, **MANY)
+    return Run(grpo, network, fields=fields, **MANY)
 
 
 def beside(teacher, reference=None):
     return {'teacher': teacher, 'reference': teacher if reference is None else reference}
-
-
-def value(metrics, name):
-    total, count = metrics[name]
-    return float(total / count)
 
 
 def test_a_step_is_reinforce_with_advantages_of_the_group(network, batch, plain):
@@ -153,13 +136,9 @@ def test_later_updates_are_clipped_against_the_policy_that_answered(batch, many,
     assert value(metrics, 'ratio_max') > 1.02
 
 
-def close(first, second, atol=2e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), first, second)
-
-
 def test_micro_batches_and_devices_change_nothing(network, batch, many):
     fields = {'teacher': network, 'references': {'reference': network}, **SLOW}
-    torn = Run(network, fields=fields, micro_batches=4, **MANY)
+    torn = Run(grpo, network, fields=fields, micro_batches=4, **MANY)
     frozen = beside(sharp(network, 7), sharp(network, 8))
     mesh = mesh_lib.make_mesh({'data': 4})
     spread = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
@@ -195,12 +174,12 @@ def test_a_step_is_one_program_without_the_host(network, batch, plain):
 def test_what_does_not_fit_is_told(network):
     other = from_linen(BottleneckLM(width=4), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     with pytest.raises(UserError, match=r'sampled from a decoder .* the network is BottleneckLM'):
-        method(other)
+        Run(grpo, other)
     with pytest.raises(UserError, match=r"the data has no 'prompt_mask'; give data\.source"):
-        method(network, fields={'spec': {'input': SPEC['input']}})
+        Run(grpo, network, fields={'spec': {'input': SPEC['input']}})
     with pytest.raises(UserError, match=r"the reward goes by 'printed', and the data have only"):
-        method(network, dict(name='kd.rewards.printed.printed'))
+        Run(grpo, network, dict(name='kd.rewards.printed.printed'))
     with pytest.raises(UserError, match=r'kl_weight=0\.1 needs a reference of'):
-        method(network, kl_weight=0.1)
+        Run(grpo, network, kl_weight=0.1)
     with pytest.raises(UserError, match=r'teacher_weight=0\.1 needs a teacher'):
-        method(network, teacher_weight=0.1)
+        Run(grpo, network, teacher_weight=0.1)

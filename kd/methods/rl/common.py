@@ -186,6 +186,7 @@ def valued(
     ddof: Literal[0, 1] = 0,
     epsilon: float = 1e-6,
     aggregation: aggregate.Mode = 'sequence_mean',
+    drop_dead: bool = False,
     overlong: int = 0,
     longest: int = 0,
 ) -> Batch:
@@ -198,10 +199,12 @@ def valued(
     if overlong:
         values += policy.overlong_penalty(mask.sum(1), longest, overlong)
     constant = float(longest) if aggregation == 'constant' else None
+    dead = jnp.repeat(policy.dead_groups(values, group), group)
+    counted = mask & ~dead[:, None] if drop_dead else mask
     made = {
         'advantage': policy.group_advantage(values, group, advantage, ddof=ddof, epsilon=epsilon),
-        'dead': jnp.repeat(policy.dead_groups(values, group), group),
-        'weight': aggregate.weights(mask, aggregation, constant=constant),
+        'dead': dead,
+        'weight': aggregate.weights(counted, aggregation, constant=constant),
     }
     return {**batch, **made}
 
@@ -215,6 +218,7 @@ def rollouts(
     advantage: policy.Advantage = 'grpo',
     ddof: Literal[0, 1] = 0,
     aggregation: aggregate.Mode = 'sequence_mean',
+    drop_dead: bool = False,
     overlong: Size = 0,
     recomputed: bool = False,
     chunk: Count = 256,
@@ -229,6 +233,7 @@ def rollouts(
       group: G.
       advantage, ddof: see `kd.losses.policy.group_advantage`.
       aggregation: see `kd.losses.aggregate.weights`; the constant of this mode is R.
+      drop_dead: leave answers of groups with equal rewards out of what is averaged over.
       overlong: C of `kd.losses.policy.overlong_penalty`, which is a part of what advantages are
         made of; 0 for none. `rewards` are without it.
       recomputed: bring `old_log_probs`, by a forward pass of the network. Sampled ones are the same
@@ -240,7 +245,7 @@ def rollouts(
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
         batch = valued(
             answer(state, batch, key), group, advantage=advantage, ddof=ddof,
-            aggregation=aggregation, overlong=overlong, longest=draw.max_new,
+            aggregation=aggregation, drop_dead=drop_dead, overlong=overlong, longest=draw.max_new,
         )  # fmt: skip
         if recomputed:
             own = score(context.network, state.variables(), batch, draw, chunk=chunk, parts=parts)

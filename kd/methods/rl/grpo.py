@@ -27,6 +27,7 @@ def grpo(
     advantage: Advantage = 'grpo',
     ddof: Literal[0, 1] = 0,
     aggregation: Mode = 'sequence_mean',
+    drop_dead: bool = False,
     updates: Count = 1,
     parts: Count = 1,
     old: Literal['recomputed', 'sampler'] = 'recomputed',
@@ -62,6 +63,8 @@ def grpo(
       sampling: keywords of `kd.methods.rl.common.Sampling`.
       advantage, ddof: see `kd.losses.policy.group_advantage`.
       aggregation: see `kd.losses.aggregate.weights`.
+      drop_dead: leave answers of groups with equal rewards out of what is averaged over: DAPO's
+        dynamic sampling, without sampling others in their place.
       updates, parts, old, low, high, dual, cap, chunk, micro_batches: see
         `kd.methods.rl.surrogate.Surrogate`.
       overlong: C of `kd.losses.policy.overlong_penalty`; 0 for none.
@@ -76,8 +79,8 @@ def grpo(
     draw = common.drawing(context, config, *others.values())
     roll = common.rollouts(
         context, draw, common.of_block(context, reward), group=config.group, advantage=advantage,
-        ddof=ddof, aggregation=aggregation, overlong=overlong, recomputed=how.recomputed,
-        chunk=chunk, parts=micro_batches,
+        ddof=ddof, aggregation=aggregation, drop_dead=drop_dead, overlong=overlong,
+        recomputed=how.recomputed, chunk=chunk, parts=micro_batches,
     )  # fmt: skip
 
     def term(said, old, given):
