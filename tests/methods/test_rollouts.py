@@ -108,3 +108,18 @@ def test_a_self_teacher_reads_more_and_its_scores_stay_in_place(network, answers
 def test_tokens_that_a_teacher_lacks_are_never_said(network):
     draw = common.drawing(context(network), common.Sampling(**SAMPLING), decoder(num_classes=9))
     assert draw.forbidden == (0, 1, 9, 10, 11)
+
+
+def test_groups_of_equal_rewards_may_be_left_out_of_what_is_averaged_over():
+    mask = np.arange(R) < np.array([4, 1, 2, 3, 4, 4])[:, None]
+    batch = {'mask': mask, 'rewards': np.array([1, 0, 1, 1, 0, 1], np.float32)}
+    losses = np.random.default_rng(0).normal(size=mask.shape)
+    for mode, wanted in (
+        ('sequence_mean', np.mean([losses[i][mask[i]].mean() for i in (0, 1, 4, 5)])),
+        ('token_mean', losses[[0, 1, 4, 5]][mask[[0, 1, 4, 5]]].mean()),
+    ):
+        made = common.valued(batch, 2, aggregation=mode, drop_dead=True)
+        assert made['dead'].tolist() == [False, False, True, True, False, False]
+        assert (np.asarray(made['weight']) * losses).sum(1).mean() == pytest.approx(
+            wanted, rel=1e-6
+        )
