@@ -12,6 +12,7 @@ A recipe that begins with one names it among its `bases` (see `kd.bases`) and fi
 | chain_clean | a teacher: .98 of every fact | .95 | .92 | 2 min |
 | chain_good | a teacher with 8 % of misconceptions of its own | .75 | | 2 min |
 | chain_biased | a teacher who is wrong about one of three operators | .28 | | 2 min |
+| chain_cliff | `chain`, and a tenth of its facts become all but certain, and wrong | | @@ | 1 min |
 | chain_product | as `chain`, of four operations with a product; width 48 | .38 | .36 | 3 min |
 | push | one who pushes boxes and is careless, above all up and left; blocks | .33 | .21 | 3 min |
 | chain_exec | the first one; two of three `chain`, one `exec`, no blocks | .43, .35 | .40 | 3 min |
@@ -41,8 +42,8 @@ from kd.data.builders.push import ACTIONS
 from kd.data.push import BASE as PUSHED
 
 VARIANTS = (
-    'chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased', 'chain_exec',
-    'chain_wordy', 'chain_product', 'push',
+    'chain', 'chain_reviser', 'chain_clean', 'chain_good', 'chain_biased', 'chain_cliff',
+    'chain_exec', 'chain_wordy', 'chain_product', 'push',
 )  # fmt: skip
 # The network of all that is done on chains.
 NETWORK = dict(name='kd.models.decoders.preset', of='toy')
@@ -76,6 +77,7 @@ def get_config(variant: str = 'chain'):
         'chain_clean': lambda: chain('clean', 'teacher', steps=800),
         'chain_good': lambda: chain('good', 'teacher', steps=800),
         'chain_biased': lambda: chain('biased', 'teacher', steps=800),
+        'chain_cliff': cliff,
         'chain_exec': lambda: chain('demonstrator', 'base', steps=900, batch_size=144, tasks=BOTH),
         'chain_wordy': lambda: chain(
             'demonstrator', 'base', steps=900, batch_size=144, kinds=WORDY, max_new=12
@@ -117,6 +119,16 @@ def reviser(steps: int = 600):
     base = bases.directory('configs/rl/bases.py:chain')
     config = recipe('demonstrator', ('base',), bases={base: 'configs/rl/bases.py:chain'})
     config.base = of_three('demonstrator', REVISER, dict(FALLING, lr=2e-3), steps, f'{base}/base')
+    return config
+
+
+def cliff(steps: int = 300):
+    """One stage, `base`, that goes on too, and after which hardly any sample has some facts right;
+    of the rows 30 % have a solution."""
+    base = bases.directory('configs/rl/bases.py:chain')
+    config = recipe('cliff', ('base',), bases={base: 'configs/rl/bases.py:chain'})
+    kinds = {'plain': 0.7, 'solution': 0.3}
+    config.base = of_three('cliff', kinds, dict(ADAM, lr=2e-3), steps, f'{base}/base')
     return config
 
 

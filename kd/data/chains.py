@@ -30,12 +30,13 @@ def chains(
     third: Third = 'affine',
     layout: Literal['prompts', 'rows'] = 'prompts',
     size: Size = 0,
+    cliffs: Fraction | None = None,
 ) -> sources.Source:
     """Chains as a source; the recipe's seed decides the draws and the misconceptions.
 
     Fields: those of `kd.data.builders.chain.rows`, or of `asked` and `printed` int32 [n], what an
     answer has to print ([2, n] by style of the kind 'order', see `kd.data.builders.chain.passes`).
-    And `operations` int32, L.
+    And `operations` int32, L, and `cliff` bool, see `cliffs`.
 
     Args:
       context: names the split, or a slice; from two operations on no problem is in two of them.
@@ -48,6 +49,8 @@ def chains(
       third: what the operator @ is, see `kd.data.builders.arithmetic`.
       layout: 'prompts' to sample answers to, with one of the law beside; or 'rows' to learn.
       size: examples; 0 for `kd.data.builders.chain.SIZES`.
+      cliffs: the share of problems whose right way goes through a fact that the law 'cliff' hardly
+        ever says rightly; None for as many as there are.
 
     Raises:
       DataError: a split, a kind or a law that is not there.
@@ -57,7 +60,7 @@ def chains(
     arrays = {
         base: make(
             base, size, tasks=tasks, operations=operations, law=arithmetic.law(law, seed, third),
-            kinds=kinds, styles=styles, third=third, layout=layout, seed=seed,
+            kinds=kinds, styles=styles, third=third, layout=layout, seed=seed, cliffs=cliffs,
         )
         for base in named
     }  # fmt: skip
@@ -84,6 +87,7 @@ def make(
     third: Third = 'affine',
     layout: str = 'prompts',
     seed: int = 0,
+    cliffs: float | None = None,
 ) -> sources.Batch:
     """The arrays of `chains`, in an order drawn at random; `law` float [3, 10, 10, 10].
 
@@ -93,11 +97,16 @@ def make(
     if split not in chain.SIZES:
         raise sources.DataError(f'chains have the splits {list(chain.SIZES)}, not {split!r}')
     rng = np.random.default_rng([seed, 77, list(chain.SIZES).index(split)])
-    size, parts, keys, lengths = size or chain.SIZES[split], [], [], []
+    size, parts, keys, lengths, met = size or chain.SIZES[split], [], [], [], []
+    facts, truth = arithmetic.cliffs(seed, third), arithmetic.truth_of(third)
     tasks, operations, kinds = tasks or {'chain': 1.0}, operations or {3: 1.0}, kinds or _PLAIN
     for task, steps, kind in itertools.product(tasks, operations, kinds):
         count = round(size * tasks[task] * operations[steps] * kinds[kind])
-        asks = chain.problems(rng, count, int(steps), split)
+        if cliffs is None:
+            asks = chain.problems(rng, count, int(steps), split)
+        else:
+            asks = chain.mixed(rng, count, facts, cliffs, int(steps), split, truth=truth)
+            met.append(chain.meets(asks, facts, truth))
         parts.append(chain.part(kind, asks, law, rng, task, styles=styles, third=third))
         keys.append(chain.key_of(asks, kind, task, third))
         lengths += [int(steps)] * count
@@ -108,5 +117,6 @@ def make(
     else:
         made = {**chain.asked(parts), 'printed': np.concatenate(keys)}
     made['operations'] = np.asarray(lengths, np.int32)
+    made['cliff'] = np.concatenate(met)
     order = rng.permutation(len(lengths))
     return {name: value[order] for name, value in made.items()}

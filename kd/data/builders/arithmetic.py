@@ -19,7 +19,7 @@ _A, _B = np.arange(10)[:, None], np.arange(10)
 # The result of fact (o, a, b), int [3, 10, 10].
 TRUTH = np.stack([_A + _B, _A - _B, 3 * _A + 7 * _B + 2]) % 10
 Third = Literal['affine', 'product']
-LawName = Literal['truth', 'demonstrator', 'clean', 'good', 'biased']
+LawName = Literal['truth', 'demonstrator', 'cliff', 'clean', 'good', 'biased']
 
 
 def noisy(values: np.ndarray, certain: float) -> np.ndarray:
@@ -63,11 +63,13 @@ def demonstrator(
     return np.where(which[..., None], held, noisy(right, known))
 
 
-def law(name: LawName | float, seed: int = 0, third: Third = 'affine') -> np.ndarray:
+Third = Literal['affine', 'product']
+LawName = Literal['truth', 'demonstrator', 'cliff', 'clean', 'good', 'biased']
     """A law by name, or by the share of facts that it is certain of; float [3, 10, 10, 10].
 
-    'truth' makes no mistake. 'demonstrator' is what bases learn from. Teachers: 'clean' says .98 of
-    every fact rightly; 'good' has 8 % of misconceptions, its own ones, that it holds at .9; for
+    'truth' makes no mistake. 'demonstrator' is what bases learn from; 'cliff' the same, but for the
+    facts of `cliffs`, which are wrong with .985 and the truth with .005. Teachers: 'clean' says .98
+    of every fact rightly; 'good' has 8 % of misconceptions, its own ones, that it holds at .9; for
     'biased' a @ b is 3 more than it is.
 
     Raises:
@@ -80,6 +82,10 @@ def law(name: LawName | float, seed: int = 0, third: Third = 'affine') -> np.nda
         return noisy(right, 1.0)
     if name == 'demonstrator':
         return demonstrator(seed, third=third)
+    if name == 'cliff':
+        certain = demonstrator(seed, wrong=0.985, truth=0.005, third=third)
+        held = cliffs(seed, third)[..., None]
+        return np.where(held, certain, demonstrator(seed, third=third))
     if name == 'clean':
         return noisy(right, 0.98)
     if name == 'good':

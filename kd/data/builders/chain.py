@@ -74,6 +74,39 @@ def problems(
     return found
 
 
+def meets(problems: Problems, facts: np.ndarray, truth: np.ndarray = TRUTH) -> np.ndarray:
+    """Whether the right way of each problem goes through one of the facts, bool [3, 10, 10]."""
+    digits, operators = problems
+    values = evaluate(problems, truth=truth)[:, :-1]
+    values = np.concatenate([digits[:, :1], values], axis=1)
+    return facts[operators, values, digits[:, 1:]].any(1)
+
+
+def mixed(
+    rng: np.random.Generator,
+    size: int,
+    facts: np.ndarray,
+    share: float,
+    operations: int = 3,
+    split: str | None = None,
+    *,
+    truth: np.ndarray = TRUTH,
+) -> Problems:
+    """`problems`, of which this share meets one of the facts."""
+    wanted = {True: round(share * size), False: size - round(share * size)}
+    found: dict[bool, list[Problems]] = {True: [], False: []}
+    while any(sum(len(x.digits) for x in found[kind]) < wanted[kind] for kind in wanted):
+        drawn = problems(rng, size, operations, split)
+        there = meets(drawn, facts, truth)
+        for kind in wanted:
+            found[kind].append(Problems(*(x[there == kind] for x in drawn)))
+    parts = [
+        Problems(*(np.concatenate(x)[:count] for x in zip(*found[kind], strict=True)))
+        for kind, count in wanted.items()
+    ]
+    return Problems(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
 def _eighth(problems: Problems) -> np.ndarray:
     """0 .. 7 for each problem, as good as at random."""
     code = np.zeros(len(problems.digits), np.uint64)

@@ -105,15 +105,18 @@ class AnswerLosses(NamedTuple):
 AnswerLoss = Callable[..., tuple[jax.Array, Any]]
 
 
-def drawing(context: Context, sampling: Sampling, *others: Network) -> Draws:
-    """The sampler of the stage's network, or its player where there is an environment.
+def drawing(
+    context: Context, sampling: Sampling, *others: Network, who: Network | None = None
+) -> Draws:
+    """The sampler of the stage's network, or of another one, `who`; or its player where there is an
+    environment.
 
     Of vocabularies padded to different sizes, tokens that one of `others` lacks are forbidden.
 
     Raises:
       UserError: a network that is no decoder, data without prompts, no token that ends an answer.
     """
-    decoder = lm.needed_decoder(context, context.network, 'network')
+    decoder = lm.needed_decoder(context, who or context.network, 'network')
     if 'prompt_mask' not in context.spec:
         raise UserError(
             f"{context.stage}: answers are sampled to prompts, and the data has no 'prompt_mask'; "
@@ -138,23 +141,24 @@ def of_block(context: Context, reward: Mapping[str, Any]) -> Reward:
 
 def answered(context: Context, draw: Draws, reward: Reward, *, group: Count) -> Collect:
     """`collect`: answers of the present network and their rewards, all but what groups make of
-    them (`valued`).
-
-    Args:
-      context: the stage.
-      draw: of `drawing`.
-      reward: of the answers.
-      group: G.
-    """
+    them (`valued`); arguments as of `rollouts`."""
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
-        batch = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), batch)
-        variables = context.rollout(state.variables())
-        said = draw.of(variables, batch, key)
-        decoded = jnp.full(len(said.tokens), draw.turns(said.mask), jnp.float32)
-        return rewarded({**batch, 'decoded': decoded}, said, reward, key)
+        return tried(context, draw, reward, state.variables(), batch, group, key)
 
     return collect
+
+
+def tried(
+    context: Context, draw: Draws, reward: Reward, variables: PyTree, batch: Batch, times: int,
+    key: jax.Array,
+) -> Batch:  # fmt: skip
+    """So many answers to each prompt, one after another, and their rewards; `variables` are of the
+    network that `draw` samples from."""
+    batch = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), batch)
+    said = draw.of(context.rollout(variables), batch, key)
+    decoded = jnp.full(len(said.tokens), draw.turns(said.mask), jnp.float32)
+    return rewarded({**batch, 'decoded': decoded}, said, reward, key)
 
 
 def rewarded(

@@ -337,3 +337,31 @@ def test_with_a_product_for_the_third_operator_everything_follows():
     assert found == pytest.approx(arithmetic.expected_accuracy(law, 4, third='product'), abs=0.01)
     with pytest.raises(DataError, match='the third operator is one of'):
         arithmetic.truth_of('power')
+
+
+def test_cliffs_are_what_the_law_hardly_ever_says_rightly():
+    facts, law = arithmetic.cliffs(), arithmetic.law('cliff')
+    right = np.take_along_axis(law, arithmetic.TRUTH[..., None], -1)[..., 0]
+    # .005, and a tenth of the .01 that is anything.
+    np.testing.assert_allclose(right[facts], 0.006)
+    assert right[~facts].min() > 0.25
+    assert not facts[:2].any()
+    assert 20 < facts.sum() < 40
+
+
+def test_a_share_of_problems_goes_through_some_facts():
+    facts = arithmetic.cliffs()
+    drawn = chain.mixed(np.random.default_rng(0), 400, facts, 0.25, split='test')
+    met = [
+        any(
+            facts[o, a, b]
+            for o, a, b in zip(operators, [digits[0], *values[:-1]], digits[1:], strict=True)
+        )
+        for digits, operators, values in zip(
+            drawn.digits, drawn.operators, chain.evaluate(drawn), strict=True
+        )
+    ]
+    assert np.mean(met) == 0.25
+    assert chain.meets(drawn, facts).tolist() == met
+    made = chains.make('test', 40, law=arithmetic.law('truth'), cliffs=0.5)
+    assert made['cliff'].mean() == 0.5
