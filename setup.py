@@ -40,9 +40,13 @@ LANGUAGE_MODELS = ['gguf>=0.17', 'jinja2>=3.1', 'tokenizers>=0.21']
 # Verdicts on answers to mathematical problems.
 MATHEMATICS = ['math-verify>=0.8']
 
+# Problems of logic, and verdicts on answers to them.
+REASONING = ['reasoning-gym>=0.1.25']
+
 EXTRAS = {
     'lm': LANGUAGE_MODELS,
     'math': MATHEMATICS,
+    'gym': REASONING,
     'test': [
         *LANGUAGE_MODELS,
         *MATHEMATICS,
