@@ -1,6 +1,6 @@
 """A teacher in the ratio, or in a term of its own, where updates run away (arXiv:2602.22495).
 
-    python -m kd.claims rlad            about 35 minutes on one core
+    python -m kd.claims rlad            about 16 minutes on one core
 
 Chains of arithmetic, verified answers, one base that is right in four of ten. GRPO, GRPO with a KL
 to a teacher (KDRL) at four weights, and RLAD, which has the teacher in the ratio that is clipped
@@ -27,7 +27,7 @@ from kd.metrics import mean_interval
 RATE, STRESS = 4e-4, 8e-4
 WEIGHTS = (0.03, 0.1, 0.3, 0.5)
 TEACHERS = {'clean': 'chain_clean', 'biased': 'chain_biased'}
-FIRST, EVERY = 10, 35
+FIRST, EVERY = 10, 20
 
 
 class Arm(NamedTuple):
@@ -50,12 +50,12 @@ def kinds(weights=WEIGHTS, **fields):
 ARMS = {
     6: {
         f'{name}_{label}': arm
-        for label, rate in (('6_stress', STRESS), ('6', RATE))
-        for name, arm in {'grpo': Arm('GRPO', rate=rate), **kinds(rate=rate)}.items()
+        for label, rate, weights in (('6_stress', STRESS, WEIGHTS), ('6', RATE, (0.1,)))
+        for name, arm in {'grpo': Arm('GRPO', rate=rate), **kinds(weights, rate=rate)}.items()
     },
     2: {
         'grpo_2': Arm('GRPO'),
-        **{f'{name}_2_clean': arm for name, arm in kinds((0.1, 0.5)).items()},
+        **{f'{name}_2_clean': arm for name, arm in kinds((0.5,)).items()},
         **{f'{name}_2_biased': arm for name, arm in kinds(teacher='biased').items()},
     },
 }
@@ -69,17 +69,18 @@ SETTINGS = {
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps and an untrained base."""
-    runs, steps = (3, 1) if smoke else (3, 140)
+    runs, steps = (3, {6: 1, 2: 1}) if smoke else (3, {6: 80, 2: 100})
     return Claim(
         paper='RLAD 2026, arXiv:2602.22495',
         statement='A teacher in the clipped ratio keeps policy gradients on their way where a KL '
         'to it as a term of the loss does less, and does less harm where it is wrong, without a '
         'weight to be tuned.',
         setting='Chains of three operations; decoders of 0.1 M parameters; '
-        f'{world.PROMPTS} prompts of {world.GROUP} answers, {steps} batches of them, clip .2 and '
-        '.28, means over tokens of an answer and then over answers; teachers right in .92 (clean) '
-        'and .28 (biased: wrong about one operator of three) of sampled answers; 800 held-out '
-        f'prompts; {runs} seeds of answers and of the order of prompts, one base.',
+        f'{world.PROMPTS} prompts of {world.GROUP} answers, {steps[6]} batches of them at six '
+        f'updates and {steps[2]} at two, clip .2 and .28, means over tokens of an answer and then '
+        'over answers; teachers right in .92 (clean) and .28 (biased: wrong about one operator of '
+        f'three) of sampled answers; 800 held-out prompts; {runs} seeds of answers and of the '
+        'order of prompts, one base.',
         run=lambda say: run(say, runs, steps, smoke),
         checks=[
             Check('6 updates: RLAD over KDRL of weight .1', 'right', 'rlad_6_stress',
@@ -107,7 +108,7 @@ def run(say, runs, steps, smoke):
     with_at = (test['input'] == symbols.AT).any(-1)
     measured = {}
     for updates, arms in ARMS.items():
-        found, best = trained(say, arms, runs, steps, updates, test, smoke)
+        found, best = trained(say, arms, runs, steps[updates], updates, test, smoke)
         for place, name in enumerate(arms):
             rows = slice(place * runs, (place + 1) * runs)
             right = found['right'][rows]
