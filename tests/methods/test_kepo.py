@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from answering import (
     EOS,
-    REWARD,
     SAMPLING,
     G,
     P,
@@ -44,19 +43,46 @@ def network():
     return decoder()
 
 
+def opening(context):
+    """Answers to prompt 0 are right where their first token is even, and to 1 and 2 behind a hint;
+    the teacher's are, but to prompt 3."""
+
+    def reward(tokens, mask, batch):
+        hinted = batch['input'].shape[1] > P
+        theirs = len(tokens) == 4 * HINT['solutions']
+        even = jnp.where(tokens[:, 0] % 2, 0.0, 1.0) * (batch['row'] == 0)
+        drawn = (batch['row'] != 3).astype(float) if hinted or theirs else even
+        return jnp.where(batch['forced'], batch['verdict'], drawn)
+
+    return reward
+
+
+OPENING = dict(name='test_kepo.opening')
+
+
 @pytest.fixture(scope='module')
 def batch():
-    return prompts()
+    return {**prompts(), 'row': np.arange(4)}
 
 
 @pytest.fixture(scope='module')
 def once(network):
     """KEPO with hints."""
-    return Run(kepo, network, chunk=64, hint=HINT, fields={'teacher': network})
+    return Run(kepo, network, OPENING, chunk=64, hint=HINT, fields={'teacher': network})
 
 
-def key_of(state):
-    return jax.random.fold_in(state.step_key(), zlib.crc32(b'collect'))
+@pytest.fixture(scope='module')
+def step(network, batch, once):
+    """A step, and what it has sampled, by its own key."""
+    teacher = sharp(network, 7)
+    before, _, metrics = once(batch, frozen={'teacher': teacher})
+    of = context(network, teacher=network)
+    sampling = common.Sampling(**SAMPLING)
+    draw = common.drawing(of, sampling, network)
+    collect = hints.opened(of, draw, opening(of), sampling, Hints(**HINT))
+    state = State.create(jax.random.key(0), sharp(network, 1)).replace(frozen={'teacher': teacher})
+    key = jax.random.fold_in(before.step_key(), zlib.crc32(b'collect'))
+    return metrics, jax.tree.map(np.asarray, jax.jit(collect)(state, batch, key)), draw
 
 
 class TestHints:
@@ -151,7 +177,7 @@ def test_answers_that_do_not_pass_are_no_part_of_the_mean():
     assert found['gate'].tolist() == [True, False, True, False]
     # The mean over rows of sum_t w l is sum over passing tokens / 7.
     np.testing.assert_allclose(found['gated_weight'] / 4, mask * found['gate'][:, None] / 7)
-    more = {name: np.concatenate([x, 0 * x]) for name, x in batch.items()}
+    more = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in batch.items()}
     more['mask'][4:] = True
     twice = np.asarray(of_kepo.gated(more, 1.0)['gated_weight'])
     np.testing.assert_allclose(twice / 8, np.pad(found['gated_weight'] / 4, ((0, 4), (0, 0))))
@@ -161,35 +187,21 @@ def test_answers_that_do_not_pass_are_no_part_of_the_mean():
     np.testing.assert_allclose(everywhere / 4, mask / 10)
 
 
-def answers_of(network, state, batch, teacher, **changes):
-    """What a step samples, by its own key."""
-    of = context(network, teacher=network)
-    sampling = common.Sampling(**SAMPLING)
-    draw = common.drawing(of, sampling, network)
-    judge = common.of_block(of, REWARD)
-    collect = hints.opened(of, draw, judge, sampling, Hints(**{**HINT, **changes}))
-    known = State.create(jax.random.key(0), sharp(network, 1)).replace(frozen={'teacher': teacher})
-    return jax.tree.map(np.asarray, jax.jit(collect)(known, batch, key_of(state)))
-
-
-def test_the_loss_is_that_of_the_equation(network, batch, once):
-    """By plain forward passes behind the plain prompts; the second and third prompt are unsolved
-    until there is a hint."""
-    teacher = sharp(network, 7)
-    before, _, metrics = once(batch, frozen={'teacher': teacher})
-    made = answers_of(network, before, batch, teacher)
+def test_the_loss_is_that_of_the_equation(network, step):
+    """By plain forward passes behind the plain prompts."""
+    metrics, made, _ = step
     grouped = made['rewards'].reshape(4, G)
     centred = grouped - grouped.mean(1, keepdims=True)
     advantage = (centred / (grouped.std(1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
     mask = made['mask']
-    distance = jsd(network, made, sharp(network, 1), teacher)
+    distance = jsd(network, made, sharp(network, 1), sharp(network, 7))
     passing = mask & (made['rewards'] >= 1)[:, None]
+    assert 0 < passing.sum() < mask.sum()
     wanted = -advantage.mean() + distance[passing].mean()
     assert value(metrics, 'loss') == pytest.approx(wanted, abs=1e-5)
     assert value(metrics, 'to_teacher') == pytest.approx(distance[mask].mean(), abs=1e-5)
     assert value(metrics, 'gate') == pytest.approx(grouped.mean())
     assert value(metrics, 'injected') == pytest.approx(made['injected'].mean())
-    np.testing.assert_array_equal(made['input'], np.repeat(batch['input'], G, axis=0))
 
 
 def laws(network, made, variables):
@@ -215,26 +227,11 @@ def jsd(network, made, variables, teacher):
     return terms.sum(-1) / 2
 
 
-def test_hints_open_prompts_and_stay_out_of_them(network, batch):
-    """The third prompt is told to have wrong answers, and right ones where there is a hint."""
-    teacher = sharp(network, 7)
-    state = State.create(jax.random.key(4), sharp(network, 1)).replace(frozen={'teacher': teacher})
-    of = context(network, teacher=network)
-    sampling = common.Sampling(**SAMPLING)
-    draw = common.drawing(of, sampling, network)
-
-    def judge(tokens, mask, given):
-        # Wrong for the policy without a hint, whose prompts are P long.
-        hinted = given['input'].shape[1] > P
-        theirs = len(tokens) == 4 * HINT['solutions']
-        return jnp.full(len(tokens), float(hinted or theirs)) * (given['row'] != 3)
-
-    collect = hints.opened(of, draw, judge, sampling, Hints(**HINT))
-    asked = {**batch, 'row': np.arange(4)}
-    made = jax.tree.map(np.asarray, jax.jit(collect)(state, asked, jax.random.key(6)))
-    assert made['injected'].reshape(4, G).sum(1).tolist() == [2, 2, 2, 0]
-    assert made['unsolved'].all()
-    np.testing.assert_array_equal(made['rewards'], made['injected'])
+def test_hints_open_prompts_and_stay_out_of_them(network, batch, step):
+    _, made, draw = step
+    assert made['injected'].reshape(4, G).sum(1).tolist() == [0, 2, 2, 0]
+    assert made['unsolved'].reshape(4, G).all(1).tolist() == [False, True, True, True]
+    np.testing.assert_array_equal(made['rewards'][G:], made['injected'][G:])
     # No sign of a hint is left in a prompt, and what is scored is what follows the plain one.
     np.testing.assert_array_equal(made['input'], np.repeat(batch['input'], G, axis=0))
     plain = log_probs(network, sharp(network, 1), made)[0]
@@ -267,10 +264,10 @@ def test_the_hint_is_the_first_right_solution_without_its_end(network, batch):
 
 
 def test_without_gate_and_hints_it_is_grpo(network, batch):
-    of = Run(kepo, network, chunk=64, threshold=None, ddof=0, epsilon=1e-6,
+    of = Run(kepo, network, OPENING, chunk=64, threshold=None, ddof=0, epsilon=1e-6,
              fields={'teacher': network})  # fmt: skip
     _, found, _ = of(batch, frozen={'teacher': sharp(network, 7)})
-    _, wanted, _ = Run(grpo, network, chunk=64)(batch)
+    _, wanted, _ = Run(grpo, network, OPENING, chunk=64)(batch)
     close(found.params, wanted.params, atol=1e-6)
 
 

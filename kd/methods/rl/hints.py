@@ -152,9 +152,9 @@ def injected(
     at = (jnp.arange(count)[:, None], places)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        grouped = old.reshape(count, group, *old.shape[1:])
+        grouped = jnp.asarray(old).reshape(count, group, *old.shape[1:])
         wide = takes.reshape(count, *[1] * (grouped.ndim - 1))
-        return jnp.where(wide, grouped.at[at].set(new), grouped).reshape(old.shape)
+        return jnp.where(wide, grouped.at[at].set(new), grouped).reshape(jnp.shape(old))
 
     found = {name: put(batch[name], made[name][chosen]) for name in _OWN}
     return {**batch, **found, 'injected': put(jnp.zeros(count * group, bool), takes[:, None])}
