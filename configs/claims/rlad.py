@@ -107,7 +107,9 @@ def run(say, runs, steps, smoke):
     test = world.problems('test', 40 if smoke else 800)
     with_at = (test['input'] == symbols.AT).any(-1)
     measured = {}
-    for updates, arms in ARMS.items():
+    # One program starts sooner than two.
+    programs = {2: {**ARMS[6], **ARMS[2]}} if smoke else ARMS
+    for updates, arms in programs.items():
         found, best = trained(say, arms, runs, steps[updates], updates, test, smoke)
         for place, name in enumerate(arms):
             rows = slice(place * runs, (place + 1) * runs)
