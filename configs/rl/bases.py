@@ -12,7 +12,7 @@ A recipe that begins with one names it among its `bases` (see `kd.bases`) and fi
 | chain_clean | a teacher: .98 of every fact | .95 | .92 | 2 min |
 | chain_good | a teacher with 8 % of misconceptions of its own | .75 | | 2 min |
 | chain_biased | a teacher who is wrong about one of three operators | .28 | | 2 min |
-| chain_cliff | `chain`, and a tenth of its facts become all but certain, and wrong | | .35 | 1 min |
+| chain_cliff | the first one, and a tenth of the facts that it never has right | | .35 | 1 min |
 | chain_product | as `chain`, of four operations with a product; width 48 | .38 | .36 | 3 min |
 | push | one who pushes boxes and is careless, above all up and left; blocks | .33 | .21 | 3 min |
 | chain_exec | the first one; two of three `chain`, one `exec`, no blocks | .43, .35 | .40 | 3 min |

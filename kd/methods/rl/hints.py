@@ -18,7 +18,7 @@ from kd.method import Batch
 from kd.methods.rl import common, self_teacher
 from kd.ranges import Count, Fraction, Positive, Size
 from kd.rewards.reward import Reward
-from kd.sampling.autoregressive import Sampler
+from kd.sampling.environment import Draws
 from kd.state import State
 
 # What of an answer is its own, and no field of its prompt.
@@ -57,7 +57,7 @@ class Hints:
 
 
 def opened(
-    context: Context, draw: Sampler, reward: Reward, sampling: common.Sampling, hints: Hints
+    context: Context, draw: Draws, reward: Reward, sampling: common.Sampling, hints: Hints
 ) -> common.Collect:
     """`collect` of `kd.methods.rl.common.answered`, with hints where they are needed.
 

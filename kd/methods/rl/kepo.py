@@ -24,7 +24,7 @@ from kd.methods.rl.self_teacher import Comparison
 from kd.methods.rl.surrogate import REFERENCE, Pull, Surrogate, Term
 from kd.metrics import Metrics, mean
 from kd.ranges import Count, Finite, Fraction, Keywords, NonNegative
-from kd.sampling.autoregressive import Sampler
+from kd.sampling.environment import Draws
 
 TEACHER = 'teacher'
 # The field of `gated`.
@@ -116,7 +116,7 @@ def gated(batch: Batch, threshold: ArrayLike) -> Batch:
 
 def learner(
     context: Context,
-    draw: Sampler,
+    draw: Draws,
     collect: common.Collect,
     *,
     group: int,
