@@ -1,6 +1,6 @@
 """Hints where no answer is right, a teacher's law where one is (arXiv:2602.00400).
 
-    python -m kd.claims kepo            about 9 minutes on one core
+    python -m kd.claims kepo            about 8 minutes on one core
 
 Chains of arithmetic, half of which go through a fact that the base says rightly once in 200 times:
 groups of eight answers are all wrong there, and rewards say nothing. GRPO, distillation on the
@@ -55,7 +55,7 @@ ARMS = {**PLAIN, **KEPO}
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps and an untrained base."""
-    runs, steps = (3, 1) if smoke else (3, 200)
+    runs, steps = (3, 1) if smoke else (3, 150)
     over = [
         Check(f'cliffs: over {text} by .03', 'cliff', 'kepo', name, margin=0.03)
         for name, text in (
