@@ -36,7 +36,7 @@ def chains(
 
     Fields: those of `kd.data.builders.chain.rows`, or of `asked` and `printed` int32 [n], what an
     answer has to print ([2, n] by style of the kind 'order', see `kd.data.builders.chain.passes`).
-    And `operations` int32, L, and `cliff` bool, see `cliffs`.
+    And `operations` int32, L; with `cliffs` also `cliff` bool, which problems are ones.
 
     Args:
       context: names the split, or a slice; from two operations on no problem is in two of them.
@@ -117,6 +117,7 @@ def make(
     else:
         made = {**chain.asked(parts), 'printed': np.concatenate(keys)}
     made['operations'] = np.asarray(lengths, np.int32)
-    made['cliff'] = np.concatenate(met)
+    if cliffs is not None:
+        made['cliff'] = np.concatenate(met)
     order = rng.permutation(len(lengths))
     return {name: value[order] for name, value in made.items()}
