@@ -77,7 +77,7 @@ def test_every_recipe_traces(path, stand_ins, data_dir):
     config.data_dir = data_dir
     recipe = kd_config.parse(config)
     source = recipe.data.get('source', {}).get('name', '')
-    if source.startswith(('kd.data.text.', 'kd.data.image_text.')):
+    if source.startswith(('kd.data.text.', 'kd.data.image_text.', 'kd.data.reasoning.')):
         # Neither text nor tokenizer are at hand.
         recipe = dataclasses.replace(recipe, data_dir=catalogue.DESCRIBED)
     mesh = make_mesh({'data': 1})
