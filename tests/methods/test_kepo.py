@@ -295,3 +295,5 @@ def test_right_answers_learn_from_the_teacher_unless_it_is_the_student(network, 
 def test_what_does_not_fit_is_told(network):
     with pytest.raises(UserError, match=r'needs stage\.teacher'):
         Run(kepo, network)
+    with pytest.raises(UserError, match=r'injected=5 is more than the 4 answers to a prompt'):
+        Run(kepo, network, hint=dict(HINT, injected=5), fields={'teacher': network})

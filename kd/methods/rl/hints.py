@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from kd.context import Context
+from kd.errors import UserError
 from kd.method import Batch
 from kd.methods.rl import common, self_teacher
-from kd.ranges import Count, Fraction, Positive, Size
+from kd.ranges import Count, Positive, Size
 from kd.rewards.reward import Reward
 from kd.sampling.environment import Draws
 from kd.state import State
@@ -46,7 +47,7 @@ class Hints:
 
     solutions: Count = 8
     temperature: Positive = 0.9
-    top_p: Fraction = 0.95
+    top_p: Positive = 0.95
     before: tuple[Size, ...] | str = ()
     behind: tuple[Size, ...] | str = ()
     after: Size | None = None
@@ -73,7 +74,18 @@ def opened(
       reward: right answers have 1 or more, and wrong ones 0.
       sampling: of the answers.
       hints: see there.
+
+    Raises:
+      UserError: more answers to be injected than a prompt has; an environment, whose episodes have
+        no hints.
     """
+    if sampling.environment is not None:
+        raise UserError(f'{context.stage}.method.hint is for answers, and not for episodes.')
+    if hints.injected > sampling.group:
+        raise UserError(
+            f'{context.stage}.method.hint.injected={hints.injected} is more than the '
+            f'{sampling.group} answers to a prompt (sampling.group).'
+        )
     said = dataclasses.replace(sampling, temperature=hints.temperature, top_p=hints.top_p)
     draw_teacher = common.drawing(context, said, context.network, who=context.teacher)
     around = [_tokens(context, piece) for piece in (hints.before, hints.behind)]
