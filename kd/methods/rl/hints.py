@@ -22,6 +22,8 @@ from kd.rewards.reward import Reward
 from kd.sampling.environment import Draws
 from kd.state import State
 
+# Folded into the key of the answers.
+_OF_HINTS = 1
 # What of an answer is its own, and no field of its prompt.
 _OWN = ('tokens', 'mask', 'truncated', 'rewards', 'unjudged', 'sampler_log_probs')
 
@@ -92,8 +94,9 @@ def opened(
     answer = common.answered(context, draw, reward, group=sampling.group)
 
     def collect(state: State, prompts: Batch, key: jax.Array) -> Batch:
-        keys = jax.random.split(key, 4)
-        batch = answer(state, prompts, keys[0])
+        # The answers are those that there would be without hints.
+        batch = answer(state, prompts, key)
+        keys = jax.random.split(jax.random.fold_in(key, _OF_HINTS), 3)
         unsolved = ~(batch['rewards'] > 0).reshape(-1, sampling.group).any(1)
         wanted = unsolved if hints.trigger == 'prompt' else jnp.full_like(unsolved, unsolved.any())
 
@@ -103,14 +106,14 @@ def opened(
         def with_hints(batch: Batch) -> Batch:
             theirs = common.tried(
                 context, draw_teacher, reward, state.frozen['teacher'], prompts, hints.solutions,
-                keys[1],
+                keys[0],
             )  # fmt: skip
             hinted, there = _hinted(prompts, theirs, hints, around)
             made = common.tried(
                 context, draw, reward, state.variables(), hinted, hints.injected * hints.tries,
-                keys[2],
+                keys[1],
             )  # fmt: skip
-            return injected(batch, made, wanted, there, hints, keys[3])
+            return injected(batch, made, wanted, there, hints, keys[2])
 
         batch = jax.lax.cond(wanted.any(), with_hints, without, batch)
         return {**batch, 'unsolved': jnp.repeat(unsolved, sampling.group)}
