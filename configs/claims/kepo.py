@@ -131,8 +131,8 @@ def trained(say, arms, method, runs, steps, asked, test, base, smoke):
     }
     unsolved, final = [], {}
 
-    def look(at, state):
-        params = state.params['network']
+    def look(state):
+        at, params = int(state.step), state.params['network']
         if FROM <= at <= TO or smoke:
             right = world.measure(params, cliffs)['right']
             unsolved.append(~right.reshape(len(right), -1, world.GROUP).any(-1))
@@ -150,7 +150,7 @@ def trained(say, arms, method, runs, steps, asked, test, base, smoke):
             'threshold': np.asarray([arm.threshold for arm in each], np.float32),
             'policy': np.asarray([arm.policy for arm in each], np.float32),
         },
-        every=EVERY, look=look,
+        watch=look, watched=EVERY,
     )  # fmt: skip
     return final, np.mean(unsolved, axis=(0, 2))
 

@@ -138,10 +138,10 @@ def trained(say, arms, runs, steps, updates, test, smoke):
     each = [arm for arm in arms.values() for _ in range(runs)]
     seen = []
 
-    def look(at, state):
+    def look(state):
         seen.append(world.measure(state.params['network'], test))
         by_arm = seen[-1]['right'].mean(1).reshape(-1, runs).mean(1)
-        say(f'{updates} updates, {at} batches: {np.array2string(by_arm, precision=2)}')
+        say(f'{updates} updates, {int(state.step)} batches: {np.array2string(by_arm, precision=2)}')
 
     seeds.train(
         method, asked, np.tile(FIRST + np.arange(runs), len(arms)), steps=steps,
@@ -154,7 +154,7 @@ def trained(say, arms, runs, steps, updates, test, smoke):
             'anchored': np.asarray([arm.anchored for arm in each]),
         },
         hyperparameters={'learning_rate': [arm.rate for arm in each]},
-        every=EVERY, look=look,
+        watch=look, watched=EVERY,
     )  # fmt: skip
     return seen[-1], np.max([found['right'].mean(1) for found in seen], axis=0)
 

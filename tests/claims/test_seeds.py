@@ -171,8 +171,8 @@ def test_who_looks_sees_all_runs_on_their_way(setup):
     options = dict(steps=5, batch_size=16)
     seen = []
     runs = seeds.train(
-        method, data, np.array([3, 5]), every=2, look=lambda at, state: seen.append((at, state)),
-        **options,
+        method, data, np.array([3, 5]), watched=2, **options,
+        watch=lambda state: seen.append((int(state.step), state)),
     )  # fmt: skip
     assert [at for at, _ in seen] == [2, 4, 5]
     first = seeds.train(method, data, np.array([3, 5]), steps=2, batch_size=16)
