@@ -58,7 +58,8 @@ def problems(split: str, size: int = 0, **options: Any) -> dict[str, np.ndarray]
     """Prompts, and what answers have to print; `options` as of `kd.data.chains.make`."""
     law = arithmetic.law('truth', third=options.get('third', 'affine'))
     made = chains.make(split, size, law=law, **options)
-    return {name: made[name] for name in ('input', 'prompt_mask', 'printed')}
+    names = ('input', 'prompt_mask', 'printed', 'cliff')
+    return {name: made[name] for name in names if name in made}
 
 
 def context(

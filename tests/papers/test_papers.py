@@ -33,7 +33,7 @@ ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'
 ANONYMOUS = {
     *('dp_opd', 'paced', 'redi', 'soda', 'kdrl', 'curiosft', 'tsd_kd', 'ded', 'sd_zero'),
     *('decoupled_dmd', 'phased_dmd', 'embedding_loss', 'llava_mod'),
-    *('srpo', 'sdpo', 'skill_sd'),
+    *('srpo', 'sdpo', 'skill_sd', 'rlad', 'kepo'),
     'innate_one_step',
     'snoopi',
     'agd',

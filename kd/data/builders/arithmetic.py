@@ -63,8 +63,13 @@ def demonstrator(
     return np.where(which[..., None], held, noisy(right, known))
 
 
-Third = Literal['affine', 'product']
-LawName = Literal['truth', 'demonstrator', 'cliff', 'clean', 'good', 'biased']
+def cliffs(seed: int = 0, third: Third = 'affine') -> np.ndarray:
+    """The misconceived facts of the third operator, bool [3, 10, 10], which the law 'cliff' hardly
+    ever says rightly."""
+    return misconceptions(seed, third=third)[0] & (np.arange(3) == 2)[:, None, None]
+
+
+def law(name: LawName | float, seed: int = 0, third: Third = 'affine') -> np.ndarray:
     """A law by name, or by the share of facts that it is certain of; float [3, 10, 10, 10].
 
     'truth' makes no mistake. 'demonstrator' is what bases learn from; 'cliff' the same, but for the
