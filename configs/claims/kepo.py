@@ -1,6 +1,6 @@
 """Hints where no answer is right, a teacher's law where one is (arXiv:2602.00400).
 
-    python -m kd.claims kepo            about 8 minutes on one core
+    python -m kd.claims kepo            about 10 minutes on one core
 
 Chains of arithmetic, half of which go through a fact that the base says rightly once in 200 times:
 groups of eight answers are all wrong there, and rewards say nothing. GRPO, distillation on the
@@ -18,15 +18,16 @@ from kd.claims import chain_world as world
 from kd.claims import seeds
 from kd.claims.claim import Check, Claim
 from kd.data.builders import symbols
-from kd.methods.rl import common
+from kd.methods.rl import common, hints
 from kd.methods.rl import kepo as of_kepo
+from kd.methods.rl.hints import Hints
 from kd.methods.rl.surrogate import Surrogate
 from kd.metrics import mean_interval
 
 TEACHERS = {'clean': 'chain_clean', 'biased': 'chain_biased'}
 FIRST, EVERY = 20, 25
-# Updates over which unsolved groups are counted, and cliffs that are asked for that.
-FROM, TO, ASKED = 50, 150, 100
+# Updates over which unsolved groups are counted.
+FROM, TO = 50, 150
 HINT = dict(
     solutions=8, temperature=1.0, top_p=1.0, before=(symbols.SOL,), behind=(symbols.BAR,), after=1,
     injected=2, tries=5,
@@ -54,8 +55,8 @@ ARMS = {**PLAIN, **KEPO}
 
 
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` takes few steps and an untrained base."""
-    runs, steps = (3, 1) if smoke else (3, 150)
+    """The claim; `smoke` takes one step on few answers, and a shallow, untrained base."""
+    runs, steps = (3, 1) if smoke else (3, 200)
     over = [
         Check(f'cliffs: over {text} by .03', 'cliff', 'kepo', name, margin=0.03)
         for name, text in (
@@ -75,7 +76,7 @@ def get_claim(smoke: bool = False) -> Claim:
         'on the card; teachers right in .92 (clean) and .28 (biased: wrong about one operator of '
         f'three) of sampled answers; 800 held-out prompts; {runs} seeds of answers and of the '
         'order of prompts, one base.',
-        run=lambda say: run(say, runs, steps, smoke),
+        run=lambda say: run(say, runs, steps, world.SMOKE if smoke else world.Size(), smoke),
         checks=[
             *over,
             Check('cliffs, biased teacher: over a teacher on all answers by .1', 'cliff',
@@ -90,25 +91,25 @@ def get_claim(smoke: bool = False) -> Claim:
         'without one has no hint. That the gate is better than none is no part of the claim: a '
         'clean teacher says the right next step after a wrong one too, so that its law on wrong '
         'answers is no noise here. Unsolved groups are counted on '
-        f'{ASKED} held-out cliffs of eight answers each, without hints, from update {FROM} to '
-        f'{TO}.',
+        f'100 held-out cliffs of eight answers each, without hints, from update {FROM} to {TO}.',
     )  # fmt: skip
 
 
-def run(say, runs, steps, smoke):
+def run(say, runs, steps, size, smoke):
     """What every arm gets right on cliffs and on other prompts, by seed."""
-    base = world.base('chain_cliff', 'base', smoke)
-    asked = world.problems('train', 20 if smoke else 20_000, cliffs=0.5)
-    test = world.problems('test', 40 if smoke else 800, cliffs=0.5)
-    start = world.measure(jax.tree.map(lambda x: x[None], base), test)['right'][0]
-    cliff = test['cliff']
-    say(f'base: cliffs {start[cliff].mean():.3f}, others {start[~cliff].mean():.3f}')
-    context, measured = world.context(asked, steps), {}
-    hinted = of_kepo.kepo(
-        context, reward=world.REWARD, sampling=world.SAMPLING, hint=HINT, chunk=4_096
-    )
-    for arms, method in ((PLAIN, without_hints(context)), (KEPO, hinted)):
-        found, unsolved = trained(say, arms, method, runs, steps, asked, test, base, smoke)
+    own = world.network(depth=size.depth)
+    asked = world.problems('train', size.train, cliffs=0.5)
+    test = world.problems('test', size.test, cliffs=0.5)
+    cliff, measured = test['cliff'], {}
+    first = jax.tree.map(lambda x: x[None], world.base('chain_cliff', 'base', smoke, own=own))
+    right = world.measure(first, test, own=own, greedy=False)['right'][0]
+    say(f'base: cliffs {right[cliff].mean():.3f}, others {right[~cliff].mean():.3f}')
+    context = world.context(asked, steps, own=own)
+    # One program starts sooner than two.
+    programs = [(ARMS, HINT)] if smoke else [(PLAIN, None), (KEPO, HINT)]
+    for arms, hint in programs:
+        method = side_by_side(context, size.sampling, hint)
+        found, unsolved = trained(say, arms, method, runs, steps, asked, test, size, smoke)
         for place, name in enumerate(arms):
             rows = slice(place * runs, (place + 1) * runs)
             measured[name] = {
@@ -122,27 +123,29 @@ def run(say, runs, steps, smoke):
     return measured
 
 
-def trained(say, arms, method, runs, steps, asked, test, base, smoke):
+def trained(say, arms, method, runs, steps, asked, test, size, smoke):
     """Measures of the arms' runs, arm by arm, at the end, and the share of unsolved groups."""
-    teachers = {name: world.base(of, 'teacher', smoke) for name, of in TEACHERS.items()}
+    own = world.network(depth=size.depth)
+    base = world.base('chain_cliff', 'base', smoke, own=own)
+    teachers = {name: world.base(of, 'teacher', smoke, own=own) for name, of in TEACHERS.items()}
     each = [arm for arm in arms.values() for _ in range(runs)]
-    cliffs = {
-        name: np.repeat(x[test['cliff']][:ASKED], world.GROUP, axis=0) for name, x in test.items()
-    }
+    # As many rows as the test has.
+    rows = np.flatnonzero(test['cliff'])[: size.test // size.group].repeat(size.group)
+    cliffs = {name: x[rows] for name, x in test.items()}
     unsolved, final = [], {}
 
     def look(state):
         at, params = int(state.step), state.params['network']
         if FROM <= at <= TO or smoke:
-            right = world.measure(params, cliffs)['right']
-            unsolved.append(~right.reshape(len(right), -1, world.GROUP).any(-1))
+            right = world.measure(params, cliffs, own=own, greedy=False)['right']
+            unsolved.append(~right.reshape(len(right), -1, size.group).any(-1))
         if at == steps:
-            final.update(world.measure(params, test))
+            final.update(world.measure(params, test, own=own, greedy=False))
         say(f'{len(arms)} arms, {at} batches')
 
     seeds.train(
         method, asked, np.tile(FIRST + np.arange(runs), len(arms)), steps=steps,
-        batch_size=world.PROMPTS, frozen={'start': {'params': base}},
+        batch_size=size.prompts, frozen={'start': {'params': base}},
         frozen_per_run={
             'teacher': {'params': jax.tree.map(
                 lambda *x: np.stack(x), *[teachers[arm.teacher] for arm in each]
@@ -155,13 +158,16 @@ def trained(say, arms, method, runs, steps, asked, test, base, smoke):
     return final, np.mean(unsolved, axis=(0, 2))
 
 
-def without_hints(context):
-    """KEPO without hints as one program, so that all runs are side by side: `state.frozen` says
-    which answers the teacher's law is for, and whether there is a policy gradient."""
-    config, how = common.Sampling(**world.SAMPLING), Surrogate(chunk=4_096)
+def side_by_side(context, sampling, hint):
+    """KEPO as one program, so that all runs are side by side: `state.frozen` says which answers the
+    teacher's law is for, and whether there is a policy gradient."""
+    config, how = common.Sampling(**sampling), Surrogate(chunk=4_096)
     draw = common.drawing(context, config, context.teacher)
     judge = common.of_block(context, world.REWARD)
-    answer = common.answered(context, draw, judge, group=config.group)
+    if hint is None:
+        answer = common.answered(context, draw, judge, group=config.group)
+    else:
+        answer = hints.opened(context, draw, judge, config, Hints(**hint))
 
     def collect(state, batch, key):
         batch = common.valued(answer(state, batch, key), config.group, ddof=1, epsilon=1e-4)

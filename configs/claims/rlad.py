@@ -1,6 +1,6 @@
 """A teacher in the ratio, or in a term of its own, where updates run away (arXiv:2602.22495).
 
-    python -m kd.claims rlad            about 13 minutes on one core
+    python -m kd.claims rlad            about 14 minutes on one core
 
 Chains of arithmetic, verified answers, one base that is right in four of ten. GRPO, GRPO with a KL
 to a teacher (KDRL) at four weights, and RLAD, which has the teacher in the ratio that is clipped
@@ -68,8 +68,8 @@ SETTINGS = {
 
 
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` takes few steps and an untrained base."""
-    runs, steps = (3, {6: 1, 2: 1}) if smoke else (3, {6: 60, 2: 80})
+    """The claim; `smoke` takes one step on few answers, and a shallow, untrained base."""
+    runs, steps = (3, {6: 1, 2: 1}) if smoke else (3, {6: 80, 2: 80})
     return Claim(
         paper='RLAD 2026, arXiv:2602.22495',
         statement='A teacher in the clipped ratio keeps policy gradients on their way where a KL '
@@ -81,7 +81,7 @@ def get_claim(smoke: bool = False) -> Claim:
         'over answers; teachers right in .92 (clean) and .28 (biased: wrong about one operator of '
         f'three) of sampled answers; 800 held-out prompts; {runs} seeds of answers and of the '
         'order of prompts, one base.',
-        run=lambda say: run(say, runs, steps, smoke),
+        run=lambda say: run(say, runs, steps, world.SMOKE if smoke else world.Size(), smoke),
         checks=[
             Check('6 updates: RLAD over KDRL of weight .1', 'right', 'rlad_6_stress',
                   'kdrl_0.1_6_stress'),
@@ -102,15 +102,15 @@ def get_claim(smoke: bool = False) -> Claim:
     )  # fmt: skip
 
 
-def run(say, runs, steps, smoke):
+def run(say, runs, steps, size, smoke):
     """What every arm gets right, by seed."""
-    test = world.problems('test', 40 if smoke else 800)
+    test = world.problems('test', size.test)
     with_at = (test['input'] == symbols.AT).any(-1)
     measured = {}
     # One program starts sooner than two.
     programs = {2: {**ARMS[6], **ARMS[2]}} if smoke else ARMS
     for updates, arms in programs.items():
-        found, best = trained(say, arms, runs, steps[updates], updates, test, smoke)
+        found, best = trained(say, arms, runs, steps[updates], updates, test, size, smoke)
         for place, name in enumerate(arms):
             rows = slice(place * runs, (place + 1) * runs)
             right = found['right'][rows]
@@ -129,23 +129,24 @@ def run(say, runs, steps, smoke):
     return measured
 
 
-def trained(say, arms, runs, steps, updates, test, smoke):
+def trained(say, arms, runs, steps, updates, test, size, smoke):
     """Measures of the arms' runs, arm by arm: at the end, and the best on the way."""
-    base = world.base('chain', 'base', smoke)
-    teachers = {name: world.base(of, 'teacher', smoke) for name, of in TEACHERS.items()}
-    asked = world.problems('train', 20 if smoke else 20_000)
-    method = side_by_side(world.context(asked, steps), updates)
+    own = world.network(depth=size.depth)
+    base = world.base('chain', 'base', smoke, own=own)
+    teachers = {name: world.base(of, 'teacher', smoke, own=own) for name, of in TEACHERS.items()}
+    asked = world.problems('train', size.train)
+    method = side_by_side(world.context(asked, steps, own=own), updates, sampling=size.sampling)
     each = [arm for arm in arms.values() for _ in range(runs)]
     seen = []
 
     def look(state):
-        seen.append(world.measure(state.params['network'], test))
+        seen.append(world.measure(state.params['network'], test, own=own))
         by_arm = seen[-1]['right'].mean(1).reshape(-1, runs).mean(1)
         say(f'{updates} updates, {int(state.step)} batches: {np.array2string(by_arm, precision=2)}')
 
     seeds.train(
         method, asked, np.tile(FIRST + np.arange(runs), len(arms)), steps=steps,
-        batch_size=world.PROMPTS, frozen={'start': {'params': base}},
+        batch_size=size.prompts, frozen={'start': {'params': base}},
         frozen_per_run={
             'teacher': {'params': jax.tree.map(
                 lambda *x: np.stack(x), *[teachers[arm.teacher] for arm in each]

@@ -136,16 +136,8 @@ def trained(say, setting, arms, runs, smoke):
         watch=look, watched=setting.steps // WINDOWS,
     )  # fmt: skip
     test = world.problems('test', 40 if smoke else 800, **options)
-    measures = {'final': [], 'greedy': []}
-    # Arm by arm, to save memory.
-    for place in range(len(arms)):
-        params = jax.tree.map(
-            lambda x, place=place: x[place * runs : (place + 1) * runs], state.params['network']
-        )
-        said = world.measure(params, test, own=own, max_new=max_new)
-        measures['final'] += list(said['right'].mean(1))
-        measures['greedy'] += list(said['greedy'].mean(1))
-    measures = {name: np.asarray(values) for name, values in measures.items()}
+    said = world.measure(state.params['network'], test, own=own, max_new=max_new)
+    measures = {'final': said['right'].mean(1), 'greedy': said['greedy'].mean(1)}
     measures['best'] = np.max([window['reward'] for window in windows], axis=0)
     for name in ('routed', 'teacher_entropy', 'entropy'):
         measures |= {f'{name}_first': windows[0][name], f'{name}_last': windows[-1][name]}
