@@ -119,10 +119,10 @@ def learner(
     draw: Draws,
     collect: common.Collect,
     *,
-    group: int,
+    group: Count,
     how: Surrogate,
-    weight: float,
-    beta: float,
+    weight: NonNegative,
+    beta: Fraction,
     pulls: Sequence[Pull] = (),
     fields: Sequence[str] = (),
 ) -> Method:
