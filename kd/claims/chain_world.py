@@ -69,7 +69,7 @@ def base(variant: str, stage: str, smoke: bool = False, *, own: Network | None =
     """Parameters of a base of `configs/rl/bases.py`, which is trained if nobody has; those of
     nobody where `smoke`."""
     if smoke:
-        return jax.jit((own or network()).init)(jax.random.key(len(variant)))['params']
+        return (own or network()).init(jax.random.key(len(variant)))['params']
     place = loop.provide(f'configs/rl/bases.py:{variant}')
     return safetensors.stage_variables(place / stage)['params']
 
