@@ -9,6 +9,8 @@ from kd import export, generate
 from kd.models.decoder import Decoder
 from kd.text import templates, tokenizer
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):

@@ -15,6 +15,8 @@ from kd.data import catalogue
 from kd.io import safetensors
 from kd.main import EXIT_USER, main
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 ROOT = Path(__file__).parent.parent
 MOONS = f'--config={ROOT}/tests/recipes/moons.py'
 

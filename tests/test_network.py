@@ -10,6 +10,8 @@ import pytest
 
 from kd import network as network_lib
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 class Block(nn.Module):
     @nn.compact

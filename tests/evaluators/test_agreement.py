@@ -11,6 +11,8 @@ from scipy.stats import entropy as scipy_entropy
 from kd.errors import UserError
 from kd.evaluators.agreement import agreement, top_1_agreement
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def test_agreement_is_the_share_of_equal_predictions():
     rng = np.random.default_rng(0)

@@ -7,6 +7,8 @@ from sklearn.preprocessing import label_binarize
 
 from kd.evaluators.calibration import brier_score, calibration
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def ece_by_hand(logits, labels, bins=15):
     p, total = softmax(logits.astype(np.float64), axis=-1), 0.0

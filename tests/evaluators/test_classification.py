@@ -11,6 +11,8 @@ from sklearn import metrics as sklearn_metrics
 from kd.errors import UserError
 from kd.evaluators.classification import classification, negative_log_likelihood, top_k_correct
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def predictions():

@@ -7,6 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 from kd.data.builders import mixtures
 from kd.evaluators import fidelity
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(name='points')
 def _points():

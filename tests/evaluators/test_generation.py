@@ -15,6 +15,8 @@ from kd.data.builders import toys
 from kd.evaluators import distribution as dist
 from kd.evaluators import generation as gen
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(name='rng')
 def _rng():

@@ -7,6 +7,8 @@ from scipy.special import softmax
 from kd.evaluators.temperature import temperature
 from kd.losses.calibration import GRIDS
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SIZE, BINS = 3, 4
 
 

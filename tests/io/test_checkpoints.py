@@ -16,6 +16,8 @@ from kd.io import checksums
 from kd.io.checkpoints import Checkpoints
 from kd.state import State
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def state(step):
     made = State.create(jax.random.key(0), {'params': {'w': jnp.full(2, 1.0 * step)}})

@@ -17,6 +17,8 @@ from kd.io import pretrained
 from kd.io import safetensors as kd_safetensors
 from kd.models.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SIZES = dict(
     num_classes=hf.V, width=hf.D, depth=2, heads=4, kv_heads=2, mlp_hidden=48, max_length=32
 )

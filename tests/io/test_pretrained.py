@@ -13,6 +13,8 @@ from kd.errors import UserError
 from kd.io import gguf, pretrained, safetensors
 from kd.models import decoders
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 P = jax.sharding.PartitionSpec
 TOKENS = np.random.default_rng(1).integers(0, hf.V, 13)
 

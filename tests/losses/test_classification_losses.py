@@ -9,6 +9,8 @@ import scipy.special
 
 from kd.losses import classification, divergence
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 GENERATOR = np.random.default_rng(3)
 STUDENT, TEACHER = GENERATOR.normal(size=(2, 5, 6)) * 2
 LABELS = np.array([0, 5, 2, 2, 3], np.int32)

@@ -10,6 +10,8 @@ import scipy.special
 
 from kd.losses import divergence, outcomes, signal
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 GENERATOR = np.random.default_rng(1)
 STUDENT, TEACHER = GENERATOR.normal(size=(2, 4, 7)) * 2
 Q, P = (scipy.special.softmax(x, axis=-1) for x in (STUDENT, TEACHER))

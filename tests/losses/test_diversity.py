@@ -9,6 +9,8 @@ import pytest
 
 from kd.losses import diversity
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 M = 7
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from kd.losses import interpolant as ip
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 NAMES = sorted(ip.INTERPOLANTS)
 
 

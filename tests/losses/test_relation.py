@@ -9,6 +9,8 @@ import scipy.stats
 
 from kd.losses import relation
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 GENERATOR = np.random.default_rng(4)
 STUDENT, TEACHER = GENERATOR.normal(size=(2, 8, 5)) * 2
 

@@ -12,6 +12,8 @@ import pytest
 from kd.losses import interpolant, schedule, score_distillation
 from kd.sampling import times
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SCHEDULES = {
     'edm': (schedule.edm, [0.01, 1.0, 30.0]),
     'flow': (schedule.flow, [0.1, 0.5, 0.95]),

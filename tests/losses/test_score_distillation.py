@@ -7,6 +7,8 @@ import pytest
 
 from kd.losses import adversarial, schedule, score_distillation
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(autouse=True)
 def _x64():

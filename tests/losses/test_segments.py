@@ -6,6 +6,8 @@ import pytest
 
 from kd.losses import segments
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.mark.parametrize(('size', 'batch_size'), [(12, 4), (10, 4), (5, 8)])
 def test_each_pass_uses_every_example_once(key, size, batch_size):

@@ -10,6 +10,8 @@ from scipy.special import softmax as scipy_softmax
 
 from kd.losses import batch_statistics, divergence, gradient_matching, mean_embedding
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 RNG = np.random.default_rng(0)
 
 

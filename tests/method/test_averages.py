@@ -10,6 +10,8 @@ from kd.errors import UserError
 from kd.method import Objective, minimize, with_ema
 from kd.metrics import mean, scalar
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def data():

@@ -40,6 +40,8 @@ from kd.method import (
 from kd.metrics import mean
 from kd.state import State
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def data():

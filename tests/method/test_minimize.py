@@ -29,6 +29,8 @@ from kd.method import Objective, gradient, minimize, with_ema
 from kd.metrics import mean
 from kd.state import State
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def data():

@@ -24,6 +24,8 @@ from kd.metrics import mean, scalar
 from kd.parallel import mesh as mesh_lib
 from kd.training import optimizer as optim
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def data():

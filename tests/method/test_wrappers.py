@@ -32,6 +32,8 @@ from kd.method import (
 )
 from kd.metrics import mean
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def data():

@@ -11,6 +11,8 @@ from kd.methods.diffusion.decoupled_dmd import decoupled, shield
 from kd.methods.diffusion.distribution_matching import Views
 from kd.sampling import denoiser, times
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B, GUIDANCE = 512, 4.0
 PATH, CLOCK = schedule.edm(0.02, 5.0), times.karras(0.02, 5.0)
 TEACHER = mixtures.exact_denoiser(mixtures.pairs(), PATH)

@@ -20,6 +20,8 @@ from kd.models.structured import AnswerMLP
 from kd.network import from_linen
 from kd.theory import competence
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B, L, V, LR = 6, 3, 5, 0.5
 
 

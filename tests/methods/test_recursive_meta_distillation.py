@@ -21,6 +21,8 @@ from kd.models.transformer import Transformer
 from kd.network import from_linen
 from kd.theory import meta_distillation
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 LENGTH, SYMBOLS = 6, 5
 
 

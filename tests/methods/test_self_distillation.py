@@ -19,6 +19,8 @@ from kd.models.mlp import MLP
 from kd.network import from_linen
 from kd.theory import kernel_regression
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CLASSES, BATCH, LR = 3, 8, 0.1
 
 

@@ -14,6 +14,8 @@ from kd.method import Objective, minimize
 from kd.methods import start
 from kd.metrics import mean
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def block(value, size=2):
     return {'kernel': jnp.full((size, size), value), 'bias': jnp.full(size, value)}

@@ -9,6 +9,8 @@ from scipy.special import softmax
 from kd.models import attention
 from kd.models.attention import attend
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 B, N, M, H, D = 2, 5, 7, 6, 4
 
 

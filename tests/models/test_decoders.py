@@ -6,6 +6,8 @@ import pytest
 
 from kd.models import decoder, decoders
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 # As the pages of the models state them (safetensors' total).
 PUBLISHED = {
     'smollm2_135m': 134_515_008,

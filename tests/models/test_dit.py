@@ -7,6 +7,8 @@ import pytest
 
 from kd.models.dit import BRANCHES, Block, DiT, grid_embedding
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 NETWORK = DiT(patch=2, width=8, depth=3, heads=2, num_classes=3)
 S, T = jnp.array([0.1, 0.3]), jnp.array([0.6, 0.9])
 X = 0.5 * jax.random.normal(jax.random.key(0), (2, 4, 6, 1))

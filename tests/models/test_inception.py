@@ -12,6 +12,8 @@ from kd.evaluators.inception import eight_bits, inception_features
 from kd.io import safetensors, torch_weights
 from kd.models import inception
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 class Reference:
     """The network as functions of NCHW arrays and tensors by PyTorch's names."""

@@ -15,6 +15,8 @@ from kd.models.mobilenet import InvertedResidual, MobileNetV2
 from kd.models.resnet import BottleneckBlock, ImageNetResNet
 from kd.models.shufflenet import ShuffleNet, ShuffleUnit, channel_shuffle
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SMALL = {
     'ResNet': ImageNetResNet(18, 10, 'cifar'),
     'MobileNetV2': MobileNetV2(10, stem='cifar'),

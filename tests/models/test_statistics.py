@@ -9,6 +9,8 @@ from kd import network
 from kd.losses import batch_statistics
 from kd.models import convnet, statistics
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 IMAGES = np.random.default_rng(0).normal(size=(6, 8, 8, 2)).astype(np.float32)
 
 

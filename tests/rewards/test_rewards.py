@@ -24,6 +24,8 @@ from kd.rewards.reward import judged
 from kd.rewards.words import words
 from kd.text.table import table
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 TOKENS = np.array(
     [[1, 2, 9], [1, 1, 1], [5, 91, 0], [4, 9, 9], [92, 0, 0], [6, 0, 0], [93, 0, 0], [94, 0, 0]],
     np.int32,

@@ -7,6 +7,8 @@ import pytest
 
 from kd.sampling import flow
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 S0, S1, MEAN = 0.8, 0.35, 1.3
 
 

@@ -11,6 +11,8 @@ from kd.theory import meta_distillation as md
 from kd.theory.axioms import check_axioms
 from kd.theory.statements.meta_operators import BROKEN
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.mark.parametrize('power', [1.0, 0.0])
 def test_anchored_operators_obey_all_seven(power):

@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec
 from kd.losses import divergence
 from kd.theory import competence
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 RNG = np.random.default_rng(0)
 RATES = jnp.array([0.0, 0.125, 0.5, 0.5, 0.875, 1.0, 0.25, 0.75])
 STUDENT, TEACHER = jnp.asarray(RNG.normal(size=(2, 8, 5, 6)), jnp.float32)

@@ -11,6 +11,8 @@ from sklearn.metrics import pairwise
 
 from kd.theory import kernel_regression as kr
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 RNG = np.random.default_rng(0)
 X, X_NEW = RNG.normal(size=(30, 3)), RNG.normal(size=(12, 3))
 Y = RNG.normal(size=(30, 2))

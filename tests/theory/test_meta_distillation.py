@@ -12,6 +12,8 @@ import scipy.stats
 from kd.theory import meta_distillation as md
 from kd.theory import simplex
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 RNG = np.random.default_rng(0)
 P, Q, R = RNG.dirichlet(np.ones(5), size=(3, 4))
 LOG_P, LOG_Q, LOG_R = np.log(P), np.log(Q), np.log(R)

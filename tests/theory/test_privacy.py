@@ -6,6 +6,8 @@ from scipy import integrate, optimize, stats
 
 from kd.theory import privacy
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CARD = tuple(range(2, 64))
 
 

@@ -18,6 +18,8 @@ from kd.theory import kernel_regression as kr
 from kd.theory.statements import even_your_teacher, meta_operators, recursive_meta_distillation
 from kd.theory.statements.rows import Paper, Row, at_least, at_most, counter_example, equal
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 # (statements, rows) that each paper has at least: none may drop out unnoticed.
 EXPECTED = {
     'even_your_teacher': (13, 63),

@@ -15,6 +15,8 @@ from kd.networks import build_network, trained_network
 from kd.parallel.mesh import make_mesh
 from kd.training import loop
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 @pytest.fixture(scope='module')
 def recipes():

@@ -16,6 +16,8 @@ from kd.method import Objective, Player, alternate
 from kd.metrics import mean
 from kd.training import loop, nonfinite
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SUPERVISED = dict(name='kd.methods.vision.supervised.supervised')
 BAD = 3
 SAVED = 'Some updates .* after them is saved in .*_3 beside the batch, .* goes on from '

@@ -11,6 +11,8 @@ import pytest
 from kd.errors import UserError
 from kd.training import optimizer as optim
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 STEPS, WARMUP, PEAK = 40, 8, 0.3
 
 

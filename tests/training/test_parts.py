@@ -17,6 +17,8 @@ from kd.training import loop
 from kd.training import step as step_lib
 from kd.training.stage import prepare
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 ROOT = Path(__file__).parents[2]
 # Of a student of 64 inputs, 64 hidden units and 10 classes.
 PARAMETERS = 64 * 64 + 64 + 64 * 10 + 10

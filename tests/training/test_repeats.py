@@ -16,6 +16,8 @@ from kd.training import loop
 from kd.training.repeats import repeats
 from kd.training.stage import prepare
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 ROOT = Path(__file__).parents[2]
 SEEDS = 3
 

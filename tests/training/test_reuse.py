@@ -10,6 +10,8 @@ from kd.errors import UserError
 from kd.training import loop, reuse
 from kd.training.reuse import Choice
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def a_recipe(**changes):
     """teacher -> cache -> student, and a baseline that needs none of them."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from runs import ROOT, Command, assert_same_run, copy
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def stopped(command: Command, where: str, number: int) -> int:
     """The exit status of a process that gets a signal while it waits, and goes on waiting."""

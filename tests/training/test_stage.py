@@ -7,6 +7,8 @@ from kd.errors import UserError
 from kd.parallel.mesh import make_mesh
 from kd.training.stage import prepare
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SUPERVISED = 'kd.methods.vision.supervised.supervised'
 
 

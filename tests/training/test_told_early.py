@@ -14,6 +14,8 @@ from kd.method import Objective, minimize
 from kd.metrics import mean
 from kd.training import loop
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 REPORT = dict(
     name='kd.reports.classification.classification', rows=(('A teacher', 'teacher'),), teacher=''
 )
