@@ -19,6 +19,7 @@ and `convert` turns each into each; no other conversion stands anywhere in `kd`.
 | edm | 1, t | [.002, 80] | ln(t) / 4 |
 | discrete | sqrt(abar_t), sqrt(1 - abar_t) | 0 .. T - 1 | t |
 | flow | 1 - t, t | [0, 1] | 1000 t |
+| local | 1, sqrt(1 - abar_t) | 0 .. T - 1 | t |
 | of_interpolant | c(1 - t), a(1 - t) | [0, 1] | 1 - t |
 """
 
@@ -35,7 +36,9 @@ import numpy as np
 
 from kd.losses.interpolant import Interpolant, expand_times, get_interpolant
 
-__all__ = ['KINDS', 'Kind', 'Schedule', 'convert', 'discrete', 'edm', 'flow', 'of_interpolant']
+__all__ = [
+    *('KINDS', 'Kind', 'Schedule', 'convert', 'discrete', 'edm', 'flow', 'local', 'of_interpolant'),
+]
 
 Kind = Literal['x0', 'eps', 'v', 'flow', 'score']
 KINDS: tuple[Kind, ...] = ('x0', 'eps', 'v', 'flow', 'score')
@@ -182,6 +185,18 @@ def discrete(
         return lambda t: jnp.asarray(values, _wide(t).dtype)[jnp.asarray(t, jnp.int32)]
 
     return Schedule(kind, 0.0, steps - 1.0, steps, table(alphas), table(sigmas), lambda t: _wide(t))
+
+
+@functools.cache
+def local(start: float = 3.5e-5, end: float = 0.007, steps: int = 1000) -> Schedule:
+    """x0 + sqrt(1 - abar_t) eps, of linear betas: points that move, and do not shrink.
+
+    Source: LiDiff, arXiv:2403.13470, for scenes of points in metres.
+    """
+    sigmas = discrete('linear', start, end, steps).sigma
+    return Schedule(
+        'local', 0.0, steps - 1.0, steps, lambda t: jnp.ones_like(_wide(t)), sigmas, _wide
+    )
 
 
 @functools.cache

@@ -28,6 +28,7 @@ __all__ = [
     'denoising',
     'direction',
     'mean_variance_kl',
+    'preferred',
     'residual',
     'subinterval',
     'surrogate',
@@ -83,6 +84,26 @@ def augmentation(conditional: jax.Array, unconditional: jax.Array, scale: float)
     Source: Decoupled DMD, arXiv:2511.22677, eqs. 3 and 4.
     """
     return jax.lax.stop_gradient((1 - scale) * (_wide(conditional) - _wide(unconditional)))
+
+
+def preferred(
+    real: jax.Array, winner: jax.Array, loser: jax.Array, gamma: float = 1.0
+) -> jax.Array:
+    """g = eps_real - (eps_w + eps_l) / 2 + gamma (eps_w - eps_l), [B, ...].
+
+    x moves against g, along the score of the teacher less that of all samples, and gamma times
+    that of winners less that of losers.
+
+    Args:
+      real, winner, loser: predictions of the noise, [B, ...], by the teacher, and by denoisers of
+        samples that were preferred and that were not.
+      gamma: of the preference; 0 is score distillation.
+
+    Source: of the parts of Distillation-DPO, arXiv:2504.11447, whose own sum undoes the preference
+    where generator and teacher agree.
+    """
+    real, winner, loser = _wide(real), _wide(winner), _wide(loser)
+    return jax.lax.stop_gradient(real - 0.5 * (winner + loser) + gamma * (winner - loser))
 
 
 def surrogate(x: jax.Array, direction: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ ANONYMOUS = {
     'innate_one_step',
     'snoopi',
     'agd',
+    'distillation_dpo',
 }
 
 ENTRY = """
