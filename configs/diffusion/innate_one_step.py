@@ -15,6 +15,10 @@ The paper has the EDM UNet of CIFAR-10 (batches of 256, rates 1e-4, 5 M images, 
 VGG16 and EfficientNet-lite0, trained on ImageNet, at 224 pixels. Here a DiT of our own stands for
 the first and a classifier of the same data for the second; rates, batch, images and gamma of
 `cifar10` are the paper's, and it was not run by us.
+
+`cpu` takes 4.5 minutes of one core. Frechet distances of one step were 186 by GDD and 24 by GDD-I
+with one seed, where the teacher had 73, 5.9 and 1.9 in 1, 4 and 16: freezing helps a lot, and 400
+moves against perceptrons' features do not make up for a teacher's steps.
 """
 
 from kd import config as kd_config
