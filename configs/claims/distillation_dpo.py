@@ -65,7 +65,7 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps and arms."""
-    runs, steps, pretraining = (3, 2, 2) if smoke else (6, 600, 4_000)
+    runs, steps, pretraining = (3, 4, 8) if smoke else (6, 600, 4_000)
     return Claim(
         paper='Distillation-DPO 2025, arXiv:2504.11447',
         statement='Samples that a metric prefers, and others, each with an assistant of its own, '
