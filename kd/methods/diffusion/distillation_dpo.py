@@ -144,7 +144,10 @@ def distillation_dpo(
             else score_distillation.surrogate(x, d)
             for x, d in zip((winner, loser), directions, strict=True)
         )
-        size = {'direction': mean(jnp.abs(directions[0])), 'first_wins': mean(won.astype(jnp.float32))}
+        size = {
+            'direction': mean(jnp.abs(directions[0])),
+            'first_wins': mean(won.astype(jnp.float32)),
+        }
         return Objective(mean(losses), size)
 
     def init(key: jax.Array, frozen: Mapping[str, PyTree]) -> PyTree:
