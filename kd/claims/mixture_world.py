@@ -126,15 +126,17 @@ class World:
         steps: int,
         batch_size: int = BATCH,
         average: str = '',
+        part: str = GENERATOR,
         **more: Any,
     ) -> PyTree:
-        """Parameters [R, ...] of generators that a method trains from these, or an average's."""
+        """Parameters [R, ...] of generators, a part of the state, that a method trains, or an
+        average's."""
         frozen = {'start': {'params': started}} | more.pop('frozen_per_run', {})
         state = seeds_lib.train(
             method, self.data, self.seeds, steps=steps, batch_size=batch_size,
             frozen_per_run=frozen, **more,
         )  # fmt: skip
-        return (state.ema[average] if average else state.params)[GENERATOR]
+        return (state.ema[average] if average else state.params)[part]
 
     def samples(
         self, params: PyTree, student: Generator, n: int = 4_000, step: str = 'restart'

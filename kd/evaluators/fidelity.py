@@ -10,6 +10,8 @@ from scipy.spatial.distance import cdist, pdist
 
 __all__ = [
     'Modes',
+    'class_diversity',
+    'commitment',
     'density_coverage',
     'modes',
     'pairwise_distance',
@@ -91,6 +93,26 @@ def density_coverage(real: ArrayLike, samples: ArrayLike, k: int = 5) -> tuple[f
 def pairwise_distance(samples: ArrayLike) -> float:
     """Mean Euclidean distance between two samples [N, ...]: 0 where all are one."""
     return float(pdist(_points(samples)).mean())
+
+
+def commitment(said: ArrayLike, end: ArrayLike) -> np.ndarray:
+    """Mean distance of what is said of a sample at every step from what it becomes, [S].
+
+    Args:
+      said: [S, N, ...], see `kd.sampling.diffusion.said`.
+      end: samples [N, ...].
+
+    Source: arXiv:2503.10637, DT-Visualization.
+    """
+    last = _points(end)
+    return np.asarray([np.linalg.norm(_points(x) - last, axis=1).mean() for x in np.asarray(said)])
+
+
+def class_diversity(samples: ArrayLike, labels: ArrayLike) -> float:
+    """`pairwise_distance` within each class, the mean over classes of two samples or more."""
+    x, label = np.asarray(samples), np.asarray(labels)
+    within = [x[label == c] for c in np.unique(label)]
+    return float(np.mean([pairwise_distance(part) for part in within if len(part) > 1]))
 
 
 def spread(real: ArrayLike, samples: ArrayLike) -> tuple[float, float]:

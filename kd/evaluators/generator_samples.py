@@ -133,5 +133,6 @@ def _probe(context: Context, made: dict[int, Generator], guidance: float, **opti
         context,
         {n: draw(each.times) for n, each in made.items()},
         scale=float(path.sigma(jnp.float32(noisy))),
+        conditional=classes is not None,
         **options,
     )

@@ -40,12 +40,17 @@ def probe(
     feature: str,
     inception: str,
     seed: Seed,
+    conditional: bool = False,
+    variables_of: Callable[[State], PyTree] | None = None,
 ) -> Probe:
     """The probe of `draws`, by number of steps, from noise of deviation `scale`.
 
     Arguments and metrics are those of `kd.evaluators.flow_samples.flow_samples`, and besides
     `diversity` is the mean distance of two samples over that of two examples, `saturation` the
-    deviation of the samples over that of the examples.
+    deviation of the samples over that of the examples. Samples that are `conditional` on the labels
+    of the examples have `class_diversity`, the diversity within classes, 1 where it is that of the
+    examples. `variables_of` gives what the draws take as variables, where these are no weights of
+    the result alone.
     """
     check_weights(context, weights)
     if classifier and classifier not in context.references:
@@ -62,13 +67,16 @@ def probe(
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
         real, labels = _examples(batches, samples, state, judges, moments)
-        variables = state.variables(None if weights == 'final' else weights)
+        of = variables_of or (
+            lambda state: state.variables(None if weights == 'final' else weights)
+        )
+        variables = of(state)
         scalars: dict[str, float | Figure] = {}
         by_steps = {}
         for n, draw in draws.items():
             generated = _generate(draw, variables, labels, samples, batch, shape, scale, seed)
             by_steps[n] = generated
-            values = _compare(real, generated, inside)
+            values = _compare(real, generated, inside, labels if conditional else None)
             if 'finite' not in values:
                 for name, judge in judges.items():
                     found = judge(state, generated)
@@ -161,7 +169,9 @@ def _chunks(inputs: np.ndarray) -> Iterable[np.ndarray]:
     return (inputs[i : i + 500] for i in range(0, len(inputs), 500))
 
 
-def _compare(real: np.ndarray, generated: np.ndarray, inside) -> dict[str, float]:
+def _compare(
+    real: np.ndarray, generated: np.ndarray, inside, labels: np.ndarray | None
+) -> dict[str, float]:
     if not np.isfinite(generated).all():
         # A diverged sampler has no distance; the training goes on and may recover.
         return {'finite': float(np.isfinite(generated).mean())}
@@ -170,6 +180,11 @@ def _compare(real: np.ndarray, generated: np.ndarray, inside) -> dict[str, float
         'diversity': _diversity(generated) / _diversity(real),
         'saturation': fidelity.spread(real, generated)[0],
     }
+    if labels is not None:
+        # Samples begin anew with the first example where there are more of them.
+        own = labels[np.arange(len(generated)) % len(labels)]
+        known = fidelity.class_diversity(real, labels)
+        values['class_diversity'] = fidelity.class_diversity(generated, own) / known
     if generated.shape[1:] == (2,):
         values['kl'] = distribution.histogram_kl(real, generated)
     if inside is not None:

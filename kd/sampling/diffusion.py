@@ -209,6 +209,20 @@ def _walked(schedule, denoise, x, times, key, step, unroll, keep):
     return last, kept, grid[-1]
 
 
+def said(denoise: Denoise, states: jax.Array, times: Sequence[float] | np.ndarray) -> jax.Array:
+    """What a denoiser says of clean data at every step, [N, B, ...].
+
+    Args:
+      denoise: see above.
+      states: a trajectory of `sample`, [N + 1, B, ...].
+      times: [N] of it.
+
+    Source: DT-Visualization of arXiv:2503.10637.
+    """
+    grid = jnp.asarray(times, jnp.promote_types(states.dtype, jnp.float32))
+    return jax.lax.map(lambda given: denoise(*given), (states[:-1], grid))
+
+
 def noise(schedule: Schedule, key: jax.Array, shape: tuple[int, ...], t: float) -> jax.Array:
     """What there is at time t of data that are lost in noise, sigma(t) N(0, I), [B, ...]."""
     return schedule.sigma(jnp.float32(t)) * jax.random.normal(key, shape, jnp.float32)
