@@ -5,7 +5,8 @@
 
 `--run` is the directory of a finished stage: a generator of few steps, which has its own times and
 refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
-number of --steps. Classes go round. Images make a grid, points in the plane a density.
+number of --steps. With --base, a stage of the same data, the first --switch steps of a generator are
+made by that denoiser, not guided: more various samples (arXiv:2503.10637). Classes go round. Images make a grid, points in the plane a density.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from kd.networks import build_network, stage_of
 from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion, flow, generator, velocity
 from kd.sampling import times as times_lib
+from kd.sampling.generator import Generator
+from kd.sampling.hybrid import hybrid
 from kd.state import PyTree
 
 # Stages of these make jumps; other flows are solved by Heun's method.
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--samples', type=int, default=64)
     parser.add_argument('--steps', type=int, default=0, help="0: the generator's own, else 32")
     parser.add_argument('--times', default='', help='of a generator, in place of its own: 80,2.5')
+    parser.add_argument('--base', type=process.path_argument, help='a stage, for the first steps')
+    parser.add_argument('--switch', type=int, default=1, help="the generator's first own step")
     parser.add_argument('--guidance', type=float, default=1.0)
     parser.add_argument('--weights', default='final', help="'final' or the name of an average")
     parser.add_argument('--seed', type=int, default=0)
@@ -62,9 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, source, block, teacher = load(arguments.run)
     variables = safetensors.stage_variables(arguments.run, arguments.weights)
     given = tuple(float(t) for t in arguments.times.split(',')) if arguments.times else ()
-    draw = sampler(
-        network, block, teacher, steps=arguments.steps, times=given, guidance=arguments.guidance
-    )
+    if arguments.base:
+        first, _, of_base, _ = load(arguments.base)
+        draw = begun(network, block, teacher, first, of_base, arguments.switch)
+        variables = {'own': variables, 'base': safetensors.stage_variables(arguments.base)}
+    else:
+        draw = sampler(
+            network, block, teacher, steps=arguments.steps, times=given,
+            guidance=arguments.guidance,
+        )  # fmt: skip
     classes, shape = denoisers.num_classes(network), source.spec['input'].shape
     count = arguments.samples
     label = None if classes is None else jnp.arange(count) % classes
@@ -155,6 +166,39 @@ def sampler(
     if len(network.inputs) == 3:
         return _of_flow(network, block, steps or _STEPS, guidance)
     return _of_denoiser(network, steps or _STEPS, guidance)
+
+
+def begun(
+    network: Network,
+    block: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    base: Network,
+    of_base: Mapping[str, Any],
+    switch: int,
+) -> Draw:
+    """Samples of a generator, whose steps before `switch` are made by a base.
+
+    Its variables are {'own': those of the generator, 'base': those of the base}.
+
+    Args:
+      network, block, teacher: as of `sampler`.
+      base: network of a denoiser or a flow, which is asked at the generator's times.
+      of_base: block of its method.
+      switch: see `kd.sampling.hybrid.Hybrid`.
+
+    Raises:
+      UserError: no generator, or no such step.
+    """
+    if 'times' not in block:
+        raise UserError('--base begins for a generator; --run has no times of its own.')
+    own = generator.of_block(network, block, teacher, where='this generator')
+    first = Generator(denoisers.of_network(base, of_base), own.times, own.step)
+    made = hybrid(first, own, switch, where='--base')
+
+    def draw(variables, label, key, shape):
+        return made.sample(variables['base'], variables['own'], _condition(label), key, shape)
+
+    return draw
 
 
 def _of_flow(network: Network, block: Mapping[str, Any], steps: int, guidance: float) -> Draw:

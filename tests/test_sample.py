@@ -90,7 +90,12 @@ def test_a_picture_of_a_generator_is_made_at_its_own_times(run, tmp_path, monkey
         assert min(image.size) > 100
     assert started(monkeypatch, f'--run={run}/teacher', '--steps=3', f'--out={out}') == 0
     capsys.readouterr()
+    hybrid = (f'--run={run}/student', f'--base={run}/teacher', f'--out={out}')
+    assert started(monkeypatch, *hybrid) == 0
+    assert capsys.readouterr().out == f'{out}: 64 samples of {run}/student\n'
     for arguments, message in (
+        (['student', f'--base={run}/teacher', '--switch=2'], 'the generator has 2 times'),
+        (['teacher', f'--base={run}/teacher'], '--run has no times of its own'),
         (['student', '--steps=4'], 'was trained at the times (5.0, 0.8), 2 steps, and has no'),
         (['student', '--guidance=2'], 'was distilled with its guidance; leave it out'),
         (['student', '--times=9,1'], "leaves the times of the schedule 'edm', 0.02 to 5"),

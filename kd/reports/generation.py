@@ -26,14 +26,15 @@ _UNITS = {'kl': 'KL(data || samples), nats', 'off_support': 'share of samples of
 def generation(
     context: ReportContext,
     *,
-    rows: Sequence[tuple[str, StageName]],
+    rows: Sequence[tuple[str, StageName] | tuple[str, StageName, str]],
     samples: str = 'samples',
 ) -> Path:
     """Compares generators by what their stages' evaluators found at the end.
 
     Args:
       context: the run; nothing is evaluated again.
-      rows: (title, stage) in the order of the tables.
+      rows: (title, stage) in the order of the tables, or (title, stage, evaluator) where samples
+        are those of another evaluator of the stage.
       samples: name of the evaluator whose metrics end in a number of sampling steps, see
         `kd.evaluators.flow_samples.flow_samples`.
 
@@ -43,16 +44,27 @@ def generation(
     recipe, workdir = context.recipe, context.workdir
     tables, others, results, pages = {}, {}, {}, []
     perfect: ByStep = {}
-    for title, stage in rows:
+    measured = [(*row, samples)[:3] for row in rows]
+    of_rows = {(stage, evaluator) for _, stage, evaluator in measured}
+    for title, stage, evaluator in measured:
         done = finished.read_done(workdir / stage) or {'metrics': {}, 'step': 0}
-        results[title] = done['metrics']
-        tables[title], others[title], floors = _split(done['metrics'], samples)
+        # Not those of a row of its own.
+        others_rows = {name for of, name in of_rows if of == stage} - {evaluator}
+        found = {
+            name: value
+            for name, value in done['metrics'].items()
+            if name.partition('/')[0] not in others_rows
+        }
+        results[title] = found
+        tables[title], others[title], floors = _split(found, evaluator)
         perfect |= floors
         # Evaluators draw at the end of a stage, whichever step counts as its result.
         for file in sorted(
             (workdir / stage / 'figures').glob(f'*_{recipe.stages[stage].steps}.png')
         ):
-            pages.append((f'{title}: {file.stem.rpartition("_")[0]}', file.relative_to(workdir)))
+            name = file.stem.rpartition('_')[0]
+            if not any(name.startswith(f'{other}_') for other in others_rows):
+                pages.append((f'{title}: {name}', file.relative_to(workdir)))
     if perfect:
         tables[_PERFECT] = perfect
     folder = workdir / 'figures'
