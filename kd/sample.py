@@ -5,8 +5,9 @@
 
 `--run` is the directory of a finished stage: a generator of few steps, which has its own times and
 refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
-number of --steps. With --base, a stage of the same data, the first --switch steps of a generator are
-made by that denoiser, not guided: more various samples (arXiv:2503.10637). Classes go round. Images make a grid, points in the plane a density.
+number of --steps. With --base, another stage, the steps of a generator before --switch are made by
+that denoiser, not guided: more various samples (arXiv:2503.10637). Classes go round. Images make a
+grid, points in the plane a density.
 """
 
 from __future__ import annotations

@@ -92,14 +92,10 @@ def cpu():
         teacher='base',
         teacher_weights='slow',
         references={'classifier': 'classifier', 'base': 'base@slow', 'start': 'base@slow'},
-        method=dict(
-            name='kd.methods.diffusion.end_points.end_points', times=TIMES, guidance=3.0
-        ),
+        method=dict(name='kd.methods.diffusion.end_points.end_points', times=TIMES, guidance=3.0),
         optimizer=dict(name='adam', lr=1e-3, schedule='cosine'),
         evaluators={
-            'samples': dict(
-                name='kd.evaluators.generator_samples.generator_samples', **measured
-            ),
+            'samples': dict(name='kd.evaluators.generator_samples.generator_samples', **measured),
             **{
                 name: dict(
                     name='kd.evaluators.hybrid_samples.hybrid_samples', **options, **measured

@@ -27,11 +27,14 @@ class Step(NamedTuple):
       move: `move(schedule, denoise, x, t, to, key, memory) -> (x, memory)`.
       memory: `memory(x)` before the first step; () for a step without.
       calls: of the denoiser in a step.
+      kernel: `kernel(schedule, mu, x, t, to) -> (mean, std)` of the Gaussian that a step with fresh
+        noise draws from, given what the denoiser said; None where there is none.
     """
 
     move: Callable[..., tuple[jax.Array, tuple]]
     memory: Callable[[jax.Array], tuple] = lambda x: ()
     calls: int = 1
+    kernel: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
 def ddim(eta: float = 0.0) -> Step:
@@ -46,18 +49,21 @@ def ddim(eta: float = 0.0) -> Step:
     Source: arXiv:2010.02502, eqs. 12 and 16.
     """
 
-    def move(schedule, denoise, x, t, to, key, memory):
+    def kernel(schedule, mu, x, t, to):
         alpha, sigma, alpha2, sigma2 = _both(schedule, x, t, to)
-        mu = denoise(x, t)
         ratio = alpha * sigma2 / (alpha2 * sigma)
         up = eta * sigma2 * jnp.sqrt(jnp.maximum(1 - ratio**2, 0.0))
         down = jnp.sqrt(jnp.maximum(sigma2**2 - up**2, 0.0))
         moved = alpha2 * mu + down * convert(schedule, mu, x, t, 'x0', 'eps')
+        return alpha2 * mu + down * (x - alpha * mu) / sigma, up
+
+    def move(schedule, denoise, x, t, to, key, memory):
+        moved, up = kernel(schedule, denoise(x, t), x, t, to)
         if eta:
             moved = moved + up * jax.random.normal(key, x.shape, moved.dtype)
         return moved, memory
 
-    return Step(move)
+    return Step(move, kernel=kernel if eta else None)
 
 
 def restart() -> Step:
@@ -67,7 +73,11 @@ def restart() -> Step:
         noise = jax.random.normal(key, x.shape, x.dtype)
         return schedule.mix(denoise(x, t), noise, to), memory
 
-    return Step(move)
+    def kernel(schedule, mu, x, t, to):
+        alpha, sigma = schedule.coefficients(to, x)
+        return alpha * mu, sigma
+
+    return Step(move, kernel=kernel)
 
 
 def heun() -> Step:

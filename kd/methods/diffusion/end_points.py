@@ -62,7 +62,7 @@ def solver_of(teacher: denoisers.Denoiser, step: Step, steps: int):
         denoise, key = teacher.bind(variables, condition), jax.random.key(0)
         rank = clock.rank(t)
 
-        def at(i: jax.Array) -> jax.Array:
+        def at(i: jax.Array | int) -> jax.Array:
             # The natural clock of integers rounds; the last time is one that has noise.
             return clock.at(rank * (1 - i / steps))
 
