@@ -1,4 +1,4 @@
-"""Digits begun by a base model and finished by a distilled one (Diversity Distillation, 2503.10637).
+"""Digits begun by a base model and finished by a distilled one (2025, arXiv:2503.10637).
 
     python -m kd.main --config=configs/diffusion/diversity.py:cpu --workdir=runs/diversity
     python -m kd.sample --run=runs/diversity/distilled --base=runs/diversity/base
@@ -13,8 +13,8 @@ the digits of a class alike, and the student has learnt that. Its evaluators are
 the first step by the base, by the guided base, by nobody. `class_diversity` is the distance of two
 samples of a class over that of two examples.
 
-Sizes, rates and times are ours. The paper's own models, SDXL and what DMD2, Turbo, Lightning and LCM
-made of it, are not here.
+Sizes, rates and times are ours. The paper's own models, SDXL and what DMD2, Turbo, Lightning and
+LCM made of it, are not here.
 """
 
 from kd import config as kd_config

@@ -162,7 +162,8 @@ def rollout(
       times: its own, [N], decreasing.
       z: noise at the first time, [B, ...].
       key: of fresh noise.
-      exit: int32, one for the batch; 0 asks at z itself.
+      exit: int32, one for the batch, or [B]; 0 asks at z itself. Of several there are as many calls
+        as the last of them needs.
       step: `restart()` if None.
       call: the generator of the one call with gradient, where it is not `denoise`.
 
@@ -175,10 +176,13 @@ def rollout(
         moved, _ = step.move(
             schedule, denoise, x, grid[i], grid[i + 1], jax.random.fold_in(key, i), ()
         )
-        return moved.astype(x.dtype)
+        moved = moved.astype(x.dtype)
+        if jnp.ndim(exit):
+            moved = jnp.where(jnp.reshape(i < exit, (-1,) + (1,) * (x.ndim - 1)), moved, x)
+        return moved
 
     # Its length is not known before, so there is no gradient through it.
-    x = z if len(times) == 1 else jax.lax.fori_loop(0, exit, body, z)
+    x = z if len(times) == 1 else jax.lax.fori_loop(0, jnp.max(exit), body, z)
     x = jax.lax.stop_gradient(x)
     time = jnp.broadcast_to(grid[exit], x.shape[:1])
     return Rollout(x, time, (call or denoise)(x, time))

@@ -34,6 +34,7 @@ from kd.methods import start
 from kd.metrics import Metrics, mean
 from kd.models import adapters
 from kd.models.adapters import Adapter, merged
+from kd.metrics import Metrics, mean, scalar
 from kd.network import Network
 from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
@@ -43,6 +44,7 @@ from kd.sampling.times import TimeLaw
 from kd.state import PyTree, State
 
 GENERATOR, FAKE, TEACHER = 'generator', 'fake', 'teacher'
+COUPLING = 'coupling'
 
 
 class Student(Protocol):
@@ -75,6 +77,7 @@ class Views:
       base: time at which samples are, where they are not clean.
       generator: `generator(x_t, t) -> x0`, with gradient.
       fake_both: as `both`, of the fake denoiser.
+      parts: parameters of all parts by name, constants.
     """
 
     x: jax.Array
@@ -87,6 +90,7 @@ class Views:
     base: float | None = None
     generator: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fake_both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]] | None = None
+    parts: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
@@ -116,6 +120,21 @@ class Term(NamedTuple):
     name: str
     weight: float
     loss: Callable[[Views, Batch, jax.Array], jax.Array]
+
+
+class More(NamedTuple):
+    """What else moves in a step, after the critic.
+
+    Attributes:
+      players: by name. They see `batch['out/generator']`, samples `x` and the times `level` at
+        which the generator was asked for them.
+      init: `init(key)`, the variables of the parts that they bring.
+      generator: optimiser of the generator, where a player shares its slot; None for the stage's.
+    """
+
+    players: Mapping[str, Player] = {}
+    init: Callable[[jax.Array], dict[str, PyTree]] = lambda key: {}
+    generator: optax.GradientTransformation | None = None
 
 
 class Discriminator(NamedTuple):
@@ -150,6 +169,8 @@ class Critic(NamedTuple):
       dropout: share of the samples whose condition it is not told; what is asked without one has to
         be trained so.
       adapter: it is what the networks begin as with these beside, which alone are trained.
+      coupling: before its moves the fake denoiser goes towards the generator, which must be of its
+        form: fake <- coupling fake + (1 - coupling) generator (Flash-DMD, arXiv:2511.20549).
     """
 
     network: Network
@@ -162,6 +183,7 @@ class Critic(NamedTuple):
     unroll: bool = False
     dropout: float = 0.0
     adapter: Adapter | None = None
+    coupling: float = 1.0
 
     @property
     def sigma_data(self) -> float:
@@ -180,6 +202,7 @@ def distribution_matching(
     discriminator: Discriminator | None = None,
     samples: Count | None = None,
     base: NonNegative | None = None,
+    more: More | None = None,
 ) -> Method:
     """Moves a generator along a direction, and the critic that the direction asks, in turn.
 
@@ -198,7 +221,9 @@ def distribution_matching(
       base: the time at which samples of the generator are, where they are not clean: the critic
         then learns by `kd.losses.score_distillation.subinterval`. Without a discriminator, whose
         real examples are clean.
+      more: further players.
     """
+    more = more or More()
     if base is not None and discriminator is not None:
         raise ValueError('distribution_matching: samples with noise are not told from clean data.')
     network, shape = context.network, context.spec['input'].shape
@@ -234,6 +259,9 @@ def distribution_matching(
         return Views(
             made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator,
             fake_both,
+        return Views(
+            made.x, made.time, condition, teacher.schedule, real, fake, both, base,
+            state.params,
         )  # fmt: skip
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
@@ -300,13 +328,27 @@ def distribution_matching(
             }
         return Objective(mean(losses), metrics)
 
-    players = {
-        GENERATOR: Player(generator_loss, context.tx),
-        FAKE: Player(
-            critic_loss, critic.tx, repeats=critic.updates, rows='same', unroll=critic.unroll
-        ),
-    }
-    return alternate(players, _init(context, critic, discriminator))
+    players = {GENERATOR: Player(generator_loss, more.generator or context.tx)}
+    if critic.coupling < 1:
+        players[COUPLING] = _coupling(critic.coupling)
+    players[FAKE] = Player(
+        critic_loss, critic.tx, repeats=critic.updates, rows='same', unroll=critic.unroll
+    )
+    return alternate({**players, **more.players}, _init(context, critic, discriminator, more))
+
+
+def _coupling(share: float) -> Player:
+    """fake <- share fake + (1 - share) generator, as a step down half of their squared distance."""
+
+    def loss(params, state, batch, key):
+        del batch, key
+        fake = params.get('network', params)
+        squares = jax.tree.map(
+            lambda x, y: jnp.sum(jnp.square(x - y)), fake, state.params[GENERATOR]
+        )
+        return Objective(scalar(0.5 * sum(jax.tree.leaves(squares))))
+
+    return Player(loss, optax.sgd(1 - share), of=FAKE, slot=COUPLING)
 
 
 def _seen_by_critic(batch: Batch, fresh: Callable[[], Rollout], critic: Critic) -> Rollout:
@@ -354,7 +396,7 @@ def _rows(x: jax.Array) -> jax.Array:
     return jnp.mean(x.reshape(len(x), -1), axis=1)
 
 
-def _init(context: Context, critic: Critic, discriminator: Discriminator | None):
+def _init(context: Context, critic: Critic, discriminator: Discriminator | None, more: More):
     network = context.network
 
     def init(key: jax.Array, frozen: Any) -> PyTree:
@@ -378,7 +420,7 @@ def _init(context: Context, critic: Critic, discriminator: Discriminator | None)
             ).features[wanted]
             head = discriminator.head.init(keys[2], jnp.zeros(feature.shape, feature.dtype))
             fake = {**fake, 'params': {'network': fake['params'], 'head': head['params']}}
-        return {GENERATOR: own, FAKE: fake}
+        return {GENERATOR: own, FAKE: fake, **more.init(jax.random.fold_in(key, 3))}
 
     return init
 
