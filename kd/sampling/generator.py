@@ -162,8 +162,7 @@ def rollout(
       times: its own, [N], decreasing.
       z: noise at the first time, [B, ...].
       key: of fresh noise.
-      exit: int32, one for the batch, or [B]; 0 asks at z itself. Of several there are as many calls
-        as the last of them needs.
+      exit: int32, one for the batch; 0 asks at z itself.
       step: `restart()` if None.
       call: the generator of the one call with gradient, where it is not `denoise`.
 
@@ -176,13 +175,10 @@ def rollout(
         moved, _ = step.move(
             schedule, denoise, x, grid[i], grid[i + 1], jax.random.fold_in(key, i), ()
         )
-        moved = moved.astype(x.dtype)
-        if jnp.ndim(exit):
-            moved = jnp.where(jnp.reshape(i < exit, (-1,) + (1,) * (x.ndim - 1)), moved, x)
-        return moved
+        return moved.astype(x.dtype)
 
     # Its length is not known before, so there is no gradient through it.
-    x = z if len(times) == 1 else jax.lax.fori_loop(0, jnp.max(exit), body, z)
+    x = z if len(times) == 1 else jax.lax.fori_loop(0, exit, body, z)
     x = jax.lax.stop_gradient(x)
     time = jnp.broadcast_to(grid[exit], x.shape[:1])
     return Rollout(x, time, (call or denoise)(x, time))

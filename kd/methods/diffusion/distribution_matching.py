@@ -44,7 +44,6 @@ from kd.sampling.times import TimeLaw
 from kd.state import PyTree, State
 
 GENERATOR, FAKE, TEACHER = 'generator', 'fake', 'teacher'
-COUPLING = 'coupling'
 
 
 class Student(Protocol):
@@ -122,21 +121,6 @@ class Term(NamedTuple):
     loss: Callable[[Views, Batch, jax.Array], jax.Array]
 
 
-class More(NamedTuple):
-    """What else moves in a step, after the critic.
-
-    Attributes:
-      players: by name. They see `batch['out/generator']`, samples `x` and the times `level` at
-        which the generator was asked for them.
-      init: `init(key)`, the variables of the parts that they bring.
-      generator: optimiser of the generator, where a player shares its slot; None for the stage's.
-    """
-
-    players: Mapping[str, Player] = {}
-    init: Callable[[jax.Array], dict[str, PyTree]] = lambda key: {}
-    generator: optax.GradientTransformation | None = None
-
-
 class Discriminator(NamedTuple):
     """A head on features of the fake denoiser, which sees noised real and generated examples.
 
@@ -202,7 +186,6 @@ def distribution_matching(
     discriminator: Discriminator | None = None,
     samples: Count | None = None,
     base: NonNegative | None = None,
-    more: More | None = None,
 ) -> Method:
     """Moves a generator along a direction, and the critic that the direction asks, in turn.
 
@@ -221,9 +204,7 @@ def distribution_matching(
       base: the time at which samples of the generator are, where they are not clean: the critic
         then learns by `kd.losses.score_distillation.subinterval`. Without a discriminator, whose
         real examples are clean.
-      more: further players.
     """
-    more = more or More()
     if base is not None and discriminator is not None:
         raise ValueError('distribution_matching: samples with noise are not told from clean data.')
     network, shape = context.network, context.spec['input'].shape
@@ -263,6 +244,7 @@ def distribution_matching(
             made.x, made.time, condition, teacher.schedule, real, fake, both, base,
             state.params,
         )  # fmt: skip
+        return Views(made.x, made.time, condition, teacher.schedule, real, fake, both, base)
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
         return {name: x[:samples] for name, x in denoisers.conditions(network, batch).items()}
@@ -328,27 +310,13 @@ def distribution_matching(
             }
         return Objective(mean(losses), metrics)
 
-    players = {GENERATOR: Player(generator_loss, more.generator or context.tx)}
-    if critic.coupling < 1:
-        players[COUPLING] = _coupling(critic.coupling)
-    players[FAKE] = Player(
-        critic_loss, critic.tx, repeats=critic.updates, rows='same', unroll=critic.unroll
-    )
-    return alternate({**players, **more.players}, _init(context, critic, discriminator, more))
-
-
-def _coupling(share: float) -> Player:
-    """fake <- share fake + (1 - share) generator, as a step down half of their squared distance."""
-
-    def loss(params, state, batch, key):
-        del batch, key
-        fake = params.get('network', params)
-        squares = jax.tree.map(
-            lambda x, y: jnp.sum(jnp.square(x - y)), fake, state.params[GENERATOR]
-        )
-        return Objective(scalar(0.5 * sum(jax.tree.leaves(squares))))
-
-    return Player(loss, optax.sgd(1 - share), of=FAKE, slot=COUPLING)
+    players = {
+        GENERATOR: Player(generator_loss, context.tx),
+        FAKE: Player(
+            critic_loss, critic.tx, repeats=critic.updates, rows='same', unroll=critic.unroll
+        ),
+    }
+    return alternate(players, _init(context, critic, discriminator))
 
 
 def _seen_by_critic(batch: Batch, fresh: Callable[[], Rollout], critic: Critic) -> Rollout:
@@ -396,7 +364,7 @@ def _rows(x: jax.Array) -> jax.Array:
     return jnp.mean(x.reshape(len(x), -1), axis=1)
 
 
-def _init(context: Context, critic: Critic, discriminator: Discriminator | None, more: More):
+def _init(context: Context, critic: Critic, discriminator: Discriminator | None):
     network = context.network
 
     def init(key: jax.Array, frozen: Any) -> PyTree:
@@ -420,7 +388,7 @@ def _init(context: Context, critic: Critic, discriminator: Discriminator | None,
             ).features[wanted]
             head = discriminator.head.init(keys[2], jnp.zeros(feature.shape, feature.dtype))
             fake = {**fake, 'params': {'network': fake['params'], 'head': head['params']}}
-        return {GENERATOR: own, FAKE: fake, **more.init(jax.random.fold_in(key, 3))}
+        return {GENERATOR: own, FAKE: fake}
 
     return init
 
