@@ -54,8 +54,7 @@ def ddim(eta: float = 0.0) -> Step:
         ratio = alpha * sigma2 / (alpha2 * sigma)
         up = eta * sigma2 * jnp.sqrt(jnp.maximum(1 - ratio**2, 0.0))
         down = jnp.sqrt(jnp.maximum(sigma2**2 - up**2, 0.0))
-        moved = alpha2 * mu + down * convert(schedule, mu, x, t, 'x0', 'eps')
-        return alpha2 * mu + down * (x - alpha * mu) / sigma, up
+        return alpha2 * mu + down * convert(schedule, mu, x, t, 'x0', 'eps'), up
 
     def move(schedule, denoise, x, t, to, key, memory):
         moved, up = kernel(schedule, denoise(x, t), x, t, to)

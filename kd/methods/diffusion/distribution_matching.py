@@ -34,7 +34,6 @@ from kd.methods import start
 from kd.metrics import Metrics, mean
 from kd.models import adapters
 from kd.models.adapters import Adapter, merged
-from kd.metrics import Metrics, mean, scalar
 from kd.network import Network
 from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
@@ -76,7 +75,6 @@ class Views:
       base: time at which samples are, where they are not clean.
       generator: `generator(x_t, t) -> x0`, with gradient.
       fake_both: as `both`, of the fake denoiser.
-      parts: parameters of all parts by name, constants.
     """
 
     x: jax.Array
@@ -89,7 +87,6 @@ class Views:
     base: float | None = None
     generator: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fake_both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]] | None = None
-    parts: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
@@ -153,8 +150,6 @@ class Critic(NamedTuple):
       dropout: share of the samples whose condition it is not told; what is asked without one has to
         be trained so.
       adapter: it is what the networks begin as with these beside, which alone are trained.
-      coupling: before its moves the fake denoiser goes towards the generator, which must be of its
-        form: fake <- coupling fake + (1 - coupling) generator (Flash-DMD, arXiv:2511.20549).
     """
 
     network: Network
@@ -167,7 +162,6 @@ class Critic(NamedTuple):
     unroll: bool = False
     dropout: float = 0.0
     adapter: Adapter | None = None
-    coupling: float = 1.0
 
     @property
     def sigma_data(self) -> float:
@@ -240,11 +234,7 @@ def distribution_matching(
         return Views(
             made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator,
             fake_both,
-        return Views(
-            made.x, made.time, condition, teacher.schedule, real, fake, both, base,
-            state.params,
         )  # fmt: skip
-        return Views(made.x, made.time, condition, teacher.schedule, real, fake, both, base)
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
         return {name: x[:samples] for name, x in denoisers.conditions(network, batch).items()}
