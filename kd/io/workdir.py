@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -126,12 +127,10 @@ class MetricLog:
         with process.active().nothing_to_lose():
             from clu import metric_writers
 
-        # In a thread of its own: a signal that finds the main thread in a write crashes it.
-        self._writer = metric_writers.AsyncWriter(
-            metric_writers.SummaryWriter(str(directory / 'tensorboard'))
-        )
+        self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))
         # TensorFlow's first write takes most of a second: here, and not between two steps.
-        self._writer.write_texts(resume_step, {'stage': directory.name})
+        with self._undisturbed():
+            self._writer.write_texts(resume_step, {'stage': directory.name})
         self._stream = self._file.open('a')
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -140,7 +139,12 @@ class MetricLog:
         with files.naming(self._file):
             self._stream.write(files.json_text({'step': step, **scalars}) + '\n')
             self._stream.flush()
-        self._writer.write_scalars(step, dict(scalars))
+        with self._undisturbed():
+            self._writer.write_scalars(step, dict(scalars))
+
+    def _undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Within, a signal is only noted: what its handler raises in TensorFlow is a crash."""
+        return process.active().deferred()
 
     def close(self) -> None:
         if not self._writes:
