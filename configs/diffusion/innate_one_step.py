@@ -21,8 +21,11 @@ with one seed, where the teacher had 73, 5.9 and 1.9 in 1, 4 and 16: freezing he
 moves against perceptrons' features do not make up for a teacher's steps.
 """
 
+from pathlib import Path
+
 from kd import config as kd_config
 
+few_steps = kd_config.load_module(Path(__file__).with_name('mnist.py'))
 VARIANTS = ('cpu', 'cifar10')
 # MLPs and output projections of blocks; what adapts, queries, keys and both ends are trained.
 FROZEN = r'block\d+/(mlp|projection)'
@@ -36,93 +39,46 @@ def get_config(variant: str = 'cifar10'):
 def cpu():
     """Minutes on two cores."""
     return recipe(
-        data=dict(name='digits', train='train', validation='test'),
-        network=dict(patch=2, width=48, depth=3, heads=4),
-        sigma_data=0.75,
+        **few_steps.DIGITS,
         teacher=dict(steps=1_200, lr=2e-3, batch_size=128),
         students=dict(steps=400, lr=2e-4, critic_lr=4e-4, gamma=1e-2, batch_size=128),
         samples=1_000,
         reads={'first': 'classifier/hidden0', 'second': 'classifier/hidden1'},
-        judge=dict(
-            network=dict(name='kd.models.mlp.MLP', widths=(64, 32)),
-            optimizer=dict(name='adamw', lr=3e-3, schedule='cosine', weight_decay=1e-3),
-            steps=600,
-        ),
     )
 
 
 def cifar10():
     """A teacher from nothing, and its generators, in a day on 8 GPUs."""
     return recipe(
-        data=dict(name='cifar10', train='train[:49000]', validation='train[49000:]', test='test'),
-        network=dict(patch=2, width=384, depth=12, heads=6, dtype='bfloat16'),
-        sigma_data=0.5,
+        **few_steps.CIFAR10,
         teacher=dict(steps=400_000, lr=2e-4, batch_size=512),
         # 5 M images; gamma by the batch of one of four devices, see the method.
         students=dict(steps=20_000, lr=1e-4, critic_lr=1e-4, gamma=1e-4 / 64, batch_size=256),
         samples=10_000,
         reads={'first': 'classifier/block1', 'second': 'classifier/block2'},
-        judge=dict(
-            network=dict(name='kd.models.convnet.ConvNet', depth=3, width=64),
-            optimizer=dict(name='adamw', lr=1e-3, schedule='cosine', weight_decay=1e-4),
-            steps=10_000,
-        ),
         mesh=dict(data=-1),
     )
 
 
-def recipe(*, data, network, sigma_data, teacher, students, samples, reads, judge, **parallel):
+def recipe(*, teacher, students, samples, reads, **world):
     """Stages classifier, teacher, gdd, gdd_i."""
-    denoiser = dict(
-        name='kd.models.denoiser.denoiser',
-        network=dict(name='kd.models.dit.DiT', data_scale=1.0, **network),
-        schedule=dict(name='kd.losses.schedule.edm'),
-        precondition='edm',
-        sigma_data=sigma_data,
+    network, probes = few_steps.denoiser(**world), few_steps.PROBES
+    measured = dict(
+        weights='slow', samples=samples, batch=250, classifier='classifier', split='train'
     )
-    config = kd_config.recipe(
-        stages=('classifier', 'teacher', 'gdd', 'gdd_i'),
-        data=data,
-        report=dict(
-            name='kd.reports.generation.generation',
-            rows=(('teacher', 'teacher'), ('GDD', 'gdd'), ('GDD-I', 'gdd_i')),
-        ),
-        **parallel,
-    )
-    config.classifier = kd_config.stage(
-        method=dict(name='kd.methods.vision.supervised.supervised'),
-        evaluators={'validation': dict(name='kd.evaluators.classification.classification')},
-        batch_size=128,
-        **judge,
-    )
-    measured = dict(samples=samples, batch=250, classifier='classifier', split='train')
-    probes = 'kd.evaluators.generator_samples'
-    config.teacher = kd_config.stage(
-        network=denoiser,
-        method=dict(
-            name='kd.methods.diffusion.denoising.denoising',
-            law=dict(name='kd.sampling.times.lognormal'),
-            weight='edm',
-        ),
-        optimizer=dict(
-            name='adam', lr=teacher['lr'], clip_norm=1.0, warmup_steps=teacher['steps'] // 50
-        ),
-        ema={'slow': dict(halflife=teacher['steps'] / 20, ramp=0.05)},
-        references={'classifier': 'classifier'},
+    config = few_steps.begun(
+        stages=('gdd', 'gdd_i'),
+        rows=(('teacher', 'teacher'), ('GDD', 'gdd'), ('GDD-I', 'gdd_i')),
+        teacher=teacher,
         evaluators={
-            'samples': dict(
-                name=f'{probes}.denoiser_samples', steps=(1, 4, 16), weights='slow', **measured
-            )
+            'samples': dict(name=f'{probes}.denoiser_samples', steps=(1, 4, 16), **measured)
         },
-        steps=teacher['steps'],
-        batch_size=teacher['batch_size'],
-        log_every=max(teacher['steps'] // 50, 1),
-        checkpoint_every=teacher['steps'] // 2,
-    )  # fmt: skip
+        **world,
+    )
     head = dict(name='kd.models.discriminator.FeatureHead')
     for name, freeze in (('gdd', ''), ('gdd_i', FROZEN)):
         config[name] = kd_config.stage(
-            network=denoiser,
+            network=network,
             result='generator',
             references={'start': 'teacher@slow', 'classifier': 'classifier'},
             method=dict(
@@ -136,9 +92,7 @@ def recipe(*, data, network, sigma_data, teacher, students, samples, reads, judg
             ),
             optimizer=dict(name='adam', b1=0.0, b2=0.99, lr=students['lr']),
             ema={'slow': dict(halflife=students['steps'] / 10, ramp=0.05)},
-            evaluators={
-                'samples': dict(name=f'{probes}.generator_samples', weights='slow', **measured)
-            },
+            evaluators={'samples': dict(name=f'{probes}.generator_samples', **measured)},
             steps=students['steps'],
             batch_size=students['batch_size'],
             log_every=max(students['steps'] // 30, 1),

@@ -18,22 +18,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kd.context import Context
 from kd.context import Writer as StageWriter
-from kd.data import pipeline, sources
+from kd.data import sources
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.io import cache, checksums
 from kd.io.progress import say
 from kd.losses.signal import TeacherSignal
 from kd.method import Batch, Method
+from kd.methods import batches
 from kd.methods.lm import common
 from kd.metrics import Metrics, mean
 from kd.network import output_shape
-from kd.parallel import distributed, layout
-from kd.parallel import mesh as mesh_lib
+from kd.parallel import distributed
 from kd.ranges import Count, Positive, Size
 from kd.state import PyTree, State
 
@@ -214,13 +213,9 @@ def _rows(
 ) -> Callable[[Iterable[int]], tuple[dict[str, np.ndarray], np.ndarray | None]]:
     """Numbers of batches (those past the end are left out) -> arguments of `writer.write`."""
     size, text = context.batch_size, teacher.is_text(source)
-    mesh = jax.tree.leaves(variables)[0].sharding.mesh
-    everywhere = NamedSharding(mesh, PartitionSpec())
     says = teacher.says_of_tokens if text else teacher.says
-    compute = jax.jit(says, out_shardings=everywhere)
-    part, parts = mesh_lib.batch_part(mesh)
-    batches = pipeline.eval_batches(source, size, host_index=part, host_count=parts)
-    fields = set(source.spec) if text else set(teacher.network.fields)
+    fields = None if text else teacher.network.fields
+    ask = batches.asking(says, variables, source, size, fields)
     names = writer.record.names or ()
     base = jax.random.key(context.recipe.seed)
 
@@ -228,15 +223,11 @@ def _rows(
         rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
         lengths: list[np.ndarray] = []
         for number in numbers:
-            if number >= len(batches):
+            if number * size >= len(source):
                 break
-            batch = {name: batches[number][name] for name in fields}
-            batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
             count = min(size, len(source) - number * size)
             # By position, so that a cache that was cut off has the draws of one that was not.
-            key = base if text else jax.random.fold_in(base, number)
-            with layout.inside(mesh):
-                found = jax.device_get(compute(variables, batch, key))
+            found = ask(number, base if text else jax.random.fold_in(base, number))
             chosen: Any = ()
             if text:
                 found, where = found

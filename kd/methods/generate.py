@@ -13,30 +13,27 @@ rates; `kd.data.revisions` as answers to be revised.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kd import config as config_lib
 from kd.config import Block
 from kd.context import Context
 from kd.context import Writer as StageWriter
-from kd.data import generated, pipeline
+from kd.data import generated
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.io import answers, checksums
 from kd.io.progress import say
 from kd.method import Batch
+from kd.methods import batches
 from kd.methods.lm import common
 from kd.models.decoder import Decoder
-from kd.parallel import distributed, layout
-from kd.parallel import mesh as mesh_lib
+from kd.parallel import distributed
 from kd.ranges import Count, NonNegative, Positive, Size
 from kd.state import PyTree, State
 
@@ -170,23 +167,11 @@ def _rows(
     split: str,
 ) -> Callable[[int, int], answers.Answers]:
     """(first, last + 1) of prompts, the first of a batch -> answers to them."""
-    mesh = jax.tree.leaves(variables)[0].sharding.mesh
-    compute = jax.jit(answer, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    part, parts = mesh_lib.batch_part(mesh)
-    size = context.batch_size
-    batches = pipeline.eval_batches(source, size, host_index=part, host_count=parts)
-    key = jax.random.key(context.recipe.seed)
-    for number in (list(context.recipe.stages).index(context.stage), zlib.crc32(split.encode())):
-        key = jax.random.fold_in(key, number)
+    size, key = context.batch_size, batches.key_of(context, split)
+    ask = batches.asking(answer, variables, source, size)
 
     def rows_of(first: int, end: int) -> answers.Answers:
-        found: list[Any] = []
-        for number in range(first // size, -(-end // size)):
-            batch = {name: batches[number][name] for name in source.spec}
-            batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
-            with layout.inside(mesh):
-                found.append(jax.device_get(compute(variables, batch, key)))
-        joined = jax.tree.map(lambda *x: np.concatenate(x)[: end - first], *found)
-        return joined
+        found = [ask(number, key) for number in range(first // size, -(-end // size))]
+        return jax.tree.map(lambda *x: np.concatenate(x)[: end - first], *found)
 
     return rows_of

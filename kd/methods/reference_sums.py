@@ -14,18 +14,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kd.context import Context
 from kd.context import Writer as StageWriter
-from kd.data import pipeline, sources
+from kd.data import sources
 from kd.data.transforms import anchored
 from kd.errors import UserError
 from kd.io import cache, checksums, shards
 from kd.io.progress import say
+from kd.methods import batches
 from kd.methods.lm import preference
-from kd.parallel import distributed, layout
-from kd.parallel import mesh as mesh_lib
+from kd.parallel import distributed
 from kd.ranges import Count
 from kd.state import State
 
@@ -68,28 +67,17 @@ def reference_sums(
         }
         manifest = {'examples': len(source), 'per_file': per_file, 'made_of': made_of}
         writer = shards.Writer(directory / anchored.FOLDER, manifest, anchored.WHAT)
-        mesh = jax.tree.leaves(variables)[0].sharding.mesh
 
         def log_p(variables, batch):
             return preference.score(teacher, variables, batch, chunk=chunk).log_p
 
-        compute = jax.jit(
-            log_p,
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
-        part, parts = mesh_lib.batch_part(mesh)
-        batches = pipeline.eval_batches(source, size, host_index=part, host_count=parts)
-
-        def sums_of(number: int) -> np.ndarray:
-            batch = {name: batches[number][name] for name in source.spec}
-            batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
-            with layout.inside(mesh):
-                return np.asarray(compute(variables, batch), anchored.RECORD)
+        ask = batches.asking(log_p, variables, source, size)
 
         for file in distributed.from_first(writer.begin):
             first = file * per_file // size
-            last = min(first + per_file // size, len(batches))
-            found = np.concatenate([sums_of(number) for number in range(first, last)])
+            last = min(first + per_file // size, -(-len(source) // size))
+            sums = [np.asarray(ask(number), anchored.RECORD) for number in range(first, last)]
+            found = np.concatenate(sums)
             if file % jax.process_count() == jax.process_index():
                 writer.write(file, [row.tobytes() for row in found[: writer.count(file)]])
         distributed.agree(lambda: None)

@@ -11,24 +11,22 @@ sample that came of it.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kd.context import Context
 from kd.context import Writer as StageWriter
-from kd.data import pipeline, sampled
+from kd.data import sampled
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.io import shards
 from kd.io.progress import say
+from kd.methods import batches
 from kd.parallel import distributed
-from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, Finite
 from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion, times
@@ -116,21 +114,13 @@ def _rows(
     context: Context, made: Callable[..., Any], source: Source, variables: PyTree, split: str
 ) -> Callable[[int, int], Iterator[tuple[Any, ...]]]:
     """(first, last + 1) of examples, the first of a batch -> their trajectories, by batches."""
-    mesh = jax.tree.leaves(variables)[0].sharding.mesh
-    compute = jax.jit(made, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    part, parts = mesh_lib.batch_part(mesh)
-    size = context.batch_size
-    batches = pipeline.eval_batches(source, size, host_index=part, host_count=parts)
-    key = jax.random.key(context.recipe.seed)
-    for number in (list(context.recipe.stages).index(context.stage), zlib.crc32(split.encode())):
-        key = jax.random.fold_in(key, number)
+    size, key = context.batch_size, batches.key_of(context, split)
+    ask = batches.asking(made, variables, source, size)
 
     def rows_of(first: int, end: int) -> Iterator[tuple[Any, ...]]:
         end = min(end, len(source))
         for number in range(first // size, -(-end // size)):
-            batch = {name: batches[number][name] for name in source.spec}
-            batch = mesh_lib.put_batch(batch, mesh_lib.batch_sharding(mesh))
-            asked, said, omega, condition = jax.device_get(compute(variables, batch, key))
+            asked, said, omega, condition = ask(number, key)
             kept = min(size, end - number * size)
             fields = {name: x[:kept] for name, x in condition.items()}
             yield asked[:, :kept], said[:, :kept], omega[:kept], fields

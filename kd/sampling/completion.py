@@ -62,19 +62,8 @@ class Completion(NamedTuple):
     ) -> Rollout:
         """As of `Generator`: a call with gradient at one of its times."""
         del frozen
-        own = self.generator
-        noise_key, exit_key, key, dropout = jax.random.split(key, 4)
 
-        def call(x, t):
-            return own.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
+        def begin(key: jax.Array) -> jax.Array:
+            return self.begin(condition, jax.random.normal(key, shape))
 
-        return generator.rollout(
-            own.denoiser.schedule,
-            own.denoiser.bind(variables, condition),
-            own.times,
-            self.begin(condition, jax.random.normal(noise_key, shape)),
-            key,
-            jax.random.randint(exit_key, (), 0, len(own.times)),
-            step=own.step,
-            call=call,
-        )
+        return generator.asked(self.generator, variables, condition, key, train, begin)

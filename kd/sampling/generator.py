@@ -74,22 +74,46 @@ class Generator(NamedTuple):
           frozen: variables of other networks, for generators that need them.
         """
         del frozen
-        noise_key, exit_key, key, dropout = jax.random.split(key, 4)
-        path = self.denoiser.schedule
-
-        def call(x, t):
-            return self.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
-
-        return rollout(
-            path,
-            self.denoiser.bind(variables, condition),
-            self.times,
-            diffusion.noise(path, noise_key, shape, self.times[0]),
+        path, first = self.denoiser.schedule, self.times[0]
+        return asked(
+            self,
+            variables,
+            condition,
             key,
-            jax.random.randint(exit_key, (), 0, len(self.times)),
-            step=self.step,
-            call=call,
+            train,
+            lambda key: diffusion.noise(path, key, shape, first),
         )
+
+
+def asked(
+    own: Generator,
+    variables: PyTree,
+    condition: Condition,
+    key: jax.Array,
+    train: bool,
+    begin: Callable[[jax.Array], jax.Array],
+) -> Rollout:
+    """`rollout` of a generator whose first state is `begin(key)`, [B, ...], with a drawn exit.
+
+    Args:
+      own, variables, condition, key, train: as of `Generator.rollout`.
+      begin: see above.
+    """
+    noise_key, exit_key, key, dropout = jax.random.split(key, 4)
+
+    def call(x, t):
+        return own.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
+
+    return rollout(
+        own.denoiser.schedule,
+        own.denoiser.bind(variables, condition),
+        own.times,
+        begin(noise_key),
+        key,
+        jax.random.randint(exit_key, (), 0, len(own.times)),
+        step=own.step,
+        call=call,
+    )
 
 
 def of_network(

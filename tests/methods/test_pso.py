@@ -140,9 +140,7 @@ def test_steps_are_draws_from_their_kernels_and_the_last_has_none(network, varia
     )
     assert states.shape == (4, 4_000, 2)
     both = jnp.moveaxis(states[:-1], 0, 1)[:, None].repeat(2, 1)
-    # Weights as arguments: of constant ones jaxlib 0.10.2 computes wrong products on CPUs if they
-    # are fused into a sum, `jnp.sum((y - x @ jnp.full((2, 2), 0.1)) ** 2, -1)` of 4,096 rows.
-    log_p = jax.jit(lambda v, s: pso.transitions(student, v, s, {}, 'mean'))(variables, both)
+    log_p = jax.jit(lambda s: pso.transitions(student, variables, s, {}, 'mean'))(both)
     assert log_p.shape == (4_000, 2, 2)
     for i, (t, to) in enumerate(itertools.pairwise(LEVELS)):
         said = network.apply(variables, jnp.full(4_000, t), states[i]).logits

@@ -21,7 +21,7 @@ from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion
 from kd.sampling import times as times_lib
 from kd.sampling.denoiser import Condition, Denoiser
-from kd.sampling.generator import Rollout, rollout
+from kd.sampling.generator import Generator, Rollout, asked
 from kd.state import PyTree
 
 
@@ -58,25 +58,21 @@ class Phase(NamedTuple):
         frozen: Mapping[str, PyTree],
     ) -> Rollout:
         """As of `Generator`: a call at one of its times, and Euler's step from there to its end."""
-        noise_key, exit_key, key, dropout = jax.random.split(key, 4)
         path, step = self.denoiser.schedule, diffusion.ddim()
-        first = self.before[0].times[0] if self.before else self.times[0]
-        x = diffusion.noise(path, noise_key, shape, first)
         # Every expert hands over at the first time of the next one.
         ends = [expert.times[0] for expert in self.before[1:]] + [self.times[0]]
-        for expert, end in zip(self.before, ends, strict=False):
-            denoise = expert.denoiser.bind(frozen[expert.name], condition)
-            for t, to in zip(expert.times, (*expert.times[1:], end), strict=True):
-                x, _ = step.move(path, denoise, x, jnp.float32(t), jnp.float32(to), key, ())
-        x = jax.lax.stop_gradient(x)
 
-        def call(x, t):
-            return self.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
+        def begin(key: jax.Array) -> jax.Array:
+            first = self.before[0].times[0] if self.before else self.times[0]
+            x = diffusion.noise(path, key, shape, first)
+            for expert, end in zip(self.before, ends, strict=False):
+                denoise = expert.denoiser.bind(frozen[expert.name], condition)
+                for t, to in zip(expert.times, (*expert.times[1:], end), strict=True):
+                    x, _ = step.move(path, denoise, x, jnp.float32(t), jnp.float32(to), key, ())
+            return x
 
-        made = rollout(
-            path, self.denoiser.bind(variables, condition), self.times, x, key,
-            jax.random.randint(exit_key, (), 0, len(self.times)), step=step, call=call,
-        )  # fmt: skip
+        own = Generator(self.denoiser, self.times, step)
+        made = asked(own, variables, condition, key, train, begin)
         if self.end is None:
             return made
         # From where it was asked straight to the end, with what was said there.
