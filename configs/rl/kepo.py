@@ -12,7 +12,8 @@
 `cpu` begins with the base of `configs/rl/bases.py:chain_cliff`, which it trains first if nobody
 has, and so its teacher. GRPO, GRPO beside the teacher's law on right answers, and KEPO, which has
 hints too. The paper's rewards say nothing where all answers of a group are wrong; see the curve of
-unsolved prompts.
+unsolved prompts. Of cliffs seed 0 solves .15, .16 and .47 after 40 steps, .77, .84 and .91 after
+160.
 
 The larger one stands in for the paper's: there Qwen3-VL-2B-Instruct learns from Qwen3-VL-32B to
 answer questions about medical images (OmniMedVQA, 600 of one kind for training), and neither the

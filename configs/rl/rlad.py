@@ -16,7 +16,7 @@
 
 `cpu` begins with the base of `configs/rl/bases.py:chain`, which it trains first if nobody has, and
 so its teacher. Six updates on every batch of answers, at twice the rate that the chains are learnt
-with: GRPO falls to .2 of right answers, and so far as a teacher holds it, each of the others less.
+with. From .40 of right answers GRPO falls to .18, KDRL to .27, and RLAD is left with .40 (seed 0).
 
 The larger ones have not been run by us. Of the paper: 8 answers to a problem, 32 problems at a time
 (256 answers), rate 1e-6, clip .2 and .28, alpha .5, teacher's branch clamped at 1, means over

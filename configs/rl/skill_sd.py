@@ -9,7 +9,7 @@
 | qwen3_4b (default) | Qwen3-4B-Instruct-2507 | Sokoban, 6 x 6 cells, 2 boxes, 40 turns | v5p-64 |
 
 `cpu` begins with the base of `configs/rl/bases.py:push`, trained first if nobody has, which wins
-.21 of the levels. Seed 0 wins .59 of 128 levels after GRPO and .63 with skills, which is no
+.21 of the levels. Seed 0 wins .59 of 64 levels after GRPO and .63 with skills, which is no
 difference: at this scale a tie, see `configs/claims/skill_sd.py`.
 
 `qwen3_4b` has not been run by us. From the paper: the model, lambda .001, the teacher that is the
