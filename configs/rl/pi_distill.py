@@ -5,14 +5,14 @@
 
 | variant | policy | world | hardware |
 |---|---|---|---|
-| cpu | a decoder of 0.1 M parameters | boxes pushed on 5 x 5 cells, 12 turns | 2 cores, 6 min |
+| cpu | a decoder of 0.1 M parameters | boxes pushed on 5 x 5 cells, 12 turns | 2 cores, 4 min |
 | qwen3_4b | Qwen3-4B | Sokoban, 6 x 6 cells, 2 boxes, 40 turns | v5p-64 |
 | qwen3_8b (default) | Qwen3-8B | the same | v5p-64 |
 
 `cpu` begins with the base of `configs/rl/bases.py:push`, trained first if nobody has, which wins
-.21 of the levels. The expert says the first six actions of the best way. Expect .52 of held-out
-levels after 100 steps of pi-Distill, .51 of GRPO and .46 of OPSD, as in
-`configs/claims/pi_distill.py`.
+.21 of the levels. The expert says the first six actions of the best way. Seed 0 wins .61 of 64
+levels after 100 steps of pi-Distill, .59 of GRPO and .52 of OPSD; `configs/claims/pi_distill.py`
+has more seeds.
 
 The larger ones have not been run by us. From the paper: the models, alpha .5 and beta .25, an
 expert's actions without thoughts, a group for every task. Its worlds (TravelPlanner, tau-Bench)
