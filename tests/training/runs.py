@@ -28,8 +28,9 @@ def _child(arguments, cache, log, hold, room):
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    # As a program in a terminal has it, also where the tests run in the background.
+    # As a program in a terminal has them, also where the tests run in the background or by nohup.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from kd import process
     from kd.main import main
 
