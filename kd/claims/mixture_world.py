@@ -21,8 +21,8 @@ from kd.evaluators import distribution, fidelity
 from kd.losses.schedule import Schedule, edm
 from kd.losses.score_distillation import Weight
 from kd.method import Method
+from kd.methods.diffusion.critic import GENERATOR, Critic
 from kd.methods.diffusion.denoising import denoising
-from kd.methods.diffusion.distribution_matching import GENERATOR, Critic
 from kd.models.denoiser import Denoised
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen

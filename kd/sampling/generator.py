@@ -39,11 +39,14 @@ class Generator(NamedTuple):
       denoiser: of its network.
       times: decreasing; one for a generator of one step.
       step: from one time to the next.
+      exits: `exits(key, B) -> int32` [] or [B], which of the times a rollout ends at; None for one
+        of all, drawn for the whole batch.
     """
 
     denoiser: Denoiser
     times: tuple[float, ...]
     step: diffusion.Step = diffusion.restart()
+    exits: Callable[[jax.Array, int], jax.Array] | None = None
 
     def sample(self, variables: PyTree, condition: Condition, key: jax.Array, shape) -> jax.Array:
         """Samples of a shape [B, ...], by all steps."""
@@ -63,7 +66,7 @@ class Generator(NamedTuple):
         train: bool,
         frozen: Mapping[str, PyTree],
     ) -> Rollout:
-        """Its state at one of its times, drawn for the whole batch, and what it says there.
+        """Its state at one of its times, and what it says there.
 
         Args:
           variables: of the generator.
@@ -100,6 +103,11 @@ def asked(
       begin: see above.
     """
     noise_key, exit_key, key, dropout = jax.random.split(key, 4)
+    z = begin(noise_key)
+    if own.exits is None:
+        exit = jax.random.randint(exit_key, (), 0, len(own.times))
+    else:
+        exit = own.exits(exit_key, len(z))
 
     def call(x, t):
         return own.denoiser.apply(variables, x, t, condition, train=train, key=dropout).x0
@@ -108,9 +116,9 @@ def asked(
         own.denoiser.schedule,
         own.denoiser.bind(variables, condition),
         own.times,
-        begin(noise_key),
+        z,
         key,
-        jax.random.randint(exit_key, (), 0, len(own.times)),
+        exit,
         step=own.step,
         call=call,
     )
@@ -186,7 +194,8 @@ def rollout(
       times: its own, [N], decreasing.
       z: noise at the first time, [B, ...].
       key: of fresh noise.
-      exit: int32, one for the batch; 0 asks at z itself.
+      exit: int32, one for the batch, or one for each example, [B], which takes the calls that the
+        latest of them needs; 0 asks at z itself.
       step: `restart()` if None.
       call: the generator of the one call with gradient, where it is not `denoise`.
 
@@ -199,10 +208,12 @@ def rollout(
         moved, _ = step.move(
             schedule, denoise, x, grid[i], grid[i + 1], jax.random.fold_in(key, i), ()
         )
+        if jnp.ndim(exit):
+            moved = jnp.where(jnp.reshape(i < exit, (-1,) + (1,) * (x.ndim - 1)), moved, x)
         return moved.astype(x.dtype)
 
     # Its length is not known before, so there is no gradient through it.
-    x = z if len(times) == 1 else jax.lax.fori_loop(0, exit, body, z)
+    x = z if len(times) == 1 else jax.lax.fori_loop(0, jnp.max(exit), body, z)
     x = jax.lax.stop_gradient(x)
     time = jnp.broadcast_to(grid[exit], x.shape[:1])
     return Rollout(x, time, (call or denoise)(x, time))

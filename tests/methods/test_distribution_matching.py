@@ -10,9 +10,13 @@ from kd.claims import seeds
 from kd.data.builders import mixtures
 from kd.errors import UserError
 from kd.losses import schedule
+from kd.method import Objective, Player
 from kd.methods.diffusion import common
 from kd.methods.diffusion.denoising import denoising
+from kd.methods.diffusion.distribution_matching import Further, Term, distribution_matching
 from kd.methods.diffusion.dmd import dmd
+from kd.metrics import mean, scalar
+from kd.models.adapters import Adapter
 from kd.models.denoiser import denoiser as denoiser_module
 from kd.models.discriminator import FeatureHead
 from kd.network import from_linen
@@ -120,7 +124,7 @@ def test_a_step_against_one_by_hand(network, teacher, batch):
         # A product with a constant: its gradient is g times that of x.
         return jnp.mean(jnp.sum(jax.lax.stop_gradient(g) * x, 1)) / 2
 
-    step = jax.grad(loss)(state.params['generator'])
+    step = jax.jit(jax.grad(loss))(state.params['generator'])
     generator = jax.tree.map(lambda p, g: p - LR * g, state.params['generator'], step)
     close(found.params['generator'], generator)
 
@@ -136,7 +140,7 @@ def test_a_step_against_one_by_hand(network, teacher, batch):
         def denoise(params, x=x, x_t=x_t, t=t):
             return jnp.mean(jnp.square(mu(params, x_t, t) - x).mean(1) / t**2)
 
-        fake = jax.tree.map(lambda p, g: p - FAKE_LR * g, fake, jax.grad(denoise)(fake))
+        fake = jax.tree.map(lambda p, g: p - FAKE_LR * g, fake, jax.jit(jax.grad(denoise))(fake))
     close(found.params['fake'], fake)
     assert path.sigma(2.0) == 2.0
 
@@ -213,12 +217,80 @@ def test_a_discriminator_moves_the_critic_and_its_gradient_reaches_the_samples(
         logits = head.apply({'params': state.params['fake']['head']}, features)
         return 2.0 * jnp.mean(jnp.log1p(jnp.exp(-logits)))
 
-    step = jax.grad(loss)(state.params['generator'])
+    step = jax.jit(jax.grad(loss))(state.params['generator'])
     generator = jax.tree.map(lambda p, g: p - LR * g, state.params['generator'], step)
     close(moved.params['generator'], generator)
 
     with pytest.raises(UserError, match="feature='hidden9' is no feature of the network, whose"):
         method(network, gan=1.0, feature='hidden9')
+
+
+def assembled(network, further=None, tx=None, terms=(), **critic):
+    """A method whose generator moves by its terms alone, at one time."""
+    given = context(network, references={'other': network})
+    law, still = times.uniform(times.karras(0.02, 5.0)), dict(name='sgd', lr=0.0)
+    return distribution_matching(
+        given, student=common.student(given, (5.0,)), teacher=common.teacher(given), terms=terms,
+        critic=common.critic(given, still, law, updates=1, weight='eps', **critic),
+        direction=lambda views, key: (jnp.zeros_like(views.x), {}), further=further, tx=tx,
+    )  # fmt: skip
+
+
+def test_further_players_are_seen_by_terms_and_may_move_the_generator(network, teacher, batch):
+    """And a critic that begins as a reference goes towards the generator before that."""
+    tx = optax.sgd(LR)
+
+    def weighed(views, batch, key):
+        return views.state.params['scale'] * views.x.sum(1) + 0 * batch['input'][:, 0]
+
+    def scale_loss(params, state, batch, key):
+        return Objective(mean(params * batch['out/generator']['x'].sum(1)))
+
+    def shrink(params, state, batch, key):
+        return Objective(scalar(0.5 * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))))
+
+    further = Further(
+        {
+            'scale': Player(scale_loss, optax.sgd(1.0)),
+            'shrink': Player(shrink, tx, of='generator', slot='generator', repeats=2, rows='same'),
+        },
+        lambda key, frozen: {'scale': {'params': frozen['offset'] + 2.0}},
+    )
+    made = assembled(network, further, tx, [Term('weighed', 0.5, weighed)], start='other',
+                     coupling=0.75)  # fmt: skip
+    other = jax.tree.map(lambda x: 0.5 * x + 0.1, teacher)
+    frozen = {'teacher': teacher, 'other': other, 'offset': jnp.float32(1.0)}
+    state = jax.jit(made.init)(jax.random.key(0), frozen)
+    jax.tree.map(np.testing.assert_array_equal, state.params['fake'], other['params'])
+    jax.tree.map(np.testing.assert_array_equal, state.params['generator'], teacher['params'])
+    moved, metrics = jax.jit(made.step)(state, batch)
+
+    key = jax.random.split(jax.random.fold_in(state.step_key(), 0), 4)[0]
+    z = 5.0 * jax.random.normal(jax.random.split(key, 4)[0], (B, 2))
+
+    def said(params):
+        own = {'params': params}
+        return network.apply(own, jnp.full(B, 5.0), z, label=batch['label']).logits.sum(1)
+
+    loss = jax.jit(jax.value_and_grad(lambda params: said(params).mean()))
+    sum_of_x, step = loss(teacher['params'])
+    step = jax.tree.map(lambda g: 0.5 * 3.0 * g, step)
+    generator = jax.tree.map(lambda p, g: p - LR * g, teacher['params'], step)
+    close(
+        moved.params['fake'],
+        jax.tree.map(lambda x, y: 0.75 * x + 0.25 * y, other['params'], generator),
+    )
+    close(moved.params['generator'], jax.tree.map(lambda x: (1 - LR) ** 2 * x, generator))
+    np.testing.assert_allclose(moved.params['scale'], 3.0 - sum_of_x, rtol=1e-5)
+    assert set(state.opt_state) == {'generator', 'coupling', 'fake', 'scale'}
+    assert float(metrics['shrink/loss'].count) == 2
+
+    with pytest.raises(
+        UserError, match=r"the critic begins as 'none', and references are \['other"
+    ):
+        assembled(network, start='none')
+    with pytest.raises(UserError, match=r'method\.coupling: a critic of adapters is not of the'):
+        assembled(network, coupling=0.9, adapter=Adapter(2, 4.0, 'hidden'))
 
 
 def test_times_that_a_schedule_does_not_have(network):
@@ -232,7 +304,7 @@ def test_heads_read_vectors_tokens_and_maps():
     for shape in ((3, 5), (3, 7, 5), (3, 16, 16, 5)):
         head = FeatureHead(width=8)
         x = jax.random.normal(jax.random.key(0), shape)
-        assert head.apply(head.init(jax.random.key(1), x), x).shape == (3,)
+        assert jax.jit(head.init_with_output)(jax.random.key(1), x)[0].shape == (3,)
 
 
 def test_denoising_learns_the_exact_denoiser(network):

@@ -10,7 +10,8 @@ from kd.claims import seeds
 from kd.data.builders import mixtures
 from kd.errors import UserError
 from kd.losses.schedule import edm
-from kd.methods.diffusion.distribution_matching import GENERATOR, Views
+from kd.methods.diffusion.critic import GENERATOR
+from kd.methods.diffusion.distribution_matching import Views
 from kd.methods.diffusion.snoopi import drawn, snoopi
 from kd.models import adapters
 from kd.models.adapters import Adapter

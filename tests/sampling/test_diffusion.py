@@ -289,6 +289,21 @@ def test_a_rollout_is_its_own_steps_and_one_call_with_gradient(exit):
     assert (exit == 0) == bool((run(0.9).input == found.input).all())
 
 
+def test_examples_that_end_at_times_of_their_own():
+    """Each row is what it would be if all ended there."""
+    path, z, key = schedule.edm(), jnp.asarray([[3.0, -4.0], [6.0, 1.0], [2.0, 5.0]]), 4
+
+    def run(exit):
+        return generator.rollout(path, line(0.7), GRID, z, jax.random.key(key), exit)
+
+    exits = jnp.int32([2, 0, 1])
+    found, whole = run(exits), [run(exit) for exit in exits]
+    for row, one in enumerate(whole):
+        jax.tree.map(
+            lambda x, y, row=row: np.testing.assert_array_equal(x[row], y[row]), found, one
+        )
+
+
 def test_all_exits_are_one_program_with_as_many_calls_as_they_need():
     path, z = schedule.edm(), jnp.ones((2, 2))
     calls, traces = [], []

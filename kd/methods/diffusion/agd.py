@@ -15,7 +15,7 @@ from kd.losses import score_distillation
 from kd.losses.score_distillation import Weight
 from kd.method import Batch, Method, Objective, minimize, with_collect
 from kd.methods import start
-from kd.methods.diffusion.distribution_matching import TEACHER
+from kd.methods.diffusion.critic import TEACHER
 from kd.metrics import mean
 from kd.ranges import Count, Finite
 from kd.sampling import denoiser as denoisers

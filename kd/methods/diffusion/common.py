@@ -14,12 +14,8 @@ from kd.context import Context
 from kd.data import sampled
 from kd.errors import UserError
 from kd.losses import score_distillation
-from kd.methods.diffusion.distribution_matching import (
-    Critic,
-    Direction,
-    Discriminator,
-    Term,
-)
+from kd.methods.diffusion.critic import Critic, Discriminator
+from kd.methods.diffusion.distribution_matching import Direction, Term
 from kd.metrics import mean
 from kd.models.discriminator import FeatureHead
 from kd.network import feature_names

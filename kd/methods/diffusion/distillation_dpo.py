@@ -13,7 +13,7 @@ from kd.losses import point_clouds, score_distillation
 from kd.losses.schedule import convert
 from kd.method import Batch, Method, Objective, Player, alternate
 from kd.methods.diffusion import common
-from kd.methods.diffusion.distribution_matching import GENERATOR, TEACHER
+from kd.methods.diffusion.critic import GENERATOR, TEACHER
 from kd.methods.start import as_own
 from kd.metrics import mean
 from kd.ranges import Count, Finite, Fraction, NonNegative, Positive

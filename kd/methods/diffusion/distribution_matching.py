@@ -6,43 +6,37 @@ A step is one move of the generator, and then `updates` moves of the critic:
 2. it moves along `direction`, which asks the teacher and the fake denoiser of the step before, and
    along further terms;
 3. the critic, the fake denoiser and the discriminator on its features, learns to denoise samples of
-   the generator: the x of this step at its first move, fresh ones of the moved generator after.
+   the generator: the x of this step at its first move, fresh ones of the moved generator after;
+4. further players of a paper move.
 
-Parts of the state: `generator`, the result, and `fake`, whose parameters are {'network', 'head'}
-where there is a discriminator. The teacher is `state.frozen['teacher']`.
+Parts of the state: `generator`, the result, and `fake`, see `kd.methods.diffusion.critic`, and what
+further players bring. The teacher is `state.frozen['teacher']`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from kd.context import Context
-from kd.errors import UserError
 from kd.losses import adversarial, score_distillation
 from kd.losses.interpolant import expand_times
 from kd.losses.schedule import Schedule, convert
-from kd.losses.score_distillation import Weight
 from kd.method import Batch, Method, Objective, Player, alternate
-from kd.methods import start
+from kd.methods.diffusion import critic as critics
+from kd.methods.diffusion.critic import FAKE, GENERATOR, TEACHER, Critic, Discriminator
 from kd.metrics import Metrics, mean
-from kd.models import adapters
-from kd.models.adapters import Adapter, merged
-from kd.network import Network
 from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
 from kd.sampling.denoiser import Condition, Denoiser
 from kd.sampling.generator import Rollout
 from kd.sampling.times import TimeLaw
 from kd.state import PyTree, State
-
-GENERATOR, FAKE, TEACHER = 'generator', 'fake', 'teacher'
 
 
 class Student(Protocol):
@@ -75,6 +69,8 @@ class Views:
       base: time at which samples are, where they are not clean.
       generator: `generator(x_t, t) -> x0`, with gradient.
       fake_both: as `both`, of the fake denoiser.
+      state: before the generator moves: parameters of all parts, those of further players among
+        them, as constants, and the frozen trees.
     """
 
     x: jax.Array
@@ -87,6 +83,7 @@ class Views:
     base: float | None = None
     generator: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fake_both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]] | None = None
+    state: State | None = None
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
@@ -118,55 +115,19 @@ class Term(NamedTuple):
     loss: Callable[[Views, Batch, jax.Array], jax.Array]
 
 
-class Discriminator(NamedTuple):
-    """A head on features of the fake denoiser, which sees noised real and generated examples.
+class Further(NamedTuple):
+    """What else moves in a step, after the critic.
 
     Attributes:
-      head: features [B, ...] -> logits [B] or [B, n].
-      feature: path of a feature of the fake network.
-      generator_weight, critic_weight: of its loss in those of generator and critic.
-      law: of the times of the noise.
+      players: by name, see `kd.method.Player`. Their batch has `out/generator`: the generator's
+        samples `x` and the times `level` at which it was asked for them. One that moves the
+        generator too, with `of='generator'`, has moments of its own or shares the `slot` of that
+        name, and then the optimiser.
+      init: `init(key, frozen)`, variables by name of the parts that they bring.
     """
 
-    head: nn.Module
-    feature: str
-    generator_weight: float
-    critic_weight: float
-    law: TimeLaw
-
-
-class Critic(NamedTuple):
-    """How the fake denoiser learns.
-
-    Attributes:
-      network: the fake denoiser's.
-      denoiser: the same as a function.
-      tx: its optimiser.
-      law: of the times of its noise.
-      weight: of its loss, see `kd.losses.score_distillation.denoising`.
-      updates: moves in a step.
-      sample: 'shared', the first move sees the generator's own sample, or 'fresh', none does.
-      unroll: the moves are no loop, for convolutions on CPU.
-      dropout: share of the samples whose condition it is not told; what is asked without one has to
-        be trained so.
-      adapter: it is what the networks begin as with these beside, which alone are trained.
-    """
-
-    network: Network
-    denoiser: Denoiser
-    tx: optax.GradientTransformation
-    law: TimeLaw
-    weight: Weight
-    updates: int = 5
-    sample: Literal['shared', 'fresh'] = 'shared'
-    unroll: bool = False
-    dropout: float = 0.0
-    adapter: Adapter | None = None
-
-    @property
-    def sigma_data(self) -> float:
-        """Of the weight 'edm': that of the network's preconditioning."""
-        return getattr(self.network.module, 'sigma_data', 0.5)
+    players: Mapping[str, Player] = {}
+    init: Callable[[jax.Array, Mapping[str, PyTree]], dict[str, PyTree]] = lambda key, frozen: {}
 
 
 def distribution_matching(
@@ -180,13 +141,16 @@ def distribution_matching(
     discriminator: Discriminator | None = None,
     samples: Count | None = None,
     base: NonNegative | None = None,
+    further: Further | None = None,
+    tx: optax.GradientTransformation | None = None,
 ) -> Method:
     """Moves a generator along a direction, and the critic that the direction asks, in turn.
 
         loss of the generator = mean_i (x_i - sg[x_i - g_i])^2 / 2 + sum weight term
         loss of the critic = mean_i w(t_i) (mu_fake(x_i + noise) - sg[x_i])^2 + weight L_D
 
-    Both networks begin as `references.start`, or as the teacher where there is none.
+    Both networks begin as `references.start`, or as the teacher where there is none; the critic's
+    may begin as another, see `Critic`.
 
     Args:
       context: the stage; its network is the generator's. The batch has the fields that networks are
@@ -198,9 +162,13 @@ def distribution_matching(
       base: the time at which samples of the generator are, where they are not clean: the critic
         then learns by `kd.losses.score_distillation.subinterval`. Without a discriminator, whose
         real examples are clean.
+      further: players that move after the critic.
+      tx: of the generator; None for the stage's.
     """
     if base is not None and discriminator is not None:
         raise ValueError('distribution_matching: samples with noise are not told from clean data.')
+    critics.check(context, critic)
+    further = further or Further()
     network, shape = context.network, context.spec['input'].shape
 
     def views(state: State, made: Rollout, condition: Condition, params: PyTree) -> Views:
@@ -218,7 +186,7 @@ def distribution_matching(
             return branches(teacher, known, x, t)
 
         def tracking():
-            return _fake_variables(critic, state, state.params[FAKE], discriminator)
+            return critics.variables(critic, state, state.params[FAKE], discriminator)
 
         def fake(x, t):
             return jax.lax.stop_gradient(critic.denoiser.apply(tracking(), x, t, condition).x0)
@@ -233,7 +201,7 @@ def distribution_matching(
 
         return Views(
             made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator,
-            fake_both,
+            fake_both, state,
         )  # fmt: skip
 
     def asked(batch: Batch) -> dict[str, jax.Array]:
@@ -257,9 +225,10 @@ def distribution_matching(
             losses += term.weight * value
             metrics[term.name] = mean(value)
         if discriminator is not None:
-            logits = _logits(
-                critic, discriminator, state.params[FAKE], state, made, condition, keys[2]
-            )
+            logits = critics.logits(
+                critic, discriminator, state.params[FAKE], state, made.x, made.time, condition,
+                keys[2],
+            )  # fmt: skip
             value = _rows(adversarial.generator_softplus(logits))
             losses += discriminator.generator_weight * value
             metrics['adversarial'] = mean(value)
@@ -268,7 +237,7 @@ def distribution_matching(
     def critic_loss(params, state, batch, key):
         keys = jax.random.split(key, 4)
         made = _seen_by_critic(batch, lambda: rolled(state, batch, keys[0]), critic)
-        condition, own = asked(batch), _fake_variables(critic, state, params, discriminator)
+        condition, own = asked(batch), critics.variables(critic, state, params, discriminator)
         told = denoisers.dropped(
             critic.denoiser, jax.random.fold_in(key, 4), condition, critic.dropout
         )
@@ -286,11 +255,10 @@ def distribution_matching(
             losses = score_distillation.subinterval(u, made.x, noise, path, low, t)
         metrics = {'denoising': mean(losses)}
         if discriminator is not None:
-            data = batch['input'][:samples]
-            real = Rollout(data, made.time, data)
+            pair = (batch['input'][:samples], made.x)
             d_real, d_fake = (
-                _logits(critic, discriminator, params, state, which, condition, key)
-                for which, key in zip((real, made), jax.random.split(keys[3]), strict=True)
+                critics.logits(critic, discriminator, params, state, x, made.time, condition, key)
+                for x, key in zip(pair, jax.random.split(keys[3]), strict=True)
             )
             value = _rows(adversarial.discriminator_softplus(d_real, d_fake))
             losses += discriminator.critic_weight * value
@@ -301,12 +269,19 @@ def distribution_matching(
         return Objective(mean(losses), metrics)
 
     players = {
-        GENERATOR: Player(generator_loss, context.tx),
+        GENERATOR: Player(generator_loss, context.tx if tx is None else tx),
+        **critics.coupled(critic),
         FAKE: Player(
             critic_loss, critic.tx, repeats=critic.updates, rows='same', unroll=critic.unroll
         ),
+        **further.players,
     }
-    return alternate(players, _init(context, critic, discriminator))
+
+    def init(key: jax.Array, frozen: Mapping[str, PyTree]) -> PyTree:
+        made = critics.begun(context, critic, discriminator, key, frozen)
+        return {**made, **further.init(jax.random.fold_in(key, 3), frozen)}
+
+    return alternate(players, init)
 
 
 def _seen_by_critic(batch: Batch, fresh: Callable[[], Rollout], critic: Critic) -> Rollout:
@@ -323,76 +298,6 @@ def _seen_by_critic(batch: Batch, fresh: Callable[[], Rollout], critic: Critic) 
     )
 
 
-def _fake_variables(
-    critic: Critic, state: State, params: PyTree, discriminator: Discriminator | None
-) -> PyTree:
-    own = params if discriminator is None else params['network']
-    if critic.adapter is not None:
-        below = _beginning(state.frozen)
-        return {**below, 'params': merged(below['params'], own, critic.adapter.scale)}
-    return state.variables(part=FAKE, params=own)
-
-
-def _beginning(frozen: Mapping[str, PyTree]) -> PyTree:
-    """What the networks begin as, None for nothing."""
-    return frozen.get(start.START, frozen.get(TEACHER))
-
-
-def _logits(critic, discriminator, params, state, made, condition, key):
-    """Of noised examples; their gradient goes through the trunk."""
-    time_key, noise_key = jax.random.split(key)
-    path, t = critic.denoiser.schedule, discriminator.law(time_key, made.time)
-    x_t = path.mix(made.x, jax.random.normal(noise_key, made.x.shape, made.x.dtype), t)
-    own = _fake_variables(critic, state, params, discriminator)
-    feature = discriminator.feature
-    found = critic.denoiser.apply(own, x_t, t, condition, capture=(feature,)).features[feature]
-    return discriminator.head.apply({'params': params['head']}, found)
-
-
 def _rows(x: jax.Array) -> jax.Array:
     """The mean of each row, [B]."""
     return jnp.mean(x.reshape(len(x), -1), axis=1)
-
-
-def _init(context: Context, critic: Critic, discriminator: Discriminator | None):
-    network = context.network
-
-    def init(key: jax.Array, frozen: Any) -> PyTree:
-        keys = jax.random.split(key, 3)
-        own, fake = network.init(keys[0]), critic.network.init(keys[1])
-        given = _beginning(frozen)
-        if given is not None:
-            own, fake = (
-                _begun(context, name, variables, given)
-                for name, variables in ((GENERATOR, own), (FAKE, fake))
-            )
-        seen = fake
-        if critic.adapter is not None:
-            fake = {'params': adapters.drawn(keys[1], fake['params'], critic.adapter)}
-        if discriminator is not None:
-            wanted = discriminator.feature
-            feature = jax.eval_shape(
-                lambda v, *inputs: critic.network.apply(v, *inputs, capture=(wanted,)),
-                seen,
-                *critic.network.inputs,
-            ).features[wanted]
-            head = discriminator.head.init(keys[2], jnp.zeros(feature.shape, feature.dtype))
-            fake = {**fake, 'params': {'network': fake['params'], 'head': head['params']}}
-        return {GENERATOR: own, FAKE: fake}
-
-    return init
-
-
-def _begun(context: Context, name: str, own: PyTree, given: PyTree) -> PyTree:
-    """A network that begins as another.
-
-    Raises:
-      UserError: they are not of one form.
-    """
-    forms = [jax.tree.map(jnp.shape, tree) for tree in (own, given)]
-    if forms[0] != forms[1]:
-        raise UserError(
-            f'{context.stage}: the {name} begins as references.{start.START} or as the teacher, '
-            'and is another network; give it the block of that one, or name a stage to start from.'
-        )
-    return jax.tree.map(lambda x, y: jnp.asarray(y, x.dtype), own, given)

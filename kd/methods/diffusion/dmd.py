@@ -51,8 +51,8 @@ def dmd(
       updates: moves of the critic for one of the generator.
       between, critic_between: ranks of the clock between which g and the critic draw their times.
       weight: of the critic's loss, see `kd.losses.score_distillation.denoising`.
-      sample: what the critic's first move sees, see `distribution_matching.Critic`; Self-Forcing
-        (arXiv:2506.08009) has 'fresh' and `critic_between=(0.02, 0.98)`.
+      sample: what the critic's first move sees, see `kd.methods.diffusion.critic.Critic`;
+        Self-Forcing (arXiv:2506.08009) has 'fresh' and `critic_between=(0.02, 0.98)`.
       step: of the generator.
       gan: weight of the adversarial loss of the generator; 0 for no discriminator.
       gan_critic: of the discriminator's loss in the critic's.

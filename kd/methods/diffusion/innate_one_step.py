@@ -17,7 +17,7 @@ from kd.losses import adversarial
 from kd.method import Batch, Method, Objective, Player, alternate
 from kd.methods import start
 from kd.methods.diffusion import common
-from kd.methods.diffusion.distribution_matching import GENERATOR
+from kd.methods.diffusion.critic import GENERATOR
 from kd.metrics import mean
 from kd.network import feature_names
 from kd.ranges import Count, NonNegative, Positive
