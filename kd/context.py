@@ -145,11 +145,12 @@ class Evaluator(NamedTuple):
 class Probe(NamedTuple):
     """An evaluator for questions that are not sums over examples: samples, geometry, fresh runs.
 
-    `run(state, batches) -> {name: scalar or Figure}`; `batches` are those of `Evaluator`, on the
-    device, to be used or not. Figures are written to `figures/` in the stage's directory.
+    `run(state, batches) -> {name: scalar, Figure or str}`; `batches` are those of `Evaluator`, on
+    the device, to be used or not. Figures are written to `figures/` in the stage's directory, texts
+    to `texts/`, as Markdown.
     """
 
-    run: Callable[[State, Iterable[dict[str, jax.Array]]], Mapping[str, float | Figure]]
+    run: Callable[[State, Iterable[dict[str, jax.Array]]], Mapping[str, float | Figure | str]]
 
 
 # Writes files of a stage: `write(state, step, directory)`, at step 0 and then every so often.

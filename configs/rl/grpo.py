@@ -13,7 +13,8 @@
 `cpu` begins with the base of `configs/rl/bases.py:chain`, which it trains first if nobody has, and
 so its teacher, `chain_clean`. One step is 16 prompts with 8 answers each and two updates, all of it
 one compiled program. Expect .41 of right answers to become .7 in 40 steps, .92 in 160 and .95 in
-320, with a teacher or without.
+320, with a teacher or without. What the policy says to four problems lies in
+`STAGE/texts/samples_answers_STEP.md`, at every evaluation.
 
 The larger ones have not been run to the end by us. Rewards are verdicts of `math-verify`
 (`pip install -e '.[math]'`). Rates, lengths and batches are ours, near what GRPO's users take: Adam
@@ -33,7 +34,9 @@ from kd.models.decoder import SHARDING
 VARIANTS = ('cpu', 'smollm2_gsm8k', 'qwen3_1_7b', 'qwen3_8b')
 GRPO = 'kd.methods.rl.grpo.grpo'
 VERIFIED = 'kd.evaluators.verified.verified'
+TRANSCRIPTS = 'kd.evaluators.transcripts.transcripts'
 CHAIN, TEACHER = 'configs/rl/bases.py:chain', 'configs/rl/bases.py:chain_clean'
+SYMBOLS = 'kd.data.builders.symbols.SYMBOLS'
 SMOLLM2 = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
@@ -97,6 +100,9 @@ def cpu():
             evaluators={
                 'validation': dict(name=VERIFIED, reward=reward, sampling=sampling, k=(8,)),
                 'greedy': dict(name=VERIFIED, reward=reward, sampling=dict(sampling, top_k=1)),
+                'samples': dict(
+                    name=TRANSCRIPTS, reward=reward, sampling=sampling, symbols=SYMBOLS
+                ),
             },
             **fields,
         )
@@ -222,7 +228,8 @@ def gsm8k(
         evaluators={
             'validation': dict(
                 name=VERIFIED, reward=reward, sampling=dict(sampling, group=1, top_k=1)
-            )
+            ),
+            'samples': dict(name=TRANSCRIPTS, reward=reward, sampling=dict(sampling, group=2)),
         },
     )
     return config

@@ -27,7 +27,7 @@ from kd.training.stage import Stage
 
 _REPORT = '.report.json'
 # What a stage's directory holds beside the files of its writers.
-_OWN = ('checkpoints', 'broken_checkpoints', 'tensorboard', 'figures', 'profile')
+_OWN = ('checkpoints', 'broken_checkpoints', 'tensorboard', 'figures', 'texts', 'profile')
 
 
 def finish(stage: Stage, directory: Path, saved: checkpoints.Checkpoints, state: State) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
+from kd import files
 from kd.context import Evaluator, Probe
 from kd.data import pipeline
 from kd.errors import UserError
@@ -39,7 +40,8 @@ class Evaluation:
     def __call__(self, state: State, step: int, directory: Path) -> dict[str, float]:
         """Runs all evaluators; returns {'evaluator/metric': value}.
 
-        Figures are written to `directory/figures/EVALUATOR_NAME_STEP.png`.
+        Figures are written to `directory/figures/EVALUATOR_NAME_STEP.png`, texts to
+        `directory/texts/EVALUATOR_NAME_STEP.md`.
         """
         scalars = self._sums(state)
         probes = {
@@ -52,8 +54,11 @@ class Evaluation:
             watch.obey(self.stop)
             found: dict[str, float] = {}
             for name, value in probe.run(probed, self._whole(split)).items():
+                file = f'{label}_{name}_{step}'
                 if isinstance(value, Figure):
-                    self._write(value, directory / 'figures' / f'{label}_{name}_{step}.png')
+                    self._write(value, directory / 'figures' / f'{file}.png')
+                elif isinstance(value, str):
+                    self._write(value, directory / 'texts' / f'{file}.md')
                 else:
                     found[f'{label}/{name}'] = float(value)
             scalars |= distributed.from_first(functools.partial(dict, found))
@@ -125,7 +130,10 @@ class Evaluation:
 
         return jax.jit(update, out_shardings=replicated(self.stage.mesh))
 
-    def _write(self, figure: Figure, file: Path) -> None:
+    def _write(self, found: Figure | str, file: Path) -> None:
         if jax.process_index() == 0:
             file.parent.mkdir(exist_ok=True)
-            figure.savefig(file)
+            if isinstance(found, str):
+                files.write_whole(file, found)
+            else:
+                found.savefig(file)
