@@ -32,6 +32,7 @@ FIGURES = {
     '04_flow_maps': 0,
     '05_dataset_distillation': 0,
     '06_language_models': 1,
+    '07_on_policy': 0,
 }
 
 # Runs code cells one after another in one namespace; a last expression is a figure to draw.
