@@ -74,8 +74,10 @@ def probed(network, state, batches, tokenizer=None, **options):
 
 def test_prompts_of_two_batches_stand_with_their_own_answers_and_rewards(network, state, batches):
     first, second = batches
-    asked = np.concatenate([first['input'][[0, 2]], second['input'][:1]])
-    there = np.concatenate([first['prompt_mask'][[0, 2]], second['prompt_mask'][:1]])
+    asked, there = (
+        np.concatenate([np.asarray(first[name])[[0, 2]], second[name][:1]])
+        for name in ('input', 'prompt_mask')
+    )
     draw = jax.jit(sampler(network.module, max_new=R, stop=(EOS,), forbidden=(0, 1)))
     said = draw(state.variables(), asked.repeat(G, 0), there.repeat(G, 0), jax.random.key(5))
     expected, rewards = [], []
