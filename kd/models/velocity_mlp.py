@@ -55,6 +55,17 @@ class VelocityMLP(nn.Module):
         """Velocity [B, ...] like x from times [B], points [B, ...] and labels int [B]."""
         if self.time_weight and self.is_initializing():
             TimeWeight(self.time_weight, name='time_weight')(s, t)
+        hidden = self._hidden(s, t, x, label)
+        out = nn.Dense(
+            x[0].size, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='out'
+        )(hidden)
+        return (self.data_scale * out).astype(x.dtype).reshape(x.shape)
+
+    @nn.nowrap
+    def _hidden(
+        self, s: jax.Array, t: jax.Array, x: jax.Array, label: jax.Array | None
+    ) -> jax.Array:
+        """The last hidden layer, [B, width]."""
         flat = x.reshape(x.shape[0], -1)
         hidden = self._features(s[:, None], t[:, None], flat).astype(self.dtype)
         classes = class_features(label, self.num_classes, len(x), self.dtype)
@@ -64,11 +75,9 @@ class VelocityMLP(nn.Module):
                 embed = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='label')
                 hidden = hidden + embed(classes)
             hidden = nn.gelu(hidden)
-        out = nn.Dense(
-            flat.shape[1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name='out'
-        )(hidden)
-        return (self.data_scale * out).astype(x.dtype).reshape(x.shape)
+        return hidden
 
+    @nn.nowrap
     def _features(self, s: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
         if not self.frequencies:
             return jnp.concatenate([s, t, x / self.data_scale], axis=1)

@@ -54,16 +54,16 @@ def natural(schedule: Schedule, rho: float = 7.0) -> Clock:
     return even(schedule)
 
 
+def moved(u: jax.Array, shift: float) -> jax.Array:
+    """shift u / (1 + (shift - 1) u), elementwise; 1 / shift undoes it (SD3, arXiv:2403.03206)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def shifted(clock: Clock, shift: float) -> Clock:
-    """Times moved towards noise, u -> shift u / (1 + (shift - 1) u) (SD3, arXiv:2403.03206)."""
-
-    def forth(u: jax.Array) -> jax.Array:
-        return shift * u / (1 + (shift - 1) * u)
-
-    def back(u: jax.Array) -> jax.Array:
-        return u / (shift - (shift - 1) * u)
-
-    return Clock(lambda u: clock.at(forth(u)), lambda t: back(clock.rank(t)))
+    """Times `moved` towards noise, for a shift above 1."""
+    return Clock(
+        lambda u: clock.at(moved(u, shift)), lambda t: moved(clock.rank(t), 1 / shift)
+    )
 
 
 # Laws

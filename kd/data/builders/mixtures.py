@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd.losses.flow_map import VelocityFunction
+from kd.losses.interpolant import expand_times
 from kd.losses.schedule import Schedule
 from kd.sampling.denoiser import Denoiser, Prediction
 
@@ -76,7 +78,7 @@ def exact_denoiser(mixture: Mixture, schedule: Schedule) -> Denoiser:
     It reads no variables. A label of `num_classes` is none.
     """
     means, deviation = jnp.asarray(mixture.means), mixture.deviation
-    shares, labels = jnp.asarray(mixture.shares), jnp.asarray(mixture.labels)
+    labels = jnp.asarray(mixture.labels)
     classes = mixture.num_classes
 
     def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
@@ -84,9 +86,7 @@ def exact_denoiser(mixture: Mixture, schedule: Schedule) -> Denoiser:
         if capture:
             raise ValueError('exact_denoiser: a formula has no features.')
         alpha, sigma = schedule.coefficients(t, x)
-        variance = (alpha * deviation) ** 2 + sigma**2
-        away = x[:, None] - alpha[:, None] * means.astype(x.dtype)
-        logits = jnp.log(shares) - 0.5 * jnp.sum(away**2, -1) / variance
+        logits, away, variance = _components(mixture, alpha, sigma, x)
         if 'label' in condition:
             label = condition['label'][:, None]
             logits = jnp.where((label == labels) | (label == classes), logits, -jnp.inf)
@@ -95,3 +95,36 @@ def exact_denoiser(mixture: Mixture, schedule: Schedule) -> Denoiser:
         return Prediction(jnp.sum(jax.nn.softmax(logits)[..., None] * known, axis=1), {})
 
     return Denoiser(schedule, apply, {'label': classes})
+
+
+def exact_velocity(mixture: Mixture, scale: float = 1.0) -> VelocityFunction:
+    """v(s, t, x), the velocity at s of the straight path from noise to the mixture, at every s.
+
+        E[x1 - x0 | x_s] = sum_k r_k (mu_k + (s d^2 - (1 - s) R^2) / V (x - s mu_k)),
+        V = s^2 d^2 + (1 - s)^2 R^2
+
+    Args:
+      mixture: the data, of deviation d.
+      scale: R, of the noise.
+    """
+
+    def field(s, t, x):
+        del t
+        s = expand_times(s, x)
+        noise = (1 - s) * scale
+        logits, away, variance = _components(mixture, s, noise, x)
+        ratio = (s * mixture.deviation**2 - noise * scale) / variance
+        known = jnp.asarray(mixture.means, x.dtype) + ratio[..., None] * away
+        return jnp.sum(jax.nn.softmax(logits)[..., None] * known, axis=1)
+
+    return field
+
+
+def _components(
+    mixture: Mixture, alpha: jax.Array, sigma: jax.Array, x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of alpha x0 + sigma eps: log r [B, K] up to a constant, x - alpha mu [B, K, d], V [B, 1]."""
+    variance = (alpha * mixture.deviation) ** 2 + sigma**2
+    away = x[:, None] - alpha[:, None] * jnp.asarray(mixture.means).astype(x.dtype)
+    logits = jnp.log(jnp.asarray(mixture.shares)) - 0.5 * jnp.sum(away**2, -1) / variance
+    return logits, away, variance

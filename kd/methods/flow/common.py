@@ -15,7 +15,7 @@ from kd.errors import UserError
 from kd.losses.flow_map import VelocityFunction, uncertainty_weight
 from kd.losses.flow_map_algorithms import Algorithm, flow_map_errors
 from kd.losses.interpolant import Interpolant, check_same_interpolant, get_interpolant
-from kd.method import Batch, Method, Objective, minimize, with_projection
+from kd.method import Batch, Init, Loss, Method, Objective, minimize, with_projection
 from kd.metrics import mean
 from kd.models.conditioning import log_variance
 from kd.models.magnitude_preserving import effective_weights, normalize_weights
@@ -72,8 +72,7 @@ def flow_method(
             start = scale * jax.random.normal(keys[1], data.shape, data.dtype)
         label = None if classes is None else _drop(keys[2], batch['label'], label_dropout, classes)
         diagonal = int(diagonal_fraction * len(data))
-        effective = effective_weights(params, getattr(network.module, 'dtype', jnp.float32))
-        variables = {**state.variables(params=params), 'effective': effective}
+        variables = variables_of(network, state, params)
         bind = functools.partial(velocity_function, network, variables)
         on, off = (None, None) if label is None else (label[:diagonal], label[diagonal:])
         error, s, t = flow_map_errors(
@@ -95,8 +94,24 @@ def flow_method(
             metrics['map_error'] = mean(error[diagonal:])
         return Objective(mean(values), metrics)
 
-    method = minimize(loss, context.tx, network.init, micro_batches=micro_batches)
+    return minimized(context, loss, network.init, micro_batches)
+
+
+def minimized(context: Context, loss: Loss, init: Init, micro_batches: int = 1) -> Method:
+    """`minimize`; magnitude-preserving weights are projected back to their length."""
+    method = minimize(loss, context.tx, init, micro_batches=micro_batches)
     return with_projection(method, normalize_weights)
+
+
+def variables_of(network: Network, state: State, params: PyTree) -> PyTree:
+    """The variables of a loss, with weights that are normalised once for all calls."""
+    effective = effective_weights(params, getattr(network.module, 'dtype', jnp.float32))
+    return {**state.variables(params=params), 'effective': effective}
+
+
+def one_time(field: VelocityFunction) -> VelocityFunction:
+    """A network that is told no end: v(s, s, x) for every t."""
+    return lambda s, t, x: field(s, s, x)
 
 
 def _drop(key: jax.Array, label: jax.Array, probability: float, null: int) -> jax.Array:
