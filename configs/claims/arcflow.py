@@ -62,7 +62,7 @@ def run(say, seeds, steps, smoke):
     for name in ('one', 'eight') if smoke else MODES:
         network = world.network(MODES[name])
         context = world.context(network, 2e-3, steps)
-        method = arcflow(context, decay=max(int(0.3 * steps), 1))
+        method = arcflow(context, decay=max(int(0.3 * steps), 1), mode_dropout=0.0)
         state = world.train(method, steps)
         found = world.samples(network, state.params['network'], inside)
         ends = world.apart(found[:, -1])

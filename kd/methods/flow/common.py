@@ -109,6 +109,11 @@ def variables_of(network: Network, state: State, params: PyTree) -> PyTree:
     return {**state.variables(params=params), 'effective': effective}
 
 
+def mean_square(residual: jax.Array) -> jax.Array:
+    """Of each example over all its elements, [B, ...] -> [B]."""
+    return jnp.mean(jnp.square(residual), axis=tuple(range(1, residual.ndim)))
+
+
 def one_time(field: VelocityFunction) -> VelocityFunction:
     """A network that is told no end: v(s, s, x) for every t."""
     return lambda s, t, x: field(s, s, x)

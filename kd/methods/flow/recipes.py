@@ -93,6 +93,76 @@ def flow_map(
     return config
 
 
+# A flow of points in minutes, and what its students share with it.
+RING = dict(
+    data=dict(name='gaussian_mixture', train='train', validation='test'),
+    network=dict(
+        name='kd.models.velocity_mlp.VelocityMLP', width=128, depth=3, data_scale=0.5,
+        frequencies=(1,), num_classes=None,
+    ),
+    teacher=dict(optimizer=dict(name='adam', lr=2e-3, schedule='cosine'), steps=4_000),
+    students=dict(
+        optimizer=dict(name='adam', lr=1e-3, schedule='cosine'), steps=3_000,
+        checkpoint_every=1_500,
+    ),
+    measured=dict(samples=20_000, batch=5_000),
+)  # fmt: skip
+
+
+def few_steps(
+    students: Mapping[str, tuple[str, Block]],
+    *,
+    data: Block,
+    network: Block,
+    teacher: Block,
+    measured: Block,
+    weights: str = 'slow',
+    **recipe: Any,
+) -> ConfigDict:
+    """Stages 'flow' and its students, which begin as it, and their report.
+
+    Args:
+      students: {stage: (title in the report, its fields)}; what `evaluators` has for `samples` are
+        further arguments of `kd.evaluators.flow_samples.flow_samples`.
+      data: of the recipe.
+      network: of the flow, and of students without their own.
+      teacher: further fields of the stage 'flow'.
+      measured: arguments of `kd.evaluators.flow_samples.flow_samples` for all.
+      weights: the flow's average that teaches.
+      **recipe: further fields of the recipe.
+    """
+    rows = [('flow, Euler', 'flow'), *((title, name) for name, (title, _) in students.items())]
+    config = kd_config.recipe(
+        stages=('flow', *students),
+        data=data,
+        report=dict(name='kd.reports.generation.generation', rows=tuple(rows)),
+        **recipe,
+    )
+
+    def evaluators(**arguments: Any) -> dict[str, Block]:
+        probe = 'kd.evaluators.flow_samples.flow_samples'
+        return {'samples': dict(name=probe, **{**measured, **arguments})}
+
+    shared: dict[str, Any] = dict(batch_size=256, log_every=250, checkpoint_every=2_000)
+    config.flow = kd_config.stage(
+        network=network,
+        method=dict(name='kd.methods.flow.flow_matching.flow_matching'),
+        ema={'slow': 0.998},
+        evaluators=evaluators(sampler='euler', steps=(*STEPS, 64), weights=weights),
+        **{**shared, **teacher},
+    )
+    for name, (_, fields) in students.items():
+        fields = {**shared, 'network': network, **fields}
+        started = {'start': f'{fields.pop("after", "flow")}@{weights}'}
+        config[name] = kd_config.stage(
+            teacher='flow',
+            teacher_weights=weights,
+            references=started,
+            **{**fields, 'evaluators': evaluators(**fields.get('evaluators', {}))},
+        )
+    return config
+
+
 def paper_images(algorithm: str, *, data: Block, run: Block, **arguments: Any) -> ConfigDict:
     """The paper's setting for images: unconditional, learned weight, RAdam at 1e-2.
 
