@@ -27,7 +27,7 @@ from kd.models.conditioning import velocity_inputs
 from kd.models.momentum_mlp import MomentumMLP
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import Network, from_linen
-from kd.sampling.flow import draw_noise, heun_sample, time_grid
+from kd.sampling.flow import draw_noise, euler_sample, heun_sample, time_grid
 from kd.sampling.velocity import velocity_function
 from kd.state import PyTree, State
 
@@ -83,10 +83,11 @@ class World:
         return from_linen(module, *velocity_inputs(SPEC))
 
     def context(self, network: Network, lr: float, steps: int, **more: Any) -> Context:
-        """Of a stage that distils the exact flow, by Adam with a cosine."""
+        """Of a stage that distils the exact flow, by Adam with a cosine, from references.start."""
         return seeds_lib.context(
             network=network,
             teacher=self.teacher,
+            references={'start': self.network()} if more.pop('starts', False) else None,
             spec=SPEC,
             steps=steps,
             optimizer=dict(name='adam', lr=lr, schedule='cosine'),
@@ -120,6 +121,11 @@ class World:
         grid = time_grid(self.solver_steps)
         solve = jax.jit(lambda x: heun_sample(field, x, grid, trajectory=True))
         return np.asarray(solve(self.noise))
+
+    def ends(self, params: PyTree, steps: int) -> np.ndarray:
+        """Samples [R, DRAWN, 2] by Euler steps of the diagonal of velocity networks."""
+        grid = time_grid(steps)
+        return self.samples(self.network(), params, lambda v, x: euler_sample(v, x, grid))
 
     def samples(
         self, network: Network, params: PyTree, draw: Callable[[VelocityFunction, Any], jax.Array]

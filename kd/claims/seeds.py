@@ -159,6 +159,7 @@ def context(
     spec: Mapping[str, jax.ShapeDtypeStruct] | None = None,
     source: Callable[[str], sources.Source] | None = None,
     optimizer: Mapping[str, Any] | None = None,
+    ema: Mapping[str, float] | None = None,
 ) -> Context:
     """A context for a method's builder outside any recipe.
 
@@ -168,6 +169,7 @@ def context(
       num_classes, steps, batch_size, poisson, spec: of the data and of the runs.
       source: loads a split, for methods that ask for one.
       optimizer: arguments of `kd.training.optimizer.optimizer`, in place of `tx`.
+      ema: averages that the stage says it keeps; whoever trains wraps the method.
 
     Further optimisers, `context.optimizer(lr=...)`, are made for `steps` steps.
     """
@@ -186,6 +188,7 @@ def context(
         batch_size=batch_size,
         poisson=poisson,
         optimizer=dict(optimizer or {}),
+        ema=dict(ema or {}),
     )
     return Context(
         stage='stage',

@@ -41,10 +41,12 @@ from kd.losses.interpolant import expand_times
 __all__ = [
     'StopGradient',
     'VelocityFunction',
+    'along_flow',
     'diagonal_residual',
     'esd_residual',
     'flow_map',
     'lsd_residual',
+    'normalised',
     'psd_residual',
     'psd_times',
     'sample_diagonal',
@@ -129,6 +131,8 @@ def esd_residual(
     *,
     teacher: VelocityFunction | None = None,
     stop_gradient: StopGradient = 'full',
+    step: float | None = None,
+    constant: float | None = None,
 ) -> jax.Array:
     """Eulerian: d_s X_{s,t}(x_s) + grad X_{s,t}(x_s) v(s, s, x_s), shape [B, ...].
 
@@ -145,27 +149,63 @@ def esd_residual(
         A constant function returning the sample dI_s gives MeanFlow and consistency training.
       stop_gradient: 'full' (the paper's) stops grad X v(s, s); 'convex' only v(s, s); 'target'
         everything but the leading v(s, t, x_s); 'none' nothing.
+      step: of 'target': D as a difference over so much time, see `along_flow`.
+      constant: of 'target': D is `normalised` with it; None leaves it as it is.
 
     Raises:
-      ValueError: for another `stop_gradient`.
+      ValueError: for another `stop_gradient`; a step or a constant of another than 'target'.
 
     Source: arXiv 2505.18825, Eulerian self-distillation; with a teacher arXiv 2406.07507, EMD.
     """
     _check_choice('esd_residual', stop_gradient, ('none', 'convex', 'full', 'target'))
+    if stop_gradient != 'target' and not step is constant is None:
+        raise ValueError("esd_residual: step and constant are of stop_gradient='target'.")
     s, t = _times(s, x_s), _times(t, x_s)
-    step = expand_times(t - s, x_s)
+    length = expand_times(t - s, x_s)
     field = (teacher or vfn)(s, s, x_s)
     if stop_gradient != 'none':
         field = jax.lax.stop_gradient(field)
     if stop_gradient == 'full':
         velocity, ds_velocity = jax.jvp(lambda s: vfn(s, t, x_s), (s,), (jnp.ones_like(s),))
         _, dx_velocity = jax.jvp(lambda x: vfn(s, t, x), (x_s,), (field,))
-        transport = field + step * jax.lax.stop_gradient(dx_velocity)
-        return step * ds_velocity - velocity + transport
-    velocity, along = jax.jvp(lambda s, x: vfn(s, t, x), (s, x_s), (jnp.ones_like(s), field))
+        transport = field + length * jax.lax.stop_gradient(dx_velocity)
+        return length * ds_velocity - velocity + transport
+    velocity, along = along_flow(vfn, s, t, x_s, field, step=step)
+    if constant is not None:
+        along = normalised(along, constant=constant)
     if stop_gradient == 'target':
         along = jax.lax.stop_gradient(along)
-    return field - velocity + step * along
+    return field - velocity + length * along
+
+
+def along_flow(
+    vfn: VelocityFunction,
+    s: jax.Array,
+    t: jax.Array,
+    x: jax.Array,
+    field: jax.Array,
+    *,
+    step: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """v(s, t, x) and its derivative along (ds, dx) = (1, field), each [B, ...].
+
+    One `jax.jvp`; or with a step h, for networks whose kernels have no forward derivative,
+    (v(s + h, t, x + h field) - v(s, t, x)) / h, whose error is O(h).
+    """
+    if step is None:
+        return jax.jvp(lambda s, x: vfn(s, t, x), (s, x), (jnp.ones_like(s), field))
+    velocity = vfn(s, t, x)
+    return velocity, (vfn(s + step, t, x + step * field) - velocity) / step
+
+
+def normalised(derivative: jax.Array, *, constant: float) -> jax.Array:
+    """d / (||d|| + constant), [B, ...], the norm that of each example over all its axes.
+
+    A map that has its fixed point without this does not have it with: it trades that for
+    derivatives that no guidance blows up. arXiv 2410.11081; arXiv 2509.04406, as released.
+    """
+    norm = jnp.sqrt(squared_error(derivative))
+    return derivative / (expand_times(norm, derivative) + constant)
 
 
 def psd_residual(

@@ -130,14 +130,23 @@ def consistency_training_residual(
 
 
 def consistency_distillation_residual(
-    vfn: VelocityFunction, s: jax.Array, x_s: jax.Array, *, teacher: VelocityFunction
+    vfn: VelocityFunction,
+    s: jax.Array,
+    x_s: jax.Array,
+    *,
+    teacher: VelocityFunction,
+    step: float | None = None,
+    constant: float | None = None,
 ) -> jax.Array:
     """Continuous-time consistency distillation, shape [B, ...]: the same along the teacher's field.
 
-    df/ds is taken along dx = teacher(s, s, x_s). arXiv 2303.01469; arXiv 2410.11081.
+    df/ds is taken along dx = teacher(s, s, x_s). arXiv 2303.01469; arXiv 2410.11081. With a `step`
+    and a `constant`, see `esd_residual`, it is the velocity matching of MDT-dist, arXiv 2509.04406.
     """
-    t = jnp.ones_like(s)
-    return esd_residual(vfn, s, t, x_s, teacher=teacher, stop_gradient='target')
+    return esd_residual(
+        vfn, s, jnp.ones_like(s), x_s,
+        teacher=teacher, stop_gradient='target', step=step, constant=constant,
+    )  # fmt: skip
 
 
 def consistency_trajectory_residual(

@@ -101,6 +101,18 @@ def lognormal(mean: float = -1.2, deviation: float = 1.2) -> TimeLaw:
     return lambda key, level: jnp.exp(mean + deviation * jax.random.normal(key, level.shape))
 
 
+def logit_normal(
+    mean: float = 0.0, deviation: float = 1.0, low: float = 0.0, high: float = 1.0
+) -> TimeLaw:
+    """low + (high - low) sigmoid(mean + deviation N(0, 1)) (SD3, arXiv:2403.03206)."""
+
+    def law(key: jax.Array, level: jax.Array) -> jax.Array:
+        u = jax.nn.sigmoid(mean + deviation * jax.random.normal(key, level.shape))
+        return low + (high - low) * u
+
+    return law
+
+
 def among(levels: Sequence[float]) -> TimeLaw:
     """One of these times, evenly."""
     return lambda key, level: jax.random.choice(key, jnp.asarray(levels, jnp.float32), level.shape)
@@ -155,3 +167,34 @@ def spaced(schedule: Schedule, steps: int, spacing: str = 'trailing') -> np.ndar
     if spacing == 'linspace':
         return np.round(np.linspace(0, total - 1, steps)[::-1]).astype(int)
     raise ValueError(f"spacing is 'leading', 'trailing' or 'linspace', got {spacing!r}.")
+
+
+# Phases: parts of a grid of `grid` equal steps, from noise at index 0 to data, that none steps over
+
+
+def phase_end(index: jax.Array, *, phases: int, grid: int) -> jax.Array:
+    """The first end of a phase beyond an index, elementwise; that of 0 is grid / phases.
+
+    Raises:
+      ValueError: phases that do not divide the grid.
+    """
+    if phases < 1 or grid % phases:
+        raise ValueError(f'{phases} phases do not divide a grid of {grid} steps.')
+    length = grid // phases
+    return (index // length + 1) * length
+
+
+def phase_times(
+    key: jax.Array, n: int, *, phases: int, grid: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Indices (start, middle, end), each int32 [n]: middle = start + 1 <= end <= end of its phase.
+
+    start is uniform on 0 .. grid - 1, end uniform on what it may be. Floats would put a start at an
+    edge into either phase.
+
+    Source: Hyper-SD, arXiv:2404.13686, section 3.1.
+    """
+    start_key, end_key = jax.random.split(key)
+    start = jax.random.randint(start_key, (n,), 0, grid)
+    last = phase_end(start, phases=phases, grid=grid)
+    return start, start + 1, jax.random.randint(end_key, (n,), start + 1, last + 1)
