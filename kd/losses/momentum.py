@@ -66,7 +66,7 @@ def velocity(m: Momentum, t_source: ArrayLike, t: ArrayLike) -> jax.Array:
 def mean_velocity(m: Momentum, t_source: ArrayLike, t_a: ArrayLike, t_b: ArrayLike) -> jax.Array:
     """The mean of v between t_a and t_b, [B, ...]; v(t_a) itself where they are equal.
 
-        sum_k pi_k V_k exp(g_k (t_a - t0)) E(g_k (t_b - t_a)),      E(z) = (e^z - 1) / z
+    sum_k pi_k V_k exp(g_k (t_a - t0)) E(g_k (t_b - t_a)),      E(z) = (e^z - 1) / z
     """
     rate = _rates(m)
     since, length = _since(m, t_source, t_a), _since(m, t_a, t_b)

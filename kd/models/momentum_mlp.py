@@ -1,5 +1,7 @@
 """A perceptron that says a velocity for a whole segment of time: the student of ArcFlow."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ class MomentumMLP(VelocityMLP):
         label: jax.Array | None = None,
         train: bool = False,
         momenta: bool = False,
-    ) -> jax.Array | Momentum:
+    ) -> Any:
         """As of `VelocityMLP`; with `momenta` what is said of the segment, [B, K, ...]."""
         hidden = self._hidden(s, s, x, label)
         each = (len(x), -1) + (1,) * (x.ndim - 1)

@@ -56,9 +56,9 @@ class VelocityMLP(nn.Module):
         if self.time_weight and self.is_initializing():
             TimeWeight(self.time_weight, name='time_weight')(s, t)
         hidden = self._hidden(s, t, x, label)
-        out = nn.Dense(
-            x[0].size, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='out'
-        )(hidden)
+        out = nn.Dense(x[0].size, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='out')(
+            hidden
+        )
         return (self.data_scale * out).astype(x.dtype).reshape(x.shape)
 
     @nn.nowrap

@@ -61,9 +61,7 @@ def moved(u: jax.Array, shift: float) -> jax.Array:
 
 def shifted(clock: Clock, shift: float) -> Clock:
     """Times `moved` towards noise, for a shift above 1."""
-    return Clock(
-        lambda u: clock.at(moved(u, shift)), lambda t: moved(clock.rank(t), 1 / shift)
-    )
+    return Clock(lambda u: clock.at(moved(u, shift)), lambda t: moved(clock.rank(t), 1 / shift))
 
 
 # Laws

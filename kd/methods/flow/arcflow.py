@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -104,7 +106,7 @@ def arcflow(
         for j in range(segments if data_free else 1):
             of_network, of_modes, of_states = jax.random.split(jax.random.fold_in(key, j), 3)
             source = clock(tau)
-            m = network.apply(
+            m: Any = network.apply(
                 variables, source, source, x, train=True, key=of_network, momenta=True, **condition
             ).logits
             found = momentum.imitation_states(
