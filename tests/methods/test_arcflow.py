@@ -194,8 +194,8 @@ def _world():
 
 def context_of(world, modes=3, **more):
     return seeds.context(
-        network=world.network(modes), teacher=world.teacher, tx=optax.sgd(1.0), spec=flow_world.SPEC,
-        **more,
+        network=world.network(modes), teacher=world.teacher, tx=optax.sgd(1.0),
+        spec=flow_world.SPEC, **more,
     )  # fmt: skip
 
 
