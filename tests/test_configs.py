@@ -24,6 +24,10 @@ ABSENT = {
     'tiny_imagenet': ((64, 64, 3), 200, {'train': 100_000, 'test': 10_000}),
     'imagenet_224': ((224, 224, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
     'celeb_a': ((218, 178, 3), None, {'train': 162_770, 'validation': 19_867, 'test': 19_962}),
+    'imagenet_resized/64x64': (
+        (64, 64, 3), 1000, {'train': 1_281_167, 'validation': 50_000}
+    ),
+    'ffhq_64': ((64, 64, 3), None, {'train': 70_000}),
     'afhq_64': ((64, 64, 3), 3, {'train': 14_303, 'test': 1_500}),
 }
 

@@ -20,15 +20,29 @@ import flax.linen as nn
 
 from kd import files
 from kd.errors import UserError, did_you_mean
-from kd.io import clip_names, decoder_names, gguf, gguf_decoders, hf_decoders, torch_weights
+from kd.io import (
+    clip_names,
+    decoder_names,
+    diffusion_names,
+    gguf,
+    gguf_decoders,
+    hf_decoders,
+    torch_weights,
+)
 from kd.io.decoder_names import Names
 from kd.io.torch_weights import Find, Tensor
 from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
+from kd.models.denoiser import Denoised
+from kd.models.edm import DhariwalUNet, SongUNet
 from kd.references import split_foreign
 
 # Files of weights in the directory of a model, in the order in which they are looked for.
-WEIGHTS = ('model.safetensors', 'model.safetensors.index.json')
+WEIGHTS = tuple(
+    f'{name}.safetensors{index}'
+    for name in ('model', 'diffusion_pytorch_model')
+    for index in ('', '.index.json')
+)
 
 # Special tokens, as config.json names their ids.
 TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -77,12 +91,20 @@ _CLIP = Family(
     ('depth', 'heads', 'mlp', 'layer', 'epsilon', 'pixel_mean', 'pixel_std'),
 )
 
-# By kind of reference, and what names the architecture: `model_type`, `general.architecture`.
+# By kind of reference, and what names the architecture: `model_type` or `_class_name`,
+# `general.architecture`.
 FAMILIES: dict[str, dict[str, Family]] = {
     'hf': {
         **{name: _decoder(names, _hf) for name, names in decoder_names.HF.items()},
         'clip_vision_model': _CLIP,
         'clip': _CLIP,
+        'SongUNet': Family(
+            SongUNet,
+            diffusion_names.edm,
+            diffusion_names.find,
+            ('noise', 'encoder', 'decoder', 'taps'),
+        ),
+        'DhariwalUNet': Family(DhariwalUNet, diffusion_names.edm, diffusion_names.find),
     },
     'gguf': {
         name: _decoder(names, gguf_decoders.arguments) for name, names in decoder_names.GGUF.items()
@@ -182,12 +204,15 @@ def check_agreement(described: Description, module: nn.Module, given: Mapping[st
 
     Args:
       described: of the file.
-      module: the network, of a preset for example.
-      given: attributes that were set on purpose; they may differ.
+      module: the network, of a preset for example, or a denoiser around it.
+      given: attributes that were set on purpose; they may differ. Those of a denoiser's network are
+        in its own block, `network`.
 
     Raises:
       UserError: another kind of module, or an attribute that differs.
     """
+    if isinstance(module, Denoised):
+        module, given = module.inner, given.get('network', {})
     family = described.family
     theirs = family.network(**described.arguments)
     if type(module) is not type(theirs):
@@ -226,7 +251,7 @@ def weights_of(directory: Path) -> Path:
             return directory / name
     others = [each.name for each in sorted(directory.glob('*.bin'))]
     advice = 'save it anew with save_pretrained' if others else 'fetch it'
-    raise UserError(f'{directory} has no {" or ".join(WEIGHTS)}; {advice}.')
+    raise UserError(f'{directory} has no {" or ".join(WEIGHTS[:2])}; {advice}.')
 
 
 def _described_hf(reference: str, directory: Path) -> Description:
@@ -236,7 +261,7 @@ def _described_hf(reference: str, directory: Path) -> Description:
     if not file.is_file():
         raise UserError(f'{directory} has no config.json: it is no directory of a model.')
     config = files.read_json(file, 'fetch it again')
-    architecture = _known('hf', config.get('model_type'), file)
+    architecture = _known('hf', config.get('model_type', config.get('_class_name')), file)
     # That of a whole CLIP is no matter of its tower.
     reads = FAMILIES['hf'][architecture].network is Decoder
     has_tokenizer = reads and (directory / 'tokenizer.json').is_file()

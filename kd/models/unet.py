@@ -10,7 +10,7 @@ from kd.models.conditioning import TimeWeight, class_features, positional_embedd
 from kd.models.magnitude_preserving import MPConv, MPDense, mp_concat, mp_silu, mp_sum, unit_norm
 from kd.ranges import Count, Decay, Positive, Size
 
-__all__ = ['UNet']
+__all__ = ['UNet', 'resample']
 
 # Balances and clipping of the EDM2 configuration G.
 _RESIDUAL_BALANCE = 0.3
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
-        x = _resample(x, self.resample)
+        x = resample(x, self.resample)
         widen = x.shape[-1] != self.features
         if self.encoder:
             if widen:
@@ -193,7 +193,8 @@ class UNet(nn.Module):
         return x
 
 
-def _resample(x: jax.Array, mode: str) -> jax.Array:
+def resample(x: jax.Array, mode: str) -> jax.Array:
+    """Images [B, H, W, C]: 'down' halves sides (2x2 mean), 'up' doubles them (nearest)."""
     if mode == 'down':
         batch, height, width, channels = x.shape
         return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))

@@ -15,6 +15,7 @@ EXAMPLES = 10_000_000
 # Data sets that recipes name and tfds lacks, as the recipes ask for them: shape and classes.
 UNLISTED = {
     'afhq_64': ((64, 64, 3), 3),
+    'ffhq_64': ((64, 64, 3), None),
     'imagefruit': ((128, 128, 3), 10),
     'imagenet_224': ((224, 224, 3), 1000),
     'tiny_imagenet': ((64, 64, 3), 200),
