@@ -71,7 +71,7 @@ EXTRAS = {
     ],
     'colab': [*LANGUAGE_MODELS, 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
     # What kd.benchmarks measures against, for a Python of its own: see kd/benchmarks/peers.
-    'peers': ['torch>=2.13', 'transformers>=5.24', 'trl>=1.16'],
+    'peers': ['diffusers>=0.35', 'torch>=2.13', 'transformers>=5.24', 'trl>=1.16'],
     'gpu': ['jax[cuda12]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
 }

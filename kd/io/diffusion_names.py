@@ -22,6 +22,7 @@ from typing import Any
 
 from kd.errors import UserError, did_you_mean
 from kd.io.torch_weights import LEAVES, Find, Part, kernel_axes
+from kd.models.unet_conditional import SIZES
 
 # Lists of modules that a network may hold as one module with a leading axis.
 STACKED = ('transformer_blocks',)
@@ -84,6 +85,95 @@ def find(of: Any, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
         return tuple(Part('.'.join([*before, str(layer), *after]), axes) for layer in layers)
 
     return place, _LEFT
+
+
+# Settings of `UNet2DConditionModel` that are the one thing `UNetConditional` does; what is neither
+# here nor read must be None or False.
+_FIXED = {
+    'flip_sin_to_cos': True,
+    'freq_shift': 0,
+    'mid_block_type': 'UNetMidBlock2DCrossAttn',
+    'downsample_padding': 1,
+    'mid_block_scale_factor': 1,
+    'act_fn': 'silu',
+    'norm_eps': 1e-5,
+    'resnet_time_scale_shift': 'default',
+    'resnet_out_scale_factor': 1.0,
+    'time_embedding_type': 'positional',
+    'conv_in_kernel': 3,
+    'conv_out_kernel': 3,
+    'attention_type': 'default',
+}
+# Sizes that the network takes from its inputs, and types of computation, which are ours.
+_UNUSED = ('sample_size', 'upcast_attention', 'addition_embed_type_num_heads')
+_UNET = {
+    'in_channels': 4,
+    'out_channels': 4,
+    'down_block_types': ('CrossAttnDownBlock2D',) * 3 + ('DownBlock2D',),
+    'up_block_types': ('UpBlock2D',) + ('CrossAttnUpBlock2D',) * 3,
+    'block_out_channels': (320, 640, 1280, 1280),
+    'layers_per_block': 2,
+    'dropout': 0.0,
+    'norm_num_groups': 32,
+    'cross_attention_dim': 1280,
+    'transformer_layers_per_block': 1,
+    'attention_head_dim': 8,
+    'num_attention_heads': None,
+    'use_linear_projection': False,
+    'addition_embed_type': None,
+    'addition_time_embed_dim': None,
+    'projection_class_embeddings_input_dim': None,
+}
+
+
+def unet(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `UNetConditional` takes, of the settings of `UNet2DConditionModel`.
+
+    Raises:
+      UserError: a setting that `UNetConditional` does not have.
+    """
+    del tensors
+    given = {name: _frozen(x) for name, x in config.items() if not name.startswith('_')}
+    for name, value in given.items():
+        known = name in _UNET or name in _UNUSED
+        if not known and value not in (None, False, _FIXED.get(name)):
+            raise UserError(f'{where}: {name}={value!r} is more than UNetConditional knows.')
+    read = {name: given.get(name, default) for name, default in _UNET.items()}
+    levels = len(read['block_out_channels'])
+    attends = [kind.startswith('CrossAttn') for kind in read['down_block_types']]
+    wanted = ['CrossAttnUpBlock2D' if one else 'UpBlock2D' for one in reversed(attends)]
+    added = read['addition_embed_type']
+    if (
+        list(read['up_block_types']) != wanted
+        or set(read['down_block_types']) - {'CrossAttnDownBlock2D', 'DownBlock2D'}
+        or read['in_channels'] != read['out_channels']
+        or added not in (None, 'text_time')
+    ):
+        raise UserError(
+            f'{where}: UNetConditional has the same channels in and out, levels CrossAttnDownBlock2D '
+            'and DownBlock2D with those of the way up as their mirror, and is told of sizes by '
+            "'text_time' alone."
+        )  # fmt: skip
+    depths = _each(read['transformer_layers_per_block'], levels)
+    heads = _each(read['num_attention_heads'] or read['attention_head_dim'], levels)
+    features = read['addition_time_embed_dim'] or 0
+    pooled = (read['projection_class_embeddings_input_dim'] or 0) - SIZES * features
+    return dict(
+        channels=read['block_out_channels'],
+        blocks=read['layers_per_block'],
+        depths=tuple(d if one else 0 for d, one in zip(depths, attends, strict=True)),
+        middle=depths[-1],
+        heads=heads,
+        linear=read['use_linear_projection'],
+        context=read['cross_attention_dim'],
+        groups=read['norm_num_groups'],
+        dropout=read['dropout'],
+        **(dict(pooled=pooled, size_features=features) if added else {}),
+    )
+
+
+def _each(value: Any, levels: int) -> tuple:
+    return value if isinstance(value, tuple) else (value,) * levels
 
 
 def _frozen(value: Any) -> Any:

@@ -35,6 +35,7 @@ from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
 from kd.models.denoiser import Denoised
 from kd.models.edm import DhariwalUNet, SongUNet
+from kd.models.unet_conditional import UNetConditional
 from kd.references import split_foreign
 
 # Files of weights in the directory of a model, in the order in which they are looked for.
@@ -105,6 +106,9 @@ FAMILIES: dict[str, dict[str, Family]] = {
             ('noise', 'encoder', 'decoder', 'taps'),
         ),
         'DhariwalUNet': Family(DhariwalUNet, diffusion_names.edm, diffusion_names.find),
+        'UNet2DConditionModel': Family(
+            UNetConditional, diffusion_names.unet, diffusion_names.find, ('heads', 'groups')
+        ),
     },
     'gguf': {
         name: _decoder(names, gguf_decoders.arguments) for name, names in decoder_names.GGUF.items()
