@@ -286,7 +286,7 @@ class SongUNet(_UNet):
         y = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(self.dtype)
         classes = self._classes(label, batch)
         if classes is not None:
-            told = classes * self.num_classes**0.5
+            told = classes * classes.shape[-1] ** 0.5
             y = y + _dense(style, size, told, self.dtype, 'map_label')
         y = y + self._augmented(augment, batch, size, style.kernel)
         for layer in range(2):

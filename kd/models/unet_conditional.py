@@ -258,8 +258,7 @@ class UNetConditional(nn.Module):
         variance.
       remat: residual and transformer blocks are computed again for the gradient.
       fused: attention by a fused kernel where there is one.
-      dtype: compute type; parameters have `param_dtype` where they are read, the output the type
-        of x.
+      dtype: compute type; parameters are float32, the output has the type of x.
     """
 
     channels: tuple[Count, ...] = (320, 640, 1280, 1280)
@@ -363,7 +362,7 @@ class UNetConditional(nn.Module):
                 f'UNetConditional with {len(self.channels)} levels needs sides divisible by '
                 f'{factor}, got {x.shape[1]}x{x.shape[2]}.'
             )
-        shapes = dict(text=(1, self.context))
+        shapes: dict[str, tuple[int, ...]] = dict(text=(1, self.context))
         if self.pooled:
             shapes |= dict(pooled=(self.pooled,), size=(SIZES,))
         given = dict(text=text, pooled=pooled, size=size)
