@@ -151,8 +151,8 @@ def unet(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
     ):
         raise UserError(
             f'{where}: UNetConditional has the same channels in and out, levels '
-            'CrossAttnDownBlock2D and DownBlock2D with those of the way up as their mirror, and is told of sizes by '
-            "'text_time' alone."
+            'CrossAttnDownBlock2D and DownBlock2D with those of the way up as their mirror, and is '
+            "told of sizes by 'text_time' alone."
         )  # fmt: skip
     depths = _each(read['transformer_layers_per_block'], levels)
     heads = _each(read['num_attention_heads'] or read['attention_head_dim'], levels)

@@ -326,8 +326,9 @@ class UNetConditional(nn.Module):
         embedding = TimestepEmbedding(width, self.dtype, name='time_embedding')(waves)
         if self.pooled:
             waves = timestep_features(size, self.size_features).reshape(len(size), -1)
-            told = jnp.concatenate([pooled, waves], axis=-1).astype(self.dtype)
-            embedding = embedding + TimestepEmbedding(width, self.dtype, name='add_embedding')(told)
+            waves = jnp.concatenate([pooled, waves], axis=-1).astype(self.dtype)
+            added = TimestepEmbedding(width, self.dtype, name='add_embedding')
+            embedding = embedding + added(waves)
         told = embedding, text.astype(self.dtype), mask, train
         y = (x / self.data_scale).astype(self.dtype)
         y = _conv(y, self.channels[0], 3, self.dtype, 'conv_in')
