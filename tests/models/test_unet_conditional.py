@@ -1,12 +1,12 @@
 """The conditional UNet against that of diffusers or numbers of it; files; bad input."""
 
-import json
+import functools
 
+import diffusion_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from kd.errors import UserError
 from kd.io import diffusion_names, pretrained
@@ -28,61 +28,34 @@ TINY = dict(
 # sum, sum of squares and one entry of what diffusers 0.42.1 says of the same weights, with the text
 # seen whole and where its mask is True.
 KNOWN = {
-    'whole': (171.75310, 958.25711, 1.404904),
-    'masked': (169.40478, 947.31050, 1.417874),
+    'whole': (171.75311, 958.25705, -1.729966),
+    'masked': (169.40477, 947.31038, -1.720876),
 }
 
 
-def numbers(shape, start):
-    return np.random.default_rng(start).normal(size=shape).astype(np.float32)
-
-
-def module_of(described=TINY):
-    return unet_conditional.UNetConditional(**diffusion_names.unet(described, {}, 'config.json'))
+@functools.cache
+def module_of(**changes):
+    arguments = diffusion_names.unet(TINY, {}, 'config.json')
+    return unet_conditional.UNetConditional(**arguments | changes)
 
 
 def abstract(module, side=8):
-    x = jnp.zeros((1, side, side, 4))
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(1), x)
+    return diffusion_files.abstract(module, (1,), (1, side, side, 4))
 
 
 def variables_of(module):
-    """No leaf is a neutral element, and none of them is that of another."""
-    leaves, structure = jax.tree.flatten(abstract(module))
-    made, start = [], 0
-    for x in leaves:
-        made.append(numbers(x.shape, start) * 0.2 + (len(x.shape) == 1) * 0.5)
-        start += x.size
-    return jax.tree.unflatten(structure, made)
+    return diffusion_files.variables_of(module, (1,), (1, 8, 8, 4))
 
 
 def inputs():
     """(t, x, what it is told), with a mask."""
     told = dict(
-        text=numbers((2, 5, 6), 1),
+        text=diffusion_files.numbers((2, 5, 6), 1),
         mask=np.array([[True, True, False, False, False], [True] * 5]),
-        pooled=numbers((2, 10), 2),
+        pooled=diffusion_files.numbers((2, 10), 2),
         size=np.array([[512, 300, 0, 10, 512, 512], [1024, 1024, 3, 4, 768, 999]], np.float32),
     )
-    return np.array([7.0, 901.0], np.float32), numbers((2, 8, 8, 4), 7), told
-
-
-def tensors_of(variables):
-    """The weights under the names and in the layouts of a file."""
-    find, _ = diffusion_names.find(None, (), '')
-    tensors = {}
-    for path, x in jax.tree_util.tree_flatten_with_path(variables)[0]:
-        found = find(tuple(key.key for key in path[1:]), x.shape)
-        for part, leaf in zip(*(((found,), (x,)) if not isinstance(found, tuple) else (found, x)),
-                              strict=True):  # fmt: skip
-            axes = np.argsort(part.axes) if part.axes else range(leaf.ndim)
-            tensors[part.name] = np.ascontiguousarray(np.transpose(leaf, axes))
-    return tensors
-
-
-def summary(x):
-    x = np.asarray(x, np.float64)
-    return x.sum(), (x**2).sum(), x[0, 2, 5, 1]
+    return np.array([7.0, 901.0], np.float32), diffusion_files.numbers((2, 8, 8, 4), 7), told
 
 
 @pytest.mark.parametrize(('name', 'billions'), [('sd15', 0.8595), ('sdxl', 2.5675)])
@@ -96,19 +69,18 @@ def test_it_says_what_diffusers_does():
     variables, (t, x, told) = variables_of(module), inputs()
     apply = jax.jit(module.apply)
     masked = apply(variables, t, x, **told)
-    np.testing.assert_allclose(summary(masked), KNOWN['masked'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        diffusion_files.summary(masked), KNOWN['masked'], rtol=1e-4, atol=1e-4
+    )
     whole = apply(variables, t, x, **told | dict(mask=np.ones((2, 5), bool)))
-    np.testing.assert_allclose(summary(whole), KNOWN['whole'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(diffusion_files.summary(whole), KNOWN['whole'], rtol=1e-4, atol=1e-4)
     # What is masked is not seen.
     other = told['text'] + 3 * ~told['mask'][..., None]
     np.testing.assert_array_equal(apply(variables, t, x, **told | dict(text=other)), masked)
 
 
 def test_what_is_computed_again_changes_nothing():
-    changes = dict(remat=True, masked=True)
-    module, again = module_of(), unet_conditional.UNetConditional(
-        **diffusion_names.unet(TINY, {}, ''), **changes
-    )  # fmt: skip
+    module, again = module_of(), module_of(remat=True, masked=True)
     assert jax.tree.structure(abstract(module)) == jax.tree.structure(abstract(again))
     assert again.conditions == ('text', 'mask', 'pooled', 'size')
     assert unet_conditional.preset('sd15').conditions == ('text',)
@@ -120,11 +92,8 @@ def test_what_is_computed_again_changes_nothing():
 
 
 def write(folder, changed=None, described=None):
-    folder.mkdir()
-    (folder / 'config.json').write_text(json.dumps(TINY | (described or {})))
-    tensors = tensors_of(variables_of(module_of())) | (changed or {})
-    safetensors.numpy.save_file(tensors, folder / 'diffusion_pytorch_model.safetensors')
-    return f'hf:{folder}'
+    tensors = diffusion_files.tensors_of(TINY, variables_of(module_of()))
+    return diffusion_files.write(folder, TINY | (described or {}), tensors | (changed or {}))
 
 
 def test_a_directory_is_read_and_what_does_not_fit_is_told_by_name(tmp_path):
@@ -166,28 +135,28 @@ def test_inputs_that_do_not_fit_are_told():
         unet_conditional.preset('sd3')
 
 
+@diffusion_files.asked_anew
 @pytest.mark.parametrize('linear', [True, False])
 def test_a_directory_of_diffusers_gives_its_outputs(tmp_path, linear):
-    torch = pytest.importorskip('torch')
-    diffusers = pytest.importorskip('diffusers')
     described = TINY | dict(use_linear_projection=linear)
-    theirs = diffusers.UNet2DConditionModel(
-        **{name: value for name, value in described.items() if name != '_class_name'}
-    ).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) * 0.2 + (0.5 if p.ndim == 1 else 0.0))
-    theirs.save_pretrained(tmp_path)
-    t, x, told = inputs()
-    with torch.no_grad():
-        wanted = theirs(
-            torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(told['text']),
-            encoder_attention_mask=torch.tensor(told['mask']),
-            added_cond_kwargs=dict(
-                text_embeds=torch.tensor(told['pooled']), time_ids=torch.tensor(told['size'])
-            ),
-        ).sample.numpy()  # fmt: skip
-    module = pretrained.network(f'hf:{tmp_path}')
-    variables = pretrained.load(f'hf:{tmp_path}', abstract(module))
-    found = jax.jit(module.apply)(variables, t, x, **told)
-    np.testing.assert_allclose(found, wanted.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+    module = module_of(linear=linear)
+    variables, (t, x, told) = variables_of(module), inputs()
+    reference = diffusion_files.write(
+        tmp_path, described, diffusion_files.tensors_of(described, variables)
+    )
+    given = {
+        'sample': x.transpose(0, 3, 1, 2), 'timestep': t, 'encoder_hidden_states': told['text'],
+        'added_cond_kwargs.text_embeds': told['pooled'],
+        'added_cond_kwargs.time_ids': told['size'],
+    }  # fmt: skip
+    masked = {'encoder_attention_mask': told['mask']}
+    wanted = diffusion_files.said(
+        tmp_path, ('forward', 'sample', given), ('forward', 'sample', given | masked)
+    )
+    assert pretrained.network(reference) == module
+    apply, found = jax.jit(module.apply), pretrained.load(reference, abstract(module))
+    for said, mask in zip(wanted, (np.ones((2, 5), bool), told['mask']), strict=True):
+        np.testing.assert_allclose(
+            apply(found, t, x, **told | dict(mask=mask)), said.transpose(0, 2, 3, 1),
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
