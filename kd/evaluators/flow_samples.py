@@ -70,7 +70,7 @@ def flow_samples(
     if sampler not in ('flow_map', 'euler'):
         raise UserError(f"sampler must be 'flow_map' or 'euler', got '{sampler}'.")
     sigma = noise_scale(network, scale)
-    advance = jax.jit(_advance(network, sampler, guidance))
+    advance = jax.jit(advance_of(network, sampler, guidance))
 
     def draw(n: int) -> Draw:
         def by_steps(variables, x, label, key):
@@ -125,8 +125,8 @@ def flow_geometry(
     sigma = noise_scale(network, scale)
     # One small program called from Python, not a loop inside a program: convolutions inside a
     # loop are slow on CPU.
-    advance = jax.jit(_advance(network, 'euler', 1.0))
-    jump = jax.jit(_advance(network, 'flow_map', 1.0))
+    advance = jax.jit(advance_of(network, 'euler', 1.0))
+    jump = jax.jit(advance_of(network, 'flow_map', 1.0))
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float]:
         del batches
@@ -157,7 +157,7 @@ def flow_geometry(
     return Probe(run)
 
 
-def _advance(network: Network, sampler: str, guidance: float) -> Callable[..., jax.Array]:
+def advance_of(network: Network, sampler: str, guidance: float) -> Callable[..., jax.Array]:
     """(variables, s, t, x, label) -> the state at t; one program for all numbers of steps."""
 
     def advance(variables, s, t, x, label):

@@ -122,8 +122,9 @@ def few_steps(
     """Stages 'flow' and its students, which begin as it, and their report.
 
     Args:
-      students: {stage: (title in the report, its fields)}; what `evaluators` has for `samples` are
-        further arguments of `kd.evaluators.flow_samples.flow_samples`.
+      students: {stage: (title in the report, its fields)}; `evaluators` are further arguments of
+        its samples and of their distances to the flow's, such as `steps` and `sampler`; `after` is
+        the stage that it begins as, the flow if it is not given.
       data: of the recipe.
       network: of the flow, and of students without their own.
       teacher: further fields of the stage 'flow'.
@@ -143,6 +144,10 @@ def few_steps(
         probe = 'kd.evaluators.flow_samples.flow_samples'
         return {'samples': dict(name=probe, **{**measured, **arguments})}
 
+    def of_student(**arguments: Any) -> dict[str, Block]:
+        probe = 'kd.evaluators.flow_fidelity.flow_fidelity'
+        return {**evaluators(**arguments), 'fidelity': dict(name=probe, **arguments)}
+
     shared: dict[str, Any] = dict(batch_size=256, log_every=250, checkpoint_every=2_000)
     config.flow = kd_config.stage(
         network=network,
@@ -158,7 +163,7 @@ def few_steps(
             teacher='flow',
             teacher_weights=weights,
             references=started,
-            **{**fields, 'evaluators': evaluators(**fields.get('evaluators', {}))},
+            **{**fields, 'evaluators': of_student(**fields.get('evaluators', {}))},
         )
     return config
 
