@@ -90,7 +90,7 @@ def flow_fidelity(
 def _labels(batches: Iterable[dict[str, jax.Array]], count: int) -> jax.Array | None:
     """Classes of the first examples, over again where there are more samples."""
     parts = [batch['label'][batch['mask']] for batch in batches if 'label' in batch]
-    return jnp.resize(jnp.concatenate(parts), count) if parts else None
+    return jnp.resize(jnp.concatenate(parts), (count,)) if parts else None
 
 
 def _square(away: jax.Array, sigma: float) -> jax.Array:
