@@ -24,6 +24,8 @@ def probed(world, network, **options):
         network=network, teacher=world.teacher, spec=flow_world.SPEC, ema={'slow': 0.9}
     )
     state = jax.jit(lambda key: initial(network.init, key, {'teacher': {}}))(jax.random.key(0))
+    # The exact flow has no parameters.
+    state = state.replace(params={'network': state.params.get('network', {})})
     probe = flow_fidelity(context, samples=200, solver_steps=64, seed=1, **options)
     return probe.run(state, [])
 
