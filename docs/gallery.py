@@ -33,6 +33,7 @@ FIGURES = {
     '05_dataset_distillation': 0,
     '06_language_models': 1,
     '07_on_policy': 0,
+    '08_few_steps': 0,
 }
 
 # Runs code cells one after another in one namespace; a last expression is a figure to draw.
