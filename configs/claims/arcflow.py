@@ -115,7 +115,7 @@ def draw(measured):
         left.plot((*TIMES, 1.0), curve, color=colour, linewidth=0.5, alpha=0.5)
         left.plot((*TIMES, 1.0), np.mean(curve, 1), 'o-', color=colour, label=TITLES[name])
     left.set(xlabel='time', ylabel='RMSE to the flow', yscale='log', xticks=(*TIMES, 1.0))
-    left.legend(fontsize=8)
+    left.legend(fontsize=7, loc='lower right')
     for axis, (metric, label) in zip(
         others, {'median': 'median error at the end', 'loss': 'loss'}.items(), strict=True
     ):
