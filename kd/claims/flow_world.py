@@ -1,7 +1,7 @@
 """Few-step students of a flow that is known: a ring of Gaussians, for claims on flows.
 
-Many of them at once: a seed decides network, noise and order. Lengths are those of a ring of radius
-1 whose modes have deviation .1, and noise of deviation 1/2; errors are in units of the noise.
+Many of them at once: a seed decides network, noise and order. In units of the noise the ring has
+radius 2 and modes of deviation .2; errors are in these units, whatever the noise itself is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kd.sampling.flow import draw_noise, euler_sample, heun_sample, time_grid
 from kd.sampling.velocity import velocity_function
 from kd.state import PyTree, State
 
-SCALE, BATCH, DRAWN = 0.5, 256, 2_000
+BATCH, DRAWN = 256, 2_000
 # Of a world that only shows that a claim runs.
 SMALL = dict(width=8, depth=1, steps=8)
 SPEC = {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
@@ -41,7 +41,7 @@ class ExactFlow(nn.Module):
     """`mixtures.exact_velocity` as a network without parameters."""
 
     mixture: Mixture
-    data_scale: float = SCALE
+    data_scale: float
 
     def __call__(self, s, t, x, *, train=False):
         """Velocity [B, d] at times s [B]."""
@@ -56,19 +56,28 @@ class World:
       mixture: the data.
       seeds: of the runs.
       width, depth: of networks.
+      scale: deviation of the noise.
       teacher: the exact flow.
       data: `input`, 50,000 examples.
       noise: of all samples, [DRAWN, 2].
       solver_steps: of the solution that students are compared with.
     """
 
-    def __init__(self, seeds: np.ndarray, *, width: int = 128, depth: int = 3, steps: int = 300):
-        self.mixture = mixtures.ring(6, 1.0, 0.1)
+    def __init__(
+        self,
+        seeds: np.ndarray,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        steps: int = 300,
+        scale: float = 0.5,
+    ):
+        self.mixture, self.scale = mixtures.ring(6, 2 * scale, 0.2 * scale), scale
         self.seeds = np.asarray(seeds)
         self.width, self.depth, self.solver_steps = width, depth, steps
-        self.teacher = from_linen(ExactFlow(self.mixture), *velocity_inputs(SPEC))
+        self.teacher = from_linen(ExactFlow(self.mixture, scale), *velocity_inputs(SPEC))
         self.data = {'input': self.drawn(50_000, 0)}
-        self.noise = draw_noise(jax.random.key(1), DRAWN, (2,), scale=SCALE)
+        self.noise = draw_noise(jax.random.key(1), DRAWN, (2,), scale=scale)
 
     def drawn(self, n: int, seed: int) -> np.ndarray:
         """Examples, [n, 2]."""
@@ -77,7 +86,10 @@ class World:
     def network(self, modes: int = 0) -> Network:
         """A velocity network, or one of so many momenta."""
         size: dict[str, Any] = dict(
-            width=self.width, depth=self.depth, data_scale=SCALE, frequencies=(1,)
+            width=self.width,
+            depth=self.depth,
+            data_scale=self.scale,
+            frequencies=(0.5 / self.scale,),
         )
         module = MomentumMLP(**size, modes=modes) if modes else VelocityMLP(**size)
         return from_linen(module, *velocity_inputs(SPEC))
@@ -142,7 +154,7 @@ class World:
     def apart(self, points: np.ndarray, time: float = 1.0) -> Mapping[str, list[float]]:
         """How far points [R, DRAWN, 2] are from the flow at a time: its RMSE and the median."""
         exact = self.paths[round(time * self.solver_steps)]
-        away = np.linalg.norm(np.asarray(points, float) - exact, axis=-1) / SCALE
+        away = np.linalg.norm(np.asarray(points, float) - exact, axis=-1) / self.scale
         return {
             'rmse': np.sqrt(np.mean(away**2 / 2, axis=1)).tolist(),
             'median': np.median(away, axis=1).tolist(),
@@ -150,8 +162,8 @@ class World:
 
     def energy(self, points: np.ndarray) -> list[float]:
         """Energy distance of points [R, n, 2] to as many examples."""
-        real = self.drawn(points.shape[1], 2) / SCALE
-        return [distribution.energy_distance(real, x / SCALE) for x in points]
+        real = self.drawn(points.shape[1], 2) / self.scale
+        return [distribution.energy_distance(real, x / self.scale) for x in points]
 
     def off_modes(self, points: np.ndarray) -> list[float]:
         """Share of points that lie on no mode."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from kd.models.conditioning import TimeWeight, class_features, velocity_inputs
-from kd.ranges import Count, Positive, Size, Whole
+from kd.ranges import Count, Positive, Size
 
 __all__ = ['VelocityMLP']
 
@@ -33,7 +33,7 @@ class VelocityMLP(nn.Module):
     width: Count = 512
     depth: Count = 5
     data_scale: Positive = 1.0
-    frequencies: tuple[Whole, ...] = ()
+    frequencies: tuple[Positive, ...] = ()
     num_classes: Count | None = None
     time_weight: Size = 0
     dtype: Dtype = jnp.float32

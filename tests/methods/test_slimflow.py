@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from kd import config as kd_config
 from kd.claims import seeds
 from kd.errors import UserError
 from kd.losses.rectified import two_step_target, vp_mix
@@ -16,8 +17,10 @@ from kd.methods.flow.slimflow import (
     flow_guided_distillation,
 )
 from kd.models.conditioning import velocity_inputs
+from kd.models.edm import SongUNet
+from kd.models.one_time import OneTime
 from kd.models.velocity_mlp import VelocityMLP
-from kd.network import from_linen
+from kd.network import from_linen, parameter_count
 from kd.sampling.velocity import velocity_function
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -151,3 +154,32 @@ def test_data_without_pairs_are_refused():
         annealing_reflow(context_of(spec={'input': POINT}))
     with pytest.raises(UserError, match='wants pairs of a noise'):
         flow_guided_distillation(context_of(spec={'input': POINT}))
+
+
+# The networks
+
+
+@pytest.mark.parametrize(('size', 'count'), [('15.7M', 15_707_235), ('3.4M', 3_437_123)])
+def test_students_have_the_papers_number_of_parameters(size, count):
+    config = kd_config.load(f'configs/flow/slimflow.py:cifar10,{size}')
+    module = kd_config.build(config.one.network.to_dict(), where='network')
+    image = {'input': jax.ShapeDtypeStruct((32, 32, 3), jnp.float32)}
+    net = from_linen(module, *module.example_inputs(image))
+    variables = jax.eval_shape(net.init, jax.random.key(0))
+    assert parameter_count(variables) == count
+
+
+def test_a_network_of_one_time_is_told_it_in_its_own_units():
+    inner = SongUNet(channels=8, multipliers=(1,), blocks=1, attention=(), num_classes=3)
+    image = {'input': jax.ShapeDtypeStruct((4, 4, 1), jnp.float32)}
+    net = from_linen(OneTime(inner, 999.0), *velocity_inputs(image))
+    variables = jax.jit(net.init)(jax.random.key(0))
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), variables
+    )
+    x, s = jax.random.normal(jax.random.key(2), (2, 4, 4, 1)), jnp.array([0.1, 0.7])
+    label = jnp.array([0, 2])
+    found = jax.jit(velocity_function(net, variables, label))(s, s + 0.2, x)
+    apply = jax.jit(lambda t: inner.apply(variables, t, x, label=label))
+    np.testing.assert_allclose(found, apply(999.0 * s), atol=1e-5)
+    assert np.abs(found - apply(s)).max() > 1e-3
