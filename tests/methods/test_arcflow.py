@@ -126,7 +126,7 @@ def test_states_are_the_teachers_at_first_the_students_in_the_end_and_those_of_a
     def clock(tau):
         return times.moved(tau, 1 / 3.2)
 
-    def found(share, states=5):
+    def found(share, states=3):
         return momentum.imitation_states(
             key, m, X, tau, 0.5, share, swirl, states=states, window=0.02, clock=clock
         )
@@ -134,7 +134,7 @@ def test_states_are_the_teachers_at_first_the_students_in_the_end_and_those_of_a
     source = clock(tau)
     own, teachers, both = found(0.0), found(1.0), found(0.4)
     # On the student's path everywhere; the windows as long as they should be, in raw time.
-    for i in range(5):
+    for i in range(3):
         exact = momentum.transport(m, source, source, own.t_a[i], X)
         np.testing.assert_allclose(own.x[i], exact, atol=1e-12)
     raw = [times.moved(t, 3.2) for t in (own.t_a, own.t_b)]
@@ -142,18 +142,18 @@ def test_states_are_the_teachers_at_first_the_students_in_the_end_and_those_of_a
     # On the teacher's Euler path everywhere: the first state is the beginning itself.
     np.testing.assert_array_equal(teachers.x[0], X)
     x = X
-    for i in range(4):
+    for i in range(2):
         x = x + (teachers.t_a[i + 1] - teachers.t_a[i])[:, None] * swirl(teachers.t_a[i], x)
         np.testing.assert_allclose(teachers.x[i + 1], x, atol=1e-12)
     # The teacher's gaps fill the segment but for the window.
     np.testing.assert_allclose(times.moved(teachers.t_b[-1], 3.2), 1.0, atol=1e-12)
     # A mixture of both, step by step.
     own_key, teacher_key = jax.random.split(key)
-    gaps = 0.6 * 0.48 * jnp.diff(jnp.sort(jax.random.uniform(own_key, (B, 5))), prepend=0.0)
-    cuts = jnp.sort(jax.random.uniform(teacher_key, (B, 4)))
+    gaps = 0.6 * 0.48 * jnp.diff(jnp.sort(jax.random.uniform(own_key, (B, 3))), prepend=0.0)
+    cuts = jnp.sort(jax.random.uniform(teacher_key, (B, 2)))
     steps = 0.4 * 0.48 * jnp.diff(cuts, prepend=0.0, append=1.0)
     x, now = X, tau
-    for i in range(5):
+    for i in range(3):
         to = now + gaps[:, i]
         x = momentum.transport(m, source, clock(now), clock(to), x)
         np.testing.assert_allclose(both.x[i], x, atol=1e-12)
