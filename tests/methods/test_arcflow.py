@@ -126,9 +126,10 @@ def test_states_are_the_teachers_at_first_the_students_in_the_end_and_those_of_a
     def clock(tau):
         return times.moved(tau, 1 / 3.2)
 
-    def found(share, states=3):
+    @jax.jit
+    def found(share):
         return momentum.imitation_states(
-            key, m, X, tau, 0.5, share, swirl, states=states, window=0.02, clock=clock
+            key, m, X, tau, 0.5, share, swirl, states=3, window=0.02, clock=clock
         )
 
     source = clock(tau)
