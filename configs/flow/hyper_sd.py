@@ -36,27 +36,8 @@ def cpu():
 
 def cifar10():
     """Unconditional, a day on 8 GPUs."""
-    return recipe(
-        dict(
-            optimizer=dict(name='adam', lr=1e-4, clip_norm=1.0, warmup_steps=1_000),
-            steps=20_000, batch_size=512, checkpoint_every=5_000,
-        ),
-        decay=0.999,
-        data=dict(name='cifar10', train='train', validation='test'),
-        network=dict(
-            name='kd.models.unet.UNet', channels=128, multipliers=(2, 2, 2), blocks=4,
-            attention=(16,), dropout=0.13, data_scale=0.5, num_classes=None,
-        ),
-        teacher=dict(
-            optimizer=dict(
-                name='radam', lr=1e-2, clip_norm=1.0, schedule='rsqrt',
-                schedule_args=dict(timescale=35_000),
-            ),
-            steps=200_000, batch_size=512, checkpoint_every=10_000,
-        ),
-        measured=dict(samples=10_000, split='train', inception=''),
-        mesh=dict(data=-1),
-    )  # fmt: skip
+    world = dict(recipes.CIFAR10)
+    return recipe(world.pop('students'), decay=0.999, **world)
 
 
 def recipe(shared, decay, **world):

@@ -108,6 +108,28 @@ RING = dict(
     measured=dict(samples=20_000, batch=5_000),
 )  # fmt: skip
 
+# The same of CIFAR-10. Rates are high where weights are projected back to unit norm.
+CIFAR10 = dict(
+    data=dict(name='cifar10', train='train', validation='test'),
+    network=dict(
+        name='kd.models.unet.UNet', channels=128, multipliers=(2, 2, 2), blocks=4,
+        attention=(16,), dropout=0.13, data_scale=0.5, num_classes=None,
+    ),
+    teacher=dict(
+        optimizer=dict(
+            name='radam', lr=1e-2, clip_norm=1.0, schedule='rsqrt',
+            schedule_args=dict(timescale=35_000),
+        ),
+        steps=200_000, batch_size=512, checkpoint_every=10_000,
+    ),
+    students=dict(
+        optimizer=dict(name='adam', lr=1e-3, clip_norm=1.0, warmup_steps=1_000),
+        steps=20_000, batch_size=512, checkpoint_every=5_000,
+    ),
+    measured=dict(samples=10_000, split='train', inception=''),
+    mesh=dict(data=-1),
+)  # fmt: skip
+
 
 def few_steps(
     students: Mapping[str, tuple[str, Block]],
