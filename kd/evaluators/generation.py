@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 
 from kd.evaluators.distribution import Moments, frechet_distance, moments
-from kd.figures import new_figure
+from kd.figures import COLOURS, new_figure
 from kd.losses.flow_map import VelocityFunction, flow_map, squared_error
 from kd.sampling.flow import draw_noise, euler_sample, time_grid
 
 __all__ = [
     'density_page',
     'feature_moments',
+    'frames_page',
     'frechet_metric',
     'generate',
     'image_grid',
@@ -194,4 +196,44 @@ def density_page(
                 axis.set_title(column, fontsize=8)
             if j == 0:
                 axis.set_ylabel(row, fontsize=8)
+    return figure
+
+
+def frames_page(
+    videos: Mapping[str, ArrayLike], *, limit: float = 1.6, points: int = 400, paths: int = 6
+) -> Figure:
+    """A figure of videos of points in the plane: a row for each set, a column for each frame.
+
+    Points have the colour of their direction in the first frame, and a circle of radius 1 stands
+    behind them; the last column has a few videos as paths, which begin at a dot.
+
+    Args:
+      videos: {title: [N, F, 2]}, all of as many frames.
+      limit: of both axes.
+      points: of a set that are shown.
+      paths: of a set that are shown.
+    """
+    sets = {title: np.asarray(x) for title, x in videos.items()}
+    frames = next(iter(sets.values())).shape[1]
+    figure = new_figure(1.25 * (frames + 1) + 0.4, 1.25 * len(sets) + 0.3)
+    axes = figure.subplots(len(sets), frames + 1, squeeze=False)
+    around = np.linspace(0, 2 * np.pi, 100)
+    for row, (title, all_of) in zip(axes, sets.items(), strict=True):
+        shown = all_of[:points]
+        hue = np.arctan2(shown[:, 0, 1], shown[:, 0, 0])
+        for axis, number in zip(row, range(frames + 1), strict=True):
+            axis.plot(np.cos(around), np.sin(around), color='#cccccc', lw=0.6, zorder=0)
+            axis.set(xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+            axis.set_aspect('equal')
+            if number < frames:
+                axis.scatter(
+                    *shown[:, number].T, c=hue, s=1.5, cmap='twilight_shifted', vmin=-np.pi,
+                    vmax=np.pi, lw=0,
+                )  # fmt: skip
+            if row is axes[0]:
+                axis.set_title(f'frame {number + 1}' if number < frames else 'paths', fontsize=8)
+        for path, colour in zip(shown[:paths], itertools.cycle(COLOURS), strict=False):
+            row[-1].plot(*path.T, color=colour, lw=0.8)
+            row[-1].plot(*path[0], 'o', color=colour, ms=2.5)
+        row[0].set_ylabel(title, fontsize=8)
     return figure

@@ -213,6 +213,9 @@ def _page(context: Context, by_steps: Mapping[int, np.ndarray], real: np.ndarray
     if shape == (2,):
         panels = {titles[n]: points for n, points in by_steps.items()} | {'data': real}
         return generation.density_page({context.stage: panels})
+    if len(shape) == 2 and shape[1] == 2:
+        shown = {titles[n]: videos for n, videos in by_steps.items()} | {'data': real}
+        return generation.frames_page(shown)
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return None
     rows = [*by_steps.values(), real]

@@ -1,0 +1,112 @@
+"""A small denoiser of frames in their order, which attends to the clean frames before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd import config as config_lib
+from kd.errors import UserError
+from kd.losses.schedule import Schedule
+from kd.models.conditioning import positional_embedding
+from kd.ranges import Count
+
+
+class CausalVideo(nn.Module):
+    """E[x_f | noised x_f, clean x_1 .. x_(f-1)] of frames [d].
+
+    One layer of attention from a noised frame to keys and values of clean ones, and a perceptron.
+    `__call__` says of all frames at once, by a mask, what `say` says of each with a cache.
+
+    Attributes:
+      schedule: of the noise.
+      frames: of a video.
+      width: of all layers.
+      depth: of the perceptron.
+      size: d.
+    """
+
+    schedule: Schedule
+    frames: Count = 6
+    width: Count = 64
+    depth: Count = 2
+    size: Count = 2
+
+    def setup(self) -> None:
+        place = nn.initializers.normal(1.0)
+        self.place = self.param('place', place, (self.frames, self.width), jnp.float32)
+        self.clean0, self.clean1 = nn.Dense(self.width), nn.Dense(2 * self.width)
+        self.noised0, self.noised1 = nn.Dense(self.width), nn.Dense(self.width)
+        self.hidden = [nn.Dense(self.width) for _ in range(self.depth)]
+        self.out = nn.Dense(self.size)
+
+    def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of (t [1, F], x [1, F, d], clean [1, F, d])."""
+        x = spec['input']
+        if x.shape != (self.frames, self.size):
+            raise UserError(
+                f'CausalVideo has frames={self.frames} of size={self.size}, and an example of the '
+                f'data has the shape {x.shape}.'
+            )
+        video = jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+        return jax.ShapeDtypeStruct((1, self.frames), x.dtype), video, video
+
+    def __call__(
+        self, t: jax.Array, x: jax.Array, clean: jax.Array, *, train: bool = False
+    ) -> jax.Array:
+        """Of all frames [B, F, d] noised at times [B, F], told of clean ones [B, F, d]."""
+        del train
+        before = jnp.tril(jnp.ones((self.frames, self.frames), bool), -1)
+        return self._said(t, x, jnp.arange(self.frames), self.remember(clean), before)
+
+    def remember(self, x: jax.Array) -> jax.Array:
+        """Keys and values [B, .., 2 width] of clean frames [B, .., d]."""
+        return self.clean1(nn.silu(self.clean0(x)))
+
+    def empty(self, rows: int) -> jax.Array:
+        """Memory [B, F, 2 width] before the first frame."""
+        return jnp.zeros((rows, self.frames, 2 * self.width))
+
+    def say(self, t: jax.Array, x: jax.Array, memory: jax.Array, number: jax.Array) -> jax.Array:
+        """Of frame `number` [B, d] noised at t [B], told of memory [B, F, 2 width] before it."""
+        before = (jnp.arange(self.frames) < number)[None]
+        return self._said(t[:, None], x[:, None], number[None], memory, before)[:, 0]
+
+    def _said(self, t, x, number, memory, before):
+        scale = jnp.sqrt(1 + self.schedule.noise_to_signal(t) ** 2)[..., None]
+        told = self.schedule.condition(t)
+        told = positional_embedding(told.reshape(-1), 16).reshape(*told.shape, 16)
+        seen = jnp.concatenate([x / scale, told], -1)
+        own = nn.silu(self.noised0(seen) + self.place[number])
+        key, value = jnp.split(memory, 2, axis=-1)
+        # Keys know which frame they are of.
+        logits = jnp.einsum('bfd,bgd->bfg', self.noised1(own), key + self.place)
+        logits = jnp.where(before, logits / jnp.sqrt(self.width), -1e9)
+        # The first frame has none before it, and sees nothing.
+        told_of = jnp.einsum('bfg,bgd->bfd', nn.softmax(logits) * before, value)
+        hidden = jnp.concatenate([own, told_of, x / scale], -1)
+        for layer in self.hidden:
+            hidden = nn.silu(layer(hidden))
+        return self.out(hidden)
+
+
+def causal_video(
+    *,
+    schedule: Mapping[str, Any],
+    frames: Count = 6,
+    width: Count = 64,
+    depth: Count = 2,
+    size: Count = 2,
+) -> CausalVideo:
+    """A `CausalVideo` in a recipe.
+
+    Args:
+      schedule: block of one of `kd.losses.schedule`.
+      frames, width, depth, size: see there.
+    """
+    path = config_lib.build(schedule, where='network.schedule')
+    return CausalVideo(path, frames, width, depth, size)
