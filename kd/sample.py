@@ -6,8 +6,8 @@
 `--run` is the directory of a finished stage: a generator of few steps, which has its own times and
 refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
 number of --steps. With --base, another stage, the steps of a generator before --switch are made by
-that denoiser, not guided: more various samples (arXiv:2503.10637). Classes go round. Images make a
-grid, points in the plane a density.
+that denoiser, not guided: more various samples (arXiv:2503.10637). A generator of videos takes its
+first --steps for each frame. Classes go round. Images make a grid, points in the plane a density.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kd.evaluators import generation
 from kd.io import finished, safetensors
 from kd.network import Network
 from kd.networks import build_network, stage_of
+from kd.sampling import causal, diffusion, flow, generator, velocity
 from kd.sampling import denoiser as denoisers
-from kd.sampling import diffusion, flow, generator, velocity
 from kd.sampling import times as times_lib
 from kd.sampling.generator import Generator
 from kd.sampling.hybrid import hybrid
@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shape == (2,):
         page = generation.density_page({arguments.run.name: {'samples': found}})
         page.savefig(arguments.out)
+    elif len(shape) == 2 and shape[1] == 2:
+        generation.frames_page({arguments.run.name: found}).savefig(arguments.out)
     elif len(shape) == 3 and shape[-1] in (1, 3):
         images = source.to_pixels(found)
         generation.save_image_grid(
@@ -149,6 +151,8 @@ def sampler(
     Raises:
       UserError: steps or guidance that the generator does not have.
     """
+    if causal.is_causal(network):
+        return _of_causal(network, block, steps, times, guidance)
     if 'times' in block:
         own = tuple(block['times'])
         if not times and steps not in (0, len(own)):
@@ -198,6 +202,24 @@ def begun(
 
     def draw(variables, label, key, shape):
         return made.sample(variables['base'], variables['own'], _condition(label), key, shape)
+
+    return draw
+
+
+def _of_causal(network, block, steps: int, times: tuple[float, ...], guidance: float) -> Draw:
+    if guidance != 1.0 or not ('times' in block or times):
+        raise UserError('a causal network takes --times, of a generator its own, and no guidance.')
+    step = block.get('step', 'restart')
+    own = causal.generator(network, times or block['times'], step, where='this generator')
+    if steps > len(own.times):
+        raise UserError(f'this generator has {len(own.times)} times; --steps is that or fewer.')
+
+    def draw(variables, label, key, shape):
+        del label
+        noise_key, key = jax.random.split(key)
+        grid = causal.times_of_blocks(own.times, steps or len(own.times), shape[1])
+        z = jax.random.normal(noise_key, shape)
+        return causal.causal_sample(own.causal, variables, grid, z, key, step=own.step)
 
     return draw
 

@@ -159,9 +159,7 @@ def arm(name, student, own, tracking, spec, steps):
         tx = context.optimizer(name='adam', lr=1e-3, b1=0.0)
         adversary = Adversary(judge, tx, law, WEIGHT, beyond=ARMS[name])
     teacher = ring_video.exact_denoiser(VIDEO, PATH)
-    method = self_distilled(
-        context, student, teacher, critic, common.matching(law, 1.0), adversary
-    )
+    method = self_distilled(context, student, teacher, critic, common.matching(law, 1.0), adversary)
     return with_ema(method, AVERAGE)
 
 

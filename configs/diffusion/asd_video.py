@@ -4,7 +4,7 @@
 
 | variant | videos | networks | hardware |
 |---|---|---|---|
-| cpu (default) | a point that turns on a ring, 6 frames | perceptrons, one layer of attention | 2 cores |
+| cpu (default) | a point that turns on a ring, 6 frames | perceptrons and one attention | 2 cores |
 
 Stages: a teacher, which denoises whole videos; a causal network that denoises each frame after the
 clean ones before it, from which the generators begin; Self-Forcing; and ASD, which besides is

@@ -19,8 +19,9 @@ from kd.ranges import Count
 class CausalVideo(nn.Module):
     """E[x_f | noised x_f, clean x_1 .. x_(f-1)] of frames [d].
 
-    One layer of attention from a noised frame to keys and values of clean ones, and a perceptron.
-    `__call__` says of all frames at once, by a mask, what `say` says of each with a cache.
+    One layer of attention from a noised frame to itself and to clean ones, which are frames without
+    noise, and a perceptron. `__call__` says of all frames at once, by a mask, what `say` says of
+    each with a cache.
 
     Attributes:
       schedule: of the noise.
@@ -39,8 +40,8 @@ class CausalVideo(nn.Module):
     def setup(self) -> None:
         place = nn.initializers.normal(1.0)
         self.place = self.param('place', place, (self.frames, self.width), jnp.float32)
-        self.clean0, self.clean1 = nn.Dense(self.width), nn.Dense(2 * self.width)
-        self.noised0, self.noised1 = nn.Dense(self.width), nn.Dense(self.width)
+        self.first, self.query = nn.Dense(self.width), nn.Dense(self.width)
+        self.memory = nn.Dense(2 * self.width)
         self.hidden = [nn.Dense(self.width) for _ in range(self.depth)]
         self.out = nn.Dense(self.size)
 
@@ -60,12 +61,14 @@ class CausalVideo(nn.Module):
     ) -> jax.Array:
         """Of all frames [B, F, d] noised at times [B, F], told of clean ones [B, F, d]."""
         del train
+        numbers = jnp.arange(self.frames)
         before = jnp.tril(jnp.ones((self.frames, self.frames), bool), -1)
-        return self._said(t, x, jnp.arange(self.frames), self.remember(clean), before)
+        return self._said(t, x, numbers, self.remember(clean, numbers), before)
 
-    def remember(self, x: jax.Array) -> jax.Array:
-        """Keys and values [B, .., 2 width] of clean frames [B, .., d]."""
-        return self.clean1(nn.silu(self.clean0(x)))
+    def remember(self, x: jax.Array, number: jax.Array) -> jax.Array:
+        """Keys and values [B, F', 2 width] of clean frames [B, F', d] of these numbers [F']."""
+        still = jnp.full(x.shape[:-1], self.schedule.low, x.dtype)
+        return self.memory(self._features(still, x, number))
 
     def empty(self, rows: int) -> jax.Array:
         """Memory [B, F, 2 width] before the first frame."""
@@ -76,19 +79,26 @@ class CausalVideo(nn.Module):
         before = (jnp.arange(self.frames) < number)[None]
         return self._said(t[:, None], x[:, None], number[None], memory, before)[:, 0]
 
-    def _said(self, t, x, number, memory, before):
-        scale = jnp.sqrt(1 + self.schedule.noise_to_signal(t) ** 2)[..., None]
+    def _features(self, t, x, number):
         told = self.schedule.condition(t)
         told = positional_embedding(told.reshape(-1), 16).reshape(*told.shape, 16)
-        seen = jnp.concatenate([x / scale, told], -1)
-        own = nn.silu(self.noised0(seen) + self.place[number])
-        key, value = jnp.split(memory, 2, axis=-1)
-        # Keys know which frame they are of.
-        logits = jnp.einsum('bfd,bgd->bfg', self.noised1(own), key + self.place)
-        logits = jnp.where(before, logits / jnp.sqrt(self.width), -1e9)
-        # The first frame has none before it, and sees nothing.
-        told_of = jnp.einsum('bfg,bgd->bfd', nn.softmax(logits) * before, value)
-        hidden = jnp.concatenate([own, told_of, x / scale], -1)
+        seen = jnp.concatenate([self._scaled(t, x), told], -1)
+        return nn.silu(self.first(seen) + self.place[number])
+
+    def _scaled(self, t, x):
+        return x / jnp.sqrt(1 + self.schedule.noise_to_signal(t) ** 2)[..., None]
+
+    def _said(self, t, x, number, memory, before):
+        own = self._features(t, x, number)
+        query = self.query(own) / jnp.sqrt(self.width)
+        (key, value), (own_key, own_value) = (
+            jnp.split(said, 2, axis=-1) for said in (memory, self.memory(own))
+        )
+        logits = jnp.where(before, jnp.einsum('bfd,bgd->bfg', query, key), -jnp.inf)
+        itself = jnp.sum(query * own_key, -1, keepdims=True)
+        weights = nn.softmax(jnp.concatenate([logits, itself], -1))
+        told = jnp.einsum('bfg,bgd->bfd', weights[..., :-1], value) + weights[..., -1:] * own_value
+        hidden = jnp.concatenate([own, told, self._scaled(t, x)], -1)
         for layer in self.hidden:
             hidden = nn.silu(layer(hidden))
         return self.out(hidden)

@@ -99,8 +99,9 @@ def of_network(network: Network, *, where: str) -> Causal:
 
     def remember(variables, cache, x):
         memory, number = cache
-        said = module.apply(variables, x, method='remember').astype(memory.dtype)
-        return jax.lax.dynamic_update_index_in_dim(memory, said, number, 1), number + 1
+        said = module.apply(variables, x[:, None], number[None], method='remember')
+        at = (0, number) + (0,) * (memory.ndim - 2)
+        return jax.lax.dynamic_update_slice(memory, said.astype(memory.dtype), at), number + 1
 
     return Causal(
         module.schedule, denoise, remember, lambda rows: (module.empty(rows), jnp.int32(0))

@@ -70,6 +70,11 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
       UserError: a network that is neither.
     """
     module: Any = network.module
+    if hasattr(module, 'remember'):
+        raise UserError(
+            f'{type(module).__name__} makes videos frame by frame, and denoises none as a whole: '
+            'take a method, a probe and a teacher of videos (kd.methods.diffusion.asd_video).'
+        )
     classes = num_classes(network)
     null = None if classes is None else {'label': classes}
     if isinstance(getattr(module, 'schedule', None), Schedule):

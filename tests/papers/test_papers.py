@@ -38,6 +38,7 @@ ANONYMOUS = {
     'snoopi',
     'agd',
     'distillation_dpo',
+    'asd_video',
 }
 
 ENTRY = """

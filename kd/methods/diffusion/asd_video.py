@@ -126,9 +126,7 @@ def asd_video(
     return self_distilled(context, student, teacher, critic, matched, adversary)
 
 
-def _judge(
-    context: Context, block: Mapping[str, Any] | None, logits: int, where: str
-) -> Network:
+def _judge(context: Context, block: Mapping[str, Any] | None, logits: int, where: str) -> Network:
     if block is None:
         raise UserError(f'{where}.discriminator is missing; give one, or weight=0.')
     module = config_lib.build(block, where=f'{where}.discriminator')
