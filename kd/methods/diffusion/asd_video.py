@@ -172,7 +172,7 @@ def fooled(adversary: Adversary, student: CausalGenerator, path: Schedule) -> Te
         number, last = student.exit(views.level), len(student.times) - 1
         variables = views.state.variables(part=GENERATOR)
         ahead = jnp.minimum(number[0] + adversary.beyond, last)
-        more = student.made(variables, roll_key, views.x.shape, ahead).x
+        more = jax.lax.stop_gradient(student.made(variables, roll_key, views.x.shape, ahead).x)
         params = views.state.params[DISCRIMINATOR]
         noised = _noised(adversary, path, (views.x, more), noise_key)
         few, many = (_one(adversary, params, x, number) for x in noised)
