@@ -243,7 +243,7 @@ def judge(adversary):
 
 @pytest.fixture(scope='module')
 def pull(adversary, student, judge, variables):
-    """(level, x) -> (losses [B], gradients in x, in the discriminator, in the state's generator)."""
+    """(level, x) -> losses [B], gradients in x, in the judge, in the generator of the state."""
 
     def summed(x, judge, own, level):
         parts = {'generator': {'params': own}, 'discriminator': {'params': judge}}
