@@ -108,7 +108,7 @@ def exact_denoiser(video: RingVideo, schedule: Schedule) -> Denoiser:
 
 def on_ring(points: np.ndarray) -> np.ndarray:
     """Whether all frames of videos [N, 2 F] are near the ring of radius 1, bool [N]."""
-    return (away(points.reshape(len(points), -1, 2)) <= AWAY).all(1)
+    return np.all(away(points.reshape(len(points), -1, 2)) <= AWAY, axis=1)
 
 
 def away(videos: np.ndarray) -> np.ndarray:
