@@ -14,7 +14,14 @@ from kd.errors import UserError
 from kd.evaluators import generation
 from kd.evaluators.causal_samples import causal_samples
 from kd.losses.schedule import edm, flow
-from kd.methods.diffusion.asd_video import Adversary, asd_video, fooled, forced, told_apart
+from kd.methods.diffusion.asd_video import (
+    Adversary,
+    asd_video,
+    fooled,
+    forced,
+    noised,
+    told_apart,
+)
 from kd.methods.diffusion.distribution_matching import Views
 from kd.models.causal_video import CausalVideo
 from kd.models.denoiser import Denoised
@@ -307,6 +314,15 @@ def test_the_discriminator_knows_differences_alone_and_is_held_flat(
     square = float(jnp.sum(judge[name]['kernel'][:, 0] ** 2))
     wanted = 2 * 600.0 * 0.05**2 * square
     assert float(losses(judge, 600.0)[0]) - bare == pytest.approx(wanted, rel=0.1)
+
+
+def test_both_of_a_pair_have_noise_of_their_own_and_one_time_if_together(adversary):
+    pair = (jnp.zeros((1, 20_000)),) * 2
+    for together in (True, False):
+        one, two = noised(adversary._replace(together=together), PATH, pair, KEY)
+        assert abs(np.corrcoef(one[0], two[0])[0, 1]) < 0.03
+        # Of nothing but noise the deviation is the time.
+        assert (float(one.std() / two.std()) == pytest.approx(1, rel=0.03)) == together
 
 
 # The method

@@ -174,8 +174,8 @@ def fooled(adversary: Adversary, student: CausalGenerator, path: Schedule) -> Te
         ahead = jnp.minimum(number[0] + adversary.beyond, last)
         more = jax.lax.stop_gradient(student.made(variables, roll_key, views.x.shape, ahead).x)
         params = views.state.params[DISCRIMINATOR]
-        noised = _noised(adversary, path, (views.x, more), noise_key)
-        few, many = (_one(adversary, params, x, number) for x in noised)
+        seen = noised(adversary, path, (views.x, more), noise_key)
+        few, many = (_one(adversary, params, x, number) for x in seen)
         return jnp.where(number < last, adversarial.relativistic(few, many), 0.0)
 
     return Term('self_distillation', adversary.weight, loss)
@@ -194,14 +194,14 @@ def told_apart(adversary: Adversary, student: CausalGenerator, path: Schedule) -
             for k, n in ((keys[1], number), (keys[2], number + adversary.beyond))
         )
         numbers = jnp.full(shape[0], number)
-        noised = _noised(adversary, path, pair, keys[3])
+        seen = noised(adversary, path, pair, keys[3])
 
         def judge(x):
             return _one(adversary, params, x, numbers)
 
-        few, many = map(judge, noised)
+        few, many = map(judge, seen)
         losses = adversarial.relativistic(many, few)
-        for k, x in zip(keys[4:], noised, strict=True):
+        for k, x in zip(keys[4:], seen, strict=True):
             losses += adversary.penalty * adversarial.finite_difference(
                 judge, x, k, adversary.scale
             )
@@ -215,7 +215,10 @@ def _one(adversary: Adversary, params: PyTree, x: jax.Array, number: jax.Array) 
     return jnp.take_along_axis(said, number[:, None], axis=1)[:, 0]
 
 
-def _noised(adversary, path, pair, key):
+def noised(
+    adversary: Adversary, path: Schedule, pair: tuple[jax.Array, jax.Array], key: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Both of a pair with noise of their own, at times of their own unless they are together."""
     keys = jax.random.split(key, 4)
     made = []
     for x, time_key, noise_key in zip(pair, keys[:2], keys[2:], strict=True):
