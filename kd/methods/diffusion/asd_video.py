@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def asd_video(
     between: tuple[Fraction, Fraction] = (0.02, 0.98),
     critic_between: tuple[Fraction, Fraction] = (0.02, 0.98),
     denoising: Weight = 'flow',
-    step: str = 'restart',
+    step: Literal['restart', 'ddim', 'ancestral'] = 'restart',
 ) -> Method:
     """Towards One-step Causal Video Generation (2025, arXiv:2511.01419); with weight 0 Self-Forcing
     (2506.08009).
