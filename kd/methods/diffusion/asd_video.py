@@ -216,7 +216,7 @@ def _one(adversary: Adversary, params: PyTree, x: jax.Array, number: jax.Array) 
 
 
 def noised(
-    adversary: Adversary, path: Schedule, pair: tuple[jax.Array, jax.Array], key: jax.Array
+    adversary: Adversary, path: Schedule, pair: tuple[jax.Array, ...], key: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Both of a pair with noise of their own, at times of their own unless they are together."""
     keys = jax.random.split(key, 4)
