@@ -30,7 +30,8 @@ from kd.network import from_linen
 from kd.sampling import causal, denoiser, times
 
 VIDEO, PATH, LEVELS = ring_video.RingVideo(), edm(0.02, 5.0), (3.0, 1.2, 0.5, 0.2)
-CLOCK, BATCH, WEIGHT = times.natural(PATH), 128, 30.0
+CLOCK, BATCH, WEIGHT = times.natural(PATH), 128, 3.0
+FAR = 10.0  # Where samples are put that have left.
 AVERAGE = {'slow': dict(decay=0.99, of=GENERATOR)}
 # Of the pairs: calls beyond n.
 ARMS = {'plain': None, 'asd': 1, 'same': 0}
@@ -56,7 +57,7 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps of one arm."""
-    runs, steps, pretraining = (3, 2, 2) if smoke else (6, 700, 2_000)
+    runs, steps, pretraining = (3, 2, 2) if smoke else (5, 700, 1_000)
     return Claim(
         paper='Towards One-step Causal Video Generation via Adversarial Self-Distillation 2025, '
         'arXiv:2511.01419',
@@ -74,7 +75,8 @@ def get_claim(smoke: bool = False) -> Claim:
         draw=draw,
         notes='The sign of self-distillation, asd against plain, is reported and no check depends '
         'on it; nor do the samples of two and four calls. In the control the preferred sample of a '
-        'pair has as many calls as the other.',
+        'pair has as many calls as the other. The weight is ours: 30, the best of the paper, diverged '
+        'on two other seeds. Samples are clipped to 10, and those that are not finite lie there.',
     )
 
 
@@ -201,6 +203,7 @@ def likeness(student, count=2_000):
 def measure(samples):
     """Distance to data, and the share of frames off the ring, of each run."""
     real = VIDEO.draw(np.random.default_rng(1), samples.shape[1])
+    samples = np.nan_to_num(np.clip(samples, -FAR, FAR), nan=FAR)
     off = (ring_video.away(samples) > ring_video.AWAY).mean(1)
     return {
         'swd': [distribution.sliced_wasserstein(real, x) for x in samples],
