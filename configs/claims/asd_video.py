@@ -75,8 +75,9 @@ def get_claim(smoke: bool = False) -> Claim:
         draw=draw,
         notes='The sign of self-distillation, asd against plain, is reported and no check depends '
         'on it; nor do the samples of two and four calls. In the control the preferred sample of a '
-        'pair has as many calls as the other. The weight is ours: 30, the best of the paper, diverged '
-        'on two other seeds. Samples are clipped to 10, and those that are not finite lie there.',
+        'pair has as many calls as the other. The weight is ours: 30, the best of the paper, '
+        'diverged on two other seeds. Samples are clipped to 10, and those that are not finite lie '
+        'there.',
     )
 
 
