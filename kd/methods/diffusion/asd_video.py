@@ -89,8 +89,8 @@ def asd_video(
     noise of its own and without gradient, is what the generator's should be taken for. There is no
     pair for the last n. The discriminator moves once in a step, with an n of its own.
 
-    The paper has D as heads on the frozen critic's layers; here it is a network of its own. As there,
-    each sample of a pair has a time of noise of its own.
+    The paper has D as heads on the frozen critic's layers; here it is a network of its own. As
+    there, each sample of a pair has a time of noise of its own.
 
     Args:
       context: the stage; its network is causal (`kd.models.causal_video`), its teacher a denoiser
