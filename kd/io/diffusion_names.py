@@ -24,13 +24,17 @@ from kd.errors import UserError, did_you_mean
 from kd.io.torch_weights import LEAVES, Find, Part, kernel_axes
 from kd.models.unet_conditional import SIZES
 
-# Lists of modules that a network may hold as one module with a leading axis.
-STACKED = ('transformer_blocks',)
+# Lists of modules that a network holds as one with a leading axis, all or those from an index.
+STACKED = re.compile(r'((?:single_)?transformer_blocks|blocks)(?:_from_(\d+))?')
 # `linear_1` and its like have their index in their name.
-_INDEX = re.compile(r'(?<!linear)_(\d+)$')
+_INDEX = re.compile(r'(?<!linear)(?<!proj_out)_(\d+)$')
 _LEVEL = re.compile(r'^(enc|dec)_')
-# Filters of EDM, which are no weights.
-_LEFT = r'resample_filter$'
+# Filters of EDM, which are no weights, and copies: DiT's blocks repeat what embeds their condition.
+_LEFT = r'resample_filter$|transformer_blocks\.[1-9]\d*\.norm1\.emb\.'
+# Where one module serves all.
+_SHARED = {'emb': 'transformer_blocks.0.norm1.emb'}
+# What autoencoders of old files call their layers of attention.
+_OLD = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
 
 _EDM = {
     'model_channels': 'channels',
@@ -69,20 +73,28 @@ def edm(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
 
 def find(of: Any, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
     """Where the leaves of a network lie, and an expression for tensors that may be left over."""
-    del of, tensors, where
+    del of, where
+    there = frozenset(tensors)
+
+    def named(modules: tuple[str, ...], leaf: str) -> str:
+        names = [_LEVEL.sub(r'\1.', _INDEX.sub(r'.\1', module)) for module in modules]
+        names[:1] = [_SHARED.get(name, name) for name in names[:1]]
+        name = '.'.join([*names, leaf])
+        old = '.'.join([*names[:-1], *(_OLD.get(last, last) for last in names[-1:]), leaf])
+        return old if old in there and name not in there else name
 
     def place(keys: tuple[str, ...], shape: tuple[int, ...]) -> Part | tuple[Part, ...]:
         *modules, last = keys
-        names = [_LEVEL.sub(r'\1.', _INDEX.sub(r'.\1', module)) for module in modules]
         leaf = LEAVES.get(last, last)
-        stack = next((i for i, module in enumerate(modules) if module in STACKED), None)
-        if stack is None:
-            axes = kernel_axes(len(shape)) if last == 'kernel' else None
-            return Part('.'.join([*names, leaf]), axes)
-        axes = kernel_axes(len(shape) - 1) if last == 'kernel' else None
-        before, after = names[: stack + 1], [*names[stack + 1 :], leaf]
-        layers = range(shape[0])
-        return tuple(Part('.'.join([*before, str(layer), *after]), axes) for layer in layers)
+        lists = [STACKED.fullmatch(module) for module in modules]
+        stack = next((i for i, match in enumerate(lists) if match), None)
+        axes = kernel_axes(len(shape) - (stack is not None)) if last == 'kernel' else None
+        match = None if stack is None else lists[stack]
+        if match is None:
+            return Part(named(tuple(modules), leaf), axes)
+        first, before, after = int(match[2] or 0), modules[:stack], modules[stack + 1 :]
+        layers = (f'{match[1]}_{first + layer}' for layer in range(shape[0]))
+        return tuple(Part(named((*before, layer, *after), leaf), axes) for layer in layers)
 
     return place, _LEFT
 
@@ -133,12 +145,7 @@ def unet(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
       UserError: a setting that `UNetConditional` does not have.
     """
     del tensors
-    given = {name: _frozen(x) for name, x in config.items() if not name.startswith('_')}
-    for name, value in given.items():
-        known = name in _UNET or name in _UNUSED
-        if not known and value not in (None, False, _FIXED.get(name)):
-            raise UserError(f'{where}: {name}={value!r} is more than UNetConditional knows.')
-    read = {name: given.get(name, default) for name, default in _UNET.items()}
+    read = settings(config, where, 'UNetConditional', _UNET, _FIXED, _UNUSED)
     levels = len(read['block_out_channels'])
     attends = [kind.startswith('CrossAttn') for kind in read['down_block_types']]
     wanted = ['CrossAttnUpBlock2D' if one else 'UpBlock2D' for one in reversed(attends)]
@@ -170,6 +177,35 @@ def unet(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
         dropout=read['dropout'],
         **(dict(pooled=pooled, size_features=features) if added else {}),
     )
+
+
+def settings(
+    config: Mapping[str, Any],
+    where: Any,
+    network: str,
+    known: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    unused: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The settings of `known`, with its defaults, of a config.json of diffusers.
+
+    Args:
+      config: what the file says.
+      where: it.
+      network: our name of the network, for messages.
+      known: settings that are read, and diffusers' defaults.
+      fixed: settings that are the one thing the network does.
+      unused: settings that say nothing of the network. All others must be None or False.
+
+    Raises:
+      UserError: a setting that the network does not have.
+    """
+    given = {name: _frozen(x) for name, x in config.items() if not name.startswith('_')}
+    for name, value in given.items():
+        read = name in known or name in unused
+        if not read and value not in (None, False, _frozen(fixed.get(name))):
+            raise UserError(f'{where}: {name}={value!r} is more than {network} knows.')
+    return {name: given.get(name, default) for name, default in known.items()}
 
 
 def _each(value: Any, levels: int) -> tuple:

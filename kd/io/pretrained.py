@@ -24,6 +24,7 @@ from kd.io import (
     clip_names,
     decoder_names,
     diffusion_names,
+    diffusion_settings,
     gguf,
     gguf_decoders,
     hf_decoders,
@@ -31,11 +32,15 @@ from kd.io import (
 )
 from kd.io.decoder_names import Names
 from kd.io.torch_weights import Find, Tensor
+from kd.models.autoencoder_kl import AutoencoderKL
 from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
 from kd.models.denoiser import Denoised
 from kd.models.edm import DhariwalUNet, SongUNet
+from kd.models.latent_dit import LatentDiT
+from kd.models.mmdit import MMDiT
 from kd.models.unet_conditional import UNetConditional
+from kd.models.wan import Wan
 from kd.references import split_foreign
 
 # Files of weights in the directory of a model, in the order in which they are looked for.
@@ -92,6 +97,13 @@ _CLIP = Family(
     ('depth', 'heads', 'mlp', 'layer', 'epsilon', 'pixel_mean', 'pixel_std'),
 )
 
+_DIT = ('heads', 'grid', 'stretch', 'epsilon')
+
+
+def _latent(network: Any, arguments: Any, *unseen: str) -> Family:
+    return Family(network, arguments, diffusion_names.find, unseen)
+
+
 # By kind of reference, and what names the architecture: `model_type` or `_class_name`,
 # `general.architecture`.
 FAMILIES: dict[str, dict[str, Family]] = {
@@ -108,6 +120,14 @@ FAMILIES: dict[str, dict[str, Family]] = {
         'DhariwalUNet': Family(DhariwalUNet, diffusion_names.edm, diffusion_names.find),
         'UNet2DConditionModel': Family(
             UNetConditional, diffusion_names.unet, diffusion_names.find, ('heads', 'groups')
+        ),
+        'DiTTransformer2DModel': _latent(LatentDiT, diffusion_settings.dit, *_DIT),
+        'PixArtTransformer2DModel': _latent(LatentDiT, diffusion_settings.pixart, *_DIT),
+        'SD3Transformer2DModel': _latent(MMDiT, diffusion_settings.sd3, 'heads', 'grid'),
+        'FluxTransformer2DModel': _latent(MMDiT, diffusion_settings.flux, 'heads', 'axes'),
+        'WanTransformer3DModel': _latent(Wan, diffusion_settings.wan, 'heads', 'epsilon'),
+        'AutoencoderKL': _latent(
+            AutoencoderKL, diffusion_settings.autoencoder, 'groups', 'scale', 'shift'
         ),
     },
     'gguf': {

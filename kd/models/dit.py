@@ -18,16 +18,18 @@ __all__ = ['BRANCHES', 'Block', 'DiT', 'grid_embedding']
 BRANCHES = ('attention', 'mlp')
 
 
-def grid_embedding(height: int, width: int, size: int) -> np.ndarray:
+def grid_embedding(height: int, width: int, size: int, span: float | None = None) -> np.ndarray:
     """Fixed sine-cosine embedding of a grid of patches, [height * width, size] float32.
 
     The first half of the features encodes the column, the second the row, each by sines and then
     cosines: the order of the released weights of DiT (arXiv:2212.09748) and MAE (arXiv:2111.06377).
+    Places are whole numbers, or with a span they lie evenly in [0, span).
     """
     if size % 4:
         raise ValueError(f'grid_embedding: size={size}, expected a multiple of 4.')
     frequency = 1e4 ** (-np.arange(size // 4) / (size // 4))
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing='ij')
+    places = [np.arange(n) * (1 if span is None else span / n) for n in (height, width)]
+    rows, columns = np.meshgrid(*places, indexing='ij')
     angles = [axis.reshape(-1, 1) * frequency for axis in (columns, rows)]
     parts = [f(angle) for angle in angles for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ['SCALINGS', 'angles', 'frequencies', 'rotate']
+__all__ = ['SCALINGS', 'angles', 'frequencies', 'grid_angles', 'rotate']
 
 # Kinds of `rope_scaling`, and what each needs beside `factor`.
 SCALINGS: dict[str, tuple[str, ...]] = {
@@ -97,9 +97,34 @@ def angles(
     return jnp.cos(angle) * stretch, jnp.sin(angle) * stretch
 
 
-def rotate(x: jax.Array, turned: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Features [B, T, H, d] rotated by pairs (i, i + d / 2), as released weights have them."""
+def grid_angles(
+    positions: Sequence[np.ndarray], sizes: Sequence[int], theta: float = 1e4
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [1, T, 1, sum of sizes / 2] of positions along several axes.
+
+    Args:
+      positions: [T] for each axis.
+      sizes: features that turn by each, even.
+      theta: base of the wavelengths.
+    """
+    each = zip(positions, sizes, strict=True)
+    angle = np.concatenate([np.outer(x, frequencies(n, theta)[0]) for x, n in each], axis=-1)
+    return (
+        jnp.asarray(np.cos(angle), jnp.float32)[None, :, None],
+        jnp.asarray(np.sin(angle), jnp.float32)[None, :, None],
+    )
+
+
+def rotate(x: jax.Array, turned: tuple[jax.Array, jax.Array], *, paired: bool = False) -> jax.Array:
+    """Features [B, T, H, d] rotated by pairs (i, i + d / 2), as language models have them.
+
+    With `paired` by pairs (2i, 2i + 1), as diffusion transformers have them.
+    """
     cos, sin = turned
+    if paired:
+        first, second = x[..., ::2].astype(cos.dtype), x[..., 1::2].astype(cos.dtype)
+        out = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return out.reshape(x.shape).astype(x.dtype)
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return out.astype(x.dtype)

@@ -8,7 +8,7 @@ Sources: Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.0
 
 from __future__ import annotations
 
-import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,111 +16,28 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from kd.models.attention import attend
+from kd.models import latent_parts
+from kd.models.latent_parts import (
+    Attention,
+    Embedder,
+    FeedForward,
+    ResnetBlock,
+    conv,
+    given,
+    group_norm,
+    image_inputs,
+    preset_of,
+    stacked,
+    timestep_features,
+)
 from kd.models.unet import resample
 from kd.ranges import Count, Decay, Positive, Size
 
-__all__ = ['PRESETS', 'SHARDING', 'UNetConditional', 'preset', 'timestep_features']
+__all__ = ['PRESETS', 'SHARDING', 'UNetConditional', 'preset']
 
-# For `sharding` of a recipe: 'tensor' cuts heads and hidden units, 'fsdp' the rest.
-SHARDING = (
-    (r'transformer_blocks/.*(to_q|to_k|to_v|proj)/kernel$', (None, 'fsdp', 'tensor')),
-    (r'transformer_blocks/.*(to_out_0|net_2)/kernel$', (None, 'tensor', 'fsdp')),
-    (r'kernel$', 'fsdp'),
-)
+SHARDING = latent_parts.SHARDING
 # Numbers that tell SDXL of the size: original, corner of the crop, target; (height, width) each.
 SIZES = 6
-
-
-def timestep_features(t: jax.Array, size: int, *, max_period: float = 1e4) -> jax.Array:
-    """[cos(w_k t), sin(w_k t)], w_k = max_period^(-2k / size), [...] -> [..., size] float32."""
-    if size % 2:
-        raise ValueError(f'timestep_features: size={size}, expected an even number.')
-    frequency = max_period ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
-    angles = t.astype(jnp.float32)[..., None] * frequency
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class TimestepEmbedding(nn.Module):
-    """Two layers, [B, any] -> [B, size]."""
-
-    size: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(nn.Dense(self.size, dtype=self.dtype, name='linear_1')(x))
-        return nn.Dense(self.size, dtype=self.dtype, name='linear_2')(x)
-
-
-class ResnetBlock(nn.Module):
-    """Residual block to whose middle the embedding [B, E] is added; None for none."""
-
-    features: int
-    groups: int
-    epsilon: float
-    dropout: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array | None, train: bool) -> jax.Array:
-        y = nn.silu(_group_norm(x, self.groups, self.epsilon, self.dtype, 'norm1'))
-        y = _conv(y, self.features, 3, self.dtype, 'conv1')
-        if embedding is not None:
-            told = nn.Dense(self.features, dtype=self.dtype, name='time_emb_proj')
-            y = y + told(nn.silu(embedding))[:, None, None]
-        y = nn.silu(_group_norm(y, self.groups, self.epsilon, self.dtype, 'norm2'))
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        y = _conv(y, self.features, 3, self.dtype, 'conv2')
-        if x.shape[-1] != self.features:
-            x = _conv(x, self.features, 1, self.dtype, 'conv_shortcut')
-        return x + y
-
-
-class Attention(nn.Module):
-    """Attention of x [B, N, D] to itself, or to a text [B, M, C] where its mask [B, M] is True."""
-
-    heads: int
-    fused: bool
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, text: jax.Array, mask: jax.Array | None) -> jax.Array:
-        size = x.shape[-1]
-
-        def projected(y: jax.Array, name: str) -> jax.Array:
-            y = nn.Dense(size, use_bias=False, dtype=self.dtype, name=name)(y)
-            return y.reshape(*y.shape[:2], self.heads, size // self.heads)
-
-        q, k, v = projected(x, 'to_q'), projected(text, 'to_k'), projected(text, 'to_v')
-        seen = None if mask is None else mask[:, None, None]
-        y = attend(q, k, v, mask=seen, fused=self.fused).reshape(x.shape)
-        return nn.Dense(size, dtype=self.dtype, name='to_out_0')(y)
-
-
-class _FeedForward(nn.Module):
-    """Four times the width, gated by a GELU."""
-
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        size = x.shape[-1]
-        hidden = _Projection(8 * size, self.dtype, name='net_0')(x)
-        hidden, gate = jnp.split(hidden, 2, axis=-1)
-        hidden = hidden * nn.gelu(gate, approximate=False)
-        return nn.Dense(size, dtype=self.dtype, name='net_2')(hidden)
-
-
-class _Projection(nn.Module):
-    """A layer named 'proj'."""
-
-    features: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(self.features, dtype=self.dtype, name='proj')(x)
 
 
 class TransformerBlock(nn.Module):
@@ -137,11 +54,11 @@ class TransformerBlock(nn.Module):
         def normed(name: str) -> jax.Array:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x)
 
-        y = normed('norm1')
-        x = x + Attention(self.heads, self.fused, self.dtype, name='attn1')(y, y, None)
-        y = normed('norm2')
-        x = x + Attention(self.heads, self.fused, self.dtype, name='attn2')(y, text, mask)
-        return x + _FeedForward(self.dtype, name='ff')(normed('norm3')), None
+        seen = None if mask is None else mask[:, None, None]
+        attention = partial(Attention, self.heads, fused=self.fused, dtype=self.dtype)
+        x = x + attention(name='attn1')(normed('norm1'))
+        x = x + attention(name='attn2')(normed('norm2'), text, seen)
+        return x + FeedForward('geglu', self.dtype, name='ff')(normed('norm3')), None
 
 
 class Transformer(nn.Module):
@@ -158,23 +75,18 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, text: jax.Array, mask: jax.Array | None) -> jax.Array:
         size = x.shape[-1]
-        y = _group_norm(x, self.groups, 1e-6, self.dtype, 'norm')
+        y = group_norm(x, self.groups, 1e-6, self.dtype, 'norm')
         y = self._project(y, size, 'proj_in').reshape(x.shape[0], -1, size)
-        kind = nn.remat(TransformerBlock, prevent_cse=False) if self.remat else TransformerBlock
-        blocks = nn.scan(
-            kind,
-            variable_axes={'params': 0, 'intermediates': 0},
-            split_rngs={'params': True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=self.depth,
-        )(self.heads, self.fused, self.dtype, name='transformer_blocks')
+        blocks = stacked(TransformerBlock, self.depth, self.remat, 2)(
+            self.heads, self.fused, self.dtype, name='transformer_blocks'
+        )
         y = blocks(y, text, mask)[0].reshape(x.shape)
         return x + self._project(y, size, 'proj_out')
 
     def _project(self, x: jax.Array, size: int, name: str) -> jax.Array:
         if self.linear:
             return nn.Dense(size, dtype=self.dtype, name=name)(x)
-        return _conv(x, size, 1, self.dtype, name)
+        return conv(x, size, 1, self.dtype, name)
 
 
 class Resampler(nn.Module):
@@ -186,7 +98,7 @@ class Resampler(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.how == 'up':
-            return _conv(resample(x, 'up'), x.shape[-1], 3, self.dtype, 'conv')
+            return conv(resample(x, 'up'), x.shape[-1], 3, self.dtype, 'conv')
         return nn.Conv(
             x.shape[-1], (3, 3), 2, padding=1, dtype=self.dtype, name='conv'
         )(x)  # fmt: skip
@@ -289,9 +201,7 @@ class UNetConditional(nn.Module):
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of (t [1], x [1, ...])."""
-        x = spec['input']
-        time = jax.ShapeDtypeStruct((1,), x.dtype)
-        return time, jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+        return image_inputs(spec)
 
     @nn.compact
     def __call__(
@@ -323,18 +233,18 @@ class UNetConditional(nn.Module):
         text, pooled, size = self._told(x, text, pooled, size)
         width = 4 * self.channels[0]
         waves = timestep_features(t, self.channels[0]).astype(self.dtype)
-        embedding = TimestepEmbedding(width, self.dtype, name='time_embedding')(waves)
+        embedding = Embedder(width, self.dtype, name='time_embedding')(waves)
         if self.pooled:
             waves = timestep_features(size, self.size_features).reshape(len(size), -1)
             waves = jnp.concatenate([pooled, waves], axis=-1).astype(self.dtype)
-            added = TimestepEmbedding(width, self.dtype, name='add_embedding')
+            added = Embedder(width, self.dtype, name='add_embedding')
             embedding = embedding + added(waves)
         told = embedding, text.astype(self.dtype), mask, train
         y = (x / self.data_scale).astype(self.dtype)
-        y = _conv(y, self.channels[0], 3, self.dtype, 'conv_in')
+        y = conv(y, self.channels[0], 3, self.dtype, 'conv_in')
         y = self._levels(y, told)
-        y = nn.silu(_group_norm(y, self.groups, 1e-5, self.dtype, 'conv_norm_out'))
-        y = _conv(y, x.shape[-1], 3, self.dtype, 'conv_out')
+        y = nn.silu(group_norm(y, self.groups, 1e-5, self.dtype, 'conv_norm_out'))
+        y = conv(y, x.shape[-1], 3, self.dtype, 'conv_out')
         return y.astype(x.dtype) * self.data_scale
 
     def _levels(self, y, told):
@@ -366,29 +276,8 @@ class UNetConditional(nn.Module):
         shapes: dict[str, tuple[int, ...]] = dict(text=(1, self.context))
         if self.pooled:
             shapes |= dict(pooled=(self.pooled,), size=(SIZES,))
-        given = dict(text=text, pooled=pooled, size=size)
-        for name, value in given.items():
-            if name in shapes and value is None and self.is_initializing():
-                given[name] = jnp.zeros((x.shape[0], *shapes[name]), self.dtype)
-            elif (value is None) != (name not in shapes):
-                raise ValueError(
-                    f'UNetConditional is told {self.conditions}, and '
-                    f"'{name}' was {'missing' if value is None else 'given'}."
-                )
-            elif value is not None and value.shape[-1] != shapes[name][-1]:
-                raise ValueError(
-                    f"UNetConditional: '{name}' has {value.shape[-1]} features, expected "
-                    f'{shapes[name][-1]}; is it of another encoder?'
-                )
-        return given['text'], given['pooled'], given['size']
-
-
-def _conv(x: jax.Array, features: int, size: int, dtype: Dtype, name: str) -> jax.Array:
-    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)(x)
-
-
-def _group_norm(x: jax.Array, groups: int, epsilon: float, dtype: Dtype, name: str) -> jax.Array:
-    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, name=name)(x)
+        told = given(self, x.shape[0], shapes, dict(text=text, pooled=pooled, size=size))
+        return told['text'], told['pooled'], told['size']
 
 
 _WIDE = dict(heads=(5, 10, 20, 20), linear=True, context=1_024)
@@ -420,9 +309,4 @@ def preset(of: str, **changes: Any) -> UNetConditional:
     Raises:
       ValueError: a name or an attribute that is not there.
     """
-    if of not in PRESETS:
-        raise ValueError(f"there is no conditional UNet '{of}'; known are: {', '.join(PRESETS)}.")
-    names = [field.name for field in dataclasses.fields(UNetConditional) if field.init]
-    if unknown := [name for name in changes if name not in names]:
-        raise ValueError(f"UNetConditional has no '{unknown[0]}'; it has: {', '.join(names)}.")
-    return UNetConditional(**{**PRESETS[of], **changes})
+    return preset_of(UNetConditional, PRESETS, of, changes)

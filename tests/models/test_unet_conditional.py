@@ -131,7 +131,7 @@ def test_inputs_that_do_not_fit_are_told():
         trace(**told | dict(text=np.zeros((2, 5, 9))))
     with pytest.raises(ValueError, match='2 levels needs sides divisible by 2, got 7x8'):
         trace(x[:, :7], **told)
-    with pytest.raises(ValueError, match="no conditional UNet 'sd3'; known are: sd15, sd21, sdxl"):
+    with pytest.raises(ValueError, match="no UNetConditional 'sd3'; known are: sd15, sd21, sdxl"):
         unet_conditional.preset('sd3')
 
 

@@ -1,0 +1,249 @@
+"""What `config.json` says of transformers of latents and of their autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kd.errors import UserError
+from kd.io.diffusion_names import settings
+
+_TRANSFORMER = {'num_attention_heads': 16, 'attention_head_dim': 72, 'in_channels': 4}
+_DIT = {
+    **_TRANSFORMER,
+    'out_channels': None,
+    'num_layers': 28,
+    'sample_size': 32,
+    'patch_size': 2,
+    'num_embeds_ada_norm': 1_000,
+    'norm_eps': 1e-5,
+}
+_DIT_FIXED = {
+    'attention_bias': True,
+    'activation_fn': 'gelu-approximate',
+    'norm_type': 'ada_norm_zero',
+    'norm_num_groups': 32,
+    'dropout': 0.0,
+}
+_PIXART = {
+    **_DIT,
+    'sample_size': 128,
+    'out_channels': 8,
+    'norm_eps': 1e-6,
+    'caption_channels': None,
+    'cross_attention_dim': 1_152,
+    'interpolation_scale': None,
+    'use_additional_conditions': None,
+}
+_PIXART_FIXED = {**_DIT_FIXED, 'norm_type': 'ada_norm_single', 'attention_type': 'default'}
+_UNUSED = ('upcast_attention', 'force_upcast')
+
+
+def dit(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `LatentDiT` takes, of the settings of `DiTTransformer2DModel`, here and below.
+
+    Raises:
+      UserError: a setting that the network does not have.
+    """
+    del tensors
+    read = settings(config, where, 'LatentDiT', _DIT, _DIT_FIXED, _UNUSED)
+    return dict(
+        num_classes=read['num_embeds_ada_norm'],
+        grid=read['sample_size'] // read['patch_size'],
+        **_of_latents(read, where),
+    )
+
+
+def pixart(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """The same of `PixArtTransformer2DModel`."""
+    del tensors
+    read = settings(config, where, 'LatentDiT', _PIXART, _PIXART_FIXED, _UNUSED)
+    width = read['num_attention_heads'] * read['attention_head_dim']
+    if not read['caption_channels'] or read['cross_attention_dim'] != width:
+        raise UserError(
+            f'{where}: LatentDiT projects texts of caption_channels to tokens of its own size, '
+            f'cross_attention_dim={width}.'
+        )
+    sized, side = read['use_additional_conditions'], read['sample_size']
+    return dict(
+        num_classes=None,
+        context=read['caption_channels'],
+        sized=side == 128 if sized is None else sized,
+        grid=side // read['patch_size'],
+        stretch=float(read['interpolation_scale'] or max(side // 64, 1)),
+        **_of_latents(read, where),
+    )
+
+
+def _of_latents(read: Mapping[str, Any], where: Any) -> dict[str, Any]:
+    out, channels = read['out_channels'] or read['in_channels'], read['in_channels']
+    if out not in (channels, 2 * channels):
+        raise UserError(f'{where}: LatentDiT says as many channels or twice, not {out}.')
+    return dict(
+        width=read['num_attention_heads'] * read['attention_head_dim'],
+        depth=read['num_layers'],
+        heads=read['num_attention_heads'],
+        patch=read['patch_size'],
+        variance=out > channels,
+        epsilon=read['norm_eps'],
+    )
+
+
+_JOINT = {
+    'num_layers': 18,
+    'attention_head_dim': 64,
+    'num_attention_heads': 18,
+    'joint_attention_dim': 4_096,
+    'pooled_projection_dim': 2_048,
+    'in_channels': 16,
+    'out_channels': None,
+    'patch_size': 2,
+}
+_SD3 = {
+    **_JOINT,
+    'sample_size': 128,
+    'caption_projection_dim': 1_152,
+    'pos_embed_max_size': 96,
+    'dual_attention_layers': (),
+    'qk_norm': None,
+}
+_FLUX = {
+    **_JOINT,
+    'num_layers': 19,
+    'attention_head_dim': 128,
+    'num_attention_heads': 24,
+    'pooled_projection_dim': 768,
+    'in_channels': 64,
+    'patch_size': 1,
+    'num_single_layers': 38,
+    'guidance_embeds': False,
+    'axes_dims_rope': (16, 56, 56),
+}
+
+
+def sd3(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `MMDiT` takes, of the settings of `SD3Transformer2DModel`."""
+    del tensors
+    read = settings(config, where, 'MMDiT', _SD3, {})
+    made = _joint(read, where, patch=2)
+    dual = read['dual_attention_layers']
+    if (
+        read['qk_norm'] not in (None, 'rms_norm')
+        or dual != tuple(range(len(dual)))
+        or read['caption_projection_dim'] != made['width']
+    ):
+        raise UserError(
+            f'{where}: MMDiT normalises queries and keys by rms_norm or not at all, attends twice '
+            'in its first blocks, and projects texts to tokens of its own size.'
+        )
+    return dict(
+        dual=len(dual),
+        norm=read['qk_norm'] is not None,
+        table=read['pos_embed_max_size'],
+        grid=read['sample_size'] // 2,
+        **made,
+    )
+
+
+def flux(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `MMDiT` takes, of the settings of `FluxTransformer2DModel`."""
+    del tensors
+    read = settings(config, where, 'MMDiT', _FLUX, {})
+    return dict(
+        single=read['num_single_layers'],
+        norm=True,
+        guided=read['guidance_embeds'],
+        table=0,
+        axes=read['axes_dims_rope'],
+        **_joint(read, where, patch=1),
+    )
+
+
+def _joint(read: Mapping[str, Any], where: Any, patch: int) -> dict[str, Any]:
+    if read['patch_size'] != patch or read['out_channels'] not in (None, read['in_channels']):
+        raise UserError(f'{where}: MMDiT has patch_size={patch} and as many channels out as in.')
+    return dict(
+        width=read['num_attention_heads'] * read['attention_head_dim'],
+        depth=read['num_layers'],
+        heads=read['num_attention_heads'],
+        context=read['joint_attention_dim'],
+        pooled=read['pooled_projection_dim'],
+    )
+
+
+_WAN = {
+    'patch_size': (1, 2, 2),
+    'num_attention_heads': 40,
+    'attention_head_dim': 128,
+    'in_channels': 16,
+    'out_channels': 16,
+    'text_dim': 4_096,
+    'ffn_dim': 13_824,
+    'num_layers': 40,
+    'eps': 1e-6,
+}
+_WAN_FIXED = {
+    'freq_dim': 256,
+    'cross_attn_norm': True,
+    'qk_norm': 'rms_norm_across_heads',
+    'window_size': (-1, -1),
+}
+
+
+def wan(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `Wan` takes, of the settings of `WanTransformer3DModel`."""
+    del tensors
+    read = settings(config, where, 'Wan', _WAN, _WAN_FIXED, ('rope_max_seq_len',))
+    if read['out_channels'] not in (None, read['in_channels']):
+        raise UserError(f'{where}: Wan has as many channels out as in.')
+    return dict(
+        width=read['num_attention_heads'] * read['attention_head_dim'],
+        depth=read['num_layers'],
+        heads=read['num_attention_heads'],
+        hidden=read['ffn_dim'],
+        patch=read['patch_size'],
+        context=read['text_dim'],
+        epsilon=read['eps'],
+    )
+
+
+_AUTOENCODER = {
+    'block_out_channels': (64,),
+    'layers_per_block': 1,
+    'latent_channels': 4,
+    'norm_num_groups': 32,
+    'scaling_factor': 0.18215,
+    'shift_factor': None,
+    'use_quant_conv': True,
+    'use_post_quant_conv': True,
+}
+_AUTOENCODER_FIXED = {
+    'in_channels': 3, 'out_channels': 3, 'act_fn': 'silu', 'mid_block_add_attention': True
+}  # fmt: skip
+
+
+def autoencoder(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `AutoencoderKL` takes, of the settings of the class of the same name."""
+    del tensors
+    levels = len(config.get('block_out_channels', (64,)))
+    kinds = dict(
+        down_block_types=('DownEncoderBlock2D',) * levels,
+        up_block_types=('UpDecoderBlock2D',) * levels,
+    )
+    read = settings(
+        config, where, 'AutoencoderKL', _AUTOENCODER, _AUTOENCODER_FIXED | kinds,
+        ('sample_size', *_UNUSED),
+    )  # fmt: skip
+    if read['use_quant_conv'] != read['use_post_quant_conv']:
+        raise UserError(
+            f'{where}: AutoencoderKL has both of quant_conv and post_quant_conv or none.'
+        )
+    return dict(
+        channels=read['block_out_channels'],
+        blocks=read['layers_per_block'],
+        latent=read['latent_channels'],
+        groups=read['norm_num_groups'],
+        scale=read['scaling_factor'],
+        shift=read['shift_factor'] or 0.0,
+        moments=read['use_quant_conv'],
+    )
