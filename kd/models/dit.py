@@ -18,7 +18,7 @@ __all__ = ['BRANCHES', 'Block', 'DiT', 'grid_embedding']
 BRANCHES = ('attention', 'mlp')
 
 
-def grid_embedding(height: int, width: int, size: int, span: float | None = None) -> np.ndarray:
+def grid_embedding(height: int, width: int, size: int, span: float | None = None) -> jax.Array:
     """Fixed sine-cosine embedding of a grid of patches, [height * width, size] float32.
 
     The first half of the features encodes the column, the second the row, each by sines and then
@@ -28,11 +28,16 @@ def grid_embedding(height: int, width: int, size: int, span: float | None = None
     if size % 4:
         raise ValueError(f'grid_embedding: size={size}, expected a multiple of 4.')
     frequency = 1e4 ** (-np.arange(size // 4) / (size // 4))
-    places = [np.arange(n) * (1 if span is None else span / n) for n in (height, width)]
-    rows, columns = np.meshgrid(*places, indexing='ij')
-    angles = [axis.reshape(-1, 1) * frequency for axis in (columns, rows)]
-    parts = [f(angle) for angle in angles for f in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def along(count: int) -> np.ndarray:
+        angle = np.outer(np.arange(count) * (1 if span is None else span / count), frequency)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+    # Tables of one axis each: what is compiled holds no table of all patches.
+    shape = (height, width, size // 2)
+    columns = jnp.broadcast_to(along(width), shape)
+    rows = jnp.broadcast_to(along(height)[:, None], shape)
+    return jnp.concatenate([columns, rows], axis=-1).reshape(height * width, size)
 
 
 class Block(nn.Module):

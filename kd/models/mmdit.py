@@ -154,7 +154,7 @@ class _Placed(nn.Module):
         y = nn.Conv(self.size, PATCH, PATCH, padding='VALID', dtype=self.dtype, name='proj')(x)
 
         def made() -> jax.Array:
-            return jnp.asarray(grid_embedding(self.table, self.table, self.size, self.span))[None]
+            return grid_embedding(self.table, self.table, self.size, self.span)[None]
 
         places = self.variable('constants', 'pos_embed', made).value
         first = [(self.table - side) // 2 for side in sides]

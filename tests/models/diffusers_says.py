@@ -6,16 +6,14 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import safetensors.torch
 import torch
 
 folder = Path(sys.argv[1])
-kind = json.loads((folder / 'config.json').read_text())['_class_name']
-model, info = getattr(diffusers, kind).from_pretrained(
-    folder, output_loading_info=True, low_cpu_mem_usage=False
-)
-wrong = {name: names for name, names in info.items() if names}
-if wrong:
-    raise SystemExit(f'{kind}: {wrong}')
+config = json.loads((folder / 'config.json').read_text())
+model = getattr(diffusers, config['_class_name']).from_config(config)
+tensors = safetensors.torch.load_file(folder / 'diffusion_pytorch_model.safetensors')
+model.load_state_dict(tensors, strict=True)
 model.eval()
 inputs, outputs = np.load(folder / 'inputs.npz'), {}
 for i, (method, result, names) in enumerate(json.loads((folder / 'calls.json').read_text())):
