@@ -101,24 +101,24 @@ def denoiser_samples(
 def _probe(context: Context, made: dict[int, Generator], guidance: float, **options: Any) -> Probe:
     one = next(iter(made.values()))
     own, path = denoisers.guided(one.denoiser, guidance), one.denoiser.schedule
-    classes = denoisers.num_classes(context.network)
+    told = denoisers.conditions(context.network, context.spec)
+    conditional = set(told) <= {'label'}
     noisy = one.times[0]
 
     # One small program called from Python: convolutions inside a loop are slow on CPU.
     @jax.jit
-    def advance(variables, x, memory, t, to, label, key):
-        denoise = own.bind(variables, {} if label is None else {'label': label})
+    def advance(variables, x, memory, t, to, known, key):
+        denoise = own.bind(variables, known)
         x, memory = one.step.move(path, denoise, x, t, to, key, memory)
         return x.astype(jnp.float32), memory
 
     @jax.jit
-    def end(variables, x, t, label):
-        denoise = own.bind(variables, {} if label is None else {'label': label})
-        return denoise(x, t).astype(jnp.float32)
+    def end(variables, x, t, known):
+        return own.bind(variables, known)(x, t).astype(jnp.float32)
 
     def draw(grid: tuple[float, ...]) -> Draw:
         def by_steps(variables, x, label, key):
-            known = None if classes is None else label
+            known = label if isinstance(label, dict) else {'label': label} if told else {}
             memory = one.step.memory(x)
             for i, (t, to) in enumerate(itertools.pairwise(grid)):
                 of_step = jax.random.fold_in(key, i)
@@ -133,6 +133,7 @@ def _probe(context: Context, made: dict[int, Generator], guidance: float, **opti
         context,
         {n: draw(each.times) for n, each in made.items()},
         scale=float(path.sigma(jnp.float32(noisy))),
-        conditional=classes is not None,
+        conditional=bool(told) and conditional,
+        told=() if conditional else tuple(told),
         **options,
     )

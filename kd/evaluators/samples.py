@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +24,8 @@ _SHOWN = 8
 
 # (state, inputs [N, ...]) -> moments of the features of some network.
 _Judge = Callable[[State, np.ndarray], distribution.Moments]
-# (variables, noise [B, ...], label [B] or None, key) -> samples [B, ...]
-Draw = Callable[[PyTree, jax.Array, jax.Array | None, jax.Array], jax.Array]
+# (variables, noise [B, ...], label [B] or None or fields by name, key) -> samples [B, ...]
+Draw = Callable[[PyTree, jax.Array, Any, jax.Array], jax.Array]
 
 
 def probe(
@@ -42,6 +43,7 @@ def probe(
     seed: Seed,
     conditional: bool = False,
     variables_of: Callable[[State], PyTree] | None = None,
+    told: Sequence[str] = (),
 ) -> Probe:
     """The probe of `draws`, by number of steps, from noise of deviation `scale`.
 
@@ -50,7 +52,7 @@ def probe(
     deviation of the samples over that of the examples. Samples that are `conditional` on the labels
     of the examples have `class_diversity`, the diversity within classes, 1 where it is that of the
     examples. `variables_of` gives what the draws take as variables, where these are no weights of
-    the result alone.
+    the result alone. `told` are fields of the examples that draws take, by name, for the label.
     """
     check_weights(context, weights)
     if classifier and classifier not in context.references:
@@ -66,7 +68,7 @@ def probe(
     floor: dict[str, float | Figure] = {}
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
-        real, labels = _examples(batches, samples, state, judges, moments)
+        real, labels, fields = _examples(batches, samples, state, judges, moments, told)
         of = variables_of or (
             lambda state: state.variables(None if weights == 'final' else weights)
         )
@@ -74,7 +76,9 @@ def probe(
         scalars: dict[str, float | Figure] = {}
         by_steps = {}
         for n, draw in draws.items():
-            generated = _generate(draw, variables, labels, samples, batch, shape, scale, seed)
+            generated = _generate(
+                draw, variables, fields or labels, samples, batch, shape, scale, seed
+            )
             by_steps[n] = generated
             values = _compare(real, generated, inside, labels if conditional else None)
             if 'finite' not in values:
@@ -98,12 +102,13 @@ def check_weights(context: Context, weights: str) -> None:
         raise UserError(f"{context.stage}.ema has no '{weights}', only {list(averages)}.")
 
 
-def _generate(draw, variables, labels, samples, batch, shape, scale, seed) -> np.ndarray:
-    """Samples [samples, ...]; sample i has the label of example i."""
+def _generate(draw, variables, told, samples, batch, shape, scale, seed) -> np.ndarray:
+    """Samples [samples, ...]; sample i has the label, or the fields, of example i."""
     parts, key = [], jax.random.key(seed)
+    count = len(jax.tree.leaves(told)[0])
     for first in range(0, samples, batch):
-        rows = (first + np.arange(batch)) % max(len(labels), 1)
-        label = labels[rows] if len(labels) else None
+        rows = (first + np.arange(batch)) % max(count, 1)
+        label = jax.tree.map(lambda x, rows=rows: x[rows], told) if count else None
         noise = draw_noise(key, batch, shape, scale=scale, first=first)
         parts.append(np.asarray(draw(variables, noise, label, jax.random.fold_in(key, first))))
     return np.concatenate(parts)[:samples]
@@ -115,10 +120,13 @@ def _examples(
     state: State,
     judges: Mapping[str, _Judge],
     moments: dict[str, distribution.Moments],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the first examples, on the host; fills in moments of all that lack."""
+    told: Sequence[str] = (),
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Inputs, labels and fields of the first examples, on the host; fills in moments of all that
+    lack."""
     inputs: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    fields: dict[str, list[np.ndarray]] = {name: [] for name in told}
     missing = {name: judge for name, judge in judges.items() if name not in moments}
     held = 0
     for batch in batches:
@@ -126,6 +134,8 @@ def _examples(
         part = np.asarray(batch['input'])[mask]
         if held < count:
             inputs.append(part)
+            for name, parts in fields.items():
+                parts.append(np.asarray(batch[name])[mask])
             labels.append(
                 np.asarray(batch['label'])[mask] if 'label' in batch else np.zeros(0, int)
             )
@@ -135,7 +145,8 @@ def _examples(
         for name, judge in missing.items():
             found = judge(state, part)
             moments[name] = moments[name].merge(found) if name in moments else found
-    return np.concatenate(inputs)[:count], np.concatenate(labels)[:count]
+    kept = {name: np.concatenate(parts)[:count] for name, parts in fields.items()}
+    return np.concatenate(inputs)[:count], np.concatenate(labels)[:count], kept
 
 
 def _judges(context: Context, classifier: str, feature: str, inception: str) -> dict[str, _Judge]:

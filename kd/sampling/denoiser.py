@@ -22,6 +22,8 @@ Condition = Mapping[str, jax.Array]
 
 # The field of a network that is told the scale of its guidance.
 GUIDANCE = 'guidance'
+# 'null_text' is what an empty text has in the place of 'text', a field of the data.
+NULL = 'null_'
 
 
 class Prediction(NamedTuple):
@@ -80,9 +82,8 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
     if isinstance(getattr(module, 'schedule', None), Schedule):
 
         def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
-            said = network.apply(
-                variables, t, x, train=train, key=key, capture=capture, **condition
-            )
+            own = {name: x for name, x in condition.items() if not name.startswith(NULL)}
+            said = network.apply(variables, t, x, train=train, key=key, capture=capture, **own)
             return Prediction(said.logits, said.features)
 
         told = GUIDANCE in getattr(module, 'conditions', ())
@@ -107,7 +108,7 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
 
 
 def conditions(network: Network, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The fields of a batch that a network is conditioned on.
+    """The fields of a batch that a network is conditioned on, and those of a null condition.
 
     Raises:
       UserError: the data lack one.
@@ -119,7 +120,8 @@ def conditions(network: Network, batch: Mapping[str, jax.Array]) -> dict[str, ja
             f'the network is conditioned on {missing[0]!r}, which the data do not have; they have '
             f'{sorted(batch)}.'
         )
-    return {name: batch[name] for name in named}
+    nulls = (f'{NULL}{name}' for name in named)
+    return {name: batch[name] for name in (*named, *nulls) if name in batch}
 
 
 def branches(
@@ -139,17 +141,22 @@ def branches(
 def without(denoiser: Denoiser, condition: Condition) -> dict[str, jax.Array]:
     """The null condition, for as many rows.
 
+    It is the denoiser's own, or stands beside the condition: 'null_text' for 'text'; the fields of
+    a condition without one, sizes for example, stay.
+
     Raises:
-      UserError: a denoiser that has none.
+      UserError: there is none.
     """
-    null = denoiser.null
-    if null is None:
+    beside = {name[len(NULL) :]: x for name, x in condition.items() if name.startswith(NULL)}
+    null = denoiser.null or beside
+    if not null:
         raise UserError(
             'guidance compares with a network that is told nothing, and this one has no null '
-            'condition; give it num_classes, or guidance=1.'
+            'condition; give it num_classes, data with the embedding of an empty text beside, or '
+            'guidance=1.'
         )
     return {
-        name: jnp.broadcast_to(jnp.asarray(null[name], x.dtype), x.shape)
+        name: jnp.broadcast_to(jnp.asarray(null.get(name, x), x.dtype), x.shape)
         for name, x in condition.items()
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -33,6 +35,13 @@ def source(name: str, split: str) -> sources.Source:
       DataError: a data set whose shapes are not known, or images that differ in size.
     """
     spec, classes = _shapes(name)
+    return of_spec(name, split, spec, classes)
+
+
+def of_spec(
+    name: str, split: str, spec: Mapping[str, jax.ShapeDtypeStruct], classes: int | None = None
+) -> sources.Source:
+    """A split of examples of these fields, of any length, that cannot be read."""
     names = [part.partition('[')[0].strip() for part in split.split('+')]
 
     def reader(_: str) -> sources.Reader:

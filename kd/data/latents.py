@@ -1,0 +1,125 @@
+"""Embeddings of texts, and latents of their images, as `kd.data.embed_texts` writes them.
+
+data = dict(
+    source=dict(
+        name='kd.data.latents.latents', path='sdxl', encoder='sdxl',
+        fields=dict(input=(128, 128, 4), text=(77, 2_048), pooled=(1_280,), size=(6,)),
+        constants=dict(size=(1_024, 1_024, 0, 0, 1_024, 1_024), input=0.0)),
+    train='train')
+
+PATH/train/manifest.json        {"encoder": "sdxl", "per_file": 1024, "examples": 2500, ...}
+PATH/train/00002.safetensors    the examples from 2048 on: text [452, 77, 2048], ...
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd import files
+from kd.data import catalogue, sources
+from kd.data.builders import described
+from kd.data.context import SourceContext
+from kd.data.sources import Batch, DataError
+from kd.io import safetensors
+from kd.ranges import Count
+from kd.sampling.denoiser import NULL
+
+__all__ = ['MANIFEST', 'file_of', 'latents']
+
+MANIFEST = 'manifest.json'
+_AGAIN = 'write it again with python -m kd.data.embed_texts'
+
+
+def file_of(folder: Path, number: int) -> Path:
+    """The file of the examples from number S .. number S + S - 1."""
+    return folder / f'{number:05d}.safetensors'
+
+
+def latents(
+    context: SourceContext,
+    *,
+    path: str,
+    encoder: str,
+    fields: Mapping[str, tuple[Count, ...]],
+    constants: Mapping[str, Any] | None = None,
+) -> sources.Source:
+    """Examples of several fields, float32, and bool where a field is named 'mask'.
+
+    Args:
+      context: a split, a slice of one of the folders of `path`.
+      path: the folder; a relative path lies below `--data_dir`, if that is given.
+      encoder: that of the texts, which the files must have been written with.
+      fields: shapes of one example's fields.
+      constants: fields that all examples have alike, numbers or arrays of their shapes.
+
+    Raises:
+      DataError: no such files, files of another encoder, or fields of other shapes.
+    """
+    constants = constants or {}
+    spec = {
+        name: jax.ShapeDtypeStruct(tuple(shape), bool if name == 'mask' else np.float32)
+        for name, shape in fields.items()
+    }
+    if context.recipe.data_dir == catalogue.DESCRIBED:
+        return described.of_spec(path, context.split, spec)
+    folder = Path(files.local(path, 'the embeddings'))
+    if context.recipe.data_dir:
+        folder = Path(files.local(context.recipe.data_dir, 'the data directory')) / folder
+    found = sorted(each.parent for each in folder.glob(f'*/{MANIFEST}'))
+    if not found:
+        raise DataError(f'{folder} has no split with a {MANIFEST}; {_AGAIN}.')
+    manifests = {each.name: _manifest(each, encoder, spec, constants) for each in found}
+
+    def reader(split: str) -> sources.Reader:
+        return functools.partial(_read, folder / split, manifests[split], spec, constants)
+
+    sizes = {split: manifest['examples'] for split, manifest in manifests.items()}
+    return sources.Source(sources.DataSet(path, sizes, reader, spec, None), context.split)
+
+
+def _manifest(
+    folder: Path, encoder: str, spec: Mapping[str, Any], constants: Mapping[str, Any]
+) -> dict[str, Any]:
+    manifest = files.read_json(folder / MANIFEST, _AGAIN)
+    if manifest['encoder'] != encoder:
+        raise DataError(
+            f"{folder} holds texts as '{manifest['encoder']}' says them, and the recipe wants "
+            f"'{encoder}'; {_AGAIN} --encoder={encoder}."
+        )
+    for name, field in spec.items():
+        have = manifest['fields'].get(name)
+        if name not in constants and have != list(field.shape):
+            raise DataError(
+                f"{folder}: '{name}' of an example is {have or 'not there'}, and the recipe wants "
+                f'{list(field.shape)}.'
+            )
+    return manifest
+
+
+def _read(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    spec: Mapping[str, jax.ShapeDtypeStruct],
+    constants: Mapping[str, Any],
+    rows: np.ndarray,
+) -> Batch:
+    batch = {name: np.empty((len(rows), *x.shape), x.dtype) for name, x in spec.items()}
+    for name, value in constants.items():
+        batch[name][:] = np.asarray(value)
+    numbers, places = np.divmod(rows, manifest['per_file'])
+    for number in np.unique(numbers):
+        at = np.flatnonzero(numbers == number)
+        tensors = safetensors.load(file_of(folder, int(number)))
+        for name in set(spec) - set(constants):
+            if name.startswith(NULL):
+                batch[name][at] = tensors[name].read()
+                continue
+            for row, place in zip(at, places[at], strict=True):
+                batch[name][row] = tensors[name].read((slice(place, place + 1),))[0]
+    return batch
