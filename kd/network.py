@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -109,8 +109,7 @@ _shared = lru_cache(maxsize=64)(_network)
 
 def output_shape(network: Network) -> tuple[int, ...]:
     """Shape of what a network returns for a batch of one, such as (1, classes)."""
-    variables = jax.eval_shape(network.init, jax.random.key(0))
-    return jax.eval_shape(network.apply, variables, *network.inputs).logits.shape
+    return _begun(network)[0].shape
 
 
 def feature_names(network: Network) -> tuple[str, ...]:
@@ -122,14 +121,25 @@ def feature_names(network: Network) -> tuple[str, ...]:
             names.append('/'.join(module.path))
         return False
 
-    def run(key, *inputs):
-        variables = network.module.init(key, *inputs, train=False)
-        return network.module.apply(
-            variables, *inputs, train=False, capture_intermediates=record, mutable=['intermediates']
-        )
-
-    jax.eval_shape(run, jax.random.key(0), *network.inputs)
+    _begun(network, capture_intermediates=record)
     return tuple(dict.fromkeys(names))
+
+
+def feature_shape(network: Network, name: str) -> Any:
+    """Shape and type of a feature for a batch of one."""
+    _, variables = _begun(
+        network, mutable=True, capture_intermediates=lambda m, _: '/'.join(m.path) == name
+    )
+    return _flatten(variables['intermediates'])[name]
+
+
+def _begun(network: Network, **options: Any) -> Any:
+    """(output, variables) as shapes while a network is initialised, when it needs no condition."""
+
+    def run(key, *inputs):
+        return network.module.init_with_output(key, *inputs, train=False, **options)
+
+    return jax.eval_shape(run, jax.random.key(0), *network.inputs)
 
 
 def parameter_count(variables: PyTree) -> int:

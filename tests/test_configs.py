@@ -24,6 +24,8 @@ ABSENT = {
     'tiny_imagenet': ((64, 64, 3), 200, {'train': 100_000, 'test': 10_000}),
     'imagenet_224': ((224, 224, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
     'celeb_a': ((218, 178, 3), None, {'train': 162_770, 'validation': 19_867, 'test': 19_962}),
+    'imagenet_resized/64x64': ((64, 64, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
+    'ffhq_64': ((64, 64, 3), None, {'train': 70_000}),
     'afhq_64': ((64, 64, 3), 3, {'train': 14_303, 'test': 1_500}),
 }
 
@@ -32,7 +34,7 @@ ABSENT = {
 LARGE = (
     'llava_mod.py:qwen2_7b_to_0_5b',
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),
-    *('slimflow.py:cifar10,3.4M', 'cifar10.py:few_steps'),
+    *('slimflow.py:cifar10,3.4M', 'cifar10.py:few_steps', 'edm.py', 'latent.py'),
     *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
     *('distil.py:smollm2,gsm8k', 'distil.py:smollm2,cached', 'paced.py:qwen3_8b_to_1_7b'),
     *('distil.py:llama3_8b_to_1b', 'taid.py:llama2_to_tinyllama', 'grpo.py:smollm2_gsm8k'),
@@ -78,8 +80,9 @@ def test_every_recipe_traces(path, stand_ins, data_dir):
     config.data_dir = data_dir
     recipe = kd_config.parse(config)
     source = recipe.data.get('source', {}).get('name', '')
-    if source.startswith(('kd.data.text.', 'kd.data.image_text.', 'kd.data.reasoning.')):
-        # Neither text nor tokenizer are at hand.
+    read = ('kd.data.text.', 'kd.data.image_text.', 'kd.data.reasoning.')
+    if recipe.pretrained or source.startswith(read):
+        # Neither weights nor text nor tokenizer are at hand.
         recipe = dataclasses.replace(recipe, data_dir=catalogue.DESCRIBED)
     mesh = make_mesh({'data': 1})
     # Generations that differ in whom they learn from, and not in what that one is, are traced once.

@@ -176,9 +176,16 @@ def load(model: Path, of: str, device: str) -> list[Encoder]:
                 said = network(tokens.input_ids, output_hidden_states=True, **seen)
             pooled = getattr(said, 'text_embeds', None)
             pooled = getattr(said, 'pooler_output', None) if pooled is None else pooled
-            arrays = [said.last_hidden_state, said.hidden_states[-2], pooled]
-            last, before, one = (None if x is None else x.float().cpu().numpy() for x in arrays)
-            return Said(last, before, one, tokens.attention_mask.bool().cpu().numpy())
+
+            def array(x: Any) -> np.ndarray:
+                return x.float().cpu().numpy()
+
+            return Said(
+                array(said.last_hidden_state),
+                array(said.hidden_states[-2]),
+                None if pooled is None else array(pooled),
+                tokens.attention_mask.bool().cpu().numpy(),
+            )
 
         return encode
 

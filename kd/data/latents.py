@@ -23,7 +23,6 @@ import numpy as np
 
 from kd import files
 from kd.data import catalogue, sources
-from kd.data.builders import described
 from kd.data.context import SourceContext
 from kd.data.sources import Batch, DataError
 from kd.io import safetensors
@@ -67,6 +66,9 @@ def latents(
         for name, shape in fields.items()
     }
     if context.recipe.data_dir == catalogue.DESCRIBED:
+        # Imports tfds, which takes most of a second: only where it is asked for.
+        from kd.data.builders import described
+
         return described.of_spec(path, context.split, spec)
     folder = Path(files.local(path, 'the embeddings'))
     if context.recipe.data_dir:

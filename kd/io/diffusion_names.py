@@ -87,9 +87,9 @@ def find(of: Any, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
         *modules, last = keys
         leaf = LEAVES.get(last, last)
         lists = [STACKED.fullmatch(module) for module in modules]
-        stack = next((i for i, match in enumerate(lists) if match), None)
-        axes = kernel_axes(len(shape) - (stack is not None)) if last == 'kernel' else None
-        match = None if stack is None else lists[stack]
+        stack = next((i for i, match in enumerate(lists) if match), -1)
+        axes = kernel_axes(len(shape) - (stack >= 0)) if last == 'kernel' else None
+        match = lists[stack] if stack >= 0 else None
         if match is None:
             return Part(named(tuple(modules), leaf), axes)
         first, before, after = int(match[2] or 0), modules[:stack], modules[stack + 1 :]

@@ -231,7 +231,7 @@ class LatentDiT(nn.Module):
             raise ValueError('a label was given to an unconditional network; set num_classes.')
         sides = sides_of(self, x, (self.patch, self.patch))
         y = _Patches(self.width, self.patch, self.dtype, name='pos_embed')(x.astype(self.dtype))
-        place = grid_embedding(*sides, self.width, span=self.grid / self.stretch)
+        place = grid_embedding(sides[0], sides[1], self.width, self.grid / self.stretch)
         y = y + place.astype(self.dtype)
         text, seen = told['text'], None if mask is None else mask[:, None, None]
         if self.context:

@@ -8,7 +8,7 @@ Sources: Esser et al. 2024, arXiv:2403.03206; Flux as released.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -66,8 +66,8 @@ class Block(nn.Module):
         (x, text), dtype = carry, self.dtype
         size = x.shape[-1]
 
-        def attention(name: str, joint: str) -> Attention:
-            norm = 'head' if self.norm else 'none'
+        def attention(name: str, joint: Literal['none', 'both', 'first']) -> Attention:
+            norm: Literal['none', 'head'] = 'head' if self.norm else 'none'
             return Attention(
                 self.heads, True, norm, EPSILON, joint, fused=self.fused, dtype=dtype, name=name
             )  # fmt: skip
@@ -83,7 +83,7 @@ class Block(nn.Module):
         found = attention('attn', 'first' if self.last else 'both')(
             normed(x, shift, scale), normed(text, *of_text[:2]), None, turned
         )
-        found, found_text = (found, None) if self.last else found
+        found, found_text = (found, text) if self.last else found
         if self.dual:
             twice = attention('attn2', 'none')(normed(x, *again[:2]))
         x = x + gate * found

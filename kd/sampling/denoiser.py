@@ -107,7 +107,7 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
     return Denoiser(schedule, apply_flow, null)
 
 
-def conditions(network: Network, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def conditions(network: Network, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a batch that a network is conditioned on, and those of a null condition.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Embeddings of texts: what encoders say becomes files, files become rows, rows a null condition."""
+"""Embeddings of texts: what encoders say becomes files, files rows, and rows a null condition."""
 
 import dataclasses
 
@@ -47,7 +47,8 @@ def test_encoders_are_put_together_as_their_networks_take_them():
     np.testing.assert_allclose(both['pooled'], [[2, 2], [4, 4]])
     three = embedded('sd3', small, large, third)
     assert (three['text'].shape, three['pooled'].shape) == ((2, 3 + 256, 8), (2, 3))
-    assert not three['text'][:, :3, 6:].any() and three['text'][:, 3:].all()
+    assert not three['text'][:, :3, 6:].any()
+    assert three['text'][:, 3:].all()
     two = embedded('flux', small, third)
     assert (two['text'].shape, two['pooled'].shape) == ((2, 512, 8), (2, 1))
     masked = embedded('pixart', third)
@@ -81,12 +82,14 @@ def opened(folder, split='train', data_dir='', **changes):
 
 def test_rows_are_read_from_their_files(written):
     source = opened(written, 'train[1:]')
-    assert len(source) == 6 and len(list((written / 'train').glob('*.safetensors'))) == 3
+    assert len(source) == 6
+    assert len(list((written / 'train').glob('*.safetensors'))) == 3
     batch = source.fetch([5, 0, 3, 3])
     np.testing.assert_allclose(batch['text'][:, 0, 0], 10 + np.array([7, 2, 5, 5]))
     np.testing.assert_allclose(batch['pooled'][:, 0], [7, 2, 5, 5])
     np.testing.assert_allclose(batch['null_text'][:, 0, 0], 10)
-    assert (batch['input'] == 0.5).all() and batch['index'].tolist() == [5, 0, 3, 3]
+    assert (batch['input'] == 0.5).all()
+    assert batch['index'].tolist() == [5, 0, 3, 3]
     described = opened('nowhere', 'train[:90%]', data_dir=catalogue.DESCRIBED)
     assert described.spec == source.spec
     # Below the data directory.
@@ -113,7 +116,8 @@ def test_guidance_compares_with_the_null_text_beside_the_text():
         return denoisers.Prediction(jnp.broadcast_to(value[:, None], x.shape), {})
 
     own = denoisers.Denoiser(flow(), apply)
-    told = dict(text=np.ones((2, 3)), null_text=np.full((2, 3), 2.0), size=np.ones((2, 1)))
+    one = np.ones((2, 3), np.float32)
+    told = dict(text=one, null_text=2 * one, size=one[:, :1])
     x, t = jnp.zeros((2, 4)), jnp.ones(2)
     said = denoisers.guided(own, 3.0).apply(None, x, t, told).x0
     # 7 with the null text and 4 with the text; sizes stay.

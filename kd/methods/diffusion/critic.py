@@ -23,7 +23,7 @@ from kd.methods import start
 from kd.metrics import scalar
 from kd.models import adapters
 from kd.models.adapters import Adapter, merged
-from kd.network import Network
+from kd.network import Network, feature_shape
 from kd.sampling.denoiser import Condition, Denoiser
 from kd.sampling.times import TimeLaw
 from kd.state import PyTree, State
@@ -176,16 +176,10 @@ def begun(
     own, fake = context.network.init(keys[0]), critic.network.init(keys[1])
     own = _begun(context, GENERATOR, own, beginning(frozen))
     fake = _begun(context, FAKE, fake, critic.beginning(frozen), critic.start)
-    seen = fake
     if critic.adapter is not None:
         fake = {'params': adapters.drawn(keys[1], fake['params'], critic.adapter)}
     if discriminator is not None:
-        wanted = discriminator.feature
-        feature = jax.eval_shape(
-            lambda v, *inputs: critic.network.apply(v, *inputs, capture=(wanted,)),
-            seen,
-            *critic.network.inputs,
-        ).features[wanted]
+        feature = feature_shape(critic.network, discriminator.feature)
         head = discriminator.head.init(keys[2], jnp.zeros(feature.shape, feature.dtype))
         fake = {**fake, 'params': {'network': fake['params'], 'head': head['params']}}
     return {GENERATOR: own, FAKE: fake}
