@@ -109,7 +109,11 @@ _shared = lru_cache(maxsize=64)(_network)
 
 def output_shape(network: Network) -> tuple[int, ...]:
     """Shape of what a network returns for a batch of one, such as (1, classes)."""
-    return _begun(network)[0].shape
+    try:
+        begin = _shared_begin(network.module)
+    except TypeError:  # As of `from_linen`.
+        begin = _begin(network.module)
+    return jax.eval_shape(begin, jax.random.key(0), *network.inputs)[0].shape
 
 
 def feature_names(network: Network) -> tuple[str, ...]:
@@ -136,10 +140,18 @@ def feature_shape(network: Network, name: str) -> Any:
 def _begun(network: Network, **options: Any) -> Any:
     """(output, variables) as shapes while a network is initialised, when it needs no condition."""
 
-    def run(key, *inputs):
-        return network.module.init_with_output(key, *inputs, train=False, **options)
+    begin = _begin(network.module, **options)
+    return jax.eval_shape(begin, jax.random.key(0), *network.inputs)
 
-    return jax.eval_shape(run, jax.random.key(0), *network.inputs)
+
+def _begin(module: nn.Module, **options: Any) -> Callable[..., Any]:
+    def begin(key, *inputs):
+        return module.init_with_output(key, *inputs, train=False, **options)
+
+    return begin
+
+
+_shared_begin = lru_cache(maxsize=64)(_begin)
 
 
 def parameter_count(variables: PyTree) -> int:

@@ -4,7 +4,6 @@ import functools
 
 import diffusion_files
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusion_files import numbers
@@ -39,7 +38,7 @@ CONFIGS = {
         cross_attention_dim=24, use_additional_conditions=True, interpolation_scale=2, **_HEADS,
     ),
     'sd3': dict(num_layers=3, **_SD3),
-    'sd35': dict(num_layers=4, dual_attention_layers=[0, 1], qk_norm='rms_norm', **_SD3),
+    'sd35': dict(num_layers=3, dual_attention_layers=[0], qk_norm='rms_norm', **_SD3),
     'flux': dict(
         _class_name='FluxTransformer2DModel', num_layers=1, num_single_layers=2, **_HEADS,
         axes_dims_rope=[2, 4, 6], guidance_embeds=True, **_JOINT | dict(in_channels=16),
@@ -72,7 +71,7 @@ KNOWN = {
     'dit': (698.931827, 5732.588739, 0.55619),
     'pixart': (-982.860527, 23004.707024, 4.315297),
     'sd3': (47.985768, 3980.549841, 2.33616),
-    'sd35': (-203.806011, 3521.788524, 0.704889),
+    'sd35': (96.68792, 5113.535867, 3.001695),
     'flux': (2036.338011, 16200.797459, 6.612652),
     'wan': (-61.22234, 4574.302149, -3.368743),
     'autoencoder': (319.647979, 469.963357, 0.033934),
@@ -289,4 +288,3 @@ def test_other_networks_are_told_by_name():
         mmdit.preset('sd4')
     with pytest.raises(ValueError, match=r"Wan has no 'frames'; it has: width, depth, "):
         wan.preset('wan21_14b', frames=1)
-    assert jnp.shape(module_of('flux').axes) == (3,)
