@@ -218,7 +218,8 @@ def frames_page(
     figure = new_figure(1.25 * (frames + 1) + 0.4, 1.25 * len(sets) + 0.3)
     axes = figure.subplots(len(sets), frames + 1, squeeze=False)
     around = np.linspace(0, 2 * np.pi, 100)
-    for row, (title, all_of) in zip(axes, sets.items(), strict=True):
+    for place, (title, all_of) in enumerate(sets.items()):
+        row = axes[place]
         shown = all_of[:points]
         hue = np.arctan2(shown[:, 0, 1], shown[:, 0, 0])
         for axis, number in zip(row, range(frames + 1), strict=True):
@@ -227,10 +228,10 @@ def frames_page(
             axis.set_aspect('equal')
             if number < frames:
                 axis.scatter(
-                    *shown[:, number].T, c=hue, s=1.5, cmap='twilight_shifted', vmin=-np.pi,
-                    vmax=np.pi, lw=0,
+                    *shown[:, number].T, c=hue, s=1.5, cmap='hsv', vmin=-np.pi, vmax=np.pi,
+                    lw=0,
                 )  # fmt: skip
-            if row is axes[0]:
+            if place == 0:
                 axis.set_title(f'frame {number + 1}' if number < frames else 'paths', fontsize=8)
         for path, colour in zip(shown[:paths], itertools.cycle(COLOURS), strict=False):
             row[-1].plot(*path.T, color=colour, lw=0.8)

@@ -400,6 +400,8 @@ def test_samples_of_a_generator_and_their_page(network, variables, rolled):
     np.testing.assert_allclose(videos, rolled[0](variables, z, 0).x, atol=1e-5)
     page = generation.frames_page({'one': videos, 'two': videos})
     assert len(page.axes) == 2 * (F + 1)
+    titles = [axis.get_title() for axis in page.axes]
+    assert titles == ['frame 1', 'frame 2', 'frame 3', 'paths'] + [''] * (F + 1)
     shown = page.axes[1].collections[0].get_offsets()
     np.testing.assert_allclose(shown, videos[:, 1], atol=1e-6)
 
