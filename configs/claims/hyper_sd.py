@@ -100,6 +100,8 @@ def draw(measured):
         axis.plot(STEPS, curves.mean(1), style, color=colour, label=TITLES[name])
     axis.set(xscale='log', yscale='log', xlabel='steps', ylabel='RMSE to the flow')
     axis.set_xticks(STEPS, [str(n) for n in STEPS])
+    ticks = (0.05, 0.1, 0.2, 0.5, 1.0)
+    axis.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()
     axis.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     axis.grid(alpha=0.3)

@@ -104,5 +104,10 @@ def draw(measured):
     for axis, (metric, label) in zip(axes, labels.items(), strict=True):
         rows = {TITLES[name]: found[metric] for name, found in measured.items() if name in TITLES}
         figures.dots(axis, rows)
-        axis.set(xlabel=label, xscale='log')
+        axis.set_xlabel(label)
+        if metric != 'rmse_2':
+            axis.set_xscale('log')
+            axis.minorticks_off()
+    ticks = (0.1, 0.2, 0.4, 0.8)
+    axes[0].set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     return figure
