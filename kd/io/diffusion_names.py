@@ -33,6 +33,15 @@ _LEVEL = re.compile(r'^(enc|dec)_')
 _LEFT = r'resample_filter$|transformer_blocks\.[1-9]\d*\.norm1\.emb\.'
 # Where one module serves all.
 _SHARED = {'emb': 'transformer_blocks.0.norm1.emb'}
+# What Qwen-Image calls the modules of `kd.models.mmdit`.
+QWEN = (
+    (r'norm1_context\.linear', 'txt_mod.1'),
+    (r'norm1\.linear', 'img_mod.1'),
+    (r'\.ff_context\.', '.txt_mlp.'),
+    (r'\.ff\.', '.img_mlp.'),
+    (r'^context_embedder', 'txt_in'),
+    (r'^x_embedder', 'img_in'),
+)
 # What autoencoders of old files call their layers of attention.
 _OLD = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
 
@@ -71,8 +80,17 @@ def edm(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
     return found
 
 
-def find(of: Any, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
-    """Where the leaves of a network lie, and an expression for tensors that may be left over."""
+def find(
+    of: Any, tensors: Iterable[str], where: Any, *, renames: tuple[tuple[str, str], ...] = ()
+) -> tuple[Find, str]:
+    """Where the leaves of a network lie, and an expression for tensors that may be left over.
+
+    Args:
+      of: the network.
+      tensors: of the file, where old names are looked for.
+      where: the file.
+      renames: (expression, name) pairs of what the file calls otherwise.
+    """
     del of, where
     there = frozenset(tensors)
 
@@ -80,6 +98,8 @@ def find(of: Any, tensors: Iterable[str], where: Any) -> tuple[Find, str]:
         names = [_LEVEL.sub(r'\1.', _INDEX.sub(r'.\1', module)) for module in modules]
         names[:1] = [_SHARED.get(name, name) for name in names[:1]]
         name = '.'.join([*names, leaf])
+        for expression, other in renames:
+            name = re.sub(expression, other, name)
         old = '.'.join([*names[:-1], *(_OLD.get(last, last) for last in names[-1:]), leaf])
         return old if old in there and name not in there else name
 

@@ -121,6 +121,18 @@ _FLUX = {
 }
 
 
+_QWEN = {
+    'patch_size': 2,
+    'in_channels': 64,
+    'out_channels': 16,
+    'num_layers': 60,
+    'attention_head_dim': 128,
+    'num_attention_heads': 24,
+    'joint_attention_dim': 3_584,
+    'axes_dims_rope': (16, 56, 56),
+}
+
+
 def sd3(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
     """What `MMDiT` takes, of the settings of `SD3Transformer2DModel`."""
     del tensors
@@ -156,6 +168,23 @@ def flux(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
         table=0,
         axes=read['axes_dims_rope'],
         **_joint(read, where, patch=1),
+    )
+
+
+def qwen(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `MMDiT` takes, of the settings of `QwenImageTransformer2DModel`."""
+    del tensors
+    read = settings(config, where, 'MMDiT', _QWEN, {})
+    if 4 * (read['out_channels'] or 0) != read['in_channels']:
+        raise UserError(f'{where}: MMDiT has a quarter of its in_channels out, of patches of 2x2.')
+    return dict(
+        norm=True,
+        text_norm=True,
+        masked=True,
+        table=0,
+        axes=read['axes_dims_rope'],
+        centred=True,
+        **_joint(read | dict(out_channels=None, pooled_projection_dim=0), where, patch=2),
     )
 
 

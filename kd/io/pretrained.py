@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,12 @@ FAMILIES: dict[str, dict[str, Family]] = {
         'PixArtTransformer2DModel': _latent(LatentDiT, diffusion_settings.pixart, *_DIT),
         'SD3Transformer2DModel': _latent(MMDiT, diffusion_settings.sd3, 'heads', 'grid'),
         'FluxTransformer2DModel': _latent(MMDiT, diffusion_settings.flux, 'heads', 'axes'),
+        'QwenImageTransformer2DModel': Family(
+            MMDiT,
+            diffusion_settings.qwen,
+            partial(diffusion_names.find, renames=diffusion_names.QWEN),
+            ('heads', 'axes', 'centred'),
+        ),
         'WanTransformer3DModel': _latent(Wan, diffusion_settings.wan, 'heads', 'epsilon'),
         'AutoencoderKL': _latent(
             AutoencoderKL, diffusion_settings.autoencoder, 'groups', 'scale', 'shift'

@@ -27,7 +27,7 @@ SHARDING = (
      (None, 'fsdp', 'tensor')),
     (r'blocks(_from_\d+)?/.*(to_out_0|to_add_out|net_2|proj_out)/kernel$',
      (None, 'tensor', 'fsdp')),
-    (r'(kernel|embedding)$', 'fsdp'),
+    (r'(kernel|embedding|pos_embed)$', 'fsdp'),
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Diffusion transformers of text and image tokens together: Stable Diffusion 3 and 3.5, Flux.
+"""Diffusion transformers of text and image tokens together: SD 3 and 3.5, Flux, Qwen-Image.
 
 Modules have the names of `SD3Transformer2DModel` and `FluxTransformer2DModel` of `diffusers`;
 equal blocks in a row are one module with a leading axis.
 
-Sources: Esser et al. 2024, arXiv:2403.03206; Flux as released.
+Sources: Esser et al. 2024, arXiv:2403.03206; Flux as released; Qwen 2025, arXiv:2508.02324.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Block(nn.Module):
     last: bool = False
 
     @nn.compact
-    def __call__(self, carry, condition, turned):
+    def __call__(self, carry, condition, turned, seen):
         (x, text), dtype = carry, self.dtype
         size = x.shape[-1]
 
@@ -81,7 +81,7 @@ class Block(nn.Module):
         # Of two, the scale comes first.
         of_text = of_text[::-1] if self.last else of_text
         found = attention('attn', 'first' if self.last else 'both')(
-            normed(x, shift, scale), normed(text, *of_text[:2]), None, turned
+            normed(x, shift, scale), normed(text, *of_text[:2]), seen, turned
         )
         found, found_text = (found, text) if self.last else found
         if self.dual:
@@ -134,6 +134,8 @@ class _Condition(nn.Module):
         total = embedded(t, 'timestep_embedder')
         if guidance is not None:
             total = total + embedded(1_000 * guidance, 'guidance_embedder')
+        if pooled is None:
+            return total
         text = Embedder(self.size, self.dtype, name='text_embedder')
         return total + text(pooled.astype(self.dtype))
 
@@ -173,11 +175,14 @@ class MMDiT(nn.Module):
       dual: so many first blocks attend once more (SD 3.5 medium).
       norm: queries and keys are normalised by head.
       context: size of a token of the text.
-      pooled: size of the text as one vector.
+      text_norm: tokens of the text are normalised first (Qwen-Image).
+      masked: the text comes with a mask of its tokens.
+      pooled: size of the text as one vector; 0 for none.
       guided: it is told the scale of its guidance (Flux dev).
       table: patches along a side of the table of places; 0 for rotations.
       grid: patches along a side of the images of the table's training.
       axes: features of a head that rotations turn by text, row and column.
+      centred: rows and columns count from the middle, and texts from where these end.
       remat: blocks are computed again for the gradient.
       fused: attention by a fused kernel where there is one.
       dtype: compute type; parameters are float32, the output has the type of x.
@@ -190,11 +195,14 @@ class MMDiT(nn.Module):
     dual: Size = 0
     norm: bool = False
     context: Count = 4_096
-    pooled: Count = 2_048
+    text_norm: bool = False
+    masked: bool = False
+    pooled: Size = 2_048
     guided: bool = False
     table: Size = 192
     grid: Count = 64
     axes: tuple[Count, ...] = (16, 56, 56)
+    centred: bool = False
     remat: bool = False
     fused: bool = False
     dtype: Dtype = jnp.float32
@@ -202,7 +210,8 @@ class MMDiT(nn.Module):
     @property
     def conditions(self) -> tuple[str, ...]:
         """Fields of a batch that the network is told."""
-        return ('text', 'pooled', *(('guidance',) if self.guided else ()))
+        masked, pooled = self.masked * ('mask',), bool(self.pooled) * ('pooled',)
+        return ('text', *masked, *pooled, *(self.guided * ('guidance',)))
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of (t [1], x [1, ...])."""
@@ -215,6 +224,7 @@ class MMDiT(nn.Module):
         x: jax.Array,
         *,
         text: jax.Array | None = None,
+        mask: jax.Array | None = None,
         pooled: jax.Array | None = None,
         guidance: jax.Array | None = None,
         train: bool = False,
@@ -225,6 +235,7 @@ class MMDiT(nn.Module):
           t: what it is told of the noise, [B], 1000 times a time in [0, 1].
           x: noised latents.
           text: [B, M, context], as the text encoders say it.
+          mask: bool [B, M], which of these tokens are seen; None for all.
           pooled: [B, pooled], the text as one vector.
           guidance: [B], the scale.
           train: nothing here depends on it.
@@ -234,16 +245,23 @@ class MMDiT(nn.Module):
         """
         del train
         rows, dtype = len(x), self.dtype
-        shapes: dict[str, tuple[int, ...]] = dict(text=(1, self.context), pooled=(self.pooled,))
+        shapes: dict[str, tuple[int, ...]] = dict(text=(1, self.context))
+        shapes |= dict(pooled=(self.pooled,)) if self.pooled else {}
         shapes |= dict(guidance=()) if self.guided else {}
         told = given(self, rows, shapes, dict(text=text, pooled=pooled, guidance=guidance))
         sides = sides_of(self, x, PATCH)
         condition = _Condition(self.width, dtype, name='time_text_embed')(
             t, told['pooled'], told['guidance']
         )
-        text = nn.Dense(self.width, dtype=dtype, name='context_embedder')(told['text'])
+        text = told['text']
+        if self.text_norm:
+            text = nn.RMSNorm(epsilon=EPSILON, dtype=dtype, name='txt_norm')(text)
+        text = nn.Dense(self.width, dtype=dtype, name='context_embedder')(text)
         y, turned = self._tokens(x.astype(dtype), sides, text.shape[1])
-        y = self._blocks(y, text, condition, turned)
+        seen = mask
+        if mask is not None:
+            seen = jnp.concatenate([mask, jnp.ones(y.shape[:2], bool)], axis=1)[:, None, None]
+        y = self._blocks(y, text, condition, turned, seen)
         scale, shift = Modulation(2, self.width, dtype, name='norm_out')(condition)
         y = modulated(layer_norm(y, EPSILON, dtype), shift, scale)
         y = nn.Dense(4 * x.shape[-1], dtype=dtype, name='proj_out')(y)
@@ -260,25 +278,29 @@ class MMDiT(nn.Module):
         patches = x.reshape(batch, rows, 2, columns, 2, -1).transpose(0, 1, 3, 5, 2, 4)
         patches = patches.reshape(batch, rows * columns, -1)
         row, column = np.indices(tuple(sides)).reshape(2, -1)
-        places = [np.pad(place, (texts, 0)) for place in (0 * row, row, column)]
+        first = 0 * np.arange(texts)
+        if self.centred:
+            row, column = row - (rows - rows // 2), column - (columns - columns // 2)
+            first = max(rows // 2, columns // 2) + np.arange(texts)
+        places = [np.concatenate([first, place]) for place in (0 * row, row, column)]
         tokens = nn.Dense(self.width, dtype=self.dtype, name='x_embedder')(patches)
         return tokens, grid_angles(places, self.axes)
 
-    def _blocks(self, x, text, condition, turned):
+    def _blocks(self, x, text, condition, turned, seen):
         settings = self.heads, self.norm, self.fused, self.dtype
         # In Stable Diffusion the text ends in the last block.
         whole = self.depth - (self.table > 0)
         name, carry = 'transformer_blocks', (x, text)
         for first, count, dual in ((0, self.dual, True), (self.dual, whole - self.dual, False)):
             if count:
-                made = stacked(Block, count, self.remat, 2)(
+                made = stacked(Block, count, self.remat, 3)(
                     *settings, dual, name=f'{name}_from_{first}' if first else name
                 )
-                carry = made(carry, condition, turned)[0]
+                carry = made(carry, condition, turned, seen)[0]
         if self.table:
             kind = nn.remat(Block) if self.remat else Block
             last = kind(*settings, last=True, name=f'{name}_{whole}')
-            return last(carry, condition, turned)[0][0]
+            return last(carry, condition, turned, seen)[0][0]
         x, text = carry
         x = jnp.concatenate([text, x], axis=1)
         if self.single:
@@ -291,13 +313,25 @@ class MMDiT(nn.Module):
 _FLUX = dict(
     width=3_072, depth=19, heads=24, single=38, norm=True, pooled=768, table=0
 )  # fmt: skip
-# By name, the arguments of `MMDiT`: billions of parameters 2.03, 2.24, 8.06 and 11.90.
+# By name, the arguments of `MMDiT`: billions of parameters 2.03, 2.24, 8.06, 11.89, 11.90, 20.43.
 PRESETS: dict[str, dict[str, Any]] = {
     'sd3_medium': {},
     'sd35_medium': dict(dual=13, norm=True, table=384),
     'sd35_large': dict(width=2_432, depth=38, heads=38, norm=True),
     'flux_schnell': _FLUX,
     'flux_dev': dict(guided=True, **_FLUX),
+    'qwen_image': dict(
+        width=3_072,
+        depth=60,
+        heads=24,
+        norm=True,
+        context=3_584,
+        text_norm=True,
+        masked=True,
+        pooled=0,
+        table=0,
+        centred=True,
+    ),
 }
 
 

@@ -23,7 +23,9 @@ for i, (method, result, names) in enumerate(json.loads((folder / 'calls.json').r
         *outer, last = name.split('.')
         for each in outer:
             place = place.setdefault(each, {})
-        place[last.lstrip('*')] = [value] if last.startswith('*') else value
+        if last == 'img_shapes':
+            value = value.tolist()
+        place[last] = value
     with torch.no_grad():
         said = getattr(model, method)(**arguments)
     for each in result.split('.'):

@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 from diffusion_files import numbers
+from jax.sharding import PartitionSpec
 
 from kd.errors import UserError
 from kd.io import pretrained
-from kd.models import autoencoder_kl, latent_dit, mmdit, wan
+from kd.models import autoencoder_kl, latent_dit, latent_parts, mmdit, wan
 from kd.network import parameter_count
+from kd.parallel.mesh import make_mesh
+from kd.parallel.sharding import tree_shardings
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -43,6 +46,10 @@ CONFIGS = {
         _class_name='FluxTransformer2DModel', num_layers=1, num_single_layers=2, **_HEADS,
         axes_dims_rope=[2, 4, 6], guidance_embeds=True, **_JOINT | dict(in_channels=16),
     ),
+    'qwen': dict(
+        _class_name='QwenImageTransformer2DModel', num_layers=2, in_channels=16, out_channels=4,
+        joint_attention_dim=6, axes_dims_rope=[2, 4, 6], **_HEADS,
+    ),
     'wan': dict(
         _class_name='WanTransformer3DModel', in_channels=4, out_channels=4, text_dim=6, ffn_dim=20,
         num_layers=2, **_HEADS,
@@ -59,6 +66,7 @@ INPUTS = {
     'sd3': ((TIMES, X), JOINT),
     'sd35': ((TIMES, X), JOINT),
     'flux': ((TIMES, X), JOINT | dict(guidance=SCALE)),
+    'qwen': ((TIMES, X), dict(text=TEXT, mask=MASK)),
     'wan': ((TIMES, VIDEO), dict(text=TEXT)),
     'autoencoder': ((IMAGES,), {}),
 }
@@ -73,6 +81,7 @@ KNOWN = {
     'sd3': (47.985768, 3980.549841, 2.33616),
     'sd35': (96.68792, 5113.535867, 3.001695),
     'flux': (2036.338011, 16200.797459, 6.612652),
+    'qwen': (450.651378, 2946.574852, 0.485858),
     'wan': (-61.22234, 4574.302149, -3.368743),
     'autoencoder': (319.647979, 469.963357, 0.033934),
 }
@@ -122,6 +131,7 @@ def write(name, folder, changed=None, described=None):
         (mmdit.preset, 'sd3_medium', (64, 64, 16), 2_028),
         (mmdit.preset, 'sd35_large', (64, 64, 16), 8_057),
         (mmdit.preset, 'flux_dev', (64, 64, 16), 11_901),
+        (mmdit.preset, 'qwen_image', (64, 64, 16), 20_430),
         (wan.preset, 'wan21_1_3b', (5, 32, 32, 16), 1_419),
         (wan.preset, 'wan21_14b', (5, 32, 32, 16), 14_288),
     ],
@@ -174,6 +184,10 @@ def test_diffusers_says_so(name, tmp_path):
             'img_ids': np.stack([0 * row, row, column], 1).astype('f'),
             'txt_ids': np.zeros((5, 3), 'f'),
         },
+        'qwen': {
+            'hidden_states': packed, 'timestep': TIMES / 1_000, **text,
+            'encoder_hidden_states_mask': MASK, 'img_shapes': np.array([[[1, 4, 6]]] * 2),
+        },
         'wan': {'hidden_states': channels_first['video'], 'timestep': TIMES, **text},
         'autoencoder': {'sample': channels_first['image']},
     }  # fmt: skip
@@ -185,12 +199,34 @@ def test_diffusers_says_so(name, tmp_path):
     for part, moment in zip(more, (0, 1), strict=bool(more)):
         found = module_of(name).apply(variables_of(name), IMAGES, method='encode')[moment]
         np.testing.assert_allclose(found, np.moveaxis(part, 1, -1), rtol=1e-4, atol=1e-4)
-    if name == 'flux':
+    if name in ('flux', 'qwen'):
         wanted = wanted.reshape(2, 4, 6, 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(X.shape)
     else:
         wanted = np.moveaxis(wanted, 1, -1)
     found = said(name)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ('made', 'of', 'shape'),
+    [
+        (latent_dit.preset, 'pixart_alpha_512', (64, 64, 4)),
+        (mmdit.preset, 'sd35_medium', (64, 64, 16)),
+        (mmdit.preset, 'flux_dev', (64, 64, 16)),
+        (wan.preset, 'wan21_14b', (5, 32, 32, 16)),
+    ],
+)
+def test_parameters_lie_on_all_devices(made, of, shape):
+    mesh = make_mesh({'fsdp': 4, 'tensor': 2})
+    shapes = diffusion_files.abstract(made(of), (1,), (1, *shape))
+    lying = tree_shardings(shapes, latent_parts.SHARDING, mesh)
+    held = jax.tree.map(lambda x, y: np.prod(y.shard_shape(x.shape)), shapes, lying)
+    share = sum(jax.tree.leaves(held)) / sum(x.size for x in jax.tree.leaves(shapes))
+    # Of eight; norms and biases lie whole, and what is outside of blocks over four alone.
+    assert 1 / 8 < share < 1 / 7
+    inner = next(path for path in lying['params'] if 'blocks' in path)
+    specs = {x.spec for x in jax.tree.leaves(lying['params'][inner])}
+    assert {PartitionSpec(None, 'fsdp', 'tensor'), PartitionSpec(None, 'tensor', 'fsdp')} < specs
 
 
 def test_variances_are_further_channels():
@@ -252,6 +288,7 @@ def test_latents_are_scaled_and_old_names_are_read(tmp_path):
         ('pixart', dict(caption_channels=None), 'projects texts of caption_channels'),
         ('sd35', dict(dual_attention_layers=[1]), 'attends twice in its first blocks'),
         ('flux', dict(patch_size=2), 'MMDiT has patch_size=1'),
+        ('qwen', dict(out_channels=16), 'a quarter of its in_channels out'),
         ('wan', dict(image_dim=1_280), 'image_dim=1280 is more than Wan knows'),
         ('autoencoder', dict(use_quant_conv=False), 'both of quant_conv and post_quant_conv'),
     ],
