@@ -35,6 +35,8 @@ class Architecture:
       qk_norm: whether queries and keys are normalised, by head, as Qwen3's.
       rope_theta: base of the rotations' wavelengths; None for learned positions, as GPT-2's.
       rope_scaling: how rotations reach beyond the lengths of pre-training, see `kd.models.rope`.
+      causal: whether a token sees those before it alone, or all of its document, as in a masked
+        diffusion model.
       window: how many tokens back, itself included, a token sees; None for all.
       tied: whether the embedding is the head too.
       max_length: the positions that there are.
@@ -63,6 +65,7 @@ class Architecture:
     qk_norm: bool = False
     rope_theta: Positive | None = 10_000.0
     rope_scaling: Mapping[str, Any] | None = None
+    causal: bool = True
     window: Count | None = None
     tied: bool = True
     max_length: Count = 2048

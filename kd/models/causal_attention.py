@@ -1,4 +1,4 @@
-"""Causal attention over packed rows and over a cache, in blocks of queries."""
+"""Attention over packed rows, causal or not, and over a cache, in blocks of queries."""
 
 from functools import partial
 
@@ -23,6 +23,7 @@ def attend_causally(
     segments: jax.Array | None = None,
     window: int | None = None,
     block: int = 512,
+    causal: bool = True,
 ) -> jax.Array:
     """Attention of each token to those before it and to itself, within its document.
 
@@ -37,6 +38,7 @@ def attend_causally(
       segments: int [B, T], equal within a document; None for one document in a row.
       window: how many tokens back, itself included, a token sees; None for all.
       block: queries at a time.
+      causal: False lets tokens see those behind them too, all of their document.
 
     Returns:
       [B, T, H, d], in the type of the values.
@@ -44,7 +46,7 @@ def attend_causally(
     narrow = query.dtype in (jnp.float16, jnp.bfloat16)
     if segments is None and window is None and narrow and jax.default_backend() == 'gpu':
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation='cudnn'
+            query, key, value, is_causal=causal, implementation='cudnn'
         )
     if segments is not None and segments.shape != query.shape[:2]:
         raise ValueError(
@@ -53,9 +55,9 @@ def attend_causally(
         )
 
     def plain(query, key, value, segments):
-        return _in_blocks(query, key, value, segments=segments, window=window, block=block)
+        return _in_blocks(query, key, value, segments, window, block, causal)
 
-    if query.dtype != jnp.bfloat16 or query.shape[1] < _WORTH_A_KERNEL:
+    if not causal or query.dtype != jnp.bfloat16 or query.shape[1] < _WORTH_A_KERNEL:
         return plain(query, key, value, segments)
     on_tpu = partial(attend_on_tpu, window=window)
     return lax.platform_dependent(query, key, value, segments, tpu=on_tpu, default=plain)
@@ -94,13 +96,14 @@ def _seen(rows: jax.Array, columns: jax.Array, window: int | None) -> jax.Array:
     return back >= 0 if window is None else (back >= 0) & (back < window)
 
 
-def _in_blocks(query, key, value, *, segments, window, block):
+def _in_blocks(query, key, value, segments, window, block, causal):
     length = query.shape[1]
 
     def of(rows, queries, own):
-        mask = _seen(rows, jnp.arange(length), window)[None, None]
+        mask = _seen(rows, jnp.arange(length), window)[None, None] if causal else None
         if segments is not None:
-            mask = mask & (own[:, :, None] == segments[:, None])[:, None]
+            same = (own[:, :, None] == segments[:, None])[:, None]
+            mask = same if mask is None else mask & same
         return attend(queries, key, value, mask=mask)
 
     if length <= block:

@@ -71,7 +71,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped heads and rotated positions; see `Decoder`."""
+    """Attention with grouped heads and rotated positions; see `Decoder`."""
 
     of: Architecture
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     def __call__(self, x, angles, segments):
         out = attend_causally(
             self._queries(x, angles), *self._keys_and_values(x, angles),
-            segments=segments, window=self.of.window, block=self.of.block,
+            segments=segments, window=self.of.window, block=self.of.block, causal=self.of.causal,
         )  # fmt: skip
         return self.output(rearrange(out, 'b t h d -> b t (h d)'))
 
@@ -182,7 +182,7 @@ class _Scanned(Block):
 
 
 class Decoder(Architecture, nn.Module):
-    """Causal language model; `kd.models.decoders` names those that are known by name.
+    """Language model, causal by default; `kd.models.decoders` names those that are known by name.
 
     Attributes:
       as of `Architecture`, and
@@ -256,7 +256,8 @@ class Decoder(Architecture, nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Float32 logits [B, T, num_classes] of the token that follows each.
+        """Float32 logits [B, T, num_classes] of the token that follows each; where nothing is
+        causal, of the token at each position.
 
         Args:
           tokens: int [B, T]; one that is none of 0 .. num_classes - 1 makes those of its row NaN.
@@ -334,6 +335,8 @@ class Decoder(Architecture, nn.Module):
           What the head is applied to, [B, s, width] (or [B, 1, width]), and the cache with these
           tokens.
         """
+        if not self.causal:
+            raise ValueError('Decoder.step: tokens one after another need a causal decoder.')
         if self.stacked:
             raise ValueError('Decoder.step: take stacked blocks apart first, by `unstacked`.')
         if valid is None:
@@ -449,6 +452,8 @@ def _rematerialised(kind: type[Block], what: str) -> type[Block]:
 
 def _check(decoder: Decoder) -> None:
     """Raises ValueError for sizes that do not go together."""
+    if decoder.window is not None and not decoder.causal:
+        raise ValueError('Decoder: a window looks back; set window=None where causal=False.')
     if decoder.head_dim is None and decoder.width % decoder.heads:
         raise ValueError(
             f'Decoder width={decoder.width} must be divisible by heads={decoder.heads}, unless '

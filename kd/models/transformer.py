@@ -1,4 +1,4 @@
-"""Decoder-only transformer for sequences of symbols."""
+"""Transformer for sequences of symbols, that sees what came before or, without order, all of it."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from kd.models import layers
 from kd.models.vit import MlpBlock
-from kd.ranges import Count, Decay, Positive
+from kd.ranges import Count, Decay, Positive, Size
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm block with causal attention: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     heads: int
     mlp_hidden: int
@@ -20,7 +20,7 @@ class DecoderBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         def drop(y):
             return nn.Dropout(self.dropout, deterministic=not train)(y)
 
@@ -34,9 +34,10 @@ class DecoderBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal language model with learned positions, as GPT-2 (Radford et al. 2019).
+    """Language model with learned positions, as GPT-2 (Radford et al. 2019).
 
-    GPT-2 small has depth 12, width 768, 12 heads and length 1024.
+    Causal, or not, as the network of a masked diffusion model. GPT-2 small has depth 12, width
+    768, 12 heads and length 1024.
 
     Attributes:
       num_classes: size of the vocabulary, of inputs and outputs.
@@ -46,6 +47,8 @@ class Transformer(nn.Module):
       max_length: longest sequence.
       mlp_ratio: hidden units of a block's MLP over `width`.
       dropout: rate on what each half of a block adds, in training.
+      causal: whether a position sees those before it alone, or all.
+      extra_symbols: further inputs num_classes, ... that are no outputs, such as a mask.
       dtype: compute type, softmax and head excepted.
 
     Features: `embed`, `block0`, ..., `final_norm` and `features`, the head's input, [B, L, width].
@@ -58,6 +61,8 @@ class Transformer(nn.Module):
     max_length: Count = 1024
     mlp_ratio: Positive = 4.0
     dropout: Decay = 0.0
+    causal: bool = True
+    extra_symbols: Size = 0
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -68,11 +73,19 @@ class Transformer(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Symbols int [B, L] to float32 logits [B, L, num_classes] of the symbol that follows each.
+    def __call__(
+        self, x: jax.Array, *, padding: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Symbols int [B, L] to float32 logits [B, L, num_classes].
 
-        Logits at position i depend on the symbols 0 .. i alone. A symbol that is none of
-        0 .. num_classes - 1 makes them NaN.
+        Of the symbol that follows each; they depend on the symbols up to it alone. Where nothing is
+        causal, of the symbol at each position; they depend on all of them. A symbol that is none of
+        0 .. num_classes + extra_symbols - 1 makes them NaN.
+
+        Args:
+          x: symbols.
+          padding: bool [B, L], True for symbols that nobody sees; None for none.
+          train: whether dropout acts.
 
         Raises:
           ValueError: an input that is not int [B, L], or longer than `max_length`.
@@ -86,10 +99,13 @@ class Transformer(nn.Module):
                 f'the sequence of {length} symbols exceeds max_length={self.max_length}'
             )
         init = nn.initializers.normal(0.02)
-        mask = nn.make_causal_mask(x)
-        y = nn.Embed(
-            self.num_classes, self.width, embedding_init=init, dtype=self.dtype, name='embed'
-        )(jnp.where(x < 0, self.num_classes, x))  # A negative one would count from the end.
+        known = self.num_classes + self.extra_symbols
+        mask = nn.make_causal_mask(x) if self.causal else None
+        if padding is not None:
+            mask = nn.combine_masks(mask, ~padding[:, None, None], dtype=bool)
+        y = nn.Embed(known, self.width, embedding_init=init, dtype=self.dtype, name='embed')(
+            jnp.where(x < 0, known, x)  # A negative one would count from the end.
+        )
         positions = self.param('positions', init, (self.max_length, self.width))
         y = y + positions[:length].astype(y.dtype)
         hidden = int(self.width * self.mlp_ratio)
