@@ -2,12 +2,14 @@
 
     python -m kd.sample --run=runs/few_steps/four --seed=0
     python -m kd.sample --run=runs/digits/map --steps=2 --out=digits.png
+    python -m kd.sample --run=runs/text/student --steps=8 --samples=4
 
 `--run` is the directory of a finished stage: a generator of few steps, which has its own times and
 refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
 number of --steps. With --base, another stage, the steps of a generator before --switch are made by
 that denoiser, not guided: more various samples (arXiv:2503.10637). A generator of videos takes its
-first --steps for each frame. Classes go round. Images make a grid, points in the plane a density.
+first --steps for each frame. Classes go round. Images make a grid, points in the plane a density. A masked
+diffusion model takes any number of --steps too, and its texts are printed.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from kd.data.context import source_loader, splits
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.evaluators import generation
+from kd.evaluators.masked_text import written
 from kd.io import finished, safetensors
+from kd.losses.masked_diffusion import schedule
 from kd.network import Network
 from kd.networks import build_network, stage_of
-from kd.sampling import causal, diffusion, flow, generator, velocity
+from kd.sampling import causal, diffusion, flow, generator, masked, velocity
 from kd.sampling import denoiser as denoisers
 from kd.sampling import times as times_lib
 from kd.sampling.generator import Generator
@@ -67,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     network, source, block, teacher = load(arguments.run)
     variables = safetensors.stage_variables(arguments.run, arguments.weights)
+    if np.issubdtype(source.spec['input'].dtype, np.integer):
+        texts = of_text(network, source, block, variables, arguments)
+        print('\n'.join(texts))
+        return 0
     given = tuple(float(t) for t in arguments.times.split(',')) if arguments.times else ()
     if arguments.base:
         first, _, of_base, _ = load(arguments.base)
@@ -98,6 +106,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f'samples of the shape {shape} are no picture.')
     print(f'{arguments.out}: {count} samples of {arguments.run}')
     return 0
+
+
+def of_text(
+    network: Network,
+    source: Source,
+    block: Mapping[str, Any],
+    variables: PyTree,
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """Texts of a masked diffusion model, see `kd.sampling.masked`.
+
+    Raises:
+      UserError: another model of text, or options of pictures.
+    """
+    try:
+        draw = masked.sampler(
+            network, block.get('mask'), schedule(block.get('schedule', 'log_linear'))
+        )
+    except ValueError as error:
+        raise UserError(f'{arguments.run}: {error} See python -m kd.generate.') from error
+    if arguments.times or arguments.base or arguments.guidance != 1.0:
+        raise UserError('--times, --base and --guidance are of pictures; texts have --steps.')
+    shape = (arguments.samples, *source.spec['input'].shape)
+    key = jax.random.key(arguments.seed)
+    found = np.asarray(draw(variables, key, shape, arguments.steps or _STEPS))
+    return written(source, found)
 
 
 def load(directory: Path) -> tuple[Network, Source, Mapping[str, Any], Mapping[str, Any]]:

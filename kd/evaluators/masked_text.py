@@ -13,6 +13,7 @@ from kd import config as config_lib
 from kd.config import Block
 from kd.context import Context, Evaluator, Probe
 from kd.data.builders import sparse_chain
+from kd.data.sources import Source
 from kd.evaluators import language
 from kd.evaluators.samples import check_weights
 from kd.losses import classification
@@ -99,25 +100,19 @@ def masked_text(
       schedule, mask: as of `kd.methods.discrete.masked_diffusion.masked_diffusion`.
       seed: of the samples.
     """
-    network, noise = context.network, common.noise(context, schedule, mask)
+    noise = common.noise(context, schedule, mask)
     check_weights(context, weights)
     judging = config_lib.build(judge, context, where=f'{context.stage}.evaluators.judge')
     shape = (batch, *context.spec['input'].shape)
-    sample = masked.deterministic if deterministic else masked.ancestral
+    draw = masked.sampler(context.network, noise.mask, noise.schedule, path=deterministic)
     held: dict[str, float] = {}
-
-    def draw(variables, key, count):
-        logits = masked.logits_function(network, variables, noise.mask)
-        return sample(logits, key, shape, count, schedule=noise.schedule, mask=noise.mask)
-
-    draw = jax.jit(draw, static_argnums=2)
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
         variables = state.variables(None if weights == 'final' else weights)
         found: dict[str, float | Figure] = {}
         for count in steps:
             keys = jax.random.split(jax.random.key(seed), -(-samples // batch))
-            said = np.concatenate([np.asarray(draw(variables, key, count)) for key in keys])
+            said = np.concatenate([np.asarray(draw(variables, key, shape, count)) for key in keys])
             metrics = sample_metrics(said[:samples], judging)
             found |= {f'{name}_{count}': value for name, value in metrics.items()}
         if not held:
@@ -156,6 +151,17 @@ def _entropy(rows: np.ndarray) -> float:
     """Nats of the frequencies of the rows [N, n]."""
     share = np.unique(rows, axis=0, return_counts=True)[1] / len(rows)
     return float(-(share * np.log(share)).sum())
+
+
+def written(source: Source, tokens: np.ndarray) -> list[str]:
+    """Symbols int [N, L] as text: by the tokenizer of the data, or the names of its classes."""
+    tokenizer = getattr(source, 'tokenizer', None)
+    if tokenizer is not None:
+        return [tokenizer.decode(row) for row in tokens]
+    names = source.class_names
+    if names is None:
+        return [' '.join(map(str, row)) for row in tokens.tolist()]
+    return [''.join(names[symbol] for symbol in row) for row in tokens.tolist()]
 
 
 def chain_judge(

@@ -104,6 +104,34 @@ def logits_function(
     return logits
 
 
+# (variables, key, (B, L), steps) -> int [B, L].
+Draw = Callable[[Mapping[str, Any], jax.Array, tuple[int, int], int], jax.Array]
+
+
+def sampler(
+    network: Network,
+    mask: int | None,
+    schedule: Schedule,
+    *,
+    path: bool = False,
+) -> Draw:
+    """Samples of a network, `draw(variables, key, shape, steps)`, jitted.
+
+    Args:
+      network: not causal.
+      mask: see `mask_of`.
+      schedule: see `ancestral`.
+      path: along one path a sample, by `deterministic`.
+    """
+    own, sample = mask_of(network, mask), deterministic if path else ancestral
+
+    def draw(variables, key, shape, steps):
+        logits = logits_function(network, variables, own)
+        return sample(logits, key, shape, steps, schedule=schedule, mask=own)
+
+    return jax.jit(draw, static_argnums=(2, 3))
+
+
 def ancestral(
     logits: Logits,
     key: jax.Array,
