@@ -25,9 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from kd.data import catalogue, sources
+from kd.data.builders import characters as letters
 from kd.data.builders import examples as builder
 from kd.data.builders import records
 from kd.data.builders import sokoban as boards
@@ -114,6 +116,32 @@ def stdlib_docs(
         return builder.stdlib(taken, split, end, cut)
 
     return form.source({split: partial(examples, split) for split in documentation.SPLITS})
+
+
+def characters(context: SourceContext, *, path: str) -> sources.Source:
+    """A file of text as windows of letters and spaces, as `stdlib_characters` has its own; its
+    splits are 'train' and 'test', the last tenth. See `kd.data.builders.characters`.
+
+    Args:
+      context: a split.
+      path: a file.
+    """
+    window = jax.ShapeDtypeStruct((letters.LENGTH,), np.int32)
+    read: dict[str, sources.Batch] = {}
+    sizes = dict.fromkeys(('train', 'test'), 10_000_000)
+    if context.recipe.data_dir != catalogue.DESCRIBED:
+        file = records.locate(path, context.recipe.data_dir)
+        read = letters.windows(letters.encode(' '.join(records.documents(file))))
+        sizes = {split: len(arrays['input']) for split, arrays in read.items()}
+    data = sources.DataSet(
+        name='characters',
+        sizes=sizes,
+        reader=lambda split: sources.in_memory(read[split]) if read else lambda rows: {},
+        spec={'input': window, 'label': window},
+        num_classes=len(letters.SYMBOLS),
+        class_names=tuple(letters.SYMBOLS),
+    )
+    return sources.Source(data, context.split)
 
 
 def chats(

@@ -43,6 +43,8 @@ _GPT2 = dict(
 )
 _TOY = dict(num_classes=72, mlp='gelu', rope_theta=1e3, tied=False, max_length=256, deviation=None)
 _UNTIED = dict(tied=False)
+# Masked diffusion models: LLaDA's mask is the id 126,336, Dream's 151,666.
+_LLADA = dict(num_classes=126_464, tied=False, rope_theta=5e5, max_length=4_096, causal=False)
 # The larger models of Qwen2 have a vocabulary padded further.
 _WIDE = dict(num_classes=152_064, tied=False)
 
@@ -104,6 +106,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'qwen3_14b': _of(_QWEN3 | _UNTIED, 5_120, 40, 40, 8, 17_408)(),
     'qwen3_32b': _of(_QWEN3 | _UNTIED, 5_120, 64, 64, 8, 25_600)(),
     'phi3_mini_4k': _of(_LLAMA2, 3_072, 32, 32, 32, 8_192)(num_classes=32_064, window=2_047),
+    'llada_8b': _of(_LLADA, 4_096, 32, 32, 32, 12_288)(),
+    'dream_7b': _QWEN2_7B(max_length=131_072, causal=False),
     'distilgpt2': _of(_GPT2, 768, 6, 12, 12, 3_072)(),
     'gpt2': _of(_GPT2, 768, 12, 12, 12, 3_072)(),
     'gpt2_medium': _of(_GPT2, 1_024, 24, 16, 16, 4_096)(),

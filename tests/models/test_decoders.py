@@ -45,6 +45,9 @@ PUBLISHED = {
     'qwen3_14b': 14_768_307_200,
     'qwen3_32b': 32_762_123_264,
     'phi3_mini_4k': 3_821_079_552,
+    # 8.02B and 7.62B, as the model cards say; the latter has the sizes of Qwen2.5-7B.
+    'llada_8b': 8_015_581_184,
+    'dream_7b': 7_615_616_512,
     'distilgpt2': 81_912_576,
     'gpt2': 124_439_808,
     'gpt2_medium': 354_823_168,

@@ -65,7 +65,11 @@ def make() -> dict[str, dict[str, np.ndarray]]:
     Windows that do not overlap; the label of a symbol is the one that follows it. The test split is
     the last tenth of the text.
     """
-    symbols = text()
+    return windows(text())
+
+
+def windows(symbols: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """`make` of the symbols int32 [N] of any text."""
     count = (len(symbols) - 1) // LENGTH
     inputs = symbols[: count * LENGTH].reshape(count, LENGTH)
     labels = symbols[1 : count * LENGTH + 1].reshape(count, LENGTH)

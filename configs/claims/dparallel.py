@@ -1,0 +1,190 @@
+"""Certainty of many positions at once, learnt from one's own right answers (arXiv:2509.26488).
+
+    python -m kd.claims dparallel            about 12 minutes on two cores
+
+Running sums of digits (`kd.data.builders.running_sums`), whose base becomes certain of one sum
+after another. The setting was chosen by the base alone, before any student: nine in ten answers
+right in every symbol, one position a call, and at least half as many calls as positions where
+positions of at most .1 nats are committed.
+
+How many calls does a network need for as many right answers as the base, two in a hundred less?
+Thresholds are swept for each: at an equal threshold networks are not equally often right.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd import figures
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
+from kd.data.builders import running_sums
+from kd.evaluators.masked_answers import THRESHOLDS, calls_at, decoder
+from kd.methods.discrete.dparallel import certainty_forcing
+from kd.methods.discrete.masked_diffusion import masked_diffusion
+from kd.models.transformer import Transformer
+from kd.network import from_linen
+from kd.sampling import masked
+
+MODULUS, LENGTH, BATCH, WIDTH = running_sums.MODULUS, running_sums.LENGTH, 64, 64
+SLACK = 0.02
+# Seeds of pilots came before.
+FIRST = 10
+TITLES = {
+    'base': 'base',
+    'trained_on': 'base, trained on',
+    'consistency': 'cross-entropy',
+    'dparallel': 'cross-entropy + 2 certainty',
+    'certainty': 'certainty alone',
+}
+
+
+class Size(NamedTuple):
+    """Of the experiment."""
+
+    runs: int
+    base_steps: int
+    steps: int
+    prompts: int
+    tests: int
+    thresholds: tuple[float, ...]
+    depth: int = 1
+    arms: tuple[str, ...] = ('trained_on', 'consistency', 'dparallel', 'certainty')
+
+
+def get_claim(smoke: bool = False) -> Claim:
+    """The claim; `smoke` has a few steps, one threshold and one student."""
+    size = Size(5, 4_000, 1_000, 4_000, 300, THRESHOLDS)
+    if smoke:
+        size = Size(3, 2, 2, 64, 8, (0.5,), 1, ('dparallel',))
+    wanted = [
+        Check('fewer calls than the base at its accuracy less .02', 'calls_at_level', 'dparallel',
+              'base', lower=True),
+        Check('cross-entropy alone: fewer calls than the base', 'calls_at_level', 'consistency',
+              'base', lower=True),
+        Check('fewer calls than cross-entropy alone', 'calls_at_level', 'dparallel', 'consistency',
+              lower=True),
+        Check('certainty alone loses accuracy, one position a call', 'exact_one', 'certainty',
+              'base', lower=True),
+    ]  # fmt: skip
+    return Claim(
+        paper='Chen et al. 2025 (dParallel), arXiv:2509.26488',
+        statement='On answers of its own that are right a masked diffusion model learns to be '
+        'certain of many positions at once, and needs fewer calls for as many right answers.',
+        setting=f'Running sums of {LENGTH} digits modulo {MODULUS}, P(d) ~ '
+        f'{running_sums.DECAY:g}^d; transformer of {size.depth} layer, width {WIDTH}, not causal; '
+        f'base {size.base_steps} steps of Adam 3e-3 on 50,000 rows; answers of the base to '
+        f'{size.prompts:,} prompts, one position a call, those that are right kept; all others '
+        f'{size.steps} steps of Adam 1e-3 on these, batches of {BATCH}; one block, half of it '
+        f'hidden, both halves learnt; {len(size.thresholds)} thresholds of the entropy, '
+        f'{size.tests} tests, {size.runs} seeds, one learning rate for all arms, not tuned.',
+        run=lambda say: run(say, size),
+        checks=[c for c in wanted if {c.better, c.worse} <= {'base', *size.arms}],
+        draw=draw,
+        notes='`trained_on` is the base on the same answers by its own loss: what the choice of '
+        'answers and more steps do alone. Calls at a level are the fewest of any threshold that '
+        f'reaches it, {LENGTH} where none does.',
+    )
+
+
+def network(depth):
+    """Of all arms."""
+    module = Transformer(
+        MODULUS, width=WIDTH, depth=depth, heads=4, max_length=2 * LENGTH, causal=False,
+        extra_symbols=1,
+    )  # fmt: skip
+    return from_linen(module, jax.ShapeDtypeStruct((1, 2 * LENGTH), jnp.int32))
+
+
+def run(say, size):
+    """Accuracy and calls of each arm by threshold, by seed."""
+    own, each = network(size.depth), FIRST + np.arange(size.runs)
+    rows = 50_000 if size.prompts > 1_000 else 200
+    parts = [running_sums.make('train', size=rows, seed=int(s)) for s in each]
+    prompts = running_sums.make('validation', size=size.prompts, seed=FIRST)
+    tests = running_sums.make('test', size=size.tests, seed=FIRST)
+    decode = decoder(own, masked.mask_of(own), block=LENGTH, limit=LENGTH)
+
+    def trained(method, data, steps, lr, start=None):
+        references = {} if start is None else {'start': own}
+        optimizer = dict(name='adam', lr=lr, schedule='cosine', clip_norm=1.0)
+        context = seeds.context(
+            network=own, num_classes=MODULUS, steps=steps, batch_size=BATCH, optimizer=optimizer,
+            references=references,
+        )  # fmt: skip
+        frozen: dict[str, Any] = {} if start is None else {'start': {'params': start}}
+        state = seeds.train(
+            method(context), {}, each, steps=steps, batch_size=BATCH, per_run=data,
+            frozen_per_run=frozen,
+        )  # fmt: skip
+        return state.params['network']
+
+    def of_run(params, run):
+        return {'params': jax.tree.map(lambda x: x[run], params)}
+
+    def measure(params, arm, levels=None):
+        """By threshold, -1 first, which is one position a call."""
+        found: dict[str, list[float]] = {}
+        for run in range(size.runs):
+            taus = (-1.0, *size.thresholds)
+            all_of = [decode(of_run(params, run), tests, tau).mean(1) for tau in taus]
+            exact, calls = np.asarray(all_of).T
+            for name, right, count in zip(('one', *map(str, taus[1:])), exact, calls, strict=True):
+                found.setdefault(f'exact_{name}', []).append(float(right))
+                found.setdefault(f'calls_{name}', []).append(float(count))
+            level = (exact[0] if levels is None else levels[run]) - SLACK
+            reached = calls_at(exact, calls, level, LENGTH)
+            found.setdefault('calls_at_level', []).append(reached)
+        say(
+            f'{TITLES[arm]}: right {np.mean(found["exact_one"]):.3f} one a call; '
+            f'{np.mean(found["calls_at_level"]):.2f} calls at the level'
+        )
+        return found
+
+    data = {name: np.stack([part[name] for part in parts]) for name in ('input', 'response_mask')}
+    base = trained(masked_diffusion, data, size.base_steps, 3e-3)
+    measured = {'base': measure(base, 'base')}
+    levels = measured['base']['exact_one']
+    # An answer is unique: one that is right is that of the data.
+    right = [np.asarray(decode(of_run(base, r), prompts, -1.0))[0] == 1 for r in range(size.runs)]
+    kept = min(int(of.sum()) for of in right) or 1
+    say(f'{kept:,} right answers of {size.prompts:,} kept, for each seed')
+    chosen = [np.argsort(~of, kind='stable')[:kept] for of in right]
+    answers = {name: np.stack([x[rows] for rows in chosen]) for name, x in prompts.items()}
+    weights = {'consistency': (1.0, 0.0), 'dparallel': (1.0, 2.0), 'certainty': (0.0, 2.0)}
+
+    def forcing(arm):
+        hard, sure = weights[arm]
+        return lambda context: certainty_forcing(
+            context, block=LENGTH, consistency=hard, certainty=sure, tail=False
+        )
+
+    for arm in size.arms:
+        method = masked_diffusion if arm == 'trained_on' else forcing(arm)
+        params = trained(method, answers, size.steps, 1e-3, base)
+        measured[arm] = measure(params, arm, levels)
+    return measured
+
+
+def draw(measured):
+    """Accuracy over calls, a curve by threshold for each arm; and calls at the level, by seed."""
+    taus = [name.removeprefix('exact_') for name in measured['base'] if name.startswith('exact_')]
+    figure = figures.new_figure(10.0, 3.9)
+    curve, level = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    shown = {arm: title for arm, title in TITLES.items() if arm in measured}
+    for colour, (arm, title) in zip(figures.COLOURS, shown.items(), strict=False):
+        calls, exact = (
+            [np.mean(measured[arm][f'{what}_{tau}']) for tau in taus] for what in ('calls', 'exact')
+        )
+        curve.plot(calls, exact, 'o-', ms=4, color=colour, label=title)
+    needed = np.mean(measured['base']['exact_one']) - SLACK
+    curve.axhline(needed, color='black', lw=0.8, ls='--', label='the level')
+    curve.set(xlabel='calls of the network', ylabel='answers right in every symbol')
+    curve.grid(alpha=0.3)
+    figures.dots(level, {title: measured[arm]['calls_at_level'] for arm, title in shown.items()})
+    level.set(xlabel='calls at the level')
+    handles, names = curve.get_legend_handles_labels()
+    figure.legend(handles, names, loc='outside lower center', ncols=3, frameon=False)
+    return figure
