@@ -58,7 +58,7 @@ def schedule(name: ScheduleName = 'log_linear', *, eps: float = 1e-3) -> Schedul
 def stratified(key: jax.Array, count: int, low: ArrayLike = 0.0) -> jax.Array:
     """Times float32 [count], one uniform in each of as many equal parts of [low, 1]."""
     uniform = (jnp.arange(count) + jax.random.uniform(key, (count,))) / count
-    return low + (1 - low) * uniform
+    return jnp.asarray(low) + (1 - jnp.asarray(low)) * uniform
 
 
 def corrupt(

@@ -82,8 +82,8 @@ def logits_function(
 
     def logits(tokens, where=None, at=None):
         how: dict[str, Any] = dict(train=train, key=key)
-        decoder = isinstance(network.module, Decoder)
-        if decoder:
+        decoder = network.module if isinstance(network.module, Decoder) else None
+        if decoder is not None:
             segments = None if where is None else where.astype(jnp.int32)
             inputs = (tokens, None, segments)
             found = network.apply(variables, *inputs, method='hidden', **how).logits
@@ -94,8 +94,8 @@ def logits_function(
             found = jnp.concatenate([found[:, :1], found[:, :-1]], axis=1)
         if at is not None:
             found = jnp.take_along_axis(found, at[..., None], axis=1)
-        if decoder:
-            head = head_of(network.module, variables)
+        if decoder is not None:
+            head = head_of(decoder, variables)
             wide = numerics.accumulation_dtype(found, head)
             found = jnp.matmul(found, head, preferred_element_type=wide)
         never = [one for one in (mask, *forbidden) if one < found.shape[-1]]

@@ -7,13 +7,15 @@ of a block, and to be certain where it says them rightly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import masked_diffusion as losses
-from kd.method import Batch, Method, Objective, minimize, with_collect
+from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start
 from kd.methods.discrete import common
 from kd.metrics import mean
@@ -21,7 +23,7 @@ from kd.ranges import Count, Fraction, NonNegative, Positive, Size
 from kd.sampling.masked import logits_function
 
 
-def prompt_length(batch: Batch) -> jax.Array:
+def prompt_length(batch: Mapping[str, jax.Array]) -> jax.Array:
     """int [B]: the field of this name, or of text the place of the first token of the answer."""
     if 'prompt_length' in batch:
         return batch['prompt_length']
