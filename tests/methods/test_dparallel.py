@@ -98,7 +98,7 @@ def test_micro_batches_of_ragged_prompts_change_nothing(network, batch):
     for parts in (1, 3):
         method = certainty_forcing(context(network), block=BLOCK, micro_batches=parts)
         ends.append(stepped(method, batch)[1].params['network'])
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *ends)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *ends)
 
 
 def test_the_head_of_a_decoder_sees_blocks_alone():
