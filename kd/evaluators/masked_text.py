@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -14,6 +15,7 @@ from kd.config import Block
 from kd.context import Context, Evaluator, Probe
 from kd.data.builders import sparse_chain
 from kd.data.sources import Source
+from kd.errors import UserError
 from kd.evaluators import language
 from kd.evaluators.samples import check_weights
 from kd.losses import classification
@@ -189,36 +191,52 @@ def ngram_judge(context: Context, *, order: Count = 5, split: SplitName = 'train
       order: n.
       split: of the data.
     """
-    source = context.source(split)
-    text = source.fetch(np.arange(len(source)))['input']
-    size = int(source.num_classes or text.max() + 1)
-    if size**order >= 2**62:
-        raise ValueError(f'runs of {order} of {size} symbols are too many to be counted.')
 
-    def codes(rows: np.ndarray, length: int) -> np.ndarray:
-        """A number for each run of so many symbols of each row, [N, L - length + 1]."""
-        runs = np.lib.stride_tricks.sliding_window_view(np.asarray(rows, np.int64), length, axis=1)
-        return runs @ (size ** np.arange(length, dtype=np.int64)[::-1])
-
-    counted = {n: np.unique(codes(text, n), return_counts=True) for n in range(1, order + 1)}
-
-    def counts(table: tuple[np.ndarray, np.ndarray], keys: np.ndarray) -> np.ndarray:
-        at = np.minimum(np.searchsorted(table[0], keys), len(table[0]) - 1)
-        return np.where(table[0][at] == keys, table[1][at], 0)
+    @functools.cache
+    def tables() -> tuple[int, dict[int, dict[str, np.ndarray]]]:
+        source = context.source(split)
+        return _tables(source.fetch(np.arange(len(source)))['input'], source.num_classes, order)
 
     def judge(said: np.ndarray) -> np.ndarray:
+        size, of = tables()
         first = order - 1
         p = np.full((len(said), said.shape[1] - first), 1 / size)
         for n in range(1, order + 1):
-            runs = codes(said, n)[:, first - n + 1 :]
-            before = runs // size
-            # Whoever follows c is one of the runs that begin with it.
-            follows = np.unique(counted[n][0] // size, return_counts=True)
-            totals = np.bincount(np.searchsorted(follows[0], counted[n][0] // size), counted[n][1])
-            seen, kinds = counts((follows[0], totals), before), counts(follows, before)
+            runs = _codes(said, n, size)[:, first - n + 1 :]
+            before, table = runs // size, of[n]
+            seen = _looked_up(table['before'], table['seen'], before)
+            kinds = _looked_up(table['before'], table['kinds'], before)
+            count = _looked_up(table['runs'], table['count'], runs)
             known = seen > 0
-            mixed = (counts(counted[n], runs) + kinds * p) / np.where(known, seen + kinds, 1)
-            p = np.where(known, mixed, p)
+            p = np.where(known, (count + kinds * p) / np.where(known, seen + kinds, 1), p)
         return np.log(p)
 
     return judge
+
+
+def _tables(
+    text: np.ndarray, size: int | None, order: int
+) -> tuple[int, dict[int, dict[str, np.ndarray]]]:
+    """Symbols, and by n: runs of n with their counts, and of the n - 1 symbols before the last how
+    often they come and how many symbols follow them."""
+    size, found = int(size or text.max() + 1), {}
+    if size**order >= 2**62:
+        raise UserError(f'runs of {order} of {size} symbols are too many to be counted.')
+    for n in range(1, order + 1):
+        runs, count = np.unique(_codes(text, n, size), return_counts=True)
+        before, place, kinds = np.unique(runs // size, return_inverse=True, return_counts=True)
+        seen = np.bincount(place, count)
+        found[n] = dict(runs=runs, count=count, before=before, kinds=kinds, seen=seen)
+    return size, found
+
+
+def _codes(rows: np.ndarray, length: int, size: int) -> np.ndarray:
+    """A number for each run of so many symbols of each row, [N, L - length + 1]."""
+    runs = np.lib.stride_tricks.sliding_window_view(np.asarray(rows, np.int64), length, axis=1)
+    return runs @ (size ** np.arange(length, dtype=np.int64)[::-1])
+
+
+def _looked_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The values of sorted keys, 0 of what is none of them."""
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[at] == wanted, values[at], 0)
