@@ -10,6 +10,10 @@ Stages: a flow, by flow matching, and two students that begin as it: by velocity
 velocity distillation beside. The report has the KL divergence of their samples in one and two Euler
 steps beside that of the flow in 1 to 64.
 
+`cpu` takes 3 minutes. With seed 0 KL in one call is .64, and .65 with velocity distillation, where
+the flow has 5.3, and .17 in 64 steps, and a perfect sampler .10. Two steps are no better, 1.2: a
+network that always aims at data is no flow on the way.
+
 Sizes, rates and times are ours. The paper's own models, the two transformers of TRELLIS for shapes
 in 3-D, are not here; there guidance is 41 and `distribution_guidance` 101, rates are 4e-8 and 1e-8,
 and derivatives are normalised with the constant .1.
