@@ -12,6 +12,15 @@ average of the one before; the student of k phases is sampled in 1 to 8 Euler st
 for k. The last is a compromise over all ends of its one phase, as the network is told none: one
 step wants a stage of its own, DMD in the paper (`configs/diffusion/mnist.py`).
 
+`cpu` takes 3 minutes. KL with seed 0, where a perfect sampler has .10 and the flow .17 in 64 steps:
+
+| steps | flow, Euler | 8 phases | 4 phases | 2 phases | 1 phase |
+|---|---:|---:|---:|---:|---:|
+| 8 | .37 | **.20** | .22 | .52 | 1.72 |
+| 4 | 1.07 | .56 | **.25** | .31 | 1.28 |
+| 2 | 3.81 | 2.93 | 1.96 | **.49** | .74 |
+| 1 | 5.34 | 5.31 | 5.30 | 5.26 | **2.99** |
+
 Sizes, rates and times are ours, and `cifar10` was not run by us. The paper's own models, Stable
 Diffusion 1.5 and XL with LoRA, batches of 512 at 1e-6, are not here.
 """
