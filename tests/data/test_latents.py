@@ -1,6 +1,9 @@
 """Embeddings of texts: what encoders say becomes files, files rows, and rows a null condition."""
 
 import dataclasses
+import os
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,8 @@ from kd.data.sources import DataError
 from kd.errors import UserError
 from kd.losses.schedule import flow
 from kd.sampling import denoiser as denoisers
+
+PEERS = os.environ.get('KD_PEERS', '')
 
 
 def encoder(size, tokens, pooled=True):
@@ -138,3 +143,22 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
     with pytest.raises(UserError, match=r'which is not installed|is no text encoder of diffusers'):
         embed_texts.main(arguments)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.skipif(not PEERS, reason='KD_PEERS names no Python with diffusers')
+def test_a_pipeline_of_diffusers_says_the_same(tmp_path):
+    texts, script = ['a cat', 'dogs and more'], Path(__file__).with_name('embeds_say.py')
+    subprocess.run([PEERS, script, tmp_path, *texts], check=True)
+    (tmp_path / 'texts.txt').write_text('\n'.join(texts))
+    subprocess.run(
+        [
+            PEERS, '-m', 'kd.data.embed_texts', tmp_path / 'texts.txt', '--encoder=sdxl',
+            f'--model={tmp_path}', f'--to={tmp_path}/texts/train',
+        ],
+        check=True,
+    )  # fmt: skip
+    fields = {'text': (9, 24), 'pooled': (6,), 'null_text': (9, 24)}
+    found = opened(tmp_path / 'texts', fields=fields, constants={}).fetch([0, 1])
+    said = np.load(tmp_path / 'said.npz')
+    for name in ('text', 'pooled'):
+        np.testing.assert_allclose(found[name], said[name], rtol=1e-5, atol=1e-6)
