@@ -11,6 +11,10 @@ Stages: a classifier whose features measure samples; a flow; its pairs; a small 
 from these with annealed noises; pairs of its own; and a student of one step that begins as it. The
 report has the Frechet distance of samples by number of Euler steps.
 
+`cpu` takes 4 minutes. With seed 0 the student of one step, of 3 x 64, has a Frechet distance of 5.9
+to the data, as its own flow has in 1 to 16 steps; the large flow has 134 in one step, 29 in 4 and
+9.3 in 16.
+
 Students of `cifar10` are of 27.9M, 15.7M, 7.0M or 3.4M parameters.
 
 Sizes and times of `cpu` are ours. `cifar10` has the paper's networks (to the parameter), rates,

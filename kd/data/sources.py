@@ -188,6 +188,10 @@ class Derived(Source):
     def __len__(self) -> int:
         return len(self._source)
 
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """As the other source shows them."""
+        return self._source.to_pixels(images)
+
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> str:
     """`data_dir`, or TFDS_DATA_DIR, or ~/tensorflow_datasets, with ~ expanded.

@@ -577,6 +577,10 @@ def test_whitened_and_resized_sources(monkeypatch):
     white = standardised.standardised(context, of='images', kind='zca', eps=0.0)
     found = white.fetch(rows)['input']
     np.testing.assert_allclose(white.to_pixels(found), images, atol=1e-3)
+    # Pairs, say, of whitened images are shown as these are.
+    np.testing.assert_array_equal(
+        sources.Derived(white, {}).to_pixels(found), white.to_pixels(found)
+    )
     # Sixteen directions have unit variance, the others none.
     variances = np.linalg.eigvalsh(np.cov(found.reshape(300, 64).T))
     np.testing.assert_allclose(variances, [0.0] * 48 + [1.0] * 16, atol=1e-3)
