@@ -34,7 +34,13 @@ ABSENT = {
 LARGE = (
     'llava_mod.py:qwen2_7b_to_0_5b',
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),
-    *('slimflow.py:cifar10,3.4M', 'cifar10.py:few_steps', 'edm.py', 'latent.py'),
+    *(
+        'slimflow.py:cifar10,3.4M',
+        'cifar10.py:few_steps',
+        'edm.py',
+        'latent.py:sdxl',
+        'latent.py:sd15',
+    ),
     *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
     *('distil.py:smollm2,gsm8k', 'distil.py:smollm2,cached', 'paced.py:qwen3_8b_to_1_7b'),
     *('distil.py:llama3_8b_to_1b', 'taid.py:llama2_to_tinyllama', 'grpo.py:smollm2_gsm8k'),

@@ -15,7 +15,7 @@ does without: pip install -e '.[peers]'.
 | pixart | 120, 4096 and mask | | T5 |
 | wan | 512, 4096 | | UMT5, zeros after the end of a text |
 
-Beside them is the empty text, `null_text` and `null_pooled`, for guidance.
+Beside them is the empty text, `null_text`, `null_pooled` and `null_mask`, for guidance.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def write(
       batch: texts at a time.
     """
     made = ENCODERS[of][1]
-    null = {f'{NULL}{name}': x[0] for name, x in made([''], *encoders).items() if name != 'mask'}
+    null = {f'{NULL}{name}': x[0] for name, x in made([''], *encoders).items()}
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, list[int]] = {}
     for start in range(0, len(texts), PER_FILE):

@@ -48,7 +48,7 @@ def latents(
     fields: Mapping[str, tuple[Count, ...]],
     constants: Mapping[str, Any] | None = None,
 ) -> sources.Source:
-    """Examples of several fields, float32, and bool where a field is named 'mask'.
+    """Examples of several fields, float32, and bool where its name ends in 'mask'.
 
     Args:
       context: a split, a slice of one of the folders of `path`.
@@ -62,7 +62,7 @@ def latents(
     """
     constants = constants or {}
     spec = {
-        name: jax.ShapeDtypeStruct(tuple(shape), bool if name == 'mask' else np.float32)
+        name: jax.ShapeDtypeStruct(tuple(shape), bool if name.endswith('mask') else np.float32)
         for name, shape in fields.items()
     }
     if context.recipe.data_dir == catalogue.DESCRIBED:

@@ -178,6 +178,8 @@ def _beside(name: str) -> bool:
 def drawn(key: jax.Array, params: Tree, adapter: Adapter) -> dict[str, Any]:
     """Adapters beside the kernels [in, out] of any tree that are targets: A random, B zero.
 
+    Also beside those of stacked blocks, [depth, in, out], each layer with its own A.
+
     With `merged` a network of any kind has them, whose matrices are then made at every call.
 
     Raises:
@@ -186,17 +188,24 @@ def drawn(key: jax.Array, params: Tree, adapter: Adapter) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for path, kernel in jax.tree_util.tree_flatten_with_path(params)[0]:
         *above, last = path_name(path).split('/')
-        if last != 'kernel' or kernel.ndim != 2 or not adapter.takes(tuple(above)):
+        if last != 'kernel' or kernel.ndim not in (2, 3) or not adapter.takes(tuple(above)):
             continue
         key, own = jax.random.split(key)
         place = made
         for name in above:
             place = place.setdefault(name, {})
-        place[DOWN] = _UNIFORM(own, (kernel.shape[0], adapter.rank), jnp.float32)
-        place[UP] = jnp.zeros((adapter.rank, kernel.shape[1]), jnp.float32)
+        place[DOWN] = _down(own, kernel.shape, adapter.rank)
+        place[UP] = jnp.zeros((*kernel.shape[:-2], adapter.rank, kernel.shape[-1]), jnp.float32)
     if not made:
         raise UserError(f"targets='{adapter.targets}' matches no kernel.")
     return made
+
+
+def _down(key: jax.Array, shape: tuple[int, ...], rank: int) -> jax.Array:
+    """A beside a kernel of a shape."""
+    if len(shape) == 2:
+        return _UNIFORM(key, (shape[0], rank), jnp.float32)
+    return jax.vmap(lambda one: _down(one, shape[1:], rank))(jax.random.split(key, shape[0]))
 
 
 def merged(base: Tree, adapters: Tree, scale: float) -> dict[str, Any]:

@@ -114,6 +114,14 @@ def test_files_that_do_not_fit_are_told(written, tmp_path):
         opened(tmp_path)
 
 
+def test_an_empty_text_has_a_mask_of_its_own(tmp_path):
+    embed_texts.write(tmp_path / 'train', 'pixart', [encoder(2, 3)], ['ab', 'c'])
+    fields = {'text': (120, 2), 'mask': (120,), 'null_mask': (120,)}
+    batch = opened(tmp_path, encoder='pixart', fields=fields, constants={}).fetch([1, 0])
+    assert batch['mask'].sum(1).tolist() == [1, 2]
+    assert (batch['null_mask'].dtype, batch['null_mask'].sum()) == (bool, 0)
+
+
 def test_guidance_compares_with_the_null_text_beside_the_text():
     def apply(variables, x, t, condition, **how):
         del variables, t, how

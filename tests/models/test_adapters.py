@@ -286,3 +286,19 @@ def test_what_cannot_be_is_told(tmp_path):
     variables = drawn(from_linen(gpt2, *network.inputs))
     with pytest.raises(UserError, match=r"transformers keeps 'block0/attention/key' and others"):
         peft.export(gpt2, variables, tmp_path)
+
+
+def test_stacked_kernels_have_adapters_for_each_layer():
+    shapes = {'blocks': {'q': {'kernel': np.ones((3, 40, 5), np.float32)}}}
+    made = adapters.drawn(jax.random.key(0), shapes, adapters.Adapter(rank=4, targets='q/kernel$'))
+    down, up = made['blocks']['q']['lora_a'], made['blocks']['q']['lora_b']
+    assert (down.shape, up.shape) == ((3, 40, 4), (3, 4, 5))
+    # Each is drawn as one alone would be, and they differ.
+    alone = adapters.drawn(
+        jax.random.key(0), {'q': {'kernel': np.ones((40, 5))}}, adapters.Adapter(4, targets='q/')
+    )
+    bound = np.abs(alone['q']['lora_a']).max()
+    np.testing.assert_allclose(np.abs(down).max((1, 2)), bound, rtol=0.05)
+    assert np.abs(down[0] - down[1]).max() > bound / 2
+    base = adapters.merged(shapes, made, 2.0)
+    np.testing.assert_array_equal(base['blocks']['q']['kernel'], shapes['blocks']['q']['kernel'])
