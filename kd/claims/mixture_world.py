@@ -7,7 +7,7 @@ preconditioning of EDM or of velocities, first trained as denoisers of the data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,11 +80,12 @@ class World:
         points, label = self.mixture.draw(np.random.default_rng(seed), n)
         return {'input': points.astype(np.float32), 'label': label.astype(np.int32)}
 
-    def context(self, lr: float, **more: Any) -> Context:
-        """Of a stage that trains a generator with Adam from references.start."""
+    def context(self, lr: float, references: Sequence[str] = (), **more: Any) -> Context:
+        """Of a stage that trains a generator with Adam from references.start; others of its form
+        may be named."""
         return seeds_lib.context(
             network=self.network,
-            references={'start': self.network},
+            references=dict.fromkeys(('start', *references), self.network),
             spec=self.spec,
             optimizer=dict(name='adam', lr=lr) | more.pop('optimizer', {}),
             **more,

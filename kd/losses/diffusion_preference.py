@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kd.losses import preference_family
 
-__all__ = ['clipped_pair', 'gaussian_logp', 'hinge_pair', 'offline_pair']
+__all__ = ['best_worst', 'clipped_pair', 'gaussian_logp', 'hinge_pair', 'offline_pair']
 
 
 def gaussian_logp(
@@ -36,6 +36,20 @@ def gaussian_logp(
     each = -0.5 * jnp.square((x - mean) / std) - jnp.log(std) - 0.5 * math.log(2 * math.pi)
     over = tuple(range(-axes, 0))
     return jnp.sum(each, over) if reduce == 'sum' else jnp.mean(each, over)
+
+
+def best_worst(drawn: jax.Array, scores: jax.Array) -> jax.Array:
+    """Of several candidates for each example those of the highest and the lowest score, a pair.
+
+    Args:
+      drawn: [k, B, ...], k at least 2.
+      scores: [k, B]; of equal ones two candidates that differ.
+
+    Returns:
+      [B, 2, ...], the best first.
+    """
+    order, rows = jnp.argsort(scores, axis=0), jnp.arange(scores.shape[1])
+    return jnp.stack([drawn[order[-1], rows], drawn[order[0], rows]], axis=1)
 
 
 def clipped_pair(

@@ -37,6 +37,7 @@ ANONYMOUS = {
     *('srpo', 'sdpo', 'skill_sd', 'rlad', 'kepo'),
     'innate_one_step',
     'snoopi',
+    'flash_dmd',
     'agd',
     'distillation_dpo',
     'asd_video',

@@ -71,6 +71,7 @@ class Views:
       fake_both: as `both`, of the fake denoiser.
       state: before the generator moves: parameters of all parts, those of further players among
         them, as constants, and the frozen trees.
+      part: `part(rows)`, the same of some of the examples; nothing is asked about the others.
     """
 
     x: jax.Array
@@ -84,6 +85,7 @@ class Views:
     generator: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fake_both: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]] | None = None
     state: State | None = None
+    part: Callable[[slice], Views] | None = None
 
     def noised(self, key: jax.Array, law: TimeLaw) -> tuple[jax.Array, jax.Array]:
         """(x_t, t [B]) with times and noise of their own for each sample, as constants."""
@@ -199,9 +201,13 @@ def distribution_matching(
             variables = state.variables(part=GENERATOR, params=params)
             return own.apply(variables, x, t, condition, train=True).x0
 
+        def part(rows):
+            own, told = jax.tree.map(lambda x: x[rows], (made, dict(condition)))
+            return views(state, own, told, params)
+
         return Views(
             made.x, made.time, condition, teacher.schedule, real, fake, both, base, generator,
-            fake_both, state,
+            fake_both, state, part,
         )  # fmt: skip
 
     def asked(batch: Batch) -> dict[str, jax.Array]:

@@ -6,11 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kd import config as config_lib
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import adversarial
@@ -18,18 +16,15 @@ from kd.method import Batch, Method, Objective, Player, alternate
 from kd.methods import start
 from kd.methods.diffusion import common
 from kd.methods.diffusion.critic import GENERATOR
+from kd.methods.diffusion.judge import DISCRIMINATOR, judged_by
 from kd.metrics import mean
-from kd.network import feature_names
 from kd.ranges import Count, NonNegative, Positive
 from kd.sampling import denoiser as denoisers
 from kd.state import PyTree, State, paths
 
-DISCRIMINATOR, PENALTY = 'discriminator', 'r1'
+PENALTY = 'r1'
 # What GDD-I freezes: convolutions and projections of a UNet's blocks, resamplers among them.
 CONVOLUTIONS = '(?=.*(block|up|down|in))(?=.*(conv|proj))'
-
-# (params of the heads, x [B, ...], state) -> logits [B, n]
-Judge = Callable[[PyTree, jax.Array, State], jax.Array]
 
 
 def innate_one_step(
@@ -69,11 +64,7 @@ def innate_one_step(
     """
     network, shape = context.network, context.spec['input'].shape
     student = common.student(context, times)
-    modules = {
-        name: config_lib.build(block, where=f'{context.stage}.method.heads.{name}')
-        for name, block in heads.items()
-    }
-    judge, begin = discriminator(context, modules, reads or {})
+    judge, begin = judged_by(context, heads, reads or {})
 
     def rolled(state: State, batch: Batch, key: jax.Array, params: PyTree = None) -> jax.Array:
         variables = state.variables(part=GENERATOR, params=params)
@@ -117,62 +108,6 @@ def innate_one_step(
         init, context, transform=start.to_parts(**{GENERATOR: start.whole})
     )
     return alternate(players, begun)
-
-
-def discriminator(
-    context: Context, modules: Mapping[str, nn.Module], reads: Mapping[str, str]
-) -> tuple[Judge, Callable[[jax.Array], PyTree]]:
-    """Heads on examples and on features of frozen references: (judge, key -> their parameters).
-
-    Raises:
-      UserError: a head, a reference or a feature that there is none of.
-    """
-    wanted: dict[str, tuple[str, ...]] = {}
-    for name, place in reads.items():
-        reference, _, feature = place.partition('/')
-        known = context.references.get(reference)
-        if name not in modules or known is None or feature not in feature_names(known):
-            raise UserError(
-                f"{context.stage}.method.reads.{name}='{place}' wants a head of that name and "
-                f"'reference/feature'; heads are {sorted(modules)}, references "
-                + ', '.join(f'{k} with {feature_names(v)}' for k, v in context.references.items())
-                + '.'
-            )
-        wanted[reference] = (*wanted.get(reference, ()), feature)
-
-    def seen(x: jax.Array, variables: Callable[[str], PyTree]) -> dict[str, jax.Array]:
-        found = {
-            reference: context.references[reference]
-            .apply(variables(reference), x, capture=features)
-            .features
-            for reference, features in wanted.items()
-        }
-        places = {name: place.partition('/') for name, place in reads.items()}
-        return {
-            name: found[places[name][0]][places[name][2]] if name in places else x
-            for name in modules
-        }
-
-    def judge(params: PyTree, x: jax.Array, state: State) -> jax.Array:
-        inputs = seen(x, lambda reference: state.frozen[reference])
-        logits: list[Any] = [
-            module.apply({'params': params[name]}, inputs[name]) for name, module in modules.items()
-        ]
-        return jnp.concatenate([each.reshape(len(x), -1) for each in logits], axis=1)
-
-    def begin(key: jax.Array) -> PyTree:
-        example = context.spec['input']
-        x = jnp.zeros((1, *example.shape), example.dtype)
-        shapes = jax.eval_shape(
-            lambda: seen(x, lambda reference: context.references[reference].init(key))
-        )
-        keys = jax.random.split(key, len(modules))
-        return {
-            name: module.init(k, jnp.zeros(shapes[name].shape, shapes[name].dtype))['params']
-            for k, (name, module) in zip(keys, modules.items(), strict=True)
-        }
-
-    return judge, begin
 
 
 def corrected(optimizer: Mapping[str, Any], lazy: int) -> dict[str, Any]:
