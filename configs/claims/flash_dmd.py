@@ -31,7 +31,7 @@ LEVELS, HIGH = (5.0, 0.5), 1
 OFF = 4
 # Weights of adversarial losses: on features of the critic, of generator and critic, and on points.
 GAN, CRITIC_GAN, PIXEL_GAN = 0.3, 0.1, 0.3
-BETAS = {'': 1.0, '_loose': 0.1}
+BETA = 1.0
 # What critics of stage 2 begin as: that of stage 1 is not at hand.
 DENOISER = 'denoiser'
 TITLES = {
@@ -42,8 +42,6 @@ TITLES = {
     'distilled': 'distilled further, no reward',
     'alone': 'reward alone',
     'joint': 'reward and distillation',
-    'alone_loose': 'reward alone, beta .1',
-    'joint_loose': 'reward and distillation, beta .1',
 }
 CHECKS = [
     Check('reward alone: over half off the data', 'off', 'alone', 0.5),
@@ -99,10 +97,8 @@ def run(say, runs, steps, rounds, pretraining, smoke):
         trained(name, distilling(world, student, name, steps), began, steps)
     started = trained('flash', distilling(world, student, 'flash', steps), began, steps)
     trained('distilled', distilling(world, student, 'distilled', rounds), started, rounds)
-    for suffix, beta in list(BETAS.items())[: 1 if smoke else None]:
-        for name in ('alone', 'joint'):
-            method = rewarding(world, student, name, rounds, beta)
-            trained(name + suffix, method, started, rounds)
+    for name in ('alone', 'joint'):
+        trained(name, rewarding(world, student, name, rounds), started, rounds)
     return measured
 
 
@@ -128,10 +124,10 @@ def distilling(world, student, name, steps, rewarded=False, context=None):
     )
 
 
-def rewarding(world, student, name, rounds, beta):
+def rewarding(world, student, name, rounds):
     """Preferences alone, or with a round of distillation in turn."""
     context = of_rates(world, rounds)
-    player = preferring(context, student, reward, 1, 5, 4, beta, others=name == 'joint')
+    player = preferring(context, student, reward, 1, 5, 4, BETA, others=name == 'joint')
     if name == 'joint':
         return distilling(world, student, name, rounds, player, context)
     begun = start.from_reference(
