@@ -9,8 +9,8 @@
 | owt_gpt2_170m (default) | 12 layers of width 768, 12 heads | OpenWebText | 8 H100 |
 
 In `cpu` the teacher, the student and a control that is trained on for as many steps are sampled in
-2 to 16 calls of the network; a third to a fifth of their transitions are impossible, of the
-student the fewest at few calls, at the same entropy of pairs. The claim has seeds.
+2 to 16 calls of the network; the report has the share of transitions that are impossible, and the
+entropy of pairs beside it. It is one seed: the claim has several.
 
 The paper's own settings were not to be had. `owt_gpt2_170m` has those of its closest relatives
 (MDLM arXiv:2406.07524, Duo): rows of 1,024 tokens, dropout left out, AdamW at 3e-4 for the teacher
