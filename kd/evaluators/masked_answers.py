@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kd.context import Context, Probe
+from kd.errors import UserError
 from kd.evaluators.samples import check_weights
 from kd.methods.discrete import common
 from kd.methods.discrete.dparallel import prompt_length
@@ -45,7 +46,15 @@ def masked_answers(
       examples: of the split, from its beginning.
       weights: 'final' for the parameters, or the name of an average.
       shift, mask: as of `certainty_forcing`.
+
+    Raises:
+      UserError: answers for which a row has no room behind a prompt.
     """
+    if limit >= (length := context.spec['input'].shape[0]):
+        raise UserError(
+            f'{context.stage}.evaluators: an answer of limit={limit} leaves no room for a prompt '
+            f'in rows of {length} tokens.'
+        )
     own = common.mask_of(context, context.network, 'network', mask)
     check_weights(context, weights)
     decode = decoder(context.network, own, block=block, limit=limit, shift=shift)

@@ -137,8 +137,9 @@ def test_answers_are_right_and_calls_counted_by_threshold(network):
     batch = {**rows, 'mask': np.arange(10) < 7}
     unsure = special.softmax([1.5, 0, 0, 0])
     entropy = float(special.entr(unsure).sum())
+    spec = {'input': jax.ShapeDtypeStruct((S,), jnp.int32)}
     probe = masked_answers.masked_answers(
-        context(knowing), block=3, limit=N, thresholds=(0.1, entropy + 0.01), examples=5
+        context(knowing, spec=spec), block=3, limit=N, thresholds=(0.1, entropy + 0.01), examples=5
     )
 
     class Variables:
@@ -186,6 +187,8 @@ def test_what_cannot_be_is_told(network, batch):
         certainty_forcing(context(network, spec=spec), block=S)
     with pytest.raises(UserError, match="neither 'prompt_length' nor 'response_mask'"):
         certainty_forcing(context(network, spec={'input': spec['input']}), block=BLOCK)
+    with pytest.raises(UserError, match='limit=12 leaves no room for a prompt in rows of 12 tok'):
+        masked_answers.masked_answers(context(network, spec=spec), block=BLOCK, limit=S)
     causal = from_linen(Transformer(K), jax.ShapeDtypeStruct((1, S), jnp.int32))
     with pytest.raises(UserError, match=r'stage\.network: Transformer sees only what came before'):
         certainty_forcing(context(causal), block=BLOCK)

@@ -1,5 +1,7 @@
 """Masked diffusion and its consistency distillation: steps against NumPy, rounds, evaluators."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -264,12 +266,20 @@ def test_the_judge_of_runs_is_witten_and_bells():
     np.testing.assert_allclose(np.exp(judge(np.array([[1, 2, 0, 0]]))[0]), wanted, rtol=1e-6)
 
 
-def test_a_network_without_a_mask_is_told():
+def test_a_network_without_a_mask_and_a_start_of_another_path_are_told():
     for changes, words in (
         (dict(causal=True), 'stage.network: Transformer sees only what came before'),
         (dict(extra_symbols=0), 'stage.network: Transformer has no symbol for the mask'),
     ):
         with pytest.raises(UserError, match=words):
             latent_shadows(context(network_of(**changes)))
+    learnt = dataclasses.replace(
+        context(network_of()), trained_by={'start': {'name': 'x', 'schedule': 'cosine'}}
+    )
+    with pytest.raises(
+        UserError, match=r"='log_linear', and references\.start was trained with 'cos"
+    ):
+        latent_shadows(learnt)
+    assert latent_shadows(learnt, schedule='cosine')
     assert common.noise(context(network_of(extra_symbols=0)), 'cosine', 3).mask == 3
     assert losses.outcomes(3, 1).tolist() == [True, False, True]

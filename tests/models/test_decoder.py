@@ -20,6 +20,7 @@ SHAPES = {
     'qwen3': dict(kv_heads=2, qk_norm=True, head_dim=10),
     'phi3': dict(window=5, tied=False),
     'gpt2': dict(mlp='gelu', norm='layer', bias=True, qkv_bias=True, rope_theta=None),
+    'llada': dict(causal=False, tied=False),
 }
 T = 13
 
@@ -96,13 +97,12 @@ def plain_row(params, of, row):
             )
         for i in range(len(row)):
             first = 0 if of.window is None else max(0, i - of.window + 1)
+            end = i + 1 if of.causal else len(row)
             for h in range(of.heads):
                 group = h // (of.heads // of.groups)
-                scores = k[first : i + 1, group] @ q[i, h] / math.sqrt(size)
+                scores = k[first:end, group] @ q[i, h] / math.sqrt(size)
                 weights = np.exp(scores - scores.max())
-                out[i, h * size : (h + 1) * size] = (
-                    weights / weights.sum() @ v[first : i + 1, group]
-                )
+                out[i, h * size : (h + 1) * size] = weights / weights.sum() @ v[first:end, group]
         x = x + plain_dense(out, p['attention']['output'])
         y = plain_norm(x, p['norm2'], of)
         up = plain_dense(y, p['mlp']['up'])
@@ -227,6 +227,17 @@ def test_blocks_of_queries_remat_and_stacks_change_neither_logits_nor_gradients(
         stacked.apply(stacks, tokens, tokens, init_cache(of, 2, T), method='step')
 
 
+def test_documents_that_see_both_ways_are_as_alone_in_blocks_of_queries_too(tokens):
+    of = module('llada')
+    variables, row = variables_of(of), jnp.concatenate(tokens)[None]
+    segments = jnp.array([[1] * T + [2] * (T - 3) + [0] * 3])
+    plain = jax.jit(of.apply)(variables, row, None, segments)
+    alone = jax.jit(of.apply)(variables, row[:, T : 2 * T - 3])
+    np.testing.assert_allclose(plain[:, T : 2 * T - 3], alone, atol=1e-4)
+    blocks = jax.jit(of.clone(block=5).apply)(variables, row, None, segments)
+    np.testing.assert_allclose(blocks, plain, atol=1e-4)
+
+
 def test_long_rows_have_no_array_of_all_pairs():
     query = jax.ShapeDtypeStruct((1, 4096, 4, 8), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
@@ -288,6 +299,12 @@ def test_what_does_not_go_together_is_told():
         module(
             rope_scaling=dict(rope_type='llama3', factor=2.0, original_max_position_embeddings=64)
         )
+    with pytest.raises(ValueError, match='a window looks back; set window=None'):
+        module('phi3', causal=False)
+    both = module('llada')
+    one, cache = jnp.ones((1, 1), int), init_cache(both, 1, 2)
+    with pytest.raises(ValueError, match='one after another need a causal decoder'):
+        both.apply(variables_of(both), one, one, cache, method='step')
     of = module()
     variables = variables_of(of)
     with pytest.raises(ValueError, match=r'integer tokens \[B, T\], got float32\[1, 3\]'):

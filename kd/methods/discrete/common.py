@@ -16,6 +16,7 @@ from kd.errors import UserError
 from kd.losses import masked_diffusion as losses
 from kd.method import Batch
 from kd.network import Network
+from kd.references import START
 from kd.sampling import masked
 
 
@@ -48,6 +49,17 @@ def mask_of(context: Context, network: Network, what: str, mask: int | None) -> 
         return masked.mask_of(network, mask)
     except ValueError as error:
         raise UserError(f'{context.stage}.{what}: {error}') from error
+
+
+def check_start(context: Context, schedule: losses.ScheduleName) -> None:
+    """Refuses a start that has learnt to uncover by another schedule than `schedule`."""
+    block = context.trained_by.get(START, {})
+    other = block.get('schedule', 'log_linear')
+    if block and other != schedule:
+        raise UserError(
+            f"{context.stage}.method.schedule='{schedule}', and references.{START} was trained "
+            f"with '{other}'; give both the same."
+        )
 
 
 def counting(batch: Batch) -> jax.Array:

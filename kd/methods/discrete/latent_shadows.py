@@ -82,7 +82,11 @@ def latent_shadows(
         student sees.
       schedule, mask, chunk, micro_batches: as of
         `kd.methods.discrete.masked_diffusion.masked_diffusion`.
+
+    Raises:
+      UserError: a network that has no mask or is causal, or a start of another schedule.
     """
+    common.check_start(context, schedule)
     network, noise = context.network, common.noise(context, schedule, mask)
     pace = Pace(delta, round_steps, (temperature[0], temperature[1]), context.steps)
 
