@@ -1,11 +1,12 @@
 """Certainty of many positions at once, learnt from one's own right answers (arXiv:2509.26488).
 
-    python -m kd.claims dparallel            about 12 minutes on two cores
+    python -m kd.claims dparallel            about 4 minutes on two cores
 
 Running sums of digits (`kd.data.builders.running_sums`), whose base becomes certain of one sum
-after another. The setting was chosen by the base alone, before any student: nine in ten answers
-right in every symbol, one position a call, and at least half as many calls as positions where
-positions of at most .1 nats are committed.
+after another. The setting was chosen by the base alone, before any student, on a seed that is not
+reported: nine in ten answers right in every symbol, one position a call (.94), and at least half as
+many calls as positions where positions of at most .1 nats are committed (8.5 of 12). P(d) ~ .45^d
+was tried and takes 5.5 calls, .6^d and is not learnt in as many steps (.25).
 
 How many calls does a network need for as many right answers as the base, two in a hundred less?
 Thresholds are swept for each: at an equal threshold networks are not equally often right.
@@ -28,7 +29,7 @@ from kd.models.transformer import Transformer
 from kd.network import from_linen
 from kd.sampling import masked
 
-MODULUS, LENGTH, BATCH, WIDTH = running_sums.MODULUS, running_sums.LENGTH, 64, 64
+MODULUS, LENGTH, BATCH, WIDTH = running_sums.MODULUS, running_sums.LENGTH, 64, 32
 SLACK = 0.02
 # Seeds of pilots came before.
 FIRST = 10
@@ -56,7 +57,7 @@ class Size(NamedTuple):
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` has a few steps, one threshold and one student."""
-    size = Size(5, 4_000, 1_000, 4_000, 300, THRESHOLDS)
+    size = Size(6, 1_800, 600, 4_000, 400, THRESHOLDS)
     if smoke:
         size = Size(3, 2, 2, 64, 8, (0.5,), 1, ('dparallel',))
     wanted = [
@@ -75,9 +76,9 @@ def get_claim(smoke: bool = False) -> Claim:
         'certain of many positions at once, and needs fewer calls for as many right answers.',
         setting=f'Running sums of {LENGTH} digits modulo {MODULUS}, P(d) ~ '
         f'{running_sums.DECAY:g}^d; transformer of {size.depth} layer, width {WIDTH}, not causal; '
-        f'base {size.base_steps} steps of Adam 3e-3 on 50,000 rows; answers of the base to '
+        f'base {size.base_steps} steps of Adam 5e-3 on 20,000 rows; answers of the base to '
         f'{size.prompts:,} prompts, one position a call, those that are right kept; all others '
-        f'{size.steps} steps of Adam 1e-3 on these, batches of {BATCH}; one block, half of it '
+        f'{size.steps} steps of Adam 2e-3 on these, batches of {BATCH}; one block, half of it '
         f'hidden, both halves learnt; {len(size.thresholds)} thresholds of the entropy, '
         f'{size.tests} tests, {size.runs} seeds, one learning rate for all arms, not tuned.',
         run=lambda say: run(say, size),
@@ -101,7 +102,7 @@ def network(depth):
 def run(say, size):
     """Accuracy and calls of each arm by threshold, by seed."""
     own, each = network(size.depth), FIRST + np.arange(size.runs)
-    rows = 50_000 if size.prompts > 1_000 else 200
+    rows = 20_000 if size.prompts > 1_000 else 200
     parts = [running_sums.make('train', size=rows, seed=int(s)) for s in each]
     prompts = running_sums.make('validation', size=size.prompts, seed=FIRST)
     tests = running_sums.make('test', size=size.tests, seed=FIRST)
@@ -144,7 +145,7 @@ def run(say, size):
         return found
 
     data = {name: np.stack([part[name] for part in parts]) for name in ('input', 'response_mask')}
-    base = trained(masked_diffusion, data, size.base_steps, 3e-3)
+    base = trained(masked_diffusion, data, size.base_steps, 5e-3)
     measured = {'base': measure(base, 'base')}
     levels = measured['base']['exact_one']
     # An answer is unique: one that is right is that of the data.
@@ -163,7 +164,7 @@ def run(say, size):
 
     for arm in size.arms:
         method = masked_diffusion if arm == 'trained_on' else forcing(arm)
-        params = trained(method, answers, size.steps, 1e-3, base)
+        params = trained(method, answers, size.steps, 2e-3, base)
         measured[arm] = measure(params, arm, levels)
     return measured
 

@@ -15,7 +15,7 @@ from kd.data import sources
 from kd.data.context import SourceContext
 from kd.ranges import Count, Fraction, Size
 
-MODULUS, LENGTH, DECAY = 4, 24, 0.45
+MODULUS, LENGTH, DECAY = 4, 12, 0.52
 SIZES = {'train': 20_000, 'validation': 1_000, 'test': 2_000}
 
 
