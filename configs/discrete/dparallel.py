@@ -5,15 +5,15 @@
 
 | variant | network | answers of its own | hardware |
 |---|---|---|---|
-| cpu | a layer of width 32 | running sums of 12 digits | 2 cores, a few minutes |
+| cpu | a layer of width 32 | running sums of 12 digits | 2 cores |
 | llada_8b_instruct (default) | LLaDA-8B-Instruct, LoRA 32 | GSM8K, PRM12K, Numina | 8 H100 |
 | llada_1_5 | LLaDA-1.5, LoRA 128 | the same | 8 H100 |
 | dream_7b | Dream-7B-Instruct, LoRA 16 | the same and 10,000 of AceCode | 8 H100 |
 
 In `cpu` expect of the base .94 of the answers right, and 8.5 calls for 12 positions where those of
 at most .1 nats are committed. An answer that is right is the only one, so that the right answers of
-the base are those of the data, which the students read. Compare calls at equal accuracy, never at an equal threshold:
-which network is how sure at .1 says nothing of how often it is right.
+the base are those of the data, which the students read. Compare calls at equal accuracy, never at
+an equal threshold: how sure a network is at .1 says nothing of how often it is right.
 
 The larger ones read what the base has answered and was right about, as lines of prompt and
 response: `llada_answers.jsonl` (92,000 in the paper, which has released them) or
