@@ -6,7 +6,7 @@
 
 `--run` is the directory of a finished stage: a generator of few steps, which has its own times and
 refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
-number of --steps. With --base, another stage, the steps of a generator before --switch are made by
+number of --steps; a student of few steps of a flow, which takes its own unless told. With --base, another stage, the steps of a generator before --switch are made by
 that denoiser, not guided: more various samples (arXiv:2503.10637). A generator of videos takes its
 first --steps for each frame. Classes go round. Images make a grid, points in the plane a density.
 A masked diffusion model takes any number of --steps too, and its texts are printed.
@@ -41,8 +41,6 @@ from kd.sampling.generator import Generator
 from kd.sampling.hybrid import hybrid
 from kd.state import PyTree
 
-# Stages of these make jumps; other flows are solved by Heun's method.
-_JUMPS = 'kd.methods.flow.flow_map'
 # Steps of a denoiser, flow or flow map unless said otherwise.
 _STEPS = 32
 
@@ -203,7 +201,7 @@ def sampler(
     if times:
         raise UserError('--times are of a generator; this takes any number of --steps.')
     if len(network.inputs) == 3:
-        return _of_flow(network, block, steps or _STEPS, guidance)
+        return _of_flow(network, block, steps, guidance)
     return _of_denoiser(network, steps or _STEPS, guidance)
 
 
@@ -259,16 +257,38 @@ def _of_causal(network, block, steps: int, times: tuple[float, ...], guidance: f
 
 
 def _of_flow(network: Network, block: Mapping[str, Any], steps: int, guidance: float) -> Draw:
-    jumps = str(block.get('name', '')).startswith(_JUMPS)
-    solve = flow.flow_map_sample if jumps else flow.heun_sample
+    solve, grid = _solver_of(block, steps)
     scale = velocity.noise_scale(network, block.get('noise_scale'))
 
     def draw(variables, label, key, shape):
         vfn = velocity.velocity_function(network, variables, label, guidance=guidance)
         noise = flow.draw_noise(key, shape[0], shape[1:], scale=scale)
-        return solve(vfn, noise, flow.time_grid(steps))
+        return solve(vfn, noise, grid)
 
     return draw
+
+
+def _solver_of(block: Mapping[str, Any], steps: int) -> tuple[Callable[..., jax.Array], np.ndarray]:
+    """The sampler of a flow and its times, by the method that has trained it.
+
+    Flow maps jump, and so do segments of momenta. Networks of one time that were distilled go by
+    Euler steps, as many as they were made for; what is left is solved by Heun's method.
+    """
+    name = str(block.get('name', '')).removeprefix('kd.methods.flow.')
+    if name == 'arcflow.arcflow':
+        grid = flow.time_grid(steps or block.get('segments', 2))
+        grid = times_lib.moved(grid, 1 / block.get('shift', 1.0))
+        return flow.flow_map_sample, np.minimum(grid, 1.0)
+    if name.startswith('flow_map'):
+        return flow.flow_map_sample, flow.time_grid(steps or _STEPS)
+    own = {
+        'hyper_sd.tscd': block.get('phases', 8),
+        'mdt_dist.mdt_dist': 1,
+        'slimflow.flow_guided_distillation': 1,
+    }
+    if name in own:
+        return flow.euler_sample, flow.time_grid(steps or own[name])
+    return flow.heun_sample, flow.time_grid(steps or _STEPS)
 
 
 def _of_denoiser(network: Network, steps: int, guidance: float) -> Draw:

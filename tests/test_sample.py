@@ -121,6 +121,17 @@ def test_flows_and_flow_maps_are_sampled_by_their_own_solvers():
         draw = sample.sampler(network, dict(name=name), {}, steps=3)
         found = draw(variables, None, key, (5, 2))
         np.testing.assert_allclose(found, solve(vfn, noise, flow.time_grid(3)), rtol=1e-5)
+    # Students of few steps at their own.
+    half = 0.5 / (3.2 - 2.2 * 0.5)
+    for block, solve, grid in (
+        (dict(name='hyper_sd.tscd', phases=2), flow.euler_sample, flow.time_grid(2)),
+        (dict(name='mdt_dist.mdt_dist'), flow.euler_sample, flow.time_grid(1)),
+        (dict(name='slimflow.flow_guided_distillation'), flow.euler_sample, flow.time_grid(1)),
+        (dict(name='arcflow.arcflow', shift=3.2), flow.flow_map_sample, np.array([0, half, 1])),
+    ):
+        block['name'] = f'kd.methods.flow.{block["name"]}'
+        found = sample.sampler(network, block, {})(variables, None, key, (5, 2))
+        np.testing.assert_allclose(found, solve(vfn, noise, grid), rtol=1e-5)
     # A generator that began as a flow knows its path by what taught it.
     student = sample.sampler(network, dict(name='x', times=(1.0,)), dict(interpolant='linear'))
     assert student(variables, None, key, (5, 2)).shape == (5, 2)

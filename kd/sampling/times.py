@@ -8,7 +8,7 @@ generator was asked, which most laws do not look at.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def natural(schedule: Schedule, rho: float = 7.0) -> Clock:
     return even(schedule)
 
 
-def moved(u: jax.Array, shift: float) -> jax.Array:
+def moved(u: Any, shift: float) -> Any:
     """shift u / (1 + (shift - 1) u), elementwise; 1 / shift undoes it (SD3, arXiv:2403.03206)."""
     return shift * u / (1 + (shift - 1) * u)
 
