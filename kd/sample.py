@@ -6,10 +6,11 @@
 
 `--run` is the directory of a finished stage: a generator of few steps, which has its own times and
 refuses others unless they are given by --times; a denoiser, a flow or a flow map, which take any
-number of --steps; a student of few steps of a flow, which takes its own unless told. With --base, another stage, the steps of a generator before --switch are made by
-that denoiser, not guided: more various samples (arXiv:2503.10637). A generator of videos takes its
-first --steps for each frame. Classes go round. Images make a grid, points in the plane a density.
-A masked diffusion model takes any number of --steps too, and its texts are printed.
+number of --steps; a student of few steps of a flow, which takes its own unless told. With --base,
+another stage, the steps of a generator before --switch are made by that denoiser, not guided: more
+various samples (arXiv:2503.10637). A generator of videos takes its first --steps for each frame.
+Classes go round. Images make a grid, points in the plane a density. A masked diffusion model takes
+any number of --steps too, and its texts are printed.
 """
 
 from __future__ import annotations
