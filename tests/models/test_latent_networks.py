@@ -1,13 +1,26 @@
-"""Released transformers and autoencoders of latents: counts, what diffusers says, files, inputs."""
-
-import functools
+"""DiT, PixArt, autoencoders and all networks of latents: counts, outputs, shardings, bad input."""
 
 import diffusion_files
 import jax
+import latent_cases
 import numpy as np
 import pytest
 from diffusion_files import numbers
 from jax.sharding import PartitionSpec
+from latent_cases import (
+    CONFIGS,
+    IMAGES,
+    INPUTS,
+    MASK,
+    TEXT,
+    TIMES,
+    VIDEO,
+    X,
+    module_of,
+    said,
+    shapes_of,
+    variables_of,
+)
 
 from kd.errors import UserError
 from kd.io import pretrained
@@ -17,110 +30,7 @@ from kd.parallel.mesh import make_mesh
 from kd.parallel.sharding import tree_shardings
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
-TEXT, TIMES = numbers((2, 5, 6), 1), np.array([7.0, 901.0], np.float32)
-POOLED, SCALE = numbers((2, 10), 2), np.array([1.0, 3.5], np.float32)
-MASK = np.array([[True, True, False, False, False], [True] * 5])
-SIZE = np.array([[512, 300, 512 / 300], [1024, 1024, 1]], np.float32)
-X, VIDEO = numbers((2, 8, 12, 4), 7), numbers((2, 3, 4, 6, 4), 7)
-SQUARE, IMAGES = X[:, :, :8], numbers((2, 8, 12, 3), 7)
-
-_HEADS = dict(num_attention_heads=2, attention_head_dim=12)
-_JOINT = dict(in_channels=4, joint_attention_dim=6, pooled_projection_dim=10)
-_SD3 = dict(
-    _class_name='SD3Transformer2DModel', sample_size=8, out_channels=4, pos_embed_max_size=7,
-    caption_projection_dim=24, **_HEADS, **_JOINT,
-)  # fmt: skip
-CONFIGS = {
-    'dit': dict(
-        _class_name='DiTTransformer2DModel', sample_size=12, out_channels=8, num_layers=2,
-        num_embeds_ada_norm=5, **_HEADS,
-    ),
-    'pixart': dict(
-        _class_name='PixArtTransformer2DModel', sample_size=8, num_layers=2, caption_channels=6,
-        cross_attention_dim=24, use_additional_conditions=True, interpolation_scale=2, **_HEADS,
-    ),
-    'sd3': dict(num_layers=3, **_SD3),
-    'sd35': dict(num_layers=3, dual_attention_layers=[0], qk_norm='rms_norm', **_SD3),
-    'flux': dict(
-        _class_name='FluxTransformer2DModel', num_layers=1, num_single_layers=2, **_HEADS,
-        axes_dims_rope=[2, 4, 6], guidance_embeds=True, **_JOINT | dict(in_channels=16),
-    ),
-    'qwen': dict(
-        _class_name='QwenImageTransformer2DModel', num_layers=2, in_channels=16, out_channels=4,
-        joint_attention_dim=6, axes_dims_rope=[2, 4, 6], **_HEADS,
-    ),
-    'wan': dict(
-        _class_name='WanTransformer3DModel', in_channels=4, out_channels=4, text_dim=6, ffn_dim=20,
-        num_layers=2, **_HEADS,
-    ),
-    'autoencoder': dict(
-        _class_name='AutoencoderKL', block_out_channels=[8, 16], norm_num_groups=4,
-        down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
-    ),
-}  # fmt: skip
-JOINT = dict(text=TEXT, pooled=POOLED)
-INPUTS = {
-    'dit': ((TIMES, SQUARE), dict(label=np.array([3, 5]), variances=True)),
-    'pixart': ((TIMES, X), dict(text=TEXT, mask=MASK, size=SIZE, variances=True)),
-    'sd3': ((TIMES, X), JOINT),
-    'sd35': ((TIMES, X), JOINT),
-    'flux': ((TIMES, X), JOINT | dict(guidance=SCALE)),
-    'qwen': ((TIMES, X), dict(text=TEXT, mask=MASK)),
-    'wan': ((TIMES, VIDEO), dict(text=TEXT)),
-    'autoencoder': ((IMAGES,), {}),
-}
-ENCODED = tuple(
-    ('encode', f'latent_dist.{moment}', {'x': np.moveaxis(IMAGES, -1, 1)})
-    for moment in ('mean', 'logvar')
-)
-# Sum, sum of squares and one entry of what diffusers 0.42.1 says of the same weights.
-KNOWN = {
-    'dit': (698.931827, 5732.588739, 0.55619),
-    'pixart': (-982.860527, 23004.707024, 4.315297),
-    'sd3': (47.985768, 3980.549841, 2.33616),
-    'sd35': (96.68792, 5113.535867, 3.001695),
-    'flux': (2036.338011, 16200.797459, 6.612652),
-    'qwen': (450.651378, 2946.574852, 0.485858),
-    'wan': (-61.22234, 4574.302149, -3.368743),
-    'autoencoder': (319.647979, 469.963357, 0.033934),
-}
-
-
-@functools.cache
-def module_of(name):
-    config = CONFIGS[name]
-    family = pretrained.FAMILIES['hf'][config['_class_name']]
-    return family.network(**family.arguments(config, {}, 'config.json'))
-
-
-def shapes_of(name):
-    return tuple((1, *x.shape[1:]) for x in INPUTS[name][0])
-
-
-def variables_of(name):
-    return diffusion_files.variables_of(module_of(name), *shapes_of(name))
-
-
-@functools.cache
-def applied(module, variances=False):
-    told = dict(variances=True) if variances else {}
-    return jax.jit(functools.partial(module.apply, **told))
-
-
-def said(name, *inputs, **told):
-    inputs, given = inputs or INPUTS[name][0], dict(INPUTS[name][1] | told)
-    variances = given.pop('variances', False)
-    return applied(module_of(name), variances)(variables_of(name), *inputs, **given)
-
-
-def write(name, folder, changed=None, described=None):
-    tensors = diffusion_files.tensors_of(CONFIGS[name], variables_of(name))
-    for key in list(tensors):
-        if '.0.norm1.emb.' in key:
-            tensors[key.replace('.0.norm1.emb.', '.1.norm1.emb.')] = tensors[key]
-    described = CONFIGS[name] | (described or {})
-    return diffusion_files.write(folder, described, tensors | (changed or {}))
+NAMES = ('dit', 'pixart', 'autoencoder')
 
 
 @pytest.mark.parametrize(
@@ -147,64 +57,15 @@ def test_autoencoders_have_the_published_numbers_of_parameters(of, thousands):
     assert round(parameter_count(shapes) / 1e3) == thousands
 
 
-@pytest.mark.parametrize('name', list(CONFIGS))
+@pytest.mark.parametrize('name', NAMES)
 def test_a_directory_is_read_and_says_what_diffusers_does(name, tmp_path):
-    reference, module = write(name, tmp_path), module_of(name)
-    assert pretrained.network(reference) == module
-    found = pretrained.load(reference, diffusion_files.abstract(module, *shapes_of(name)))
-    jax.tree.map(np.testing.assert_array_equal, found, variables_of(name))
-    np.testing.assert_allclose(diffusion_files.summary(said(name)), KNOWN[name], rtol=2e-4)
+    latent_cases.check_directory(name, tmp_path)
 
 
 @diffusion_files.asked_anew
-@pytest.mark.parametrize('name', list(CONFIGS))
+@pytest.mark.parametrize('name', NAMES)
 def test_diffusers_says_so(name, tmp_path):
-    write(name, tmp_path)
-    channels_first = {
-        key: np.moveaxis(x, -1, 1) for key, x in dict(x=X, video=VIDEO, image=IMAGES).items()
-    }
-    x, text = channels_first['x'], {'encoder_hidden_states': TEXT}
-    joint = {'hidden_states': x, 'timestep': TIMES, 'pooled_projections': POOLED, **text}
-    row, column = np.indices((4, 6)).reshape(2, -1)
-    packed = X.reshape(2, 4, 2, 6, 2, 4).transpose(0, 1, 3, 5, 2, 4).reshape(2, 24, 16)
-    calls = {
-        'dit': {
-            'hidden_states': x[..., :8], 'timestep': TIMES.astype(int),
-            'class_labels': np.array([3, 5]),
-        },
-        'pixart': {
-            'hidden_states': x, 'timestep': TIMES.astype(int), **text,
-            'encoder_attention_mask': MASK, 'added_cond_kwargs.resolution': SIZE[:, :2],
-            'added_cond_kwargs.aspect_ratio': SIZE[:, 2:],
-        },
-        'sd3': joint,
-        'sd35': joint,
-        'flux': joint | {
-            'hidden_states': packed, 'timestep': TIMES / 1_000, 'guidance': SCALE,
-            'img_ids': np.stack([0 * row, row, column], 1).astype('f'),
-            'txt_ids': np.zeros((5, 3), 'f'),
-        },
-        'qwen': {
-            'hidden_states': packed, 'timestep': TIMES / 1_000, **text,
-            'encoder_hidden_states_mask': MASK, 'img_shapes': np.array([[[1, 4, 6]]] * 2),
-        },
-        'wan': {'hidden_states': channels_first['video'], 'timestep': TIMES, **text},
-        'autoencoder': {'sample': channels_first['image']},
-    }  # fmt: skip
-    wanted, *more = diffusion_files.said(
-        tmp_path,
-        ('forward', 'sample', calls[name]),
-        *ENCODED * (name == 'autoencoder'),
-    )
-    for part, moment in zip(more, (0, 1), strict=bool(more)):
-        found = module_of(name).apply(variables_of(name), IMAGES, method='encode')[moment]
-        np.testing.assert_allclose(found, np.moveaxis(part, 1, -1), rtol=1e-4, atol=1e-4)
-    if name in ('flux', 'qwen'):
-        wanted = wanted.reshape(2, 4, 6, 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(X.shape)
-    else:
-        wanted = np.moveaxis(wanted, 1, -1)
-    found = said(name)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    latent_cases.check_anew(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -242,24 +103,6 @@ def test_variances_are_further_channels():
 def test_what_a_mask_hides_is_not_seen():
     other = said('pixart', text=TEXT + 3 * ~MASK[..., None])
     np.testing.assert_array_equal(other, said('pixart'))
-
-
-def test_a_causal_video_does_not_see_what_comes():
-    whole = module_of('wan')
-    causal = wan.Wan(**{**{k: getattr(whole, k) for k in (
-        'width', 'depth', 'heads', 'hidden', 'context', 'epsilon')}, 'causal': 2})  # fmt: skip
-    apply, variables = applied(causal), variables_of('wan')
-    later = VIDEO.copy()
-    later[:, 2:] += 1
-    first = apply(variables, TIMES, VIDEO, text=TEXT)
-    other = apply(variables, TIMES, later, text=TEXT)
-    # Blocks of two frames: the first two see each other alone.
-    np.testing.assert_array_equal(first[:, :2], other[:, :2])
-    assert np.abs(first[:, 2:] - other[:, 2:]).min() > 0
-    assert np.abs(said('wan')[:, :2] - first[:, :2]).max() > 0.01
-    # Times of frames, all equal, are those of videos.
-    each = apply(variables, np.repeat(TIMES[:, None], 3, 1), VIDEO, text=TEXT)
-    np.testing.assert_allclose(each, first, rtol=1e-5, atol=1e-5)
 
 
 def test_latents_are_scaled_and_old_names_are_read(tmp_path):
