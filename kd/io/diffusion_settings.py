@@ -23,6 +23,7 @@ _DIT_FIXED = {
     'activation_fn': 'gelu-approximate',
     'norm_type': 'ada_norm_zero',
     'norm_num_groups': 32,
+    'attention_type': 'default',
     'dropout': 0.0,
 }
 _PIXART = {
@@ -35,7 +36,7 @@ _PIXART = {
     'interpolation_scale': None,
     'use_additional_conditions': None,
 }
-_PIXART_FIXED = {**_DIT_FIXED, 'norm_type': 'ada_norm_single', 'attention_type': 'default'}
+_PIXART_FIXED = {**_DIT_FIXED, 'norm_type': 'ada_norm_single'}
 _UNUSED = ('upcast_attention', 'force_upcast')
 
 
@@ -73,6 +74,17 @@ def pixart(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any
         stretch=float(read['interpolation_scale'] or max(side // 64, 1)),
         **_of_latents(read, where),
     )
+
+
+def transformer(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """The same of `Transformer2DModel`, as which DiT's and PixArt-alpha's files were published."""
+    kinds = {'ada_norm_zero': dit, 'ada_norm_single': pixart}
+    if config.get('norm_type') not in kinds:
+        raise UserError(
+            f'{where}: of Transformer2DModel those are known whose norm_type is one of '
+            f'{", ".join(kinds)}.'
+        )
+    return kinds[config['norm_type']](config, tensors, where)
 
 
 def _of_latents(read: Mapping[str, Any], where: Any) -> dict[str, Any]:

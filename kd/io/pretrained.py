@@ -123,6 +123,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
             UNetConditional, diffusion_names.unet, diffusion_names.find, ('heads', 'groups')
         ),
         'DiTTransformer2DModel': _latent(LatentDiT, diffusion_settings.dit, *_DIT),
+        'Transformer2DModel': _latent(LatentDiT, diffusion_settings.transformer, *_DIT),
         'PixArtTransformer2DModel': _latent(LatentDiT, diffusion_settings.pixart, *_DIT),
         'SD3Transformer2DModel': _latent(MMDiT, diffusion_settings.sd3, 'heads', 'grid'),
         'FluxTransformer2DModel': _latent(MMDiT, diffusion_settings.flux, 'heads', 'axes'),

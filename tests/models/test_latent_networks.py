@@ -123,10 +123,52 @@ def test_latents_are_scaled_and_old_names_are_read(tmp_path):
     )
 
 
+# As PixArt-alpha/PixArt-XL-2-512x512 and facebook/DiT-XL-2-256 were published.
+PUBLISHED = dict(
+    _class_name='Transformer2DModel', _diffusers_version='0.22.0.dev0', attention_bias=True,
+    activation_fn='gelu-approximate', attention_head_dim=72, double_self_attention=False,
+    dropout=0.0, in_channels=4, norm_elementwise_affine=False, norm_num_groups=32,
+    num_attention_heads=16, num_embeds_ada_norm=1000, num_layers=28, num_vector_embeds=None,
+    only_cross_attention=False, out_channels=8, patch_size=2, upcast_attention=False,
+    use_linear_projection=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('of', 'described'),
+    [
+        (
+            'pixart_alpha_512',
+            dict(
+                norm_type='ada_norm_single', attention_type='default', caption_channels=4096,
+                cross_attention_dim=1152, norm_eps=1e-6, sample_size=64,
+            ),
+        ),
+        (
+            'pixart_alpha_1024',
+            dict(
+                norm_type='ada_norm_single', attention_type='default', caption_channels=4096,
+                cross_attention_dim=1152, norm_eps=1e-6, sample_size=128,
+            ),
+        ),
+        (
+            'dit_xl2_256',
+            dict(
+                norm_type='ada_norm_zero', cross_attention_dim=None, norm_eps=1e-5, sample_size=32
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_published_descriptions_are_those_of_presets(of, described, tmp_path):
+    reference = diffusion_files.write(tmp_path, PUBLISHED | described, {})
+    assert pretrained.network(reference) == latent_dit.preset(of)
+
+
 @pytest.mark.parametrize(
     ('name', 'described', 'words'),
     [
         ('dit', dict(norm_type='ada_norm'), "norm_type='ada_norm' is more than LatentDiT knows"),
+        ('dit', dict(_class_name='Transformer2DModel'), 'whose norm_type is one of ada_norm_zero'),
         ('dit', dict(out_channels=5), 'as many channels or twice, not 5'),
         ('pixart', dict(caption_channels=None), 'projects texts of caption_channels'),
         ('sd35', dict(dual_attention_layers=[1]), 'attends twice in its first blocks'),
