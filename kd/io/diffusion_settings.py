@@ -186,7 +186,7 @@ def flux(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
 def qwen(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
     """What `MMDiT` takes, of the settings of `QwenImageTransformer2DModel`."""
     del tensors
-    read = settings(config, where, 'MMDiT', _QWEN, {})
+    read = settings(config, where, 'MMDiT', _QWEN, {}, ('pooled_projection_dim',))
     if 4 * (read['out_channels'] or 0) != read['in_channels']:
         raise UserError(f'{where}: MMDiT has a quarter of its in_channels out, of patches of 2x2.')
     return dict(
