@@ -156,7 +156,7 @@ def draw(measured):
         errors = [np.mean(found[f'rmse_{scale:g}']) for scale in scales]
         left.plot(scales, errors, 'o-', color=colour, label=TITLES[name])
     left.set(xlabel='scale of the guidance', ylabel='error against two calls', yscale='log')
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc='center left')
     figures.dots(right, {TITLES[name]: found['rmse_6'] for name, found in measured.items()})
     right.set(xlabel='error at scale 6', xscale='log')
     return figure
