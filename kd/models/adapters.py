@@ -95,7 +95,6 @@ class Dense(nn.Dense):
 
 # In +- 1 / sqrt(in), as PEFT draws A.
 _UNIFORM = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-_STACKED = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', batch_axis=(0,))
 
 
 def lora(
@@ -179,14 +178,9 @@ def _beside(name: str) -> bool:
 def drawn(key: jax.Array, params: Tree, adapter: Adapter) -> dict[str, Any]:
     """Adapters beside the kernels [in, out] of any tree that are targets: A random, B zero.
 
-<<<<<<< HEAD
     Also beside those of stacked blocks, [depth, in, out], each layer with its own A.
 
     With `merged` a network of any kind has them, whose matrices are then made at every call.
-=======
-    With `merged` a network of any kind has them, whose matrices are then made at every call. Those
-    of stacked blocks, [depth, in, out], have adapters of their own each; convolutions have none.
->>>>>>> c5feaa7 (AGD's claim is reproduced; adapters beside stacked kernels; a benchmark of score distillation over its passes and against torch)
 
     Raises:
       UserError: there is no such kernel.
@@ -200,15 +194,8 @@ def drawn(key: jax.Array, params: Tree, adapter: Adapter) -> dict[str, Any]:
         place = made
         for name in above:
             place = place.setdefault(name, {})
-<<<<<<< HEAD
         place[DOWN] = _down(own, kernel.shape, adapter.rank)
         place[UP] = jnp.zeros((*kernel.shape[:-2], adapter.rank, kernel.shape[-1]), jnp.float32)
-=======
-        *blocks, inputs, outputs = kernel.shape
-        draw = _STACKED if blocks else _UNIFORM
-        place[DOWN] = draw(own, (*blocks, inputs, adapter.rank), jnp.float32)
-        place[UP] = jnp.zeros((*blocks, adapter.rank, outputs), jnp.float32)
->>>>>>> c5feaa7 (AGD's claim is reproduced; adapters beside stacked kernels; a benchmark of score distillation over its passes and against torch)
     if not made:
         raise UserError(f"targets='{adapter.targets}' matches no kernel.")
     return made

@@ -72,29 +72,6 @@ def test_a_network_with_adapters_is_that_with_them_merged(changes):
     np.testing.assert_allclose(new, kernel + ALPHA / RANK * (down @ up), atol=1e-6)
 
 
-def test_stacked_kernels_have_adapters_of_their_own_each_and_convolutions_none():
-    rng = np.random.default_rng(0)
-    shapes = {'one': (400, 6), 'stack': (3, 400, 6), 'pixels': (3, 3, 400, 6)}
-    params = {name: {'kernel': rng.normal(size=shape)} for name, shape in shapes.items()}
-    adapter = adapters.Adapter(rank=2, targets='kernel$')
-    made = adapters.drawn(jax.random.key(0), params, adapter)
-    assert jax.tree.map(jnp.shape, made) == {
-        'one': {'lora_a': (400, 2), 'lora_b': (2, 6)},
-        'stack': {'lora_a': (3, 400, 2), 'lora_b': (3, 2, 6)},
-    }
-    for x in (made['one']['lora_a'], *made['stack']['lora_a']):
-        # Uniform on +- 1 / sqrt(in) = .05.
-        assert 0.049 < np.abs(x).max() <= 0.05
-        assert np.std(x) == pytest.approx(0.05 / 3**0.5, rel=0.05)
-    made['stack']['lora_b'] = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32)
-    whole = adapters.merged(params, made, adapter.scale)
-    for i in range(3):
-        change = made['stack']['lora_a'][i] @ made['stack']['lora_b'][i]
-        expected = params['stack']['kernel'][i] + adapter.scale * change
-        np.testing.assert_allclose(whole['stack']['kernel'][i], expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(whole['pixels']['kernel'], params['pixels']['kernel'])
-
-
 def test_a_step_changes_the_adapters_alone_and_the_base_is_a_free_reference():
     network = wrapped()
     base = adapters.without(drawn(network)['params'])
