@@ -107,7 +107,7 @@ def draw(measured):
         parts = (np.arange(len(curves)) + 1) / len(curves)
         left.plot(parts, curves, 'o-', color=colour, label=TITLES[name])
     left.set(xlabel='part of the training', ylabel='sliced Wasserstein distance')
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc=(0.38, 0.53))
     figures.dots(right, {TITLES[name]: found['late'] for name, found in measured.items()})
     right.set_xlabel('mean distance over the second half')
     return figure
