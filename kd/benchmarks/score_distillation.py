@@ -198,7 +198,7 @@ def passes(case: Case, made: Cycle, updates: int) -> dict[str, tuple[int, Callab
     asked = (params, x, t, condition)
     moments = jax.jit(tx.init)(params)
     guided = denoisers.guided(own, case.guidance)
-    found = {
+    found: dict[str, tuple[int, Callable[..., Any], tuple[Any, ...]]] = {
         'generator': (1, generator, (params, moments, params, x, t, condition)),
         'teacher': (1, partial(forward, guided), asked),
         'critic asked': (1, partial(forward, own), asked),
@@ -230,7 +230,7 @@ def measured(case: Case, updates: int, rounds: int) -> dict[str, float]:
     }
     state, seconds = jax.tree.map(jnp.copy, made.state), []
     for _ in range(rounds and rounds + 1):
-        took, (state, _) = _timed(lambda state=state: step(state, made.batch))
+        took, (state, _) = _timed(partial(step, state, made.batch))
         each = sum(
             times * _timed(partial(alone[name], *needed[name][2]))[0]
             for name, (times, _, _) in needed.items()
