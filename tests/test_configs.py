@@ -32,7 +32,7 @@ ABSENT = {
 # Files and variants that take long to trace: UNets, three or four deep networks. Others of their
 # family go the same way in a few seconds.
 LARGE = (
-    'llava_mod.py:qwen2_7b_to_0_5b',
+    *('llava_mod.py:qwen2_7b_to_0_5b', 'flash_dmd.py:cifar10'),
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),
     *(
         'slimflow.py:cifar10,3.4M',
