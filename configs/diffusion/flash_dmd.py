@@ -15,7 +15,8 @@ of a state, noise and all, and says nothing of digits: what it does to them alon
 The paper has SDXL and SD3-Medium in four steps, with heads on SAM and a reward model of noisy
 latents. Here a DiT of our own stands for the first, the classifier for the second and brightness
 for the third; four times with three of matching, batches of 64, 1,000 moves in stage 1 and 2,000
-rounds in stage 2 are the paper's in `cifar10`, its rates are ours, and it was not run by us.
+rounds in stage 2 are the paper's in `cifar10`, its rates are ours, and it was not run by us. Of
+`cpu` the stages up to `distilled` were run, with fewer moves; its whole report was not.
 """
 
 from pathlib import Path
