@@ -392,4 +392,4 @@ def against_torch(options: Any, late: list[str]) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    raise SystemExit(main())
+    process.command(main)

@@ -1,6 +1,6 @@
 """The loop of DMD2 written plainly in torch, as `kd.benchmarks.score_distillation` asks for it.
 
-As published (arXiv:2405.14867, algorithm 1, without its discriminator): the generator of one step
+As published (arXiv:2405.14867, without its discriminator): the generator of one step
 moves along the difference of two denoisers of its noised sample, over the mean distance to the
 teacher's; then the fake denoiser learns noise of samples of the generator, those of this step and
 fresh ones. Networks are the conditional UNet of diffusers, optimisers torch's fused AdamW.
