@@ -137,6 +137,25 @@ def _ends(space: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> 
     return [n - w + s + 1 for n, w, s in zip(space, window, shift, strict=True)]
 
 
+def pixel_shuffle(x: jax.Array, scale: int) -> jax.Array:
+    """[..., H, W, C s s] as [..., s H, s W, C], channels in PyTorch's order (C, s, s).
+
+    out[b, s i + p, s j + q, c] = x[b, i, j, c s s + p s + q]
+    """
+    *lead, height, width, channels = x.shape
+    x = x.reshape(*lead, height, width, channels // scale**2, scale, scale)
+    x = jnp.moveaxis(x, (-2, -1), (-4, -2))  # [..., H, s, W, s, C]
+    return x.reshape(*lead, height * scale, width * scale, -1)
+
+
+def pixel_unshuffle(x: jax.Array, scale: int) -> jax.Array:
+    """What `pixel_shuffle` undoes: [..., s H, s W, C] as [..., H, W, C s s]."""
+    *lead, height, width, channels = x.shape
+    x = x.reshape(*lead, height // scale, scale, width // scale, scale, channels)
+    x = jnp.moveaxis(x, (-4, -2), (-2, -1))  # [..., H, W, C, s, s]
+    return x.reshape(*lead, height // scale, width // scale, -1)
+
+
 class Features(nn.Module):
     """The identity. It gives an activation a name that `capture_intermediates` can find."""
 
