@@ -40,7 +40,8 @@ def imresize_axis(line, new):
         left = math.floor(u - 2 / shrink)
         places = [left + k for k in range(taps)]
         weights = [shrink * keys(shrink * (u - p), -0.5) for p in places]
-        value = sum(w * line[mirrored[(p - 1) % (2 * old)] - 1] for w, p in zip(weights, places))
+        pairs = zip(weights, places, strict=True)
+        value = sum(w * line[mirrored[(p - 1) % (2 * old)] - 1] for w, p in pairs)
         found.append(value / sum(weights))
     return found
 
@@ -49,7 +50,7 @@ def imresize(picture, size, axes):
     """Of uint8, axis after axis, each rounded as MATLAB rounds."""
     x = picture.astype(float)
     for axis in axes:
-        new = np.apply_along_axis(lambda line: imresize_axis(line, size[axis]), axis, x)
+        new = np.apply_along_axis(imresize_axis, axis, x, size[axis])
         x = np.clip(np.floor(new + 0.5), 0, 255)
     return x.astype(np.uint8)
 

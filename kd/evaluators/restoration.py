@@ -183,7 +183,7 @@ def restoration(
     *,
     scale: Count,
     of: str,
-    split: str = 'test',
+    folder: str = 'test',
     protocol: str = 'matlab',
     weights: str = 'final',
 ) -> Probe:
@@ -195,7 +195,7 @@ def restoration(
     Args:
       context: the stage; its network takes `low` [B, h, w, 3] of any size.
       scale: of the network.
-      of, split: see `kd.data.pictures.pictures`.
+      of, folder: which, as `of` and `split` of `kd.data.pictures.pictures`.
       protocol: a key of `PROTOCOLS`.
       weights: 'final' for the parameters, or the name of an average.
 
@@ -210,7 +210,7 @@ def restoration(
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float]:
         del batches
         variables = state.variables(None if weights == 'final' else weights)
-        shown = pictures(of, split, data_dir)
+        shown = pictures(of, folder, data_dir)
         options = dict(scale=scale, protocol=protocol)
         found = mean_score(
             pictures_scored(lambda low: apply(variables, low), shown, **options).values()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Pixels that parts of a picture share.
+SHAVE, OVERLAP = 32, 32
 # Pictures [B, H, W, C] to pictures of `scale` times their sides.
 Restore = Callable[[jax.Array], jax.Array]
 
 
-def adaptive_crop(fn: Restore, x: jax.Array, *, shave: int = 32, multiple: int = 4) -> jax.Array:
+def adaptive_crop(fn: Restore, x: Any, *, shave: int = SHAVE, multiple: int = 4) -> Any:
     """A picture by its four quarters, each seen with `shave` pixels of the others and then cut.
 
     Source: Hui et al. 2019, arXiv 1909.11856, and the release: for networks from and to the same
@@ -21,7 +25,7 @@ def adaptive_crop(fn: Restore, x: jax.Array, *, shave: int = 32, multiple: int =
 
     Args:
       fn: keeps sizes.
-      x: [1, H, W, C].
+      x: [1, H, W, C], of NumPy or JAX, as what is returned.
       shave: as above, less what the multiple takes.
       multiple: of the sides that `fn` gets.
 
@@ -40,7 +44,8 @@ def adaptive_crop(fn: Restore, x: jax.Array, *, shave: int = 32, multiple: int =
     starts = [(0, side - part) for side, part in zip((height, width), parts, strict=True)]
     corners = [(top, left) for top in starts[0] for left in starts[1]]
     cut = [x[0, top : top + parts[0], left : left + parts[1]] for top, left in corners]
-    out = fn(jnp.stack(cut))
+    xp: Any = jnp if isinstance(x, jax.Array) else np
+    out = fn(xp.stack(cut))
     down, right = height // 2, width // 2
     halves = [(0, down), (down, height)], [(0, right), (right, width)]
     places = [(rows, columns) for rows in halves[0] for columns in halves[1]]
@@ -48,8 +53,8 @@ def adaptive_crop(fn: Restore, x: jax.Array, *, shave: int = 32, multiple: int =
         part[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
         for part, (top, left), (rows, columns) in zip(out, corners, places, strict=True)
     ]
-    upper, lower = (jnp.concatenate(quarters[i : i + 2], 1) for i in (0, 2))
-    return jnp.concatenate([upper, lower])[None]
+    upper, lower = (xp.concatenate(quarters[i : i + 2], 1) for i in (0, 2))
+    return xp.concatenate([upper, lower])[None]
 
 
 def tiled(
@@ -58,8 +63,8 @@ def tiled(
     *,
     scale: int,
     tile: int,
-    overlap: int = 32,
-    said: Callable[[int, int], None] = lambda done, total: None,
+    overlap: int = OVERLAP,
+    said: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """A picture by tiles of one size, so that there is one program, of whatever size it is.
 
@@ -72,7 +77,7 @@ def tiled(
       scale: of `fn`.
       tile: largest side of a tile.
       overlap: pixels that neighbours share at least.
-      said: is told how many tiles are done, and of how many.
+      said: is told how many tiles are done, of `count`.
 
     Returns:
       [1, scale H, scale W, C].
@@ -85,7 +90,7 @@ def tiled(
     height, width, channels = x.shape[1:]
     rows, columns = list(_spans(height, tile, overlap)), list(_spans(width, tile, overlap))
     found = np.empty((1, scale * height, scale * width, channels), np.float32)
-    done, total = 0, len(rows) * len(columns)
+    done = 0
     for top, first_row, last_row in rows:
         for left, first, last in columns:
             part = x[:, top : top + tile, left : left + tile]
@@ -96,8 +101,13 @@ def tiled(
                 scale * (first - left) : scale * (last - left),
             ]
             done += 1
-            said(done, total)
+            said(done)
     return found
+
+
+def count(size: Sequence[int], tile: int, overlap: int = OVERLAP) -> int:
+    """How many tiles a picture of `size` (height, width) has."""
+    return math.prod(len(list(_spans(side, tile, overlap))) for side in size)
 
 
 def _spans(side: int, tile: int, overlap: int) -> Iterator[tuple[int, int, int]]:

@@ -130,7 +130,7 @@ def test_what_is_not_there_is_refused_and_a_check_alone_needs_no_files(folder):
     checked = patches(context('/nowhere', checked=True), of='DIV2K', scale=2, size=96)
     assert checked.spec['target'].shape == (192, 192, 3)
     assert len(checked) == 1_000_000
-    with pytest.raises(DataError, match='there is no folder of pictures .*none'):
+    with pytest.raises(DataError, match=r'there is no folder of pictures .*none'):
         patches(context(folder, split='none'), of='.', scale=2, size=4)
     with pytest.raises(DataError, match=r"a of '\.' has 23 x 30 pixels, and a patch 24 x 24"):
         patches(context(folder), of='.', scale=4, size=6)
@@ -144,5 +144,5 @@ def test_what_is_not_there_is_refused_and_a_check_alone_needs_no_files(folder):
     with pytest.raises(DataError, match=r'is float64 \[3, 4\], and a picture is uint8'):
         in_folder(folder / 'some')
     (folder / 'empty').mkdir()
-    with pytest.raises(DataError, match='has no pictures; those of .png'):
+    with pytest.raises(DataError, match=r'has no pictures; those of \.png'):
         in_folder(folder / 'empty')

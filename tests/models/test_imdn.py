@@ -43,7 +43,9 @@ def conv(tensors, name, x, stride=1):
     kernel = tensors[f'{name}.weight'].astype(float)
     pad = kernel.shape[-1] // 2
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
-    planes = [sum(signal.correlate(a, k, 'valid') for a, k in zip(x, one)) for one in kernel]
+    planes = [
+        sum(signal.correlate(a, k, 'valid') for a, k in zip(x, one, strict=True)) for one in kernel
+    ]
     y = np.stack(planes)[:, ::stride, ::stride]
     return y + tensors[f'{name}.bias'][:, None, None] if f'{name}.bias' in tensors else y
 
