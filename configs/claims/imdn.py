@@ -43,7 +43,7 @@ def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps, patches and channels."""
     runs, steps, count, channels = (3, 1, 16, 4) if smoke else (3, 1_000, 3_000, 16)
     return Claim(
-        paper='Hui et al. 2019, arXiv:1909.11856',
+        paper='IMDN 2019, arXiv:1909.11856',
         statement='A network that splits its channels again and again restores pictures no worse '
         'than a plain one of as many parameters, and better than bicubic enlargement.',
         setting=f'Two photographs at x2, 427 x 640 pixels, their middle columns held out; {count} '
@@ -89,8 +89,8 @@ def run(say, seeds, steps, count, channels):
         )  # fmt: skip
         apply = jax.jit(lambda variables, low, of=network: of.apply(variables, low).logits)
         found = []
-        for seed in seeds:
-            state = seeds_lib.train_one(method, data, int(seed), steps=steps, batch_size=BATCH)
+        states = seeds_lib.train_each(method, data, seeds, steps=steps, batch_size=BATCH)
+        for seed, state in zip(seeds, states, strict=True):
             variables = state.variables()
             found.append(scored(lambda low, v=variables, f=apply: f(v, low), shown, 1))
             say(f'{TITLES[name]}, seed {seed}: {found[-1]["psnr"][0]:.3f} dB')

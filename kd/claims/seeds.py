@@ -7,7 +7,7 @@ leaves the device idle, ten runs cost little more than one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,13 +137,29 @@ def train_one(
 
     For networks with convolutions: inside a compiled loop these are many times slower on CPU.
     """
+    options: dict[str, Any] = dict(steps=steps, batch_size=batch_size, frozen=frozen)
+    return next(train_each(method, data, [seed], **options))
+
+
+def train_each(
+    method: Method,
+    data: Mapping[str, np.ndarray],
+    seeds: Sequence[int] | np.ndarray,
+    *,
+    steps: int,
+    batch_size: int,
+    frozen: Any = None,
+) -> Iterator[State]:
+    """`train_one` with one seed after the other, by one program; a state for each."""
     arrays = {name: jnp.asarray(value) for name, value in data.items()}
-    state = jax.jit(method.init)(jax.random.key(seed), frozen or {})
+    init = jax.jit(method.init)
     step = jax.jit(lambda s, rows: method.step(s, {k: v[rows] for k, v in arrays.items()})[0])
     size = len(next(iter(arrays.values())))
-    for rows in _rows(seed, size, batch_size, 0, steps):
-        state = step(state, rows)
-    return jax.block_until_ready(state.replace(frozen={}))
+    for seed in map(int, seeds):
+        state = init(jax.random.key(seed), frozen or {})
+        for rows in _rows(seed, size, batch_size, 0, steps):
+            state = step(state, rows)
+        yield jax.block_until_ready(state.replace(frozen={}))
 
 
 def context(

@@ -1,6 +1,6 @@
 """IMDN: super-resolution by blocks that keep a quarter of their channels again and again.
 
-Source: Hui, Gao, Yang, Wang 2019, arXiv 1909.11856, and the authors' release, whose checkpoints
+Source: arXiv 1909.11856 (2019), and the authors' release (Zheng222/IMDN), whose checkpoints
 load as they are once they are safetensors (names without `module.`), see `released_name`.
 
 What a network takes and returns lies in [-1, 1]; inside it lies in [0, 1], where the zeros of

@@ -20,7 +20,7 @@ Restore = Callable[[jax.Array], jax.Array]
 def adaptive_crop(fn: Restore, x: Any, *, shave: int = SHAVE, multiple: int = 4) -> Any:
     """A picture by its four quarters, each seen with `shave` pixels of the others and then cut.
 
-    Source: Hui et al. 2019, arXiv 1909.11856, and the release: for networks from and to the same
+    Source: IMDN 2019, arXiv 1909.11856, and its release: for networks from and to the same
     size that take sides of certain multiples. The parts are one batch of four.
 
     Args:

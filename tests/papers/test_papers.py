@@ -41,6 +41,7 @@ ANONYMOUS = {
     'agd',
     'distillation_dpo',
     'asd_video',
+    'imdn',
 }
 
 ENTRY = """

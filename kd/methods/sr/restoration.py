@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -20,12 +18,10 @@ from kd.state import PyTree, State, path_name
 _UPSAMPLER = 'upsampler'
 
 
-def restoration(
-    context: Context, *, loss: Literal['l1', 'l2'] = 'l1', micro_batches: Count = 1
-) -> Method:
+def restoration(context: Context, *, micro_batches: Count = 1) -> Method:
     """A network learns what a small picture was made of, pixel by pixel.
 
-        loss = mean |f(low) - target|   or   mean (f(low) - target)^2
+        loss = mean |f(low) - target|
 
     over pictures in [0, 1]: half of the distances in [-1, 1], in which data and networks are.
     There is no teacher; what is called distillation is inside of the network, see
@@ -35,7 +31,6 @@ def restoration(
     Args:
       context: the stage; data with `low` and `target` (`kd.data.patches.patches`), and a network of
         their scale.
-      loss: the paper's 'l1', or 'l2'.
       micro_batches: parts over which gradients are accumulated.
 
     Raises:
@@ -48,7 +43,7 @@ def restoration(
         )
     network = context.network
 
-    def objective(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
+    def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
         output = network.apply(
             state.variables(params=params), *network.of(batch), train=True, key=key
         )
@@ -58,12 +53,12 @@ def restoration(
                 f'the data have {batch[TARGET].shape[1:3]}; give both the same scale.'
             )
         away = 0.5 * (output.logits - batch[TARGET])
+        losses = mean(jnp.abs(away).mean((1, 2, 3)))
         error = mean(jnp.square(away).mean((1, 2, 3)))
-        losses = error if loss == 'l2' else mean(jnp.abs(away).mean((1, 2, 3)))
         return Objective(losses, {'squared_error': error}, output.mutables)
 
     init = start.from_reference(network.init, context, transform=other_scale)
-    return minimize(objective, context.tx, init, micro_batches=micro_batches)
+    return minimize(loss, context.tx, init, micro_batches=micro_batches)
 
 
 def other_scale(reference: PyTree, own: PyTree) -> PyTree:
