@@ -152,9 +152,10 @@ def _order(axes: dict[int, tuple[int, int]], convention: Convention) -> list[int
 def _along(x: np.ndarray, axis: int, old: int, new: int, convention: Convention) -> np.ndarray:
     """One axis of `resize`, as numbers that are not rounded yet."""
     settings = dict(a=-0.5, antialias=True) | _MATRICES[convention]
-    weights, kind = _banded(old, new, **settings), np.float64
+    kind: Any = np.int64 if convention == 'pillow' else np.float64
+    weights = _banded(old, new, **settings)
     if convention == 'pillow':
-        weights, kind = weights.copy(), np.int64
+        weights = weights.copy()
         scaled = weights.data * (1 << _BITS)
         weights.data = np.trunc(scaled + np.copysign(0.5, scaled)).astype(kind)
     moved = np.moveaxis(x, axis, 0)

@@ -14,7 +14,7 @@ one's own: the PSNR of the mean squared error is another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +162,8 @@ def mean_score(scores: Iterable[Score]) -> Score:
     return Score(*np.mean(list(scores), axis=0).tolist())
 
 
-# (low [1, h, w, 3]) -> [1, H, W, 3], both in [-1, 1].
-Restore = Callable[[jax.Array], jax.Array]
+# (low [1, h, w, 3]) -> [1, H, W, 3], both in [-1, 1], of NumPy or JAX.
+Restore = Callable[[Any], Any]
 
 
 def pictures_scored(
@@ -211,7 +211,7 @@ def restoration(
         del batches
         variables = state.variables(None if weights == 'final' else weights)
         shown = pictures(of, folder, data_dir)
-        options = dict(scale=scale, protocol=protocol)
+        options: Any = dict(scale=scale, protocol=protocol)
         found = mean_score(
             pictures_scored(lambda low: apply(variables, low), shown, **options).values()
         )
@@ -224,9 +224,9 @@ def restoration(
 def bicubic(scale: int) -> Restore:
     """MATLAB's enlargement of uint8 pictures: what every table begins with."""
 
-    def restore(low: jax.Array) -> jax.Array:
+    def restore(low: Any) -> np.ndarray:
         picture = to_bytes(np.asarray(low))
         size = (picture.shape[1] * scale, picture.shape[2] * scale)
-        return to_unit(resample.resize(picture, size, 'matlab'))  # type: ignore[return-value]
+        return to_unit(resample.resize(picture, size, 'matlab'))
 
     return restore

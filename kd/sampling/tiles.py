@@ -14,7 +14,7 @@ import numpy as np
 # Pixels that parts of a picture share.
 SHAVE, OVERLAP = 32, 32
 # Pictures [B, H, W, C] to pictures of `scale` times their sides.
-Restore = Callable[[jax.Array], jax.Array]
+Restore = Callable[[Any], Any]
 
 
 def adaptive_crop(fn: Restore, x: Any, *, shave: int = SHAVE, multiple: int = 4) -> Any:

@@ -9,7 +9,6 @@ from PIL import Image
 
 from kd import config as kd_config
 from kd import restore
-from kd.claims import claim as claims
 from kd.claims import seeds
 from kd.errors import UserError
 from kd.evaluators.restoration import restoration as restoration_probe
@@ -132,15 +131,3 @@ def test_a_run_trains_scores_and_restores(tmp_path, capsys):
     assert restore.main([f'--run={tmp_path / "run" / "one"}', f'--pictures={folder}']) == 0
     found = float(capsys.readouterr().out.splitlines()[-1].split()[1])
     assert found == pytest.approx(psnr, abs=1e-3)
-
-
-def test_the_claim_measures_every_arm():
-    claim = claims.load('imdn', smoke=True)
-    measured = claim.run(lambda line: None)
-    assert set(measured) == {'bicubic', 'plain', 'mean', 'imdn'}
-    # The held-out strips by bicubic enlargement alone.
-    np.testing.assert_allclose(measured['bicubic']['psnr'], measured['bicubic']['psnr'][0])
-    for arm in ('plain', 'mean', 'imdn'):
-        assert len(measured[arm]['psnr']) == 3
-        assert np.ptp(measured[arm]['psnr']) > 0
-    assert all(np.isfinite(claims.judge(check, measured)['difference']) for check in claim.checks)
