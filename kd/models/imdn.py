@@ -198,8 +198,8 @@ class IMDNAnyScale(IMDN):
     """
 
     scale: Count = 4
-    multiple: ClassVar[int] = 4
-    enlarges: ClassVar[bool] = False
+    multiple = 4
+    enlarges = False
 
     @nn.compact
     def __call__(self, low: jax.Array, *, train: bool = False) -> jax.Array:
@@ -276,7 +276,7 @@ class IMDNEnhance(nn.Module):
     blocks: Count = 6
     dtype: Any = jnp.float32
     fields: ClassVar[tuple[str, ...]] = ('low',)
-    multiple: ClassVar[int] = 2
+    multiple = 2
     released_name: ClassVar = staticmethod(released_name)
 
     @nn.compact
