@@ -1,6 +1,6 @@
 """Channels split again and again, against a plain network (IMDN 2019, arXiv:1909.11856).
 
-    python -m kd.claims imdn                half an hour and more on two cores
+    python -m kd.claims imdn                about a quarter of an hour on two cores
 
 Small networks of nearly as many parameters learn to double the pixels of two photographs, and are
 scored on a strip in the middle of each that they have not seen. All add a tenth of what they see to

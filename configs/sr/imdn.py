@@ -47,10 +47,10 @@ def cpu():
     run = dict(
         batch_size=8,
         optimizer=dict(name='adam', lr=4e-3, schedule='cosine'),
-        steps=400,
-        log_every=25,
-        eval_every=100,
-        checkpoint_every=400,
+        steps=1_000,
+        log_every=50,
+        eval_every=250,
+        checkpoint_every=1_000,
     )
     scored = dict(of='china_flower', folder='test', scale=2)
     for name, network in (('imdn', imdn), ('plain', plain)):
