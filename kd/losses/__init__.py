@@ -17,9 +17,11 @@ What a teacher says, and how far the student is from it:
 | `aggregate` | weights of tokens: the denominators of means over tokens and sequences |
 | `token` | of language models: TAID's targets, entropies, gates, masks, rankings, temperatures |
 | `calibration` | the calibration error, and teachers recalibrated to it |
-| `classification` | cross-entropy, its mixture with a teacher, decoupled KD, logits as such |
-| `relation` | DIST: correlations across classes and across examples |
+| `classification` | cross-entropy, its mixture with a teacher, decoupled KD, WSLD, logits |
+| `relation` | DIST, MLKD, RKD, PKT, CCKD, ICKD: across classes, examples and channels |
 | `feature` | FitNets, attention transfer, similarity-preserving, CKA; capture from Flax |
+| `feature_maps` | FSP, NST, AB, OFD, factor transfer, ReviewKD, VID, CWD |
+| `contrastive` | InfoNCE within a batch, CRD with its bank |
 | `preference`, `preference_family` | over candidates: DPO and relatives, SimPO, REDI, KTO |
 | `policy` | of rewards: advantages, clipped surrogates, KL estimates |
 
@@ -41,12 +43,34 @@ A few are statistics of the batch they are given, and of its parts another numbe
 from collections.abc import Callable
 from typing import Any
 
+from kd.losses.contrastive import info_nce
 from kd.losses.feature import linear_cka, similarity_preserving
 from kd.losses.mean_embedding import mean_embedding_distance, mmd2
-from kd.losses.relation import intra_class_correlation
+from kd.losses.relation import (
+    batch_correlation,
+    class_correlation,
+    correlation_congruence,
+    intra_class_correlation,
+    probabilistic_transfer,
+    rkd_angle,
+    rkd_distance,
+)
 
 OF_BATCH: frozenset[Callable[..., Any]] = frozenset(
-    {intra_class_correlation, linear_cka, mean_embedding_distance, mmd2, similarity_preserving}
+    {
+        batch_correlation,
+        class_correlation,
+        correlation_congruence,
+        info_nce,
+        intra_class_correlation,
+        linear_cka,
+        mean_embedding_distance,
+        mmd2,
+        probabilistic_transfer,
+        rkd_angle,
+        rkd_distance,
+        similarity_preserving,
+    }
 )
 
 

@@ -240,6 +240,76 @@ def logit_mse(
     return jnp.sum(difference**2, axis=-1) / count[..., 0]
 
 
+def standardise(
+    logits: ArrayLike, *, where: ArrayLike | None = None, eps: float = 1e-7
+) -> jax.Array:
+    """LSKD: (z - mean z) / (std z + eps) over the outcomes, std with V - 1 as in the released code.
+
+    Any divergence of both sides so treated compares their logits up to a positive scale and a
+    shift: `forward_kl(standardise(s), standardise(t), temperature=T)` is the paper's.
+
+    Args:
+      logits: [..., V]; those of -inf or outside `where` are left out of mean and std, and are -inf
+        in the result.
+
+    Returns:
+      [..., V]; 0 for constant logits, with gradient 0.
+
+    Source: Sun et al. 2024 (LSKD), arXiv 2403.01427, algorithm 1.
+    """
+    logits = jnp.asarray(logits)
+    logits = logits.astype(numerics.accumulation_dtype(logits))
+    counted = logits != -jnp.inf
+    if where is not None:
+        counted = counted & where
+    z = jnp.where(counted, logits, 0.0)
+    count = jnp.sum(counted, axis=-1, keepdims=True)
+    mean = jnp.sum(z, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(counted, z - mean, 0.0)
+    length = numerics.norm(centred, axis=-1, keepdims=True)
+    std = length / jnp.sqrt(jnp.maximum(count - 1, 1).astype(z.dtype))
+    return jnp.where(counted, centred / (std + eps), -jnp.inf)
+
+
+def weighted_soft_label(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    labels: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """WSLD: (1 - exp(-CE(y, s) / CE(y, t))) KL_T(t || s); the weight is stop-gradiented.
+
+    An example that the student knows better than the teacher counts less. T^2 is not applied.
+
+    Args:
+      student_logits: [..., V].
+      teacher: logits [..., V], Dense or HiddenHead.
+      labels: int [...].
+      temperature: of the KL alone; the weight is taken at 1.
+      where: bool, broadcasts against the logits.
+
+    Returns:
+      [...] nats.
+
+    Raises:
+      TypeError: TopK or Sampled.
+
+    Source: Zhou et al. 2021 (WSLD), arXiv 2102.00650, eq. 12.
+    """
+    teacher_logits = signal.all_logits('weighted_soft_label', teacher)
+    ours, theirs = (
+        jax.lax.stop_gradient(cross_entropy(logits, labels, where=where))
+        for logits in (student_logits, teacher_logits)
+    )
+    weight = -jnp.expm1(-ours / (theirs + 1e-7))
+    value = divergences.forward_kl(
+        student_logits, teacher_logits, temperature=temperature, where=where
+    )
+    return weight * value
+
+
 def _outside(labels, size, where):
     """bool [...]: labels that are none of 0 .. size - 1, at positions that `where` keeps."""
     outside = ~numerics.is_outcome(labels, size)

@@ -61,7 +61,7 @@ def hint(
 
     Source: Romero et al. 2014 (FitNets), arXiv 1412.6550, eq. 3.
     """
-    student, teacher = _pair('hint', student_features, teacher_features)
+    student, teacher = same_examples('hint', student_features, teacher_features)
     if student.shape != teacher.shape:
         raise ValueError(
             f'hint needs features of one shape, got {student.shape} and {teacher.shape}; '
@@ -105,7 +105,7 @@ def attention_transfer(
 
     Source: Zagoruyko and Komodakis 2016, arXiv 1612.03928, eq. 2.
     """
-    student, teacher = _pair('attention_transfer', student_features, teacher_features)
+    student, teacher = same_examples('attention_transfer', student_features, teacher_features)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             'attention_transfer needs features [B, ..., C] that differ in C alone, got '
@@ -132,8 +132,8 @@ def similarity_preserving(
 
     Source: Tung and Mori 2019, arXiv 1907.09682, eqs. 1-4.
     """
-    student, teacher = _pair('similarity_preserving', student_features, teacher_features)
-    kept = _kept(where, student.shape[0])
+    student, teacher = same_examples('similarity_preserving', student_features, teacher_features)
+    kept = kept_examples(where, student.shape[0])
 
     def similarity(features):
         features = jnp.where(kept[:, None], features.reshape(features.shape[0], -1), 0.0)
@@ -163,8 +163,8 @@ def linear_cka(
 
     Source: Kornblith et al. 2019, arXiv 1905.00414, eq. 3 and section 3.
     """
-    student, teacher = _pair('linear_cka', student_features, teacher_features)
-    kept = _kept(where, student.shape[0])[:, None]
+    student, teacher = same_examples('linear_cka', student_features, teacher_features)
+    kept = kept_examples(where, student.shape[0])[:, None]
 
     def centred(features):
         features = jnp.where(kept, features.reshape(features.shape[0], -1), 0.0)
@@ -194,7 +194,14 @@ def _flatten(tree, names=()):
             yield (*names, name), value
 
 
-def _pair(name, student, teacher):
+def same_examples(
+    name: str, student: ArrayLike, teacher: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Both sides in float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: shapes other than [B, ...] of one B; the message begins with `name`.
+    """
     student, teacher = jnp.asarray(student), jnp.asarray(teacher)
     if student.ndim < 2 or teacher.ndim < 2 or student.shape[0] != teacher.shape[0]:
         raise ValueError(
@@ -205,5 +212,6 @@ def _pair(name, student, teacher):
     return student.astype(dtype), teacher.astype(dtype)
 
 
-def _kept(where, size):
+def kept_examples(where: ArrayLike | None, size: int) -> jax.Array:
+    """The mask bool [size] of the examples that count; all for None."""
     return jnp.ones(size, bool) if where is None else jnp.asarray(where, bool)

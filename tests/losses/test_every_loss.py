@@ -10,6 +10,7 @@ import optax
 import pytest
 import scipy.special
 import scipy.stats
+from classical_oracles import CLASSICAL, OF_LOGITS
 from jax.sharding import PartitionSpec
 
 from kd.losses import (
@@ -280,6 +281,7 @@ LOSSES = {
         lambda s, t: kl(log_softmax(t @ HEAD), log_softmax(s @ HEAD)),
     ),
     'fused_token_loss': (fused_tokens, unfused_tokens),
+    **CLASSICAL,
 }
 ON_FEATURES = (
     'hint',
@@ -288,7 +290,9 @@ ON_FEATURES = (
     'linear_cka',
     'fused_divergence',
     'fused_token_loss',
+    *(name for name in CLASSICAL if name not in OF_LOGITS),
 )
+WEIGHT_HELD = ('adaptive_kl', 'weighted_soft_label')
 each_loss = pytest.mark.parametrize('name', LOSSES)
 
 
@@ -328,8 +332,8 @@ def test_value_is_that_of_an_independent_float64_computation(name, logits, in_fl
     np.testing.assert_allclose(value, LOSSES[name][1](*logits), rtol=1e-10, atol=1e-12)
 
 
-# Those of adaptive_kl hold its weights constant: see test_divergence.
-@pytest.mark.parametrize('name', [name for name in LOSSES if name != 'adaptive_kl'])
+# These hold their weights constant: see test_divergence and test_classical_losses.
+@pytest.mark.parametrize('name', [name for name in LOSSES if name not in WEIGHT_HELD])
 def test_gradient_is_the_finite_difference_of_the_oracle(name, logits, in_float64):
     oracle, step = LOSSES[name][1], 1e-5
     student, teacher = logits
@@ -345,8 +349,9 @@ def test_gradient_is_the_finite_difference_of_the_oracle(name, logits, in_float6
 @each_loss
 def test_what_compares_examples_with_each_other_is_known_as_of_the_batch(name, logits):
     student, teacher = logits
-    other = student + 0.5 * (np.arange(B) == 0)[:, None] * np.arange(V)
-    before, after = (LOSSES[name][1](s, teacher) for s in (student, other))
+    shift = 0.5 * (np.arange(B) == 0)[:, None] * np.arange(V)
+    before = LOSSES[name][1](student, teacher)
+    after = LOSSES[name][1](student + shift, teacher - shift)
     apart = np.shape(before) == (B,) and np.array_equal(before[1:], after[1:])
     assert apart == (name not in {loss.__name__ for loss in OF_BATCH})
 
