@@ -246,7 +246,7 @@ def standardise(
     """LSKD: (z - mean z) / (std z + eps) over the outcomes, std with V - 1 as in the released code.
 
     Any divergence of both sides so treated compares their logits up to a positive scale and a
-    shift: `forward_kl(standardise(s), standardise(t), temperature=T)` is the paper's.
+    shift; the paper's is `standardised_kl`.
 
     Args:
       logits: [..., V]; those of -inf or outside `where` are left out of mean and std, and are -inf
@@ -269,6 +269,31 @@ def standardise(
     length = numerics.norm(centred, axis=-1, keepdims=True)
     std = length / jnp.sqrt(jnp.maximum(count - 1, 1).astype(z.dtype))
     return jnp.where(counted, centred / (std + eps), -jnp.inf)
+
+
+def standardised_kl(
+    student_logits: ArrayLike,
+    teacher: divergences.Teacher,
+    *,
+    temperature: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """LSKD: the forward KL of `standardise`d logits; T^2 is not applied.
+
+    Args:
+      student_logits: [..., V].
+      teacher: logits [..., V], Dense or HiddenHead.
+      temperature: of both sides, after they are standardised.
+      where: bool, broadcasts against the logits.
+
+    Returns:
+      [...] nats.
+
+    Source: Sun et al. 2024 (LSKD), arXiv 2403.01427, algorithm 1.
+    """
+    teacher_logits = signal.all_logits('standardised_kl', teacher)
+    sides = (standardise(x, where=where) for x in (student_logits, teacher_logits))
+    return divergences.forward_kl(*sides, temperature=temperature)
 
 
 def weighted_soft_label(

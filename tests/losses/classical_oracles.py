@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from kd.losses import classification, contrastive, divergence, feature_maps, numerics, relation
+from kd.losses import classification, contrastive, feature_maps, numerics, relation
 
 B, V = 8, 6
 GENERATOR = np.random.default_rng(11)
@@ -224,12 +224,7 @@ CLASSICAL = {
     'channel_distributions': (on_maps(feature_maps.channel_distributions), cwd),
     'info_nce': (partial(contrastive.info_nce, temperature=0.5), nce),
     'crd': (crd_loss, crd),
-    'forward_kl of standardise': (
-        lambda s, t: divergence.forward_kl(
-            classification.standardise(s), classification.standardise(t)
-        ),
-        lskd,
-    ),
+    'standardised_kl': (partial(classification.standardised_kl, temperature=1.0), lskd),
     'weighted_soft_label': (
         lambda s, t: classification.weighted_soft_label(s, t, jnp.asarray(LABELS)),
         wsld,
@@ -239,6 +234,6 @@ CLASSICAL = {
 OF_LOGITS = (
     'batch_correlation',
     'class_correlation',
-    'forward_kl of standardise',
+    'standardised_kl',
     'weighted_soft_label',
 )

@@ -1,0 +1,184 @@
+"""Projectors: what brings a student's features to a teacher's, trained beside the student.
+
+They are a part of a state of their own, which is neither evaluated nor exported with the student.
+Each takes features [B, ..., C] and `train`; `width`, where it is left out of a config's block, is
+that of the teacher's features. `kd.methods.vision.feature_kd` resizes positions itself.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd.losses import feature_maps, numerics
+from kd.models import layers
+from kd.ranges import Count, Fraction, Positive
+
+
+class Linear(nn.Module):
+    """A linear map of the channels: a 1x1 convolution of maps.
+
+    Attributes:
+      width: channels that leave.
+      bias: whether there is one.
+    """
+
+    width: Count
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
+        return nn.Dense(self.width, use_bias=self.bias, name='linear')(x)
+
+
+class ConvNorm(nn.Module):
+    """A convolution of maps, a norm, and if wanted a ReLU.
+
+    Attributes:
+      width: channels that leave.
+      size: of the kernel.
+      norm: of `kd.models.layers.norm`.
+      relu: whether to end in one: only where the teacher's features are after theirs.
+    """
+
+    width: Count
+    size: Count = 1
+    norm: str = 'batch'
+    relu: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = layers.conv(self.width, self.size, dtype=jnp.float32, name='conv')(x)
+        x = layers.norm(self.norm, train=train, dtype=jnp.float32, name='norm')(x)
+        return nn.relu(x) if self.relu else x
+
+
+class Bottleneck(nn.Module):
+    """SimKD's and FitNets-style regressor: 1x1, 3x3 and 1x1 convolutions, each with norm and ReLU.
+
+    Attributes:
+      width: channels that leave.
+      factor: by which the two inner ones are narrower.
+      norm: of `kd.models.layers.norm`.
+
+    Source: Chen et al. 2022 (SimKD), arXiv 2203.14001, section 3.2.
+    """
+
+    width: Count
+    factor: Count = 2
+    norm: str = 'batch'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        inner = max(self.width // self.factor, 1)
+        for i, (width, size) in enumerate(((inner, 1), (inner, 3), (self.width, 1))):
+            x = layers.conv(width, size, dtype=jnp.float32, name=f'conv{i}')(x)
+            x = layers.norm(self.norm, train=train, dtype=jnp.float32, name=f'norm{i}')(x)
+            x = nn.relu(x)
+        return x
+
+
+class Embed(nn.Module):
+    """A linear map of the whole feature, scaled to unit length: [B, ...] to [B, width].
+
+    Attributes:
+      width: of the embedding.
+    """
+
+    width: Count = 128
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
+        x = nn.Dense(self.width, name='linear')(x.reshape(x.shape[0], -1))
+        length = numerics.norm(x, axis=-1, keepdims=True)
+        return x / jnp.where(length > 0, length, 1.0)
+
+
+class Gaussian(nn.Module):
+    """VID's: three 1x1 convolutions to a mean, and a scale by channel that is trained with them.
+
+    Returns the mean [B, ..., width] and the log scale [width] that `variational_information` takes.
+
+    Attributes:
+      width: channels that leave.
+      variance: at the start, in all channels.
+      eps: of that loss.
+
+    Source: Ahn et al. 2019 (VID), arXiv 1904.05835, section 3.
+    """
+
+    width: Count
+    variance: Positive = 5.0
+    eps: Positive = 1e-5
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        del train
+        for i in range(2):
+            x = nn.relu(nn.Dense(self.width, use_bias=False, name=f'linear{i}')(x))
+        mean = nn.Dense(self.width, use_bias=False, name='linear2')(x)
+        start = jnp.log(jnp.expm1(self.variance - self.eps))
+        scale = self.param('log_scale', nn.initializers.constant(start), (self.width,))
+        return mean, scale
+
+
+class Masked(nn.Module):
+    """MGD's: positions of the aligned features are hidden, two 3x3 convolutions generate them.
+
+    Attributes:
+      width: channels that leave.
+      hidden: the share of positions set to 0 in training; drawn anew by the key of the step.
+
+    Source: Yang et al. 2022 (MGD), arXiv 2205.01529, eqs. 2-4.
+    """
+
+    width: Count
+    hidden: Fraction = 0.5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = nn.Dense(self.width, name='align')(x)
+        if train and self.hidden:
+            shape = (*x.shape[:-1], 1)
+            kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.hidden, shape)
+            x = jnp.where(kept, x, 0.0)
+        x = nn.relu(nn.Conv(self.width, (3, 3), name='conv0')(x))
+        return nn.Conv(self.width, (3, 3), name='conv1')(x)
+
+
+class Fusion(nn.Module):
+    """ReviewKD's, of one level: the level's features fused with those of a deeper level.
+
+    Both are brought to `middle` channels, the deeper to the positions of the level by repetition;
+    two attention maps, a sigmoid of both, weigh their sum, and a 3x3 convolution and norm lead to
+    the teacher's channels. In the paper a level is fused with what the deeper level's fusion was
+    before that last convolution; here with the deeper features themselves.
+
+    Attributes:
+      width: channels that leave.
+      middle: channels in which the levels are fused.
+      norm: of `kd.models.layers.norm`.
+
+    Source: Chen et al. 2021 (ReviewKD), arXiv 2104.09044, section 3.3 (attention based fusion).
+    """
+
+    width: Count
+    middle: Count = 64
+    norm: str = 'batch'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deeper: jax.Array, *, train: bool = False) -> jax.Array:
+        def brought(x, size, width, name):
+            x = layers.conv(width, size, dtype=jnp.float32, name=f'{name}_conv')(x)
+            return layers.norm(self.norm, train=train, dtype=jnp.float32, name=f'{name}_norm')(x)
+
+        x, y = brought(x, 1, self.middle, 'own'), brought(deeper, 1, self.middle, 'deeper')
+        y = feature_maps.pooled(y, x.shape[1:-1])
+        weights = nn.sigmoid(nn.Conv(2, (1, 1), name='attention')(jnp.concatenate([x, y], -1)))
+        x = x * weights[..., :1] + y * weights[..., 1:]
+        return brought(x, 3, self.width, 'out')
