@@ -255,7 +255,7 @@ def standardise(
     Returns:
       [..., V]; 0 for constant logits, with gradient 0.
 
-    Source: Sun et al. 2024 (LSKD), arXiv 2403.01427, algorithm 1.
+    Source: Sun et al. 2024 (LSKD), arXiv 2403.01427.
     """
     logits = jnp.asarray(logits)
     logits = logits.astype(numerics.accumulation_dtype(logits))
@@ -289,7 +289,7 @@ def standardised_kl(
     Returns:
       [...] nats.
 
-    Source: Sun et al. 2024 (LSKD), arXiv 2403.01427, algorithm 1.
+    Source: Sun et al. 2024 (LSKD), arXiv 2403.01427.
     """
     teacher_logits = signal.all_logits('standardised_kl', teacher)
     sides = (standardise(x, where=where) for x in (student_logits, teacher_logits))
@@ -321,7 +321,7 @@ def weighted_soft_label(
     Raises:
       TypeError: TopK or Sampled.
 
-    Source: Zhou et al. 2021 (WSLD), arXiv 2102.00650, eq. 12.
+    Source: Zhou et al. 2021 (WSLD), arXiv 2102.00650.
     """
     teacher_logits = signal.all_logits('weighted_soft_label', teacher)
     ours, theirs = (

@@ -34,7 +34,7 @@ def info_nce(
     Returns:
       [B] nats.
 
-    Source: van den Oord et al. 2018, arXiv 1807.03748, eq. 4.
+    Source: van den Oord et al. 2018, arXiv 1807.03748.
     """
     student, teacher = same_examples('info_nce', student_features, teacher_features)
     kept = kept_examples(where, student.shape[0])
@@ -104,7 +104,7 @@ def crd(
     Returns:
       ([B] nats, the scale [2]).
 
-    Source: Tian et al. 2020 (CRD), arXiv 1910.10699, eqs. 9-18 and the authors' code.
+    Source: Tian et al. 2020 (CRD), arXiv 1910.10699.
     """
     student, teacher = same_examples('crd', student, teacher)
     examples, count = bank.student.shape[0], jnp.shape(negatives)[1]

@@ -194,9 +194,7 @@ def _flatten(tree, names=()):
             yield (*names, name), value
 
 
-def same_examples(
-    name: str, student: ArrayLike, teacher: ArrayLike
-) -> tuple[jax.Array, jax.Array]:
+def same_examples(name: str, student: ArrayLike, teacher: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both sides in float32 (float64 for float64 input).
 
     Raises:

@@ -82,7 +82,7 @@ def factor_transfer(
     Returns:
       [B].
 
-    Source: Kim et al. 2018 (Factor Transfer), arXiv 1802.04977, eq. 3.
+    Source: Kim et al. 2018 (Factor Transfer), arXiv 1802.04977.
     """
     student, teacher = _alike('factor_transfer', student_factors, teacher_factors)
     size = student.shape[0]
@@ -98,7 +98,7 @@ def flow_of_solution(first: ArrayLike, second: ArrayLike) -> jax.Array:
     Returns:
       [B, C, D].
 
-    Source: Yim et al. 2017 (A Gift from Knowledge Distillation, CVPR), eq. 1.
+    Source: Yim et al. 2017 (A Gift from Knowledge Distillation, CVPR).
     """
     first, second = same_examples('flow_of_solution', first, second)
     ours, theirs = first.shape[1:-1], second.shape[1:-1]
@@ -121,9 +121,11 @@ def fsp(
     Returns:
       [B].
 
-    Source: Yim et al. 2017 (A Gift from Knowledge Distillation, CVPR), eq. 2.
+    Source: Yim et al. 2017 (A Gift from Knowledge Distillation, CVPR).
     """
-    student, teacher = _alike('fsp', flow_of_solution(*student_pair), flow_of_solution(*teacher_pair))
+    student, teacher = _alike(
+        'fsp', flow_of_solution(*student_pair), flow_of_solution(*teacher_pair)
+    )
     return jnp.sum((student - teacher) ** 2, axis=(1, 2))
 
 
@@ -146,7 +148,7 @@ def neuron_selectivity(
     Raises:
       ValueError: positions that differ.
 
-    Source: Huang and Wang 2017 (NST), arXiv 1707.01219, eqs. 5-8.
+    Source: Huang and Wang 2017 (NST), arXiv 1707.01219.
     """
     student, teacher = same_examples('neuron_selectivity', student_features, teacher_features)
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -178,7 +180,7 @@ def activation_boundary(
     Returns:
       [B].
 
-    Source: Heo et al. 2018 (AB), arXiv 1811.03233, eq. 5.
+    Source: Heo et al. 2018 (AB), arXiv 1811.03233.
     """
     student, teacher = _alike('activation_boundary', student_features, teacher_features)
     short = jnp.where(teacher > 0, margin - student, margin + student)
@@ -200,7 +202,7 @@ def negative_mean(mean: ArrayLike, std: ArrayLike) -> jax.Array:
     Returns:
       [C], at most 0.
 
-    Source: Heo et al. 2019 (OFD), arXiv 1904.01866, eq. 4 and its code.
+    Source: Heo et al. 2019 (OFD), arXiv 1904.01866, and its code.
     """
     mean, std = jnp.asarray(mean), jnp.asarray(std)
     dtype = numerics.accumulation_dtype(mean, std)
@@ -226,7 +228,7 @@ def overhaul(
     Returns:
       [B].
 
-    Source: Heo et al. 2019 (OFD), arXiv 1904.01866, eqs. 3, 5-6.
+    Source: Heo et al. 2019 (OFD), arXiv 1904.01866.
     """
     student, teacher = _alike('overhaul', student_features, teacher_features)
     target = jnp.maximum(teacher, jnp.asarray(margin, teacher.dtype))
@@ -252,7 +254,7 @@ def hierarchical_context(
     Returns:
       [B].
 
-    Source: Chen et al. 2021 (ReviewKD), arXiv 2104.09044, section 3.3 and its code.
+    Source: Chen et al. 2021 (ReviewKD), arXiv 2104.09044, and its code.
     """
     student, teacher = _alike('hierarchical_context', student_features, teacher_features)
     difference = student - teacher  # Pooling is linear.
@@ -283,7 +285,7 @@ def variational_information(
     Returns:
       [B], over positions and channels a mean.
 
-    Source: Ahn et al. 2019 (VID), arXiv 1904.05835, eqs. 4-6.
+    Source: Ahn et al. 2019 (VID), arXiv 1904.05835.
     """
     predicted, teacher = _alike('variational_information', mean, teacher_features)
     variance = jax.nn.softplus(jnp.asarray(log_scale, predicted.dtype)) + eps
@@ -304,7 +306,7 @@ def channel_distributions(
     Returns:
       [B] nats.
 
-    Source: Shu et al. 2021 (CWD), arXiv 2011.13256, eqs. 2-4.
+    Source: Shu et al. 2021 (CWD), arXiv 2011.13256.
     """
     student, teacher = _alike('channel_distributions', student_features, teacher_features)
     by_channel = (jnp.swapaxes(_positions(x), 1, 2) for x in (student, teacher))

@@ -80,8 +80,8 @@ def batch_correlation(
 ) -> jax.Array:
     """MLKD, across examples: sum_j ((q q^T)_bj - (p p^T)_bj)^2, q and p the probabilities [B, V].
 
-    Arguments as of `inter_class_correlation`; `where=mask[:, None]` leaves examples out. Its mean is
-    the released 1/B ||M_s - M_t||_F^2.
+    Its mean is the released 1/B ||M_s - M_t||_F^2. Arguments as of `inter_class_correlation`;
+    `where=mask[:, None]` leaves examples out.
 
     Returns:
       [B].
@@ -125,7 +125,7 @@ def rkd_distance(
     Returns:
       [B].
 
-    Source: Park et al. 2019 (RKD), arXiv 1904.05068, eqs. 4-6.
+    Source: Park et al. 2019 (RKD), arXiv 1904.05068.
     """
     student, teacher = same_examples('rkd_distance', student_features, teacher_features)
     kept = kept_examples(where, student.shape[0])
@@ -153,7 +153,7 @@ def rkd_angle(
     Returns:
       [B].
 
-    Source: Park et al. 2019 (RKD), arXiv 1904.05068, eqs. 7-9.
+    Source: Park et al. 2019 (RKD), arXiv 1904.05068.
     """
     student, teacher = same_examples('rkd_angle', student_features, teacher_features)
     kept = kept_examples(where, student.shape[0])
@@ -186,7 +186,7 @@ def probabilistic_transfer(
     Returns:
       [B] nats.
 
-    Source: Passalis and Tefas 2018 (PKT), arXiv 1803.10837, eqs. 3-7 with the cosine kernel.
+    Source: Passalis and Tefas 2018 (PKT), arXiv 1803.10837, with the cosine kernel.
     """
     student, teacher = same_examples('probabilistic_transfer', student_features, teacher_features)
     kept = kept_examples(where, student.shape[0])
@@ -225,7 +225,7 @@ def correlation_congruence(
     Raises:
       ValueError: another kernel.
 
-    Source: Peng et al. 2019 (CCKD), arXiv 1904.01802, eqs. 6-9.
+    Source: Peng et al. 2019 (CCKD), arXiv 1904.01802.
     """
     if kernel not in ('bilinear', 'gaussian'):
         raise ValueError(f"kernel must be 'bilinear' or 'gaussian', got {kernel!r}.")
@@ -258,7 +258,7 @@ def channel_correlation(student_features: ArrayLike, teacher_features: ArrayLike
     Raises:
       ValueError: channels that differ.
 
-    Source: Liu et al. 2021 (ICKD), arXiv 2202.03680, eqs. 1-3.
+    Source: Liu et al. 2021 (ICKD), arXiv 2202.03680.
     """
     student, teacher = same_examples('channel_correlation', student_features, teacher_features)
     if student.shape[-1] != teacher.shape[-1]:

@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
       factor: by which the two inner ones are narrower.
       norm: of `kd.models.layers.norm`.
 
-    Source: Chen et al. 2022 (SimKD), arXiv 2203.14001, section 3.2.
+    Source: Chen et al. 2022 (SimKD), arXiv 2203.14001.
     """
 
     width: Count
@@ -107,7 +107,7 @@ class Gaussian(nn.Module):
       variance: at the start, in all channels.
       eps: of that loss.
 
-    Source: Ahn et al. 2019 (VID), arXiv 1904.05835, section 3.
+    Source: Ahn et al. 2019 (VID), arXiv 1904.05835.
     """
 
     width: Count
@@ -115,9 +115,7 @@ class Gaussian(nn.Module):
     eps: Positive = 1e-5
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, *, train: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
         del train
         for i in range(2):
             x = nn.relu(nn.Dense(self.width, use_bias=False, name=f'linear{i}')(x))
@@ -134,7 +132,7 @@ class Masked(nn.Module):
       width: channels that leave.
       hidden: the share of positions set to 0 in training; drawn anew by the key of the step.
 
-    Source: Yang et al. 2022 (MGD), arXiv 2205.01529, eqs. 2-4.
+    Source: Yang et al. 2022 (MGD), arXiv 2205.01529.
     """
 
     width: Count
@@ -164,7 +162,7 @@ class Fusion(nn.Module):
       middle: channels in which the levels are fused.
       norm: of `kd.models.layers.norm`.
 
-    Source: Chen et al. 2021 (ReviewKD), arXiv 2104.09044, section 3.3 (attention based fusion).
+    Source: Chen et al. 2021 (ReviewKD), arXiv 2104.09044, attention based fusion.
     """
 
     width: Count

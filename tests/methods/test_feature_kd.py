@@ -49,9 +49,7 @@ def rows():
 @pytest.fixture(scope='module')
 def maps():
     """Of convolutional networks with batch norms, the teacher wider."""
-    modules = (
-        ConvNet(depth=2, width=width, num_classes=CLASSES, norm='batch') for width in (4, 6)
-    )
+    modules = (ConvNet(depth=2, width=width, num_classes=CLASSES, norm='batch') for width in (4, 6))
     return context(*modules, IMAGE, optax.adamw(1e-3, weight_decay=0.1))
 
 
@@ -133,7 +131,7 @@ def test_a_step_is_the_gradient_of_the_weighted_sum(rows):
         along[part] = jax.tree.map(lambda x: rng.normal(size=x.shape), before[part])
         high, low = (
             objective(
-                jax.tree.map(lambda x, d: np.float64(x) + e * d, before, along),
+                jax.tree.map(lambda x, d, e=e: np.float64(x) + e * d, before, along),
                 teacher, data, weights,
             )[0]
             for e in (1e-6, -1e-6)
@@ -213,7 +211,7 @@ def test_terms_of_every_form_have_the_value_of_their_loss(maps):
         ),
         (dict(RKD, student='feature'), r"^stage\.method\.terms\.mine\.student: there is no feature "
          r"'feature'\. Did you mean 'features'\? There are: logits, hidden0, features, head\.$"),
-        (dict(RKD, resize='both'), r"\.mine\.resize must be '', 'student' or 'teacher', got 'both'"),
+        (dict(RKD, resize='both'), r"\.mine\.resize must be '', 'student' or 'teacher', got 'both"),
         (dict(RKD, weight=-1.0), r'\.mine\.weight must be a number from 0, got -1\.0\.$'),
         (dict(RKD, temperature=4.0), r"\.mine has an unknown key 'temperature'"),
         (dict(student='features'), r"\.mine must be a block with 'loss' and 'student', got"),

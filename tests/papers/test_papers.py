@@ -27,6 +27,7 @@ SHARED = {
     *('kd.methods.flow.common', 'kd.methods.dataset.matching', 'kd.methods.dataset.coreset'),
     *('kd.methods.rl.surrogate', 'kd.methods.diffusion.distribution_matching'),
     'kd.methods.discrete.masked_diffusion',
+    'kd.methods.vision.feature_kd',
 }
 # Equations of works that are not on arXiv: Gretton et al. 2012; Cichocki et al. 2011.
 ELSEWHERE = {'kd.evaluators.distribution.mmd', 'kd.losses.divergence.alpha_beta'}

@@ -18,7 +18,7 @@ from kd.losses import check_micro_batches, classification, divergence, feature_m
 from kd.method import Method, Objective, minimize
 from kd.metrics import mean
 from kd.network import Network, Output, feature_names, feature_shape, from_linen
-from kd.ranges import Count, NonNegative, Positive, Size, check_value
+from kd.ranges import Count, Fraction, NonNegative, Positive, Size, check_value
 from kd.state import NETWORK, PyTree
 
 PROJECTORS = 'projectors'
@@ -57,7 +57,7 @@ def feature_kd(
     hard_weight: NonNegative = 1.0,
     soft_weight: NonNegative = 0.0,
     temperature: Positive = 4.0,
-    label_smoothing: float = 0.0,
+    label_smoothing: Fraction = 0.0,
     ramp_steps: Size = 0,
     augmentation: tuple = (),
     micro_batches: Count = 1,
@@ -240,9 +240,11 @@ def _shape(network: Network, name: str) -> jax.ShapeDtypeStruct:
     if name != LOGITS:
         return feature_shape(network, name)
     return jax.eval_shape(
-        lambda key: network.apply(
-            network.init(key), *(jnp.zeros(x.shape, x.dtype) for x in network.inputs)
-        ).logits,
+        lambda key: (
+            network.apply(
+                network.init(key), *(jnp.zeros(x.shape, x.dtype) for x in network.inputs)
+            ).logits
+        ),
         jax.random.key(0),
     )
 
