@@ -50,7 +50,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = layers.conv(self.width, self.size, dtype=jnp.float32, name='conv')(x)
+        x = _conv(self.width, self.size, name='conv')(x)
         x = layers.norm(self.norm, train=train, dtype=jnp.float32, name='norm')(x)
         return nn.relu(x) if self.relu else x
 
@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         inner = max(self.width // self.factor, 1)
         for i, (width, size) in enumerate(((inner, 1), (inner, 3), (self.width, 1))):
-            x = layers.conv(width, size, dtype=jnp.float32, name=f'conv{i}')(x)
+            x = _conv(width, size, name=f'conv{i}')(x)
             x = layers.norm(self.norm, train=train, dtype=jnp.float32, name=f'norm{i}')(x)
             x = nn.relu(x)
         return x
@@ -172,7 +172,7 @@ class Fusion(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deeper: jax.Array, *, train: bool = False) -> jax.Array:
         def brought(x, size, width, name):
-            x = layers.conv(width, size, dtype=jnp.float32, name=f'{name}_conv')(x)
+            x = _conv(width, size, name=f'{name}_conv')(x)
             return layers.norm(self.norm, train=train, dtype=jnp.float32, name=f'{name}_norm')(x)
 
         x, y = brought(x, 1, self.middle, 'own'), brought(deeper, 1, self.middle, 'deeper')
@@ -180,3 +180,10 @@ class Fusion(nn.Module):
         weights = nn.sigmoid(nn.Conv(2, (1, 1), name='attention')(jnp.concatenate([x, y], -1)))
         x = x * weights[..., :1] + y * weights[..., 1:]
         return brought(x, 3, self.width, 'out')
+
+
+def _conv(width: int, size: int, *, name: str) -> nn.Module:
+    """A convolution without bias; one of size 1 as a product of matrices, fast also in a loop."""
+    if size == 1:
+        return nn.Dense(width, use_bias=False, kernel_init=layers.he_init, name=name)
+    return layers.conv(width, size, dtype=jnp.float32, name=name)

@@ -151,7 +151,7 @@ def test_terms_of_every_form_have_the_value_of_their_loss(maps):
         'review': dict(loss=f'{at}hierarchical_context', student=('block0', 'block1'),
                        teacher='block0', projector=projector('Fusion', middle=3)),
         'nst': dict(loss=f'{at}neuron_selectivity', student='block0', teacher='block1',
-                    resize='student'),
+                    resize='larger'),
         'mgd': dict(loss='kd.losses.feature.hint', student='block1', teacher='block0',
                     resize='teacher', projector=projector('Masked', hidden=0.0)),
         'rkd': dict(RKD, weight=25.0),
@@ -211,7 +211,7 @@ def test_terms_of_every_form_have_the_value_of_their_loss(maps):
         ),
         (dict(RKD, student='feature'), r"^stage\.method\.terms\.mine\.student: there is no feature "
          r"'feature'\. Did you mean 'features'\? There are: logits, hidden0, features, head\.$"),
-        (dict(RKD, resize='both'), r"\.mine\.resize must be '', 'student' or 'teacher', got 'both"),
+        (dict(RKD, resize='both'), r"\.mine\.resize must be '', 'student', 'teacher' or 'larg"),
         (dict(RKD, weight=-1.0), r'\.mine\.weight must be a number from 0, got -1\.0\.$'),
         (dict(RKD, temperature=4.0), r"\.mine has an unknown key 'temperature'"),
         (dict(student='features'), r"\.mine must be a block with 'loss' and 'student', got"),

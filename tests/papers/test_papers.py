@@ -43,6 +43,7 @@ ANONYMOUS = {
     'distillation_dpo',
     'asd_video',
     'imdn',
+    'crd',
 }
 
 ENTRY = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -79,8 +80,8 @@ def feature_kd(
     `teacher`, left out, is as `student`. `projector` is the block of a module of the student's
     features (of several, as arguments), whose `width` is filled in from the teacher's; where it
     returns a tuple, so is the loss called. `resize` pools the positions of 'student' or 'teacher'
-    to the other's. A term of weight 0 is left out with its projector, and without terms and soft
-    weight the run is that of `supervised`, bit for bit.
+    to the other's, or those of the 'larger'. A term of weight 0 is left out with its projector, and
+    without terms and soft weight the run is that of `supervised`, bit for bit.
 
     Projectors are the part `projectors` of the state, the stage's result is `network` alone.
 
@@ -203,8 +204,10 @@ def _term(context: Context, block: Any, where: str, micro_batches: int) -> Term 
     weight = block.get('weight', 1.0)
     check_value(NonNegative, weight, where=f'{where}.weight')
     resize = block.get('resize', '')
-    if resize not in ('', 'student', 'teacher'):
-        raise UserError(f"{where}.resize must be '', 'student' or 'teacher', got {resize!r}.")
+    if resize not in ('', 'student', 'teacher', 'larger'):
+        raise UserError(
+            f"{where}.resize must be '', 'student', 'teacher' or 'larger', got {resize!r}."
+        )
     loss = config_lib.resolve(block['loss'])
     config_lib.check_arguments(loss, arguments, where=where)
     check_micro_batches(loss, micro_batches)
@@ -212,12 +215,23 @@ def _term(context: Context, block: Any, where: str, micro_batches: int) -> Term 
         return None
     student = _names(context.network, block['student'], f'{where}.student')
     teacher = _names(context.teacher, block.get('teacher', block['student']), f'{where}.teacher')
+    if resize == 'larger':
+        resize = _larger(*(_shape(*side).shape for side in (
+            (context.network, student[0]), (context.teacher, teacher[0]),
+        )))  # fmt: skip
     projector = None
     if block.get('projector'):
         projector = _projector(context, block['projector'], student, teacher, resize, where)
     labelled = 'labels' in inspect.signature(loss).parameters
     bound = _bound(loss, arguments)
     return Term(bound, student, teacher, float(weight), projector, resize, labelled)
+
+
+def _larger(student: tuple[int, ...], teacher: tuple[int, ...]) -> str:
+    """The side with more positions, '' for as many."""
+    if student[1:-1] == teacher[1:-1]:
+        return ''
+    return 'student' if math.prod(student[1:-1]) > math.prod(teacher[1:-1]) else 'teacher'
 
 
 def _bound(loss, arguments):

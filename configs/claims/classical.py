@@ -1,0 +1,177 @@
+"""The classical losses at equal tuning on digits, over the benchmark of CRD (arXiv:1910.10699).
+
+    python -m kd.claims classical
+
+A ConvNet of width 32 has 1,200 labelled digits, students of width 8 have 200 of them. Every method
+of `configs/vision/classical.py` is an arm, with the weights of that file times .1, 1 and 10; the
+multiple and the learning rate are those of the best mean validation accuracy, and the test set is
+read once. Students on labels alone have no weight to tune and choose a learning rate alone.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kd import config as kd_config
+from kd import figures, metrics
+from kd.claims import seeds
+from kd.claims.claim import Check, Claim
+from kd.data import catalogue
+from kd.methods.vision.feature_kd import feature_kd
+from kd.methods.vision.supervised import supervised
+from kd.models.convnet import ConvNet
+from kd.network import from_linen
+
+MULTIPLES = (0.1, 1.0, 10.0)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+BATCH = 50
+ENDS = ('block0/norm', 'block0', 'block1')
+TITLES = {
+    'hard': 'labels alone',
+    'kd': 'softened outputs',
+    'dkd': 'decoupled KD',
+    'lskd': 'standardised logits',
+    'wsld': 'weighted soft labels',
+    'mlkd': 'multi-level logits',
+    'fitnet': 'FitNets',
+    'at': 'attention transfer',
+    'sp': 'similarity preserving',
+    'rkd': 'RKD, distance and angle',
+    'pkt': 'PKT',
+    'cckd': 'correlation congruence',
+    'ickd': 'ICKD',
+    'nst': 'NST',
+    'vid': 'VID',
+    'cwd': 'CWD',
+    'ft': 'normalised factors',
+    'mgd': 'MGD',
+    'review': 'ReviewKD',
+    'nce': 'InfoNCE',
+}
+
+
+def get_claim(smoke: bool = False) -> Claim:
+    """The claim; `smoke` has the arms of the checks, and a few steps."""
+    runs, steps, teacher_steps = (3, 6, 6) if smoke else (8, 600, 400)
+    multiples = (1.0,) if smoke else MULTIPLES
+    arms = ('hard', 'kd', 'rkd', 'nce') if smoke else tuple(TITLES)
+    return Claim(
+        paper='Tian et al. 2019 (Contrastive Representation Distillation), arXiv:1910.10699',
+        statement='Softened outputs help, losses on relations of features do not reach them, and a '
+        'contrastive loss goes beyond both.',
+        setting='Digits, 200 labels; ConvNets of width 32 and 8, '
+        f'{steps} steps of Adam with cosine in batches of {BATCH}, {runs} seeds; every arm takes '
+        'its best of three learning rates and three multiples of its published weights by '
+        'validation accuracy.',
+        run=lambda say: run(say, arms, runs, steps, teacher_steps, multiples),
+        checks=[
+            Check('softened outputs over labels alone', 'accuracy', 'kd', 'hard'),
+            Check('relations (RKD) over labels alone', 'accuracy', 'rkd', 'hard'),
+            Check('softened outputs over relations (RKD)', 'accuracy', 'kd', 'rkd'),
+            Check('a contrastive loss over softened outputs', 'accuracy', 'nce', 'kd'),
+        ],
+        draw=draw,
+        notes='The teacher is one network, so the intervals are over students of that teacher. The '
+        'contrastive loss is InfoNCE within a batch, without the memory of CRD. All but the four '
+        'arms of the checks are for the figure.',
+    )
+
+
+def run(say, arms, runs, steps, teacher_steps, multiples):
+    """Trains all arms; returns test accuracy and NLL per seed, and what was chosen."""
+    train, validation, test = (
+        split.fetch(np.arange(len(split)))
+        for split in (catalogue.load('digits', s) for s in ('train[:1200]', 'train[1200:]', 'test'))
+    )
+    shape = jax.ShapeDtypeStruct((1, *train['input'].shape[1:]), jnp.float32)
+    teacher, student = (
+        from_linen(
+            # Matrix products: in a loop convolutions are many times slower on CPU.
+            ConvNet(depth=2, width=width, num_classes=10, norm='batch', conv='matmul'), shape,
+        )
+        for width in (32, 8)
+    )  # fmt: skip
+    say('training the teacher')
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, teacher_steps), weight_decay=1e-2)
+    data = {name: train[name] for name in ('input', 'label')}
+    method = supervised(seeds.context(network=teacher, tx=tx, num_classes=10))
+    state = seeds.train_one(method, data, 0, steps=teacher_steps, batch_size=BATCH)
+    frozen = {'teacher': state.variables()}
+    logits = jax.jit(lambda x: teacher.apply(frozen['teacher'], x).logits)(test['input'])
+    say(f'teacher: test accuracy {(logits.argmax(-1) == test["label"]).mean():.3f}')
+
+    few = {name: value[:200] for name, value in data.items()}
+    measured = {}
+    for arm in arms:
+        trials = []
+        for multiple in (1.0,) if arm == 'hard' else multiples:
+            method = method_of(arm, student, teacher, steps, multiple)
+            trials.append(trained(method, student, few, frozen, validation, test, runs, steps))
+        accuracy, nll, right = (np.concatenate(values) for values in zip(*trials, strict=True))
+        best = metrics.best(right.mean(-1))
+        rates = len(LEARNING_RATES)
+        chosen = (multiples if arm != 'hard' else (1.0,))[best // rates]
+        measured[arm] = {
+            'accuracy': accuracy[best],
+            'nll': nll[best],
+            'multiple': np.full(runs, chosen),
+            'lr': np.full(runs, LEARNING_RATES[best % rates]),
+        }
+        say(f'{TITLES[arm]}: {accuracy[best].mean():.3f}')
+    return measured
+
+
+def method_of(arm, student, teacher, steps, multiple):
+    """The method of an arm with a multiple of its weights."""
+    tx = optax.inject_hyperparams(
+        lambda lr: optax.adam(lambda step: lr * 0.5 * (1 + jnp.cos(jnp.pi * step / steps)))
+    )(lr=0.0)
+    context = seeds.context(network=student, teacher=teacher, tx=tx, num_classes=10)
+    if arm == 'hard':
+        return supervised(context)
+    recipes = kd_config.load_module(Path(__file__).parents[1] / 'vision' / 'classical.py')
+    keywords = dict(recipes.methods(ENDS, ENDS)[arm])
+    terms = {
+        label: {**term, 'weight': multiple * term.get('weight', 1.0)}
+        for label, term in keywords.pop('terms').items()
+    }
+    keywords['soft_weight'] = multiple * keywords.get('soft_weight', 0.0)
+    return feature_kd(context, terms=terms, **keywords)
+
+
+def trained(method, student, data, frozen, validation, test, runs, steps):
+    """(test accuracy, test NLL, validation accuracy), each [learning rates, runs]."""
+    grid_lr, grid_seed = np.meshgrid(LEARNING_RATES, np.arange(runs), indexing='ij')
+    state = seeds.train(
+        method, data, grid_seed.ravel(), steps=steps, batch_size=BATCH, frozen=frozen,
+        hyperparameters={'lr': grid_lr.ravel()},
+    )  # fmt: skip
+
+    @jax.jit
+    def log_probs(x):
+        apply = jax.vmap(lambda variables: student.apply(variables, x).logits)
+        return jax.nn.log_softmax(apply(state.variables()))
+
+    def per_run(split):
+        log_p = np.asarray(log_probs(split['input']))
+        right = (log_p.argmax(-1) == split['label']).mean(-1)
+        nll = -log_p[:, np.arange(len(split['label'])), split['label']].mean(-1)
+        return right.reshape(grid_lr.shape), nll.reshape(grid_lr.shape)
+
+    accuracy, nll = per_run(test)
+    return accuracy, nll, per_run(validation)[0]
+
+
+def draw(measured):
+    """Test accuracy and NLL per arm, every seed a dot."""
+    figure = figures.new_figure(9, 1.2 + 0.3 * len(measured))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, metric, label in zip(
+        axes, ('accuracy', 'nll'), ('test accuracy', 'test NLL (nats)'), strict=True
+    ):
+        figures.dots(axis, {TITLES[arm]: found[metric] for arm, found in measured.items()})
+        axis.set(xlabel=label)
+    return figure
