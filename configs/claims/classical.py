@@ -54,8 +54,8 @@ TITLES = {
 
 
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` has the arms of the checks, and a few steps."""
-    runs, steps, teacher_steps = (3, 6, 6) if smoke else (8, 600, 400)
+    """The claim; `smoke` has the arms of the checks, one block and a few steps."""
+    runs, steps, teacher_steps = (3, 4, 2) if smoke else (8, 600, 400)
     multiples = (1.0,) if smoke else MULTIPLES
     arms = ('hard', 'kd', 'rkd', 'nce') if smoke else tuple(TITLES)
     return Claim(
@@ -66,7 +66,7 @@ def get_claim(smoke: bool = False) -> Claim:
         f'{steps} steps of Adam with cosine in batches of {BATCH}, {runs} seeds; every arm takes '
         'its best of three learning rates and three multiples of its published weights by '
         'validation accuracy.',
-        run=lambda say: run(say, arms, runs, steps, teacher_steps, multiples),
+        run=lambda say: run(say, arms, runs, steps, teacher_steps, multiples, 1 if smoke else 2),
         checks=[
             Check('softened outputs over labels alone', 'accuracy', 'kd', 'hard'),
             Check('relations (RKD) over labels alone', 'accuracy', 'rkd', 'hard'),
@@ -80,7 +80,7 @@ def get_claim(smoke: bool = False) -> Claim:
     )
 
 
-def run(say, arms, runs, steps, teacher_steps, multiples):
+def run(say, arms, runs, steps, teacher_steps, multiples, depth):
     """Trains all arms; returns test accuracy and NLL per seed, and what was chosen."""
     train, validation, test = (
         split.fetch(np.arange(len(split)))
@@ -90,7 +90,7 @@ def run(say, arms, runs, steps, teacher_steps, multiples):
     teacher, student = (
         from_linen(
             # Matrix products: in a loop convolutions are many times slower on CPU.
-            ConvNet(depth=2, width=width, num_classes=10, norm='batch', conv='matmul'), shape,
+            ConvNet(depth=depth, width=width, num_classes=10, norm='batch', conv='matmul'), shape,
         )
         for width in (32, 8)
     )  # fmt: skip
@@ -104,12 +104,27 @@ def run(say, arms, runs, steps, teacher_steps, multiples):
     say(f'teacher: test accuracy {(logits.argmax(-1) == test["label"]).mean():.3f}')
 
     few = {name: value[:200] for name, value in data.items()}
+    held = {name: np.concatenate([validation[name], test[name]]) for name in data}
+
+    @jax.jit
+    def log_probs(variables):
+        apply = jax.vmap(lambda variables: student.apply(variables, held['input']).logits)
+        return jax.nn.log_softmax(apply(variables))
+
+    def outcomes(method):
+        """(test accuracy, test NLL, validation accuracy), each [learning rates, runs]."""
+        log_p = np.asarray(log_probs(trained(method, few, frozen, runs, steps)))
+        right = (log_p.argmax(-1) == held['label']).reshape(len(LEARNING_RATES), runs, -1)
+        nll = -log_p[:, np.arange(len(held['label'])), held['label']].reshape(right.shape)
+        validated, tested = np.split(right, [len(validation['label'])], axis=-1)
+        return tested.mean(-1), nll[..., validated.shape[-1] :].mean(-1), validated.mean(-1)
+
     measured = {}
     for arm in arms:
         trials = []
         for multiple in (1.0,) if arm == 'hard' else multiples:
             method = method_of(arm, student, teacher, steps, multiple)
-            trials.append(trained(method, student, few, frozen, validation, test, runs, steps))
+            trials.append(outcomes(method))
         accuracy, nll, right = (np.concatenate(values) for values in zip(*trials, strict=True))
         best = metrics.best(right.mean(-1))
         rates = len(LEARNING_RATES)
@@ -142,27 +157,13 @@ def method_of(arm, student, teacher, steps, multiple):
     return feature_kd(context, terms=terms, **keywords)
 
 
-def trained(method, student, data, frozen, validation, test, runs, steps):
-    """(test accuracy, test NLL, validation accuracy), each [learning rates, runs]."""
+def trained(method, data, frozen, runs, steps):
+    """Variables of all learning rates and seeds, in this order on the leading axis."""
     grid_lr, grid_seed = np.meshgrid(LEARNING_RATES, np.arange(runs), indexing='ij')
-    state = seeds.train(
+    return seeds.train(
         method, data, grid_seed.ravel(), steps=steps, batch_size=BATCH, frozen=frozen,
         hyperparameters={'lr': grid_lr.ravel()},
-    )  # fmt: skip
-
-    @jax.jit
-    def log_probs(x):
-        apply = jax.vmap(lambda variables: student.apply(variables, x).logits)
-        return jax.nn.log_softmax(apply(state.variables()))
-
-    def per_run(split):
-        log_p = np.asarray(log_probs(split['input']))
-        right = (log_p.argmax(-1) == split['label']).mean(-1)
-        nll = -log_p[:, np.arange(len(split['label'])), split['label']].mean(-1)
-        return right.reshape(grid_lr.shape), nll.reshape(grid_lr.shape)
-
-    accuracy, nll = per_run(test)
-    return accuracy, nll, per_run(validation)[0]
+    ).variables()  # fmt: skip
 
 
 def draw(measured):
