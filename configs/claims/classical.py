@@ -23,6 +23,7 @@ from kd.data import catalogue
 from kd.methods.vision.feature_kd import feature_kd
 from kd.methods.vision.supervised import supervised
 from kd.models.convnet import ConvNet
+from kd.models.mlp import MLP
 from kd.network import from_linen
 
 MULTIPLES = (0.1, 1.0, 10.0)
@@ -54,7 +55,7 @@ TITLES = {
 
 
 def get_claim(smoke: bool = False) -> Claim:
-    """The claim; `smoke` has the arms of the checks, one block and a few steps."""
+    """The claim; `smoke` has the arms of the checks, perceptrons and a few steps."""
     runs, steps, teacher_steps = (3, 4, 2) if smoke else (8, 600, 400)
     multiples = (1.0,) if smoke else MULTIPLES
     arms = ('hard', 'kd', 'rkd', 'nce') if smoke else tuple(TITLES)
@@ -66,7 +67,7 @@ def get_claim(smoke: bool = False) -> Claim:
         f'{steps} steps of Adam with cosine in batches of {BATCH}, {runs} seeds; every arm takes '
         'its best of three learning rates and three multiples of its published weights by '
         'validation accuracy.',
-        run=lambda say: run(say, arms, runs, steps, teacher_steps, multiples, 1 if smoke else 2),
+        run=lambda say: run(say, arms, runs, steps, teacher_steps, multiples, smoke),
         checks=[
             Check('softened outputs over labels alone', 'accuracy', 'kd', 'hard'),
             Check('relations (RKD) over labels alone', 'accuracy', 'rkd', 'hard'),
@@ -80,20 +81,14 @@ def get_claim(smoke: bool = False) -> Claim:
     )
 
 
-def run(say, arms, runs, steps, teacher_steps, multiples, depth):
+def run(say, arms, runs, steps, teacher_steps, multiples, smoke):
     """Trains all arms; returns test accuracy and NLL per seed, and what was chosen."""
     train, validation, test = (
         split.fetch(np.arange(len(split)))
         for split in (catalogue.load('digits', s) for s in ('train[:1200]', 'train[1200:]', 'test'))
     )
     shape = jax.ShapeDtypeStruct((1, *train['input'].shape[1:]), jnp.float32)
-    teacher, student = (
-        from_linen(
-            # Matrix products: in a loop convolutions are many times slower on CPU.
-            ConvNet(depth=depth, width=width, num_classes=10, norm='batch', conv='matmul'), shape,
-        )
-        for width in (32, 8)
-    )  # fmt: skip
+    teacher, student = (from_linen(network(width, smoke), shape) for width in (32, 8))
     say('training the teacher')
     tx = optax.adamw(optax.cosine_decay_schedule(3e-3, teacher_steps), weight_decay=1e-2)
     data = {name: train[name] for name in ('input', 'label')}
@@ -137,6 +132,13 @@ def run(say, arms, runs, steps, teacher_steps, multiples, depth):
         }
         say(f'{TITLES[arm]}: {accuracy[best].mean():.3f}')
     return measured
+
+
+def network(width, smoke):
+    """Convolutions as products of matrices: in a loop they are many times slower on CPU."""
+    if smoke:
+        return MLP(widths=(width,), num_classes=10)
+    return ConvNet(depth=2, width=width, num_classes=10, norm='batch', conv='matmul')
 
 
 def method_of(arm, student, teacher, steps, multiple):

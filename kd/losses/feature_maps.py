@@ -100,15 +100,15 @@ def flow_of_solution(first: ArrayLike, second: ArrayLike) -> jax.Array:
 
     Source: Yim et al. 2017 (A Gift from Knowledge Distillation, CVPR).
     """
-    first, second = same_examples('flow_of_solution', first, second)
-    ours, theirs = first.shape[1:-1], second.shape[1:-1]
+    a, b = same_examples('flow_of_solution', first, second)
+    ours, theirs = a.shape[1:-1], b.shape[1:-1]
     if ours != theirs:
         if math.prod(ours) > math.prod(theirs):
-            first = pooled(first, theirs)
+            a = pooled(a, theirs)
         else:
-            second = pooled(second, ours)
-    first, second = _positions(first), _positions(second)
-    return jnp.einsum('bpc,bpd->bcd', first, second, precision='highest') / first.shape[1]
+            b = pooled(b, ours)
+    a, b = _positions(a), _positions(b)
+    return jnp.einsum('bpc,bpd->bcd', a, b, precision='highest') / a.shape[1]
 
 
 def fsp(
