@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,4 +221,4 @@ def _enlarge(restore: Restore, source: Path, output: Path) -> None:
 
 
 if __name__ == '__main__':
-    process.command(lambda: main(sys.argv[1:]))
+    process.command(main)

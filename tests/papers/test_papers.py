@@ -223,7 +223,7 @@ def test_the_list_by_family(capsys):
     assert started(['--family=vison']) == 2
     assert capsys.readouterr().err == (
         "kd: There is no family 'vison'. Did you mean 'vision'? "
-        'Families: dataset, diffusion, discrete, flow, lm, rl, vision.\n'
+        'Families: dataset, diffusion, discrete, flow, lm, rl, sr, vision.\n'
     )
 
 
