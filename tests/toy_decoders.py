@@ -40,3 +40,12 @@ def prompts():
         'response': rng.integers(3, V, (B, R)).astype(np.int32),
         'response_mask': np.arange(R) < np.array([1, 2, 3, 3])[:, None],
     }
+
+
+def odd_first(context):
+    """A reward: 1 where the first token of an answer is odd; no verdict on 4."""
+
+    def reward(tokens, mask, batch):
+        return jnp.where(tokens[:, 0] == 4, jnp.nan, tokens[:, 0] % 2)
+
+    return reward

@@ -52,8 +52,8 @@ def causal_samples(
         grid = causal.times_of_blocks(own.times, n, frames, whole=whole)
 
         @jax.jit
-        def made(variables, z, label, key):
-            del label
+        def made(variables, z, condition, key):
+            del condition
             return causal.causal_sample(own.causal, variables, grid, z, key, step=own.step)
 
         return made

@@ -16,6 +16,7 @@ from kd.evaluators.samples import Draw
 from kd.losses.flow_map import flow_map, sample_triangle
 from kd.network import Network
 from kd.ranges import Count, Finite, Positive, Seed
+from kd.sampling import denoiser as denoisers
 from kd.sampling.flow import draw_noise, time_grid
 from kd.sampling.velocity import noise_scale, velocity_function
 from kd.state import State
@@ -73,10 +74,10 @@ def flow_samples(
     advance = jax.jit(advance_of(network, sampler, guidance))
 
     def draw(n: int) -> Draw:
-        def by_steps(variables, x, label, key):
+        def by_steps(variables, x, condition, key):
             del key
             for s, t in itertools.pairwise(time_grid(n)):
-                x = advance(variables, s, t, x, label)
+                x = advance(variables, s, t, x, condition.get('label'))
             return x
 
         return by_steps
@@ -93,6 +94,7 @@ def flow_samples(
         feature=feature,
         inception=inception,
         seed=seed,
+        told=denoisers.conditions(network, context.spec),
     )
 
 

@@ -101,8 +101,6 @@ def denoiser_samples(
 def _probe(context: Context, made: dict[int, Generator], guidance: float, **options: Any) -> Probe:
     one = next(iter(made.values()))
     own, path = denoisers.guided(one.denoiser, guidance), one.denoiser.schedule
-    told = denoisers.conditions(context.network, context.spec)
-    conditional = set(told) <= {'label'}
     noisy = one.times[0]
 
     # One small program called from Python: convolutions inside a loop are slow on CPU.
@@ -117,15 +115,14 @@ def _probe(context: Context, made: dict[int, Generator], guidance: float, **opti
         return own.bind(variables, known)(x, t).astype(jnp.float32)
 
     def draw(grid: tuple[float, ...]) -> Draw:
-        def by_steps(variables, x, label, key):
-            known = label if isinstance(label, dict) else {'label': label} if told else {}
+        def by_steps(variables, x, condition, key):
             memory = one.step.memory(x)
             for i, (t, to) in enumerate(itertools.pairwise(grid)):
                 of_step = jax.random.fold_in(key, i)
                 x, memory = advance(
-                    variables, x, memory, jnp.float32(t), jnp.float32(to), known, of_step
+                    variables, x, memory, jnp.float32(t), jnp.float32(to), condition, of_step
                 )
-            return end(variables, x, jnp.float32(grid[-1]), known)
+            return end(variables, x, jnp.float32(grid[-1]), condition)
 
         return by_steps
 
@@ -133,7 +130,6 @@ def _probe(context: Context, made: dict[int, Generator], guidance: float, **opti
         context,
         {n: draw(each.times) for n, each in made.items()},
         scale=float(path.sigma(jnp.float32(noisy))),
-        conditional=bool(told) and conditional,
-        told=() if conditional else tuple(told),
+        told=denoisers.conditions(context.network, context.spec),
         **options,
     )

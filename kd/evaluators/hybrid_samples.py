@@ -64,11 +64,9 @@ def hybrid_samples(
     else:
         begun = Generator(first, own.times, own.step)
     made = hybrid(begun, own, switch, skip=skip, where=where)
-    classes = denoisers.num_classes(context.network)
 
     @jax.jit
-    def draw(variables, x, label, key):
-        condition = {} if classes is None else {'label': label}
+    def draw(variables, x, condition, key):
         return made.finish(variables['base'], variables['own'], condition, key, x)
 
     def variables_of(state):
@@ -80,6 +78,6 @@ def hybrid_samples(
         context, {calls: draw},
         scale=float(own.denoiser.schedule.sigma(jnp.float32(made.first))),
         weights=weights, samples=samples, batch=batch, support='', classifier=classifier,
-        feature=feature, inception=inception, seed=seed, conditional=classes is not None,
-        variables_of=variables_of,
+        feature=feature, inception=inception, seed=seed,
+        told=denoisers.conditions(context.network, context.spec), variables_of=variables_of,
     )  # fmt: skip

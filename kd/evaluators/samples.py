@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from kd.errors import UserError
 from kd.evaluators import distribution, fidelity, generation
 from kd.evaluators.inception import inception_features
 from kd.ranges import Count, Positive, Seed
+from kd.sampling.denoiser import Condition
 from kd.sampling.flow import draw_noise
 from kd.state import PyTree, State
 
@@ -24,8 +24,8 @@ _SHOWN = 8
 
 # (state, inputs [N, ...]) -> moments of the features of some network.
 _Judge = Callable[[State, np.ndarray], distribution.Moments]
-# (variables, noise [B, ...], label [B] or None or fields by name, key) -> samples [B, ...]
-Draw = Callable[[PyTree, jax.Array, Any, jax.Array], jax.Array]
+# (variables, noise [B, ...], fields [B, ...] of the condition by name, key) -> samples [B, ...]
+Draw = Callable[[PyTree, jax.Array, Condition, jax.Array], jax.Array]
 
 
 def probe(
@@ -41,18 +41,17 @@ def probe(
     feature: str,
     inception: str,
     seed: Seed,
-    conditional: bool = False,
+    told: Iterable[str] = (),
     variables_of: Callable[[State], PyTree] | None = None,
-    told: Sequence[str] = (),
 ) -> Probe:
     """The probe of `draws`, by number of steps, from noise of deviation `scale`.
 
     Arguments and metrics are those of `kd.evaluators.flow_samples.flow_samples`, and besides
     `diversity` is the mean distance of two samples over that of two examples, `saturation` the
-    deviation of the samples over that of the examples. Samples that are `conditional` on the labels
-    of the examples have `class_diversity`, the diversity within classes, 1 where it is that of the
-    examples. `variables_of` gives what the draws take as variables, where these are no weights of
-    the result alone. `told` are fields of the examples that draws take, by name, for the label.
+    deviation of the samples over that of the examples. `told` are the fields of the examples that
+    draws take as conditions; those of the 'label' have `class_diversity`, the diversity within
+    classes, 1 where it is that of the examples. `variables_of` gives what the draws take as
+    variables, where these are no weights of the result alone.
     """
     check_weights(context, weights)
     if classifier and classifier not in context.references:
@@ -68,7 +67,7 @@ def probe(
     floor: dict[str, float | Figure] = {}
 
     def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
-        real, labels, fields = _examples(batches, samples, state, judges, moments, told)
+        real, fields = _examples(batches, samples, state, judges, moments, told)
         of = variables_of or (
             lambda state: state.variables(None if weights == 'final' else weights)
         )
@@ -76,11 +75,9 @@ def probe(
         scalars: dict[str, float | Figure] = {}
         by_steps = {}
         for n, draw in draws.items():
-            generated = _generate(
-                draw, variables, fields or labels, samples, batch, shape, scale, seed
-            )
+            generated = _generate(draw, variables, fields, samples, batch, shape, scale, seed)
             by_steps[n] = generated
-            values = _compare(real, generated, inside, labels if conditional else None)
+            values = _compare(real, generated, inside, fields.get('label'))
             if 'finite' not in values:
                 for name, judge in judges.items():
                     found = judge(state, generated)
@@ -102,15 +99,14 @@ def check_weights(context: Context, weights: str) -> None:
         raise UserError(f"{context.stage}.ema has no '{weights}', only {list(averages)}.")
 
 
-def _generate(draw, variables, told, samples, batch, shape, scale, seed) -> np.ndarray:
-    """Samples [samples, ...]; sample i has the label, or the fields, of example i."""
+def _generate(draw, variables, fields, samples, batch, shape, scale, seed) -> np.ndarray:
+    """Samples [samples, ...]; sample i has the fields of example i."""
     parts, key = [], jax.random.key(seed)
-    count = len(jax.tree.leaves(told)[0])
     for first in range(0, samples, batch):
-        rows = (first + np.arange(batch)) % max(count, 1)
-        label = jax.tree.map(lambda x, rows=rows: x[rows], told) if count else None
+        places = first + np.arange(batch)
+        condition = {name: x[places % len(x)] for name, x in fields.items()}
         noise = draw_noise(key, batch, shape, scale=scale, first=first)
-        parts.append(np.asarray(draw(variables, noise, label, jax.random.fold_in(key, first))))
+        parts.append(np.asarray(draw(variables, noise, condition, jax.random.fold_in(key, first))))
     return np.concatenate(parts)[:samples]
 
 
@@ -120,33 +116,26 @@ def _examples(
     state: State,
     judges: Mapping[str, _Judge],
     moments: dict[str, distribution.Moments],
-    told: Sequence[str] = (),
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Inputs, labels and fields of the first examples, on the host; fills in moments of all that
-    lack."""
-    inputs: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    fields: dict[str, list[np.ndarray]] = {name: [] for name in told}
+    told: Iterable[str],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Inputs and fields of the first examples, on the host; fills in moments of all that lack."""
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in ('input', *told)}
     missing = {name: judge for name, judge in judges.items() if name not in moments}
     held = 0
     for batch in batches:
         mask = np.asarray(batch['mask'])
         part = np.asarray(batch['input'])[mask]
         if held < count:
-            inputs.append(part)
-            for name, parts in fields.items():
+            for name, parts in kept.items():
                 parts.append(np.asarray(batch[name])[mask])
-            labels.append(
-                np.asarray(batch['label'])[mask] if 'label' in batch else np.zeros(0, int)
-            )
             held += len(part)
         elif not missing:
             break
         for name, judge in missing.items():
             found = judge(state, part)
             moments[name] = moments[name].merge(found) if name in moments else found
-    kept = {name: np.concatenate(parts)[:count] for name, parts in fields.items()}
-    return np.concatenate(inputs)[:count], np.concatenate(labels)[:count], kept
+    fields = {name: np.concatenate(parts)[:count] for name, parts in kept.items()}
+    return fields.pop('input'), fields
 
 
 def _judges(context: Context, classifier: str, feature: str, inception: str) -> dict[str, _Judge]:

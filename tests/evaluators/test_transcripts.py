@@ -6,41 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_decoders
+from toy_decoders import EOS, P, R, V
 
 from kd.claims import seeds
 from kd.evaluators.transcripts import transcripts
-from kd.models.decoder import Decoder
-from kd.network import from_linen
 from kd.sampling.autoregressive import sampler
 from kd.state import State
 from kd.text.table import table
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-V, P, R, G, EOS = 12, 4, 3, 2, 2
+G = 2
 SYMBOLS = ('PAD', 'BOS', 'EOS', *'abcdefghi')
-
-
-def odd_first(context):
-    """1 where the first token is odd; no verdict on 4."""
-
-    def reward(tokens, mask, batch):
-        return jnp.where(tokens[:, 0] == 4, jnp.nan, tokens[:, 0] % 2)
-
-    return reward
 
 
 @pytest.fixture(scope='module')
 def network():
-    module = Decoder(num_classes=V, width=16, depth=1, heads=2, mlp_hidden=24, max_length=16)
-    return from_linen(module, jax.ShapeDtypeStruct((1, P), jnp.int32))
+    return toy_decoders.decoder()
 
 
 @pytest.fixture(scope='module')
 def state(network):
-    rng, abstract = np.random.default_rng(1), jax.eval_shape(network.init, jax.random.key(0))
-    drawn = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.4, x.dtype), abstract)
-    return State.create(jax.random.key(0), drawn)
+    return State.create(jax.random.key(0), toy_decoders.drawn(network, 1))
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +55,7 @@ def probed(network, state, batches, tokenizer=None, **options):
         network=network, spec=spec, source=lambda split: types.SimpleNamespace(tokenizer=tokenizer)
     )
     sampling = dict(group=G, max_new=R, stop=(EOS,), forbidden=(0, 1))
-    reward = dict(name='test_transcripts.odd_first')
+    reward = dict(name='toy_decoders.odd_first')
     made = transcripts(context, reward=reward, sampling=sampling, prompts=3, seed=5, **options)
     return made.run(state, iter(batches))
 

@@ -4,40 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_decoders
+from toy_decoders import EOS, P, R, V
 
 from kd.claims import seeds
 from kd.evaluators.verified import verified
 from kd.losses import policy
-from kd.models.decoder import Decoder
-from kd.network import from_linen
 from kd.sampling.autoregressive import sampler
 from kd.state import State
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-V, P, R, G, EOS = 12, 4, 3, 4, 2
-
-
-def odd_first(context):
-    """1 where the first token is odd; no verdict on 4."""
-
-    def reward(tokens, mask, batch):
-        return jnp.where(tokens[:, 0] == 4, jnp.nan, tokens[:, 0] % 2)
-
-    return reward
+G = 4
 
 
 @pytest.fixture(scope='module')
 def network():
-    module = Decoder(num_classes=V, width=16, depth=1, heads=2, mlp_hidden=24, max_length=16)
-    return from_linen(module, jax.ShapeDtypeStruct((1, P), jnp.int32))
+    return toy_decoders.decoder()
 
 
 @pytest.fixture(scope='module')
 def state(network):
-    rng, abstract = np.random.default_rng(1), jax.eval_shape(network.init, jax.random.key(0))
-    drawn = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.4, x.dtype), abstract)
-    return State.create(jax.random.key(0), drawn)
+    return State.create(jax.random.key(0), toy_decoders.drawn(network, 1))
 
 
 @pytest.fixture(scope='module')
@@ -59,7 +47,7 @@ def evaluator(network, **options):
     sampling = dict(
         group=G, max_new=R, stop=(EOS,), forbidden=(0, 1), **options.pop('sampling', {})
     )
-    reward = dict(name='test_verified.odd_first')
+    reward = dict(name='toy_decoders.odd_first')
     return verified(
         seeds.context(network=network, spec=spec), reward=reward, sampling=sampling, **options
     )

@@ -18,7 +18,7 @@ from kd.errors import UserError, did_you_mean
 from kd.losses import check_micro_batches, classification, divergence, feature_maps
 from kd.method import Method, Objective, minimize
 from kd.metrics import mean
-from kd.network import Network, Output, feature_names, feature_shape, from_linen
+from kd.network import Network, Output, feature_names, feature_shape, from_linen, output_shape
 from kd.ranges import Count, Fraction, NonNegative, Positive, Size, check_value
 from kd.state import NETWORK, PyTree
 
@@ -253,14 +253,7 @@ def _names(network: Network, given: Any, where: str) -> tuple[str, ...]:
 def _shape(network: Network, name: str) -> jax.ShapeDtypeStruct:
     if name != LOGITS:
         return feature_shape(network, name)
-    return jax.eval_shape(
-        lambda key: (
-            network.apply(
-                network.init(key), *(jnp.zeros(x.shape, x.dtype) for x in network.inputs)
-            ).logits
-        ),
-        jax.random.key(0),
-    )
+    return jax.ShapeDtypeStruct(output_shape(network), jnp.float32)
 
 
 def _projector(context, block, student, teacher, resize, where) -> Network:
