@@ -40,6 +40,8 @@ TITLES = {
     'dparallel': 'cross-entropy + 2 certainty',
     'certainty': 'certainty alone',
 }
+# Of cross-entropy and certainty.
+WEIGHTS = {'consistency': (1.0, 0.0), 'dparallel': (1.0, 2.0), 'certainty': (0.0, 2.0)}
 
 
 class Size(NamedTuple):
@@ -51,6 +53,7 @@ class Size(NamedTuple):
     prompts: int
     tests: int
     thresholds: tuple[float, ...]
+    rows: int = 20_000
     depth: int = 1
     arms: tuple[str, ...] = ('trained_on', 'consistency', 'dparallel', 'certainty')
 
@@ -59,7 +62,7 @@ def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` has a few steps, one threshold and one student."""
     size = Size(6, 1_800, 600, 4_000, 400, THRESHOLDS)
     if smoke:
-        size = Size(3, 2, 2, 64, 8, (0.5,), 1, ('dparallel',))
+        size = Size(3, 2, 2, 64, 8, (0.5,), rows=200, arms=('dparallel',))
     wanted = [
         Check('fewer calls than the base at its accuracy less .02', 'calls_at_level', 'dparallel',
               'base', lower=True),
@@ -76,7 +79,7 @@ def get_claim(smoke: bool = False) -> Claim:
         'certain of many positions at once, and needs fewer calls for as many right answers.',
         setting=f'Running sums of {LENGTH} digits modulo {MODULUS}, P(d) ~ '
         f'{running_sums.DECAY:g}^d; transformer of {size.depth} layer, width {WIDTH}, not causal; '
-        f'base {size.base_steps} steps of Adam 5e-3 on 20,000 rows; answers of the base to '
+        f'base {size.base_steps} steps of Adam 5e-3 on {size.rows:,} rows; answers of the base to '
         f'{size.prompts:,} prompts, one position a call, those that are right kept; all others '
         f'{size.steps} steps of Adam 2e-3 on these, batches of {BATCH}; one block, half of it '
         f'hidden, both halves learnt; {len(size.thresholds)} thresholds of the entropy, '
@@ -102,71 +105,84 @@ def network(depth):
 def run(say, size):
     """Accuracy and calls of each arm by threshold, by seed."""
     own, each = network(size.depth), FIRST + np.arange(size.runs)
-    rows = 20_000 if size.prompts > 1_000 else 200
-    parts = [running_sums.make('train', size=rows, seed=int(s)) for s in each]
-    prompts = running_sums.make('validation', size=size.prompts, seed=FIRST)
+    parts = [running_sums.make('train', size=size.rows, seed=int(s)) for s in each]
     tests = running_sums.make('test', size=size.tests, seed=FIRST)
     decode = decoder(own, masked.mask_of(own), block=LENGTH, limit=LENGTH)
+    data = {name: np.stack([part[name] for part in parts]) for name in ('input', 'response_mask')}
+    base = trained(own, masked_diffusion, data, each, size.base_steps, 5e-3)
+    measured: dict[str, dict[str, list[float]]] = {}
 
-    def trained(method, data, steps, lr, start=None):
-        references = {} if start is None else {'start': own}
-        optimizer = dict(name='adam', lr=lr, schedule='cosine', clip_norm=1.0)
-        context = seeds.context(
-            network=own, num_classes=MODULUS, steps=steps, batch_size=BATCH, optimizer=optimizer,
-            references=references,
-        )  # fmt: skip
-        frozen: dict[str, Any] = {} if start is None else {'start': {'params': start}}
-        state = seeds.train(
-            method(context), {}, each, steps=steps, batch_size=BATCH, per_run=data,
-            frozen_per_run=frozen,
-        )  # fmt: skip
-        return state.params['network']
-
-    def of_run(params, run):
-        return {'params': jax.tree.map(lambda x: x[run], params)}
-
-    def measure(params, arm, levels=None):
-        """By threshold, -1 first, which is one position a call."""
-        found: dict[str, list[float]] = {}
-        for run in range(size.runs):
-            taus = (-1.0, *size.thresholds)
-            all_of = [decode(of_run(params, run), tests, tau).mean(1) for tau in taus]
-            exact, calls = np.asarray(all_of).T
-            for name, right, count in zip(('one', *map(str, taus[1:])), exact, calls, strict=True):
-                found.setdefault(f'exact_{name}', []).append(float(right))
-                found.setdefault(f'calls_{name}', []).append(float(count))
-            level = (exact[0] if levels is None else levels[run]) - SLACK
-            reached = calls_at(exact, calls, level, LENGTH)
-            found.setdefault('calls_at_level', []).append(reached)
+    def measure(params, arm):
+        levels = measured['base']['exact_one'] if measured else None
+        measured[arm] = found = by_threshold(params, decode, tests, size, levels)
         say(
             f'{TITLES[arm]}: right {np.mean(found["exact_one"]):.3f} one a call; '
             f'{np.mean(found["calls_at_level"]):.2f} calls at the level'
         )
-        return found
 
-    data = {name: np.stack([part[name] for part in parts]) for name in ('input', 'response_mask')}
-    base = trained(masked_diffusion, data, size.base_steps, 5e-3)
-    measured = {'base': measure(base, 'base')}
-    levels = measured['base']['exact_one']
+    measure(base, 'base')
+    answers, kept = right_answers(base, decode, size)
+    say(f'{kept:,} right answers of {size.prompts:,} kept, for each seed')
+    for arm in size.arms:
+        method = masked_diffusion if arm == 'trained_on' else forcing(*WEIGHTS[arm])
+        measure(trained(own, method, answers, each, size.steps, 2e-3, base), arm)
+    return measured
+
+
+def trained(own, method, data, each, steps, lr, start=None):
+    """Parameters [R, ...] of the runs of these seeds, each on data of its own."""
+    context = seeds.context(
+        network=own,
+        num_classes=MODULUS,
+        steps=steps,
+        batch_size=BATCH,
+        optimizer=dict(name='adam', lr=lr, schedule='cosine', clip_norm=1.0),
+        references={} if start is None else {'start': own},
+    )
+    frozen: dict[str, Any] = {} if start is None else {'start': {'params': start}}
+    state = seeds.train(
+        method(context), {}, each, steps=steps, batch_size=BATCH, per_run=data,
+        frozen_per_run=frozen,
+    )  # fmt: skip
+    return state.params['network']
+
+
+def forcing(hard, sure):
+    """The method with weights of cross-entropy and certainty."""
+    return lambda context: certainty_forcing(
+        context, block=LENGTH, consistency=hard, certainty=sure, tail=False
+    )
+
+
+def of_run(params, run):
+    """Variables of one run."""
+    return {'params': jax.tree.map(lambda x: x[run], params)}
+
+
+def by_threshold(params, decode, tests, size, levels=None):
+    """{'exact_TAU', 'calls_TAU', 'calls_at_level': [R]}; 'one' is one position a call."""
+    found: dict[str, list[float]] = {}
+    taus = (-1.0, *size.thresholds)
+    for run in range(size.runs):
+        all_of = [decode(of_run(params, run), tests, tau).mean(1) for tau in taus]
+        exact, calls = np.asarray(all_of).T
+        for name, right, count in zip(('one', *map(str, taus[1:])), exact, calls, strict=True):
+            found.setdefault(f'exact_{name}', []).append(float(right))
+            found.setdefault(f'calls_{name}', []).append(float(count))
+        level = (exact[0] if levels is None else levels[run]) - SLACK
+        reached = calls_at(exact, calls, level, LENGTH)
+        found.setdefault('calls_at_level', []).append(reached)
+    return found
+
+
+def right_answers(base, decode, size):
+    """Prompts with answers of the base's own that are right, as many for each seed; how many."""
+    prompts = running_sums.make('validation', size=size.prompts, seed=FIRST)
     # An answer is unique: one that is right is that of the data.
     right = [np.asarray(decode(of_run(base, r), prompts, -1.0))[0] == 1 for r in range(size.runs)]
     kept = min(int(of.sum()) for of in right) or 1
-    say(f'{kept:,} right answers of {size.prompts:,} kept, for each seed')
     chosen = [np.argsort(~of, kind='stable')[:kept] for of in right]
-    answers = {name: np.stack([x[rows] for rows in chosen]) for name, x in prompts.items()}
-    weights = {'consistency': (1.0, 0.0), 'dparallel': (1.0, 2.0), 'certainty': (0.0, 2.0)}
-
-    def forcing(arm):
-        hard, sure = weights[arm]
-        return lambda context: certainty_forcing(
-            context, block=LENGTH, consistency=hard, certainty=sure, tail=False
-        )
-
-    for arm in size.arms:
-        method = masked_diffusion if arm == 'trained_on' else forcing(arm)
-        params = trained(method, answers, size.steps, 2e-3, base)
-        measured[arm] = measure(params, arm, levels)
-    return measured
+    return {name: np.stack([x[rows] for rows in chosen]) for name, x in prompts.items()}, kept
 
 
 def draw(measured):

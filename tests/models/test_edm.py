@@ -12,7 +12,7 @@ import safetensors.numpy
 from kd import config
 from kd.errors import UserError
 from kd.io import pretrained
-from kd.models import edm
+from kd.models import edm, edm_parts
 from kd.network import parameter_count
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -98,11 +98,11 @@ def test_networks_say_what_those_in_pytorch_do(name):
 def test_resampling_keeps_what_is_constant_and_is_adjoint():
     x, y = numbers((1, 8, 8, 2), 0), numbers((1, 4, 4, 2), 9)
     for taps in ((1, 1), (1, 3, 3, 1)):
-        down, up = edm.resample(x, 'down', taps), edm.resample(y, 'up', taps)
+        down, up = edm_parts.resample(x, 'down', taps), edm.resample(y, 'up', taps)
         assert (down.shape, up.shape) == ((1, 4, 4, 2), (1, 8, 8, 2))
         # <down x, y> = <x, up y> / 4
         np.testing.assert_allclose((down * y).sum(), (x * up).sum() / 4, rtol=1e-4)
-        inner = edm.resample(np.ones_like(x), 'down', taps)[:, 1:-1, 1:-1]
+        inner = edm_parts.resample(np.ones_like(x), 'down', taps)[:, 1:-1, 1:-1]
         np.testing.assert_allclose(inner, 1, rtol=1e-6)
 
 
