@@ -13,6 +13,10 @@ teacher (arXiv:2406.07524) is distilled along coupled masks (Latent Shadows, arX
 beside the student stands the teacher trained on for as many steps. The report has samples in 4 to
 64 calls, how probable they are to runs of five letters counted in the text, and how various: low
 nats alone are had by saying 'the the the'. All settings are ours.
+
+`cpu` takes ten minutes on two shared cores, and so small a network does not learn words: 8 calls of
+the teacher have 5.66 nats a symbol to the judge, of the teacher trained on 5.48, of the student
+5.53, where the text has 1.42 (seed 0). The student's samples are the least various of the three.
 """
 
 from kd import config as kd_config
