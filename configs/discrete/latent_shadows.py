@@ -10,7 +10,9 @@
 
 In `cpu` the teacher, the student and a control that is trained on for as many steps are sampled in
 2 to 16 calls of the network; the report has the share of transitions that are impossible, and the
-entropy of pairs beside it. It is one seed: the claim has several.
+entropy of pairs beside it. In four minutes on two shared cores seed 0 gave, in 2 and 16 calls, .547
+and .404 for the teacher, .529 and .364 for the student, .511 and .324 for the control, which is the
+best of them in the claim too.
 
 The paper's own settings were not to be had. `owt_gpt2_170m` has those of its closest relatives
 (MDLM arXiv:2406.07524, Duo): rows of 1,024 tokens, dropout left out, AdamW at 3e-4 for the teacher
