@@ -12,10 +12,10 @@
 
 In `cpu` (90 s on two shared cores) seed 0 gave, one position a call, .51 of the answers right for
 the base, .86 by consistency alone and .68 with certainty, and 8.6, 8.0 and 8.1 calls for 12
-positions where those of at most .03 nats are committed. Bases of other seeds are right in anything
-from .1 to .99: what they learn first decides. An answer that is right is the only one, so that the right answers of
-the base are those of the data, which the students read. Compare calls at equal accuracy, never at
-an equal threshold: how sure a network is at .1 says nothing of how often it is right.
+positions where those of at most .03 nats are committed; bases of other seeds were right in .1 to
+.99. An answer that is right is the only one, so that the right answers of the base are those of the
+data, which the students read. Compare calls at equal accuracy, never at an equal threshold: how
+sure a network is at .1 says nothing of how often it is right.
 
 The larger ones read what the base has answered and was right about, as lines of prompt and
 response: `llada_answers.jsonl` (92,000 in the paper, which has released them) or
