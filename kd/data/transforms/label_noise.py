@@ -1,13 +1,18 @@
-"""Data sets with wrong labels, for studies of what a method does with them."""
+"""Data sets with wrong labels or wrong teachers, for studies of what a method does with them."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+from kd import config as config_lib
 from kd.data import sources
 from kd.data.context import SourceContext
+from kd.errors import UserError
 from kd.ranges import Fraction, Seed
 
 
@@ -59,3 +64,51 @@ def noisy_labels(
     noisy = sources.Source(data, 'noisy')
     noisy.split = f'{split} with {fraction:.0%} of the labels drawn anew'
     return noisy
+
+
+def wrong_outputs(
+    context: SourceContext, *, of: Mapping[str, Any], fraction: Fraction, seed: Seed = 0
+) -> sources.Source:
+    """A cached teacher that is wrong about some examples: its outcomes are rolled around.
+
+    For the key `source` of a stage's data, around `kd.data.transforms.cached.cached` of a dense
+    cache. Splits without a cache stay as they are. Batches bring `wrong` too, whether the teacher's
+    class is not the label, by its own error or by this one; nothing is to learn from it.
+
+    Args:
+      context: a split of the recipe's data.
+      of: block of the source.
+      fraction: probability that an example's outcomes are rolled, by 1 .. K - 1 places.
+      seed: of the choice, which depends on nothing else but the length of the split.
+
+    Raises:
+      UserError: outputs that are not dense.
+    """
+    source = config_lib.build(of, context, where='data.source.of')
+    if not any(name.startswith('teacher_') for name in source.spec):
+        return source
+    if 'teacher_logits' not in source.spec:
+        raise UserError("data.source: outputs are rolled of a cache of form='dense'.")
+    return _Rolled(source, fraction, seed)
+
+
+class _Rolled(sources.Derived):
+    def __init__(self, source: sources.Source, fraction: float, seed: int) -> None:
+        super().__init__(source, {'wrong': jax.ShapeDtypeStruct((), np.bool_)})
+        self.signal_temperature = getattr(source, 'signal_temperature', 1.0)
+        rng, count = np.random.default_rng(seed), len(source)
+        places = rng.integers(1, source.num_classes or 2, count)
+        self._places = np.where(rng.random(count) < fraction, places, 0)
+
+    def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
+        """As `Source.fetch`, with the outcomes rolled."""
+        batch = self._source.fetch(indices)
+        logits = rolled(batch['teacher_logits'], self._places[np.asarray(indices)])
+        return {**batch, 'teacher_logits': logits, 'wrong': logits.argmax(-1) != batch['label']}
+
+
+def rolled(outcomes: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Rows [N, K], each rolled by `places` [N]: what was said of class c is said of c + places."""
+    size = outcomes.shape[-1]
+    at = (np.arange(size) - places[:, None]) % size
+    return np.take_along_axis(outcomes, at, axis=-1)
