@@ -1,13 +1,17 @@
-"""Patches of pictures and of what is left of them at a lower resolution: `low` and `target`.
+"""Patches of pictures, alone or with what is left of them at a lower resolution.
 
 data=dict(source=dict(name='kd.data.patches.patches', of='DIV2K', scale=2, size=96),
           train='DIV2K_train_HR', validation='DIV2K_valid_HR')
+
+have `low` and `target`; `crops` have the pictures' own pixels, as `input`, of which
+`kd.data.transforms.low_resolution` makes something less.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +28,8 @@ from kd.resample import Convention
 LOW, TARGET = 'low', 'target'
 # Each done to half of the patches: left and right exchanged, above and below, rows and columns.
 AUGMENTATIONS = ('flip', 'flop', 'transpose')
+# Of R, G and B in grey, ITU-R BT.601.
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def patches(
@@ -58,6 +64,69 @@ def patches(
       DataError: no such pictures, or one smaller than a patch. A recipe that is only checked needs
         none.
     """
+    whole = _opened(context, of, scale * size, augment)
+
+    @functools.cache
+    def pair(place: int) -> tuple[np.ndarray, np.ndarray]:
+        return degraded(whole()[place], scale, convention)
+
+    def read(rows: np.ndarray) -> sources.Batch:
+        sides = [tuple(side // scale for side in x.shape[:2]) for x in whole()]
+        places = [_drawn(sides, size, seed, int(row)) for row in rows]
+        cuts = [
+            [_cut(pair(place.number)[part], place, by, size, augment) for place in places]
+            for part, by in enumerate((1, scale))
+        ]
+        low, target = (
+            to_unit(np.stack(cut)) if cut else np.zeros((0, *shape), np.float32)
+            for cut, shape in zip(cuts, shapes, strict=True)
+        )
+        return {LOW: low, TARGET: target}
+
+    shapes = [(side, side, 3) for side in (size, scale * size)]
+    spec = zip((LOW, TARGET), shapes, strict=True)
+    return _source(context, f'{of}:x{scale}', count, read, dict(spec))
+
+
+def crops(
+    context: SourceContext,
+    *,
+    of: str,
+    size: Count,
+    count: Count = 1_000_000,
+    channels: Literal['rgb', 'grey'] = 'rgb',
+    augment: Sequence[str] = (),
+    seed: Seed = 0,
+) -> sources.Source:
+    """`input` [size, size, 3], or 1 where it is grey, float32 in [-1, 1].
+
+    Args:
+      context, of, count, augment, seed: as of `patches`.
+      size: of a crop.
+      channels: 'grey' is .299 R + .587 G + .114 B.
+
+    Raises:
+      UserError, DataError: as of `patches`.
+    """
+    whole = _opened(context, of, size, augment)
+    shape = (size, size, 1 if channels == 'grey' else 3)
+
+    def read(rows: np.ndarray) -> sources.Batch:
+        sides = [x.shape[:2] for x in whole()]
+        found = np.zeros((len(rows), size, size, 3), np.uint8)
+        for i, row in enumerate(rows):
+            place = _drawn(sides, size, seed, int(row))
+            found[i] = _cut(whole()[place.number], place, 1, size, augment)
+        crop = to_unit(found)
+        return {'input': (crop @ _GREY)[..., None] if channels == 'grey' else crop}
+
+    return _source(context, f'{of}:{channels}', count, read, {'input': shape})
+
+
+def _opened(
+    context: SourceContext, of: str, side: int, augment: Sequence[str]
+) -> Callable[[], list[np.ndarray]]:
+    """The pictures, read once: at once in a run, and never where a recipe is only checked."""
     unknown = set(augment) - set(AUGMENTATIONS)
     if unknown:
         raise UserError(f'There is no augmentation {sorted(unknown)}, only {list(AUGMENTATIONS)}.')
@@ -66,34 +135,30 @@ def patches(
     def whole() -> list[np.ndarray]:
         shown = pictures(of, context.split, context.recipe.data_dir)
         for name, picture in shown.items():
-            if min(picture.shape[:2]) < scale * size:
+            if min(picture.shape[:2]) < side:
                 raise DataError(
                     f'{name} of {of!r} has {picture.shape[0]} x {picture.shape[1]} pixels, and a '
-                    f'patch {scale * size} x {scale * size}'
+                    f'patch {side} x {side}'
                 )
         return list(shown.values())
 
-    @functools.cache
-    def pair(place: int) -> tuple[np.ndarray, np.ndarray]:
-        return degraded(whole()[place], scale, convention)
-
-    def read(rows: np.ndarray) -> sources.Batch:
-        drawn = [_draw(whole(), pair, scale, size, augment, seed, int(row)) for row in rows]
-        low, target = (
-            np.stack([one[part] for one in drawn]) if drawn else np.zeros((0, *shape), np.uint8)
-            for part, shape in enumerate(shapes)
-        )
-        return {LOW: to_unit(low), TARGET: to_unit(target)}
-
-    shapes = [(side, side, 3) for side in (size, scale * size)]
     if context.workdir is not None:
         whole()
-    spec = zip((LOW, TARGET), shapes, strict=True)
+    return whole
+
+
+def _source(
+    context: SourceContext,
+    name: str,
+    count: int,
+    read: sources.Reader,
+    shapes: dict[str, tuple[int, ...]],
+) -> sources.Source:
     data = sources.DataSet(
-        name=f'{of}:x{scale}',
+        name=name,
         sizes={context.split: count},
         reader=lambda split: read,
-        spec={name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in spec},
+        spec={field: jax.ShapeDtypeStruct(shape, np.float32) for field, shape in shapes.items()},
         num_classes=None,
     )
     return sources.Source(data, context.split)
@@ -120,28 +185,31 @@ def to_unit(picture: np.ndarray) -> np.ndarray:
     return np.asarray(picture, np.float32) / 127.5 - 1
 
 
-def _draw(
-    whole: Sequence[np.ndarray],
-    pair: Callable[[int], tuple[np.ndarray, np.ndarray]],
-    scale: int,
-    size: int,
-    augment: Sequence[str],
-    seed: int,
-    row: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Example `row`."""
+class _Place(NamedTuple):
+    """Of a patch: which picture, where in it, and which coins of `AUGMENTATIONS` fell so."""
+
+    number: int
+    top: int
+    left: int
+    coins: dict[str, bool]
+
+
+def _drawn(sides: Sequence[tuple[int, ...]], size: int, seed: int, row: int) -> _Place:
+    """Of example `row`, in one of pictures of these sides."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, row])))
-    low, target = pair(int(rng.integers(len(whole))))
-    top, left = (rng.integers(side - size + 1) for side in low.shape[:2])
-    coins = dict(zip(AUGMENTATIONS, rng.integers(2, size=len(AUGMENTATIONS)), strict=True))
-    found = []
-    for picture, by in ((low, 1), (target, scale)):
-        patch = picture[by * top : by * (top + size), by * left : by * (left + size)]
-        if 'flip' in augment and coins['flip']:
-            patch = patch[:, ::-1]
-        if 'flop' in augment and coins['flop']:
-            patch = patch[::-1]
-        if 'transpose' in augment and coins['transpose']:
-            patch = patch.swapaxes(0, 1)
-        found.append(patch)
-    return found[0], found[1]
+    number = int(rng.integers(len(sides)))
+    top, left = (int(rng.integers(side - size + 1)) for side in sides[number])
+    coins = rng.integers(2, size=len(AUGMENTATIONS)).astype(bool)
+    return _Place(number, top, left, dict(zip(AUGMENTATIONS, coins.tolist(), strict=True)))
+
+
+def _cut(
+    picture: np.ndarray, place: _Place, by: int, size: int, augment: Sequence[str]
+) -> np.ndarray:
+    """The patch at a place in units of `by` pixels, turned."""
+    turned = [name for name in AUGMENTATIONS if name in augment and place.coins[name]]
+    top, left = place.top, place.left
+    patch = picture[by * top : by * (top + size), by * left : by * (left + size)]
+    patch = patch[:, ::-1] if 'flip' in turned else patch
+    patch = patch[::-1] if 'flop' in turned else patch
+    return patch.swapaxes(0, 1) if 'transpose' in turned else patch

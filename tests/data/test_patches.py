@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_images
 from kd import resample
 from kd.config import Recipe
 from kd.data.context import SourceContext
-from kd.data.patches import degraded, patches
+from kd.data.patches import crops, degraded, patches
 from kd.data.pictures import in_folder, pictures
 from kd.data.sources import DataError
 from kd.errors import UserError
@@ -146,3 +146,23 @@ def test_what_is_not_there_is_refused_and_a_check_alone_needs_no_files(folder):
     (folder / 'empty').mkdir()
     with pytest.raises(DataError, match=r'has no pictures; those of \.png'):
         in_folder(folder / 'empty')
+
+
+def test_crops_are_slices_of_pictures_and_grey_as_pillow_has_it(folder):
+    options = dict(of='.', size=8, count=50)
+    found = crops(context(folder), **options).fetch(np.arange(50))
+    assert {name: x.shape for name, x in found.items()} == {'input': (50, 8, 8, 3), 'index': (50,)}
+    shown = list(pictures('.', 'some', str(folder)).values())
+    for patch in to_bytes(found['input']):
+        assert any(len(places_of(patch, picture)) for picture in shown)
+    grey = crops(context(folder), channels='grey', **options).fetch([7, 3])['input']
+    assert grey.shape == (2, 8, 8, 1)
+    for row, place in enumerate((7, 3)):
+        expected = Image.fromarray(to_bytes(found['input'][place])).convert('L')
+        np.testing.assert_allclose((grey[row, ..., 0] + 1) * 127.5, expected, atol=0.51)
+    turned = crops(context(folder), augment=('flip',), **options).fetch(np.arange(50))['input']
+    same = (turned == found['input']).all((1, 2, 3))
+    np.testing.assert_array_equal(turned[~same], found['input'][~same][:, :, ::-1])
+    assert 15 < (~same).sum() < 35
+    with pytest.raises(DataError, match=r'has 23 x 30 pixels, and a patch 24 x 24'):
+        crops(context(folder), of='.', size=24)
