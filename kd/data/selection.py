@@ -278,7 +278,9 @@ def k_center(features: ArrayLike, taken: ArrayLike, count: int) -> jax.Array:
     return jax.lax.scan(take, jnp.where(taken, -1.0, distance), None, length=count)[1]
 
 
-def _sorted(gain: ArrayLike, where: ArrayLike | None):
+def _sorted(
+    gain: ArrayLike, where: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """(gains, their order from above, the rank of each, which are left, how many)."""
     gain = jnp.maximum(jnp.asarray(gain), LEAST)
     left = jnp.ones(len(gain), bool) if where is None else jnp.asarray(where)
