@@ -40,8 +40,9 @@ def acquired_kd(context: Context, *, augmentation: tuple = ()) -> Method:
 
         loss = mean_L CE(y, f) + mean_A KL(g || f)
 
-    over the examples of a batch of either kind; a kind that a batch lacks adds nothing. KL and
-    cross-entropy with the teacher g have one gradient. No temperature.
+    over the examples of a batch of either kind, in which `mask` is true where it has one; a kind
+    that a batch lacks adds nothing. KL and cross-entropy with the teacher g have one gradient. No
+    temperature.
 
     Args:
       context: the stage; a network, an optimiser, and data of `kd.data.columns.acquired`.
@@ -65,9 +66,9 @@ def acquired_kd(context: Context, *, augmentation: tuple = ()) -> Method:
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         variables = state.variables(params=params)
         output = network.apply(variables, *network.of(batch), train=True, key=dropout_key)
-        queried = batch[QUERIED]
-        hard = mean(classification.cross_entropy(output.logits, batch['label']), ~queried)
-        soft = mean(divergence.forward_kl(output.logits, batch[SAID]), queried)
+        queried, there = batch[QUERIED], batch.get('mask', True)
+        hard = mean(classification.cross_entropy(output.logits, batch['label']), ~queried & there)
+        soft = mean(divergence.forward_kl(output.logits, batch[SAID]), queried & there)
         total = sum(part.total / jnp.maximum(part.count, 1.0) for part in (hard, soft))
         metrics = {'labelled': hard, 'acquired': soft}
         return Objective(scalar(total), metrics, output.mutables)
