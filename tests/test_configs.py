@@ -21,6 +21,7 @@ ABSENT = {
     'mnist': ((28, 28, 1), 10, {'train': 60_000, 'test': 10_000}),
     'cifar10': ((32, 32, 3), 10, {'train': 50_000, 'test': 10_000}),
     'cifar100': ((32, 32, 3), 100, {'train': 50_000, 'test': 10_000}),
+    'svhn_cropped': ((32, 32, 3), 10, {'train': 73_257, 'test': 26_032}),
     'tiny_imagenet': ((64, 64, 3), 200, {'train': 100_000, 'test': 10_000}),
     'imagenet_224': ((224, 224, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
     'celeb_a': ((218, 178, 3), None, {'train': 162_770, 'validation': 19_867, 'test': 19_962}),
@@ -33,6 +34,8 @@ ABSENT = {
 # family go the same way in a few seconds.
 LARGE = (
     *('llava_mod.py:qwen2_7b_to_0_5b', 'flash_dmd.py:cifar10'),
+    *('robust_active_distillation.py:cifar100', 'robust_active_distillation.py:svhn'),
+    *('robust_active_distillation.py:imagenet', 'kd_aif.py:svhn_1k'),
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),
     *(
         'slimflow.py:cifar10,3.4M',

@@ -72,7 +72,7 @@ def get_claim(smoke: bool = False) -> Claim:
         for other in ('margin', 'random')
     ]  # fmt: skip
     return Claim(
-        paper='Baykal et al. 2023, arXiv:2210.01213',
+        paper='Baykal et al. 2022, arXiv:2210.01213',
         statement='Asking by the game against wrong answers brings more right ones than asking '
         'where a student is unsure, and a better student where a fifth of them is wrong there.',
         setting=f'Digits: {LABELLED} labels, {POOL} examples to ask about, {TEST} for testing; '

@@ -256,7 +256,7 @@ def k_center(features: ArrayLike, taken: ArrayLike, count: int) -> jax.Array:
       taken: bool [n]; without any the first is the one farthest from the mean.
       count: how many more.
 
-    Source: Sener and Savarese 2017, arXiv 1708.00489, algorithm 1.
+    Source: Sener and Savarese 2017, arXiv 1708.00489.
     """
     features, taken = jnp.asarray(features), jnp.asarray(taken)
 

@@ -79,6 +79,11 @@ class Writer:
         }
         self.files = shards.Writer(directory / _FOLDER, manifest, WHAT)
 
+    def complete(self) -> bool:
+        """Whether there is nothing left to write."""
+        self.files.begin()
+        return self.files.complete
+
     def write(self, values: Mapping[str, np.ndarray]) -> None:
         """Writes what is missing of columns [N, ...], and marks them as complete."""
         examples, size = self.files.manifest['examples'], self.files.manifest['per_file']

@@ -25,6 +25,15 @@ def check_split(context: Context, split: str) -> None:
         )
 
 
+def missing(context: Context, directory: Path, split: str, spec: columns.Spec) -> bool:
+    """Whether the columns of a split are still to be found.
+
+    Raises:
+      UserError: the directory holds columns of something else.
+    """
+    return distributed.from_first(lambda: not _writer(context, directory, split, spec).complete())
+
+
 def write(
     context: Context,
     directory: Path,
@@ -33,9 +42,11 @@ def write(
     values: Mapping[str, np.ndarray],
 ) -> None:
     """Writes the columns [N, ...] of a split; the first process does, and all wait for it."""
+    distributed.from_first(lambda: _writer(context, directory, split, spec).write(values))
+
+
+def _writer(context: Context, directory: Path, split: str, spec: columns.Spec) -> columns.Writer:
     assert context.locate is not None
     source = context.recipe_source(split)
     made_of = data_columns.fingerprints(context.recipe, context.stage, source, context.locate)
-    distributed.from_first(
-        lambda: columns.Writer(directory, spec, len(source), made_of).write(values)
-    )
+    return columns.Writer(directory, spec, len(source), made_of)

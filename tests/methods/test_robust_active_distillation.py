@@ -93,7 +93,7 @@ def run(tmp_path_factory):
         batch_size=None,
         asking=16,
     )  # fmt: skip
-    config.report = {}
+    config.report, config.mesh.data = {}, 1
     workdir = tmp_path_factory.mktemp('rad') / 'run'
     loop.run(config, workdir)
     return kd_config.parse(config), workdir

@@ -42,6 +42,7 @@ from kd.ranges import Count, Fraction, NonNegative, Positive, Size, SplitName
 from kd.state import NETWORK, PyTree, State
 
 STUDENT, TEACHER, LABELLED = 'student', 'teacher', 'labelled_'
+COLUMNS = {'weight': columns.NUMBER, 'influence': columns.NUMBER}
 
 
 def weighted_kd(
@@ -89,7 +90,7 @@ def weighted_kd(
     return minimize(loss, context.tx, network.init, micro_batches=micro_batches)
 
 
-@columns.written(lambda source: {'weight': columns.NUMBER, 'influence': columns.NUMBER})
+@columns.written(lambda source: COLUMNS)
 def influence_weights(
     context: Context,
     *,
@@ -139,6 +140,8 @@ def influence_weights(
 
     def write(state: State, step: int, directory: Path) -> None:
         del step
+        if not column_writers.missing(context, directory, split, COLUMNS):
+            return
         source, held = context.source(split), context.source(validation)
         frozen = state.frozen
         gradient = pool.validation_gradient(frozen, held)
@@ -162,8 +165,7 @@ def influence_weights(
         found = pool.influences(frozen, source, solved)
         w = np.asarray(influence.influence_weights(found, kappa=kappa))
         values = {'weight': w, 'influence': found}
-        spec = dict.fromkeys(values, columns.NUMBER)
-        column_writers.write(context, directory, split, spec, values)
+        column_writers.write(context, directory, split, COLUMNS, values)
         told = _told(source, w, found, residual)
         distributed.from_first(lambda: files.write_json(directory / 'weights.json', told))
         say(

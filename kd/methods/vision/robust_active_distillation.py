@@ -123,6 +123,10 @@ def query(
     def write(state: State, step: int, directory: Path) -> None:
         del step
         source = context.recipe_source(split)
+        spec = columns.spec_of(query, source)
+        assert spec is not None
+        if not column_writers.missing(context, directory, split, spec):
+            return
         taken, logits = _before(context, before, source)
         if count > (~taken).sum():
             raise UserError(
@@ -140,8 +144,6 @@ def query(
         ask = batches.asking(says, state.frozen['teacher'], asked, size, teacher.fields)
         answers = np.concatenate([ask(number) for number in range(-(-count // size))])[:count]
         taken[chosen], logits[chosen] = True, answers
-        spec = columns.spec_of(query, source)
-        assert spec is not None
         column_writers.write(context, directory, split, spec, {QUERIED: taken, SAID: logits})
         told = np.bincount(answers.argmax(1), minlength=logits.shape[1])
         say(
