@@ -10,12 +10,23 @@ from flax.typing import Dtype
 
 from kd.models.attention import attend
 from kd.models.conditioning import TimeWeight, class_features, positional_embedding, velocity_inputs
+from kd.models.stack import Layout, branches_there, check_names
 from kd.ranges import Count, Decay, Positive, Size
 
 __all__ = ['BRANCHES', 'Block', 'DiT', 'grid_embedding']
 
 # What a block adds to its tokens, in this order; gates have an entry for each.
 BRANCHES = ('attention', 'mlp')
+LAYOUT = Layout(
+    modules=dict(qkv='attention', q_norm='attention', k_norm='attention', projection='attention',
+                 mlp0='mlp', mlp1='mlp'),
+    modulations=dict(modulation=('attention',) * 3 + ('mlp',) * 3),
+)  # fmt: skip
+# Of a block whose MLP is a linear map.
+LINEAR = Layout(
+    {name: of for name, of in LAYOUT.modules.items() if of != 'mlp'} | dict(mlp_linear='mlp'),
+    dict(modulation=('attention',) * 3),
+)
 
 
 def grid_embedding(height: int, width: int, size: int, span: float | None = None) -> jax.Array:
@@ -45,6 +56,8 @@ class Block(nn.Module):
 
     Attributes:
       heads, mlp_ratio, dropout, qk_norm, fused, dtype: as in `DiT`.
+      branches: those that there are, of `BRANCHES`.
+      linear: where linear maps are, as of `DiT`: 'mlp', 'after'.
     """
 
     heads: int
@@ -53,6 +66,8 @@ class Block(nn.Module):
     qk_norm: bool
     fused: bool
     dtype: Dtype
+    branches: tuple[str, ...] = BRANCHES
+    linear: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -73,22 +88,44 @@ class Block(nn.Module):
           gates: [2], what the branches (see `BRANCHES`) are multiplied by; None for ones.
           edit: of the attention's maps, see `kd.models.attention.attend`.
         """
-        size = x.shape[-1]
+        told = [branch for branch in self.branches if branch not in self.linear]
+        gated = dict(zip(BRANCHES, (1, 1) if gates is None else gates, strict=True))
+        parts = self._modulation(condition, len(told), x.shape[-1])
+        for branch in self.branches:
+            if branch in self.linear:
+                x = x + gated[branch] * self._linear(x, 'mlp_linear')
+                continue
+            shift, scale, gate = parts[3 * told.index(branch) :][:3]
+            if gates is not None:
+                gate = gated[branch].astype(gate.dtype) * gate
+            hidden = _norm(x, self.dtype) * (1.0 + scale) + shift
+            if branch == 'attention':
+                x = x + gate * self._attend(hidden, edit)
+            else:
+                x = x + gate * self._mlp(hidden, train)
+        return x + self._linear(x, 'after') if 'after' in self.linear else x
+
+    def _modulation(self, condition: jax.Array, branches: int, size: int) -> list[jax.Array]:
+        """Shift, scale and gate of each branch, [B, 1, D]."""
+        if not branches:
+            return []
         modulation = nn.Dense(
-            6 * size,
+            3 * branches * size,
             dtype=self.dtype,
             kernel_init=nn.initializers.zeros,
             name='modulation',
         )(nn.silu(condition))[:, None]
-        shift0, scale0, gate0, shift1, scale1, gate1 = jnp.split(modulation, 6, axis=-1)
-        if gates is not None:
-            gates = gates.astype(gate0.dtype)
-            gate0, gate1 = gates[0] * gate0, gates[1] * gate1
-        x = x + gate0 * self._attend(_norm(x, self.dtype) * (1.0 + scale0) + shift0, edit)
-        hidden = _norm(x, self.dtype) * (1.0 + scale1) + shift1
-        hidden = nn.gelu(nn.Dense(self.mlp_ratio * size, dtype=self.dtype, name='mlp0')(hidden))
+        return jnp.split(modulation, 3 * branches, axis=-1)
+
+    def _mlp(self, x: jax.Array, train: bool) -> jax.Array:
+        size = x.shape[-1]
+        hidden = nn.gelu(nn.Dense(self.mlp_ratio * size, dtype=self.dtype, name='mlp0')(x))
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
-        return x + gate1 * nn.Dense(size, dtype=self.dtype, name='mlp1')(hidden)
+        return nn.Dense(size, dtype=self.dtype, name='mlp1')(hidden)
+
+    def _linear(self, x: jax.Array, name: str) -> jax.Array:
+        zeros = nn.initializers.zeros
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=zeros, name=name)(x)
 
     def _attend(self, x: jax.Array, edit: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
         batch, length, size = x.shape
@@ -197,6 +234,10 @@ class DiT(nn.Module):
       qk_norm: normalises queries and keys, which bounds the logits, hence the derivatives in time;
         the released networks do without.
       fused: attention by a fused kernel where there is one; it has no forward-mode derivative.
+      dropped: what is not there, blocks and branches by name: 'block3', 'block5/mlp'. Names of the
+        others stay. A block that is not there is the identity.
+      linear: where linear maps l are, by name: 'block5/mlp', x + l(x) in place of the branch;
+        'block5', x + l(x) after the block. They are zero at the start.
       dtype: compute type; parameters are float32, the velocity has the type of x.
     """
 
@@ -211,6 +252,8 @@ class DiT(nn.Module):
     time_weight: Size = 0
     qk_norm: bool = True
     fused: bool = False
+    dropped: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
@@ -228,11 +271,47 @@ class DiT(nn.Module):
         # Their parameters are the network's own.
         nn.share_scope(self, self.embedding)
         nn.share_scope(self, self.last)
-        for layer in range(self.depth):
-            block = Block(
-                self.heads, self.mlp_ratio, self.dropout, self.qk_norm, self.fused, self.dtype
-            )
-            setattr(self, f'block{layer}', block)
+        there = branches_there(self.blocks, self.dropped)
+        check_names(self.linear, {name: ('mlp',) for name in there})
+        for name in there:
+            setattr(self, name, self.block_of(name))
+
+    @property
+    def blocks(self) -> dict[str, tuple[str, ...]]:
+        """{block: its branches} of the network of which nothing is dropped, in order."""
+        return {f'block{layer}': BRANCHES for layer in range(self.depth)}
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """See `kd.models.stack`, as of all that follows."""
+        return {name: (name,) for name in branches_there(self.blocks, self.dropped)}
+
+    def layout(self, name: str) -> Layout:
+        """Whose parameters are."""
+        return LINEAR if f'{name}/mlp' in self.linear else LAYOUT
+
+    def block_of(self, name: str) -> Block:
+        """One block, by itself."""
+        linear = [of for of in self.linear if of.partition('/')[0] == name]
+        return Block(
+            self.heads, self.mlp_ratio, self.dropout, self.qk_norm, self.fused, self.dtype,
+            branches_there(self.blocks, self.dropped)[name],
+            tuple(of.partition('/')[2] or 'after' for of in linear), parent=None,
+        )  # fmt: skip
+
+    def call_block(self, apply, name, carry, context, *, gates, train):
+        """Tokens after a block."""
+        del name
+        return apply(carry, context[0], train, gates=gates)
+
+    def embedded(self, s, t, x, *, label=None):
+        """(tokens, (condition, x))."""
+        tokens, condition = self.embed(s, t, x, label=label)
+        return tokens, (condition, x)
+
+    def said(self, tokens, context):
+        """The velocity."""
+        return self.head(tokens, *context)
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of a batch of one, from those of one example by name."""
@@ -294,7 +373,10 @@ class DiT(nn.Module):
         edit: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         """Tokens after block `layer`, whose gates are [2]; see `Block`."""
-        return getattr(self, f'block{layer}')(tokens, condition, train, gates=gates, edit=edit)
+        block = getattr(self, f'block{layer}', None)
+        if block is None:
+            return tokens
+        return block(tokens, condition, train, gates=gates, edit=edit)
 
     def head(
         self, tokens: jax.Array, condition: jax.Array, x: jax.Array, *, train: bool = False

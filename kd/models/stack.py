@@ -1,0 +1,265 @@
+"""Networks as stacks of blocks that can be addressed, gated, dropped and folded one by one.
+
+    net = stack(module)
+    carry, context = net.embed(variables, *inputs, **told)
+    for name in net.names:
+        carry = net.block(net.params(variables, name), name, carry, context)
+    out = net.head(variables, carry, context)        # what module.apply says, bit for bit
+
+A module that is one has
+
+    blocks      {block: its branches} of the network of which nothing is dropped, in order
+    dropped     names of blocks and branches that are not there: 'block3', 'block5/mlp'
+    groups      {name of parameters: blocks in them}; of another name than the block they hold, the
+                parameters have a leading axis
+    layout      layout(block), whose the parameters of a block are, see `Layout`
+    embed, head, and call_block(apply, block, carry, context, gates, train)
+
+Names of what is left when something is dropped stay as they were, so that `restricted` finds the
+weights of a smaller network among those of a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd.errors import UserError
+from kd.state import PyTree
+
+__all__ = ['Layout', 'Stack', 'branches_there', 'check_names', 'restricted', 'sizes', 'stack']
+
+
+class Layout(NamedTuple):
+    """Whose the parameters of a block are.
+
+    Attributes:
+      modules: {name of a module: its branch}; others belong to the block.
+      modulations: {name of a module whose dense layer has slices: the branch of each slice}; those
+        of branches that are dropped are not there.
+    """
+
+    modules: Mapping[str, str]
+    modulations: Mapping[str, tuple[str, ...]]
+
+
+class Stack(NamedTuple):
+    """A network by its blocks.
+
+    Attributes:
+      names: of the blocks that are there, in order.
+      branches: {block: its branches that are there}.
+      embed: `embed(variables, *inputs, **told) -> (carry, context)`.
+      params: `params(variables, name)`, the parameters of one block alone.
+      block: `block(params, name, carry, context, *, gates=None, train=False) -> carry`, with gates
+        [branches] that these are multiplied by, None for ones.
+      head: `head(variables, carry, context) -> out`.
+    """
+
+    names: tuple[str, ...]
+    branches: dict[str, tuple[str, ...]]
+    embed: Callable[..., tuple[Any, Any]]
+    params: Callable[[PyTree, str], PyTree]
+    block: Callable[..., Any]
+    head: Callable[[PyTree, Any, Any], jax.Array]
+
+
+def stack(module: Any) -> Stack:
+    """The stack that a module is.
+
+    Raises:
+      UserError: a module without addressable blocks.
+    """
+    check_stack(module)
+    there = branches_there(module.blocks, module.dropped)
+
+    def embed(variables, *inputs, **told):
+        return module.apply(variables, *inputs, method='embedded', **told)
+
+    def block(params, name, carry, context, *, gates=None, train=False):
+        one = module.block_of(name)
+
+        def apply(*inputs, **how):
+            return one.apply({'params': params}, *inputs, **how)
+
+        return module.call_block(apply, name, carry, context, gates=gates, train=train)
+
+    def head(variables, carry, context):
+        return module.apply(variables, carry, context, method='said')
+
+    return Stack(tuple(there), there, embed, _params_of(module), block, head)
+
+
+def check_stack(module: nn.Module, where: str = 'stack') -> None:
+    """Refuses a module without addressable blocks.
+
+    Raises:
+      UserError: it is one.
+    """
+    if not hasattr(module, 'call_block'):
+        raise UserError(
+            f'{where}: the blocks of a {type(module).__name__} cannot be addressed; those of '
+            'kd.models.dit.DiT and kd.models.mmdit.MMDiT can.'
+        )
+
+
+def _params_of(module: Any) -> Callable[[PyTree, str], PyTree]:
+    """(variables, block) -> its parameters."""
+
+    def params(variables: PyTree, name: str) -> PyTree:
+        for group, members in module.groups.items():
+            if name in members:
+                found = variables['params'][group]
+                place = members.index(name)
+                return found if group == name else jax.tree.map(lambda x: x[place], found)
+        raise KeyError(name)
+
+    return params
+
+
+def restricted(module: Any, own: Any) -> Callable[[PyTree, PyTree], PyTree]:
+    """A transform for `kd.methods.start.from_reference`: weights of a network of which more is left.
+
+    Args:
+      module: of the reference.
+      own: a module of the same kind, of which more is dropped.
+
+    Parameters that the reference does not have, linear maps, stay as the own network begins.
+
+    Raises:
+      UserError: networks of other kinds; blocks that the reference does not have.
+    """
+    check_stack(module)
+    of = _params_of(module)
+    theirs = branches_there(module.blocks, module.dropped)
+    ours = branches_there(own.blocks, own.dropped)
+    lost = [name for name in ours if not set(ours[name]) <= set(theirs.get(name, ()))]
+    if type(module) is not type(own) or lost:
+        raise UserError(
+            f'the network is no part of the one that it would start from'
+            f'{f", which has no whole {lost[0]}" if lost else ""}.'
+        )
+
+    def transform(reference: PyTree, start: PyTree) -> PyTree:
+        made = {
+            name: x for name, x in reference['params'].items() if name not in module.groups
+        }
+        for group, members in own.groups.items():
+            blocks = [
+                _kept(
+                    of(reference, name), (module.layout(name), own.layout(name)),
+                    (theirs[name], ours[name]),
+                )
+                for name in members
+            ]  # fmt: skip
+            one = blocks[0] if (group,) == members else jax.tree.map(_stacked, *blocks)
+            made[group] = _filled(start['params'][group], one)
+        return {**reference, 'params': made}
+
+    return transform
+
+
+def _stacked(*leaves: Any) -> jax.Array:
+    return jnp.stack(leaves)
+
+
+def _filled(own: PyTree, found: PyTree) -> PyTree:
+    """The own tree with what was found in it."""
+    made = {}
+    for name, x in own.items():
+        if name not in found:
+            made[name] = x
+        else:
+            made[name] = _filled(x, found[name]) if isinstance(x, Mapping) else found[name]
+    return made
+
+
+def _kept(
+    params: PyTree, layouts: tuple[Layout, Layout], branches: tuple[Sequence[str], Sequence[str]]
+) -> PyTree:
+    """Parameters of a block, whose layout and branches are the first, as far as the second go."""
+    (theirs, ours), (before, left) = layouts, branches
+    made = {}
+    for name, tree in params.items():
+        if name in theirs.modulations:
+            stay = set(left) & set(ours.modulations[name])
+            keep = [of in stay for of in theirs.modulations[name] if of in before]
+            if any(keep):
+                made[name] = jax.tree.map(lambda x, keep=keep: _slices(x, keep), tree)
+        elif theirs.modules.get(name) is None or ours.modules.get(name) in left:
+            made[name] = tree
+    return made
+
+
+def _slices(x: Any, keep: Sequence[bool]) -> Any:
+    """The slices of the last axis that are kept."""
+    parts = jnp.split(x, len(keep), axis=-1)
+    return jnp.concatenate([p for p, k in zip(parts, keep, strict=True) if k], axis=-1)
+
+
+def sizes(module: Any, variables: PyTree) -> dict[str, int]:
+    """{'block3/mlp': parameters that go with it} of all branches that are there.
+
+    What belongs to no branch of a block goes with its last one, and is counted nowhere.
+
+    Args:
+      module: the network.
+      variables: of it, or their shapes.
+    """
+    of, found = _params_of(module), {}
+    for name, branches in branches_there(module.blocks, module.dropped).items():
+        layout = module.layout(name)
+        params = jax.eval_shape(lambda v, name=name: of(v, name), variables)
+        for branch in branches:
+            rest = [other for other in branches if other != branch]
+            left = jax.eval_shape(
+                lambda p, rest=rest: _kept(p, (layout, layout), (branches, rest)), params
+            )
+            found[f'{name}/{branch}'] = _count(params) - _count(left)
+    return found
+
+
+def _count(tree: PyTree) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def branches_there(
+    blocks: Mapping[str, Sequence[str]], dropped: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """{block: branches} of what is left when blocks and branches are dropped by name.
+
+    Args:
+      blocks: {block: its branches}, in order.
+      dropped: 'block3' for a block, 'block5/mlp' for a branch of one. A block without branches is
+        dropped.
+
+    Raises:
+      ValueError: a name that is not there.
+    """
+    check_names(dropped, blocks)
+    left = {
+        block: tuple(branch for branch in branches if f'{block}/{branch}' not in dropped)
+        for block, branches in blocks.items()
+        if block not in dropped
+    }
+    return {block: branches for block, branches in left.items() if branches}
+
+
+def check_names(names: Sequence[str], blocks: Mapping[str, Sequence[str]]) -> None:
+    """Refuses names that are neither of a block nor of one of its branches.
+
+    Raises:
+      ValueError: there is one.
+    """
+    for name in names:
+        block, slash, branch = name.partition('/')
+        if block not in blocks or (slash and branch not in blocks[block]):
+            with_branches = f', with {list(blocks[block])}' if block in blocks else ''
+            raise ValueError(
+                f"there is no '{name}': blocks are {', '.join(blocks) or 'none'}{with_branches}."
+            )
