@@ -17,7 +17,7 @@ from kd import bases, files
 from kd import config as config_lib
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
-from kd.io import finished, pretrained
+from kd.io import finished, found, pretrained
 from kd.models import adapters
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
@@ -38,7 +38,13 @@ class Described(Protocol):
         """None where there are no labels."""
 
 
-def build_network(block: Block, source: Described, *, where: str) -> Network | None:
+def build_network(
+    block: Block,
+    source: Described,
+    *,
+    where: str,
+    locate: Callable[[str], Path] | None = None,
+) -> Network | None:
     """A network for the inputs of a data source, or None for {}.
 
     `num_classes` is filled in from the data where the module takes it and the block is silent.
@@ -47,10 +53,13 @@ def build_network(block: Block, source: Described, *, where: str) -> Network | N
     that is None, its `required_fields` and those of its `optional_fields` that the data have. One
     that takes what no field gives, such as times, says so by a method `example_inputs(spec)`, which
     returns the shapes of a batch of one. Of data in pairs it sees one answer at a time.
+
+    What earlier stages have found for it (`kd.io.found`) lies where `locate` says; without it the
+    network is that of a recipe that is only traced.
     """
     if not block:
         return None
-    block, spec = dict(block), _seen(source)
+    block, spec = found.resolved(block, locate, where), _seen(source)
     factory = config_lib.resolve(block.get('name', ''))
     if 'num_classes' in inspect.signature(factory).parameters:
         given = block.setdefault('num_classes', source.num_classes)
@@ -167,7 +176,12 @@ def trained_network(
     stage, its_recipe = stage_of(recipe, reference, directory, where)
     part = stage.get('result', NETWORK)
     averages = [name for name, kept in stage['ema'].items() if _is_of(part, kept)]
-    network = build_network(stage['network'], source, where=f'{where} ({reference})')
+    network = build_network(
+        stage['network'],
+        source,
+        where=f'{where} ({reference})',
+        locate=_beside(directory) if workdir or reference not in recipe.stages else None,
+    )
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
     if weights != 'final' and weights not in averages:
@@ -196,15 +210,15 @@ def trained_network(
         return finished.restore_part(directory, step, abstract, where, part, weights)
 
     data = config_lib.data_of(its_recipe.data, stage['data'])
-    found = Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
+    trained = Trained(network, abstract, verify, restore, stage['method'], data, its_recipe)
     if not adapted:
-        return found
+        return trained
     adapters.check_merges(network.module, where)
     home = workdir if reference in recipe.stages else directory.parent
     its_recipe = dataclasses.replace(its_recipe, frozen_sharding=recipe.frozen_sharding)
     below, weights = split_reference(stage['references'][START])
     return _merged(
-        found,
+        trained,
         trained_network(its_recipe, below, home, mesh, source, weights=weights, where=where),
     )
 
@@ -239,8 +253,14 @@ def described_network(
         with _told(where):
             network = build_network(foreign.block, source, where=where)
     else:
-        stage, _ = stage_of(recipe, reference, recipe.locate(reference, workdir), where)
-        network = build_network(stage['network'], source, where=f'{where} ({reference})')
+        directory = recipe.locate(reference, workdir)
+        stage, _ = stage_of(recipe, reference, directory, where)
+        network = build_network(
+            stage['network'],
+            source,
+            where=f'{where} ({reference})',
+            locate=_beside(directory) if workdir or reference not in recipe.stages else None,
+        )
     if network is None:
         raise UserError(f"{where}: stage '{reference}' trains no network.")
     if adapters.adapter_of(network.module):
@@ -248,6 +268,11 @@ def described_network(
         module: Any = network.module
         network = from_linen(module.clone(adapter=None), *network.inputs)
     return network
+
+
+def _beside(directory: Path) -> Callable[[str], Path]:
+    """Directories of the stages of the same run."""
+    return lambda stage: directory.parent / stage
 
 
 def stage_of(

@@ -152,7 +152,12 @@ def load(directory: Path) -> tuple[Network, Source, Mapping[str, Any], Mapping[s
     data = config_lib.data_of(recipe.data, stage.data)
     split = 'train' if 'train' in splits(data) else splits(data)[0]
     source = source_loader(data, recipe, directory.parent)(split)
-    network = build_network(stage.network, source, where=f'{directory.name}.network')
+    network = build_network(
+        stage.network,
+        source,
+        where=f'{directory.name}.network',
+        locate=lambda reference: recipe.locate(reference, directory.parent),
+    )
     if network is None:
         raise UserError(f'{directory} trains no network.')
     teacher: Mapping[str, Any] = {}

@@ -64,22 +64,33 @@ class Denoised(nn.Module):
         self, t: jax.Array, x: jax.Array, *, train: bool = False, **condition: jax.Array
     ) -> jax.Array:
         """E[x0 | x_t] of times [B] and noised examples [B, ...], float32 at least."""
+        raw = self.inner(*self.asked(t, x), train=train, **condition)
+        return self.answered(raw, t, x)
+
+    def asked(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
+        """What F is given: what it is told of the noise, once or twice, and its input."""
         told = self.schedule.condition(t).astype(x.dtype)
+        two_times = 's' in inspect.signature(type(self.inner).__call__).parameters
+        times = (told, told) if two_times else (told,)
         if self.precondition == 'none':
-            raw = self._raw(told, x, train, condition)
+            return (*times, x)
+        clean, _, total = self._scales(t, x)
+        return (*times, (clean / total).astype(x.dtype))
+
+    def answered(self, raw: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+        """E[x0 | x_t] by what F says."""
+        if self.precondition == 'none':
             return convert(self.schedule, raw, x, t, self.kind, 'x0')
-        alpha, sigma = self.schedule.coefficients(t, x)
-        clean, noise, data = x / alpha, sigma / alpha, self.sigma_data
-        total = jnp.sqrt(noise**2 + data**2)
-        raw = self._raw(told, (clean / total).astype(x.dtype), train, condition)
+        (clean, noise, total), data = self._scales(t, x), self.sigma_data
         # Shifted, the network is the identity at the least noise there is.
         apart = noise - (self.schedule.low if self.precondition == 'edm_shifted' else 0.0)
         return data**2 / (apart**2 + data**2) * clean + apart * data / total * raw
 
-    def _raw(self, told, x, train, condition):
-        two_times = 's' in inspect.signature(type(self.inner).__call__).parameters
-        times = (told, told) if two_times else (told,)
-        return self.inner(*times, x, train=train, **condition)
+    def _scales(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x_t and its noise where the data have the factor 1, and the deviation of both."""
+        alpha, sigma = self.schedule.coefficients(t, x)
+        noise = sigma / alpha
+        return x / alpha, noise, jnp.sqrt(noise**2 + self.sigma_data**2)
 
 
 def denoiser(

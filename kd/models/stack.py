@@ -30,9 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd.errors import UserError
+from kd.models.denoiser import Denoised
 from kd.state import PyTree
 
-__all__ = ['Layout', 'Stack', 'branches_there', 'check_names', 'restricted', 'sizes', 'stack']
+__all__ = [
+    *('Layout', 'Stack', 'branches_there', 'check_names', 'inner_of', 'restricted', 'sizes', 'stack'),
+]
 
 
 class Layout(NamedTuple):
@@ -72,9 +75,13 @@ class Stack(NamedTuple):
 def stack(module: Any) -> Stack:
     """The stack that a module is.
 
+    That of a denoiser (`kd.models.denoiser`) takes (t, x_t) and says E[x0 | x_t].
+
     Raises:
       UserError: a module without addressable blocks.
     """
+    if isinstance(module, Denoised):
+        return _denoising(module)
     check_stack(module)
     there = branches_there(module.blocks, module.dropped)
 
@@ -93,6 +100,30 @@ def stack(module: Any) -> Stack:
         return module.apply(variables, carry, context, method='said')
 
     return Stack(tuple(there), there, embed, _params_of(module), block, head)
+
+
+def _denoising(module: Denoised) -> Stack:
+    inner = stack(module.inner)
+
+    def embed(variables, t, x, **told):
+        carry, context = inner.embed(variables, *module.asked(t, x), **told)
+        return carry, (context, t, x)
+
+    def block(params, name, carry, context, **how):
+        return inner.block(params, name, carry, context[0], **how)
+
+    def head(variables, carry, context):
+        inside, t, x = context
+        return module.answered(inner.head(variables, carry, inside), t, x)
+
+    return inner._replace(embed=embed, block=block, head=head)
+
+
+def inner_of(module: Any) -> Any:
+    """The network whose blocks are a module's: that within a denoiser, or the module itself."""
+    inner = module.inner if isinstance(module, Denoised) else module
+    check_stack(inner)
+    return inner
 
 
 def check_stack(module: nn.Module, where: str = 'stack') -> None:
@@ -134,7 +165,7 @@ def restricted(module: Any, own: Any) -> Callable[[PyTree, PyTree], PyTree]:
     Raises:
       UserError: networks of other kinds; blocks that the reference does not have.
     """
-    check_stack(module)
+    module, own = inner_of(module), inner_of(own)
     of = _params_of(module)
     theirs = branches_there(module.blocks, module.dropped)
     ours = branches_there(own.blocks, own.dropped)
@@ -211,6 +242,7 @@ def sizes(module: Any, variables: PyTree) -> dict[str, int]:
       module: the network.
       variables: of it, or their shapes.
     """
+    module = inner_of(module)
     of, found = _params_of(module), {}
     for name, branches in branches_there(module.blocks, module.dropped).items():
         layout = module.layout(name)

@@ -108,7 +108,8 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
     source = source_loader(data, recipe, workdir)
     train = source('train')
     mesh_lib.check_batch_size(stage.batch_size, mesh, where=f'{name}.batch_size')
-    network = build_network(stage.network, train, where=f'{name}.network')
+    locate = (lambda reference: recipe.locate(reference, workdir)) if workdir else None
+    network = build_network(stage.network, train, where=f'{name}.network', locate=locate)
     trained = _trained_networks(recipe, name, workdir, mesh, train, network)
     for label, found in trained.items():
         if label != START and found.data:
@@ -134,7 +135,7 @@ def prepare(recipe: Recipe, name: str, mesh: Mesh, workdir: Path | None = None) 
         source=source,
         splits=splits(data),
         recipe_source=source_loader(recipe.data, recipe, workdir),
-        locate=(lambda reference: recipe.locate(reference, workdir)) if workdir else None,
+        locate=locate,
         references={label: net for label, net in networks.items() if label != 'teacher'},
         trained_by={label: found.method for label, found in trained.items()},
         config=stage,

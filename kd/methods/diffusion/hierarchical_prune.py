@@ -1,0 +1,309 @@
+"""HierarchicalPrune: late branches go first, and what is early stays as it is in recovery.
+
+    config.sensitivity = stage(teacher='teacher', method=dict(name='kd.methods.cache.nothing'),
+        writers={'map': dict(name='kd.methods.diffusion.hierarchical_prune.sensitivity', ratio=.2)})
+    config.student = stage(network=..., dropped=dict(found_by='sensitivity'), teacher='teacher',
+        method=dict(name='kd.methods.diffusion.hierarchical_prune.hierarchical_prune'))
+
+Weights of four bits come after it, by `kd.io.quantised`.
+
+Source: 2025, arXiv:2508.04663.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd import config as config_lib
+from kd.context import Context
+from kd.context import Writer as StageWriter
+from kd.errors import UserError
+from kd.io import found
+from kd.io.progress import say
+from kd.losses import score_distillation
+from kd.losses.feature import hint
+from kd.losses.score_distillation import Weight
+from kd.method import Method, Objective, minimize
+from kd.methods import batches, pruning, start
+from kd.methods.diffusion import common
+from kd.methods.pruning import Blocks, Level
+from kd.metrics import mean
+from kd.models.stack import branches_there, inner_of, restricted, sizes
+from kd.network import Network, parameter_count
+from kd.parallel import distributed
+from kd.ranges import Count, Fraction, NonNegative, StageName
+from kd.sampling import denoiser as denoisers
+from kd.sampling import times
+from kd.state import PyTree, State
+
+Recovery = Literal['all', 'pwp', 'sgdistill']
+Position = Literal['late', 'quoted', 'none']
+# Of SGDistill: what has a smaller share than this stays as it is. Ours.
+LEAST = 0.02
+
+
+def hierarchical_prune(
+    context: Context,
+    *,
+    recovery: Recovery = 'pwp',
+    costs: Literal[''] | StageName = '',
+    feature: NonNegative = 1.0,
+    weight: Weight = 'flow',
+    law: Mapping[str, Any] | None = None,
+    micro_batches: Count = 1,
+) -> Method:
+    """Recovery of a network of which something is dropped, from the whole one.
+
+        loss = E w(t) mean (mu'(x_t, t) - mu(x_t, t))^2 + feature sum_i mean (f'_i - f_i)^2
+
+    with f_i the tokens after block i, over the blocks that both have.
+
+    | recovery | what moves |
+    |---|---|
+    | all | everything |
+    | pwp | blocks from the first on of which something is gone, and the last layers |
+    | sgdistill | the same, each branch by a = (least cost) / (its cost), or 0 below .02 |
+
+    Args:
+      context: the stage. Its network lacks what is in its `dropped`, the teacher is whole; starts
+        as the teacher, or as `references.start`.
+      recovery: see above; the paper has 'sgdistill' where more than a quarter is gone.
+      costs: stage that has written what each branch costs (`sensitivity`), for 'sgdistill'.
+      feature: weight of the second term; the paper's is 1, with a sum over blocks.
+      weight: see `kd.losses.score_distillation.denoising`; 'flow' is the paper's velocity.
+      law: block of `kd.sampling.times` of the times; None for all of the schedule evenly. For a
+        teacher of few steps take its own times too.
+      micro_batches: parts over which gradients are accumulated.
+
+    Raises:
+      UserError: networks whose blocks cannot be addressed, or 'sgdistill' without costs.
+
+    Source: 2025, arXiv:2508.04663.
+    """
+    network, own = context.network, denoisers.of_network(context.network)
+    teacher, module = common.teacher(context), inner_of(network.module)
+    path, draw = teacher.schedule, times.uniform(times.even(teacher.schedule))
+    if law is not None:
+        draw = config_lib.build(law, where=f'{context.stage}.method.law')
+    if (recovery == 'sgdistill') != bool(costs):
+        raise UserError(
+            f"{context.stage}.method: recovery='sgdistill' and a stage of costs go together."
+        )
+    sigma_data = getattr(network.module, 'sigma_data', 0.5)
+    names = tuple(branches_there(module.blocks, module.dropped)) if feature else ()
+
+    def loss(params: PyTree, state: State, batch: Any, key: jax.Array) -> Objective:
+        time_key, noise_key, dropout = jax.random.split(key, 3)
+        data, condition = batch['input'], denoisers.conditions(network, batch)
+        t = jnp.clip(draw(time_key, jnp.zeros(len(data))), path.low, path.high)
+        x_t = path.mix(data, jax.random.normal(noise_key, data.shape, data.dtype), t)
+        told = teacher.apply(state.frozen['teacher'], x_t, t, condition, capture=names)
+        said = own.apply(
+            state.variables(params=params), x_t, t, condition, train=True, key=dropout,
+            capture=names,
+        )  # fmt: skip
+        output = score_distillation.denoising(said.x0, told.x0, path, t, weight, sigma_data)
+        tokens = feature_loss(said.features, told.features)
+        metrics = {'output': mean(output), 'feature': mean(tokens)} if feature else {}
+        return Objective(mean(output + feature * tokens), metrics)
+
+    moving = trained(module.blocks, module.dropped, recovery)
+    tx = context.tx
+    if recovery == 'sgdistill' and context.locate is not None:
+        told = found.read(context.locate(costs))['costs']
+        scale = factors(told, module.blocks, module.dropped)
+        tx = context.optimizer(**{**context.config.optimizer, 'scale': scale})
+    return minimize(
+        loss, tx, started(context), micro_batches=micro_batches,
+        trainable=None if recovery == 'all' else moving,
+    )  # fmt: skip
+
+
+def feature_loss(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> jax.Array:
+    """sum_i mean (f'_i - f_i)^2 over the blocks of the student, [B]; teacher stop-gradiented.
+
+    0 without features. `hint` is half the sum over the elements of an example.
+    """
+    total: Any = 0.0
+    for name, x in student.items():
+        y = jax.lax.stop_gradient(teacher[name])
+        total = total + 2 * hint(x, y) / (x.size // len(x))
+    return total
+
+
+def started(context: Context) -> Any:
+    """`init` as the teacher without what the network lacks, or as `references.start`."""
+    reference = context.references.get(start.START, context.optional_teacher)
+    transform = restricted(reference.module, context.network.module) if reference else None
+    if start.START in context.references:
+        return start.from_reference(context.network.init, context, transform=transform)
+    assert transform is not None
+
+    def init(key: jax.Array, frozen: Mapping[str, PyTree]) -> PyTree:
+        return transform(frozen['teacher'], context.network.init(key))
+
+    return init
+
+
+def trained(
+    blocks: Blocks, dropped: Sequence[str], recovery: Recovery
+) -> Callable[[str], bool]:
+    """Whether the leaf at a path moves: blocks from the first on of which something is gone.
+
+    Embedders are before these, and the last layers after them.
+    """
+    if recovery == 'all':
+        return lambda path: True
+    first = min((pruning.place_of(blocks, part) for part in dropped), default=len(blocks))
+    order = list(blocks)
+
+    def moves(path: str) -> bool:
+        block = path.partition('/')[0]
+        return order.index(block) >= first if block in order else bool(LAST.match(path))
+
+    return moves
+
+
+# Modules after the blocks.
+LAST = re.compile(r'(modulation|out|norm_out|proj_out)/')
+
+
+def factors(
+    costs: Mapping[str, float], blocks: Blocks, dropped: Sequence[str]
+) -> tuple[tuple[str, float], ...]:
+    """(expression, a) pairs for `scale` of an optimiser, of the branches that move.
+
+        a = min_j |cost_j| / |cost_i| over the branches j that move, 0 below `LEAST`
+
+    The modulation of a block, which its branches share, has the least of theirs; all else 1.
+    """
+    there, moves = branches_there(blocks, dropped), trained(blocks, dropped, 'pwp')
+    shares = {
+        f'{block}/{branch}': abs(costs[f'{block}/{branch}'])
+        for block, branches in there.items()
+        for branch in branches
+        if moves(f'{block}/')
+    }
+    least = min(shares.values(), default=1.0)
+    shares = {name: least / max(cost, 1e-30) for name, cost in shares.items()}
+    shares = {name: share if share >= LEAST else 0.0 for name, share in shares.items()}
+    pairs = []
+    for block in dict.fromkeys(name.partition('/')[0] for name in shares):
+        own = {name.partition('/')[2]: a for name, a in shares.items() if name.startswith(block + '/')}
+        for branch, modules in MODULES.items():
+            if branch in own:
+                pairs.append((rf'^{block}/({modules})/', own[branch]))
+        pairs.append((rf'^{block}/', min(own.values())))
+    return tuple(pairs)
+
+
+# Modules of the branches of `kd.models.dit`.
+MODULES = {'attention': 'qkv|q_norm|k_norm|projection', 'mlp': 'mlp0|mlp1'}
+
+
+def score(
+    costs: Mapping[str, float], blocks: Blocks, position: Position = 'late'
+) -> dict[str, float]:
+    """-|cost| W of each part; the highest goes first.
+
+    | position | W of block i of n | of equal costs goes first |
+    |---|---|---|
+    | late | exp((n - i) / n) | the later |
+    | quoted | exp((i - n) / n), as the paper writes it | the earlier, against what it says |
+    | none | 1 | |
+    """
+    sign = {'late': 1.0, 'quoted': -1.0, 'none': 0.0}[position]
+    count = len(blocks)
+    return {
+        part: -abs(cost) * float(np.exp(sign * (count - pruning.place_of(blocks, part)) / count))
+        for part, cost in costs.items()
+    }
+
+
+def sensitivity(
+    context: Context,
+    *,
+    ratio: Fraction,
+    level: Level = 'branch',
+    position: Position = 'late',
+    examples: Count = 1_024,
+    split: str = 'train',
+    weight: Weight = 'flow',
+    law: Mapping[str, Any] | None = None,
+) -> StageWriter:
+    """Writes what the teacher loses without each branch, and what is `dropped` for it.
+
+    The cost is how much the loss of denoising rises, with the same noise and times for all. With
+    it `found.json` has `dropped`, for networks of later stages, `costs`, and `removed`, the share
+    of all parameters that goes.
+
+    Args:
+      context: the stage; its teacher is what is pruned.
+      ratio: of all parameters that is to go at least.
+      level: branches or whole blocks.
+      position: see `score`.
+      examples: of calibration, rounded up to whole batches.
+      split: where these are from.
+      weight, law: as of `hierarchical_prune`.
+    """
+    network, source = context.teacher, context.source(split)
+    blocks, teacher = inner_of(network.module).blocks, common.teacher(context)
+    parts = pruning.parts_of(blocks, level)
+    gates = np.stack([pruning.gates_without(blocks, [part]) for part in parts])
+    draw = times.uniform(times.even(teacher.schedule))
+    if law is not None:
+        draw = config_lib.build(law, where=f'{context.stage}.writers.law')
+
+    def compute(variables: PyTree, batch: Any, key: jax.Array) -> jax.Array:
+        return costs_of(network, teacher, variables, batch, key, gates, draw, weight)
+
+    def write(state: State, step: int, directory: Path) -> None:
+        del step
+        variables, size = state.frozen['teacher'], context.batch_size
+        ask, key = batches.asking(compute, variables, source, size), batches.key_of(context, split)
+        numbers = range(max(min(-(-examples // size), len(source) // size), 1))
+        cost = np.mean([ask(i, jax.random.fold_in(key, i)) for i in numbers], axis=0)
+        costs = dict(zip(parts, map(float, cost), strict=True))
+        weights = pruning.sizes_of(sizes(network.module, variables), level)
+        total = parameter_count(variables)
+        gone = pruning.prune_to_budget(score(costs, blocks, position), weights, ratio * total)
+        removed = sum(weights[part] for part in gone) / total
+        if distributed.is_first():
+            found.write(directory, {'dropped': gone, 'costs': costs, 'removed': removed})
+            say(context.stage, f'{", ".join(gone)} go, {removed:.1%} of the parameters')
+
+    return write
+
+
+def costs_of(
+    network: Network,
+    denoiser: denoisers.Denoiser,
+    variables: PyTree,
+    batch: Any,
+    key: jax.Array,
+    gates: np.ndarray,
+    draw: times.TimeLaw,
+    weight: Weight,
+) -> jax.Array:
+    """How much the loss of denoising rises without each part, [parts]; gates as of `pruning`."""
+    path, data = denoiser.schedule, batch['input']
+    time_key, noise_key = jax.random.split(key)
+    t = jnp.clip(draw(time_key, jnp.zeros(len(data))), path.low, path.high)
+    x_t = path.mix(data, jax.random.normal(noise_key, data.shape, data.dtype), t)
+    condition = denoisers.conditions(network, batch)
+    sigma_data = getattr(network.module, 'sigma_data', 0.5)
+
+    def loss(gates: jax.Array) -> jax.Array:
+        said = denoiser.apply(variables, x_t, t, {**condition, 'gates': gates}).x0
+        return jnp.mean(
+            score_distillation.denoising(said, data, path, t, weight, sigma_data)
+        )
+
+    return pruning.removal_costs(loss, gates)
