@@ -89,7 +89,9 @@ def main() -> int:
     packed = quantise.quantise_tree(variables, arguments.rules, levels=arguments.levels)
     size = save(arguments.file, packed)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(variables))
-    print(f'{arguments.file}: {count:,} parameters, {size:,} bytes, {8 * size / count:.2f} bits each')
+    print(
+        f'{arguments.file}: {count:,} parameters, {size:,} bytes, {8 * size / count:.2f} bits each'
+    )
     return 0
 
 

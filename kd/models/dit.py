@@ -272,7 +272,7 @@ class DiT(nn.Module):
         nn.share_scope(self, self.embedding)
         nn.share_scope(self, self.last)
         there = branches_there(self.blocks, self.dropped)
-        check_names(self.linear, {name: ('mlp',) for name in there})
+        check_names(self.linear, dict.fromkeys(there, ('mlp',)))
         for name in there:
             setattr(self, name, self.block_of(name))
 
@@ -285,6 +285,11 @@ class DiT(nn.Module):
     def groups(self) -> dict[str, tuple[str, ...]]:
         """See `kd.models.stack`, as of all that follows."""
         return {name: (name,) for name in branches_there(self.blocks, self.dropped)}
+
+    @property
+    def maps(self) -> dict[str, int]:
+        """Linear maps of a block."""
+        return {'mlp_linear': 0, 'after': 0}
 
     def layout(self, name: str) -> Layout:
         """Whose parameters are."""
@@ -303,6 +308,11 @@ class DiT(nn.Module):
         """Tokens after a block."""
         del name
         return apply(carry, context[0], train, gates=gates)
+
+    def entered(self, name, carry):
+        """What a block takes of what the one before says."""
+        del name
+        return carry
 
     def embedded(self, s, t, x, *, label=None):
         """(tokens, (condition, x))."""

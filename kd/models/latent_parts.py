@@ -209,13 +209,18 @@ def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
-def stacked(kind: type[nn.Module], depth: int, remat: bool, inputs: int) -> Any:
-    """So many blocks as one with a leading axis: `kind(...)(x, *inputs) -> (x, None)`."""
+def stacked(
+    kind: type[nn.Module], depth: int, remat: bool, inputs: int, gated: bool = False
+) -> Any:
+    """So many blocks as one with a leading axis: `kind(...)(x, *inputs) -> (x, None)`.
+
+    Where they are gated, a last input has one entry for each block.
+    """
     return nn.scan(
         nn.remat(kind, prevent_cse=False) if remat else kind,
         variable_axes={'params': 0, 'intermediates': 0},
         split_rngs={'params': True},
-        in_axes=(nn.broadcast,) * inputs,
+        in_axes=(nn.broadcast,) * inputs + (0,) * gated,
         length=depth,
     )
 

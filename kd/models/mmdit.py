@@ -1,14 +1,15 @@
 """Diffusion transformers of text and image tokens together: SD 3 and 3.5, Flux, Qwen-Image.
 
 Modules have the names of `SD3Transformer2DModel` and `FluxTransformer2DModel` of `diffusers`;
-equal blocks in a row are one module with a leading axis.
+equal blocks in a row are one module with a leading axis. Parts are in `kd.models.mmdit_parts`.
 
 Sources: Esser et al. 2024, arXiv:2403.03206; Flux as released; Qwen 2025, arXiv:2508.02324.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import itertools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,153 +18,15 @@ import numpy as np
 from flax.typing import Dtype
 
 from kd.models import latent_parts
-from kd.models.dit import grid_embedding
-from kd.models.latent_parts import (
-    Attention,
-    Embedder,
-    FeedForward,
-    Modulation,
-    given,
-    image_inputs,
-    layer_norm,
-    modulated,
-    preset_of,
-    sides_of,
-    stacked,
-    timestep_features,
-    unpatched,
-)
-from kd.models.rope import grid_angles
+from kd.models.latent_parts import given, image_inputs, preset_of, sides_of, stacked
+from kd.models.mmdit_parts import BRANCHES, PATCH, Block, Embed, Head, SingleBlock
+from kd.models.stack import Layout, branches_there
 from kd.ranges import Count, Size
 
 __all__ = ['PRESETS', 'SHARDING', 'MMDiT', 'preset']
 
 SHARDING = latent_parts.SHARDING
-PATCH = (2, 2)
-EPSILON = 1e-6
-
-
-class Block(nn.Module):
-    """Attention of tokens and text together, then a feed-forward layer for each; see `MMDiT`.
-
-    `((x, text), None)` of (x, text) and the condition [B, D].
-
-    Attributes:
-      heads, norm, fused, dtype: of `MMDiT`.
-      dual: the tokens attend to each other once more.
-      last: the text ends here.
-    """
-
-    heads: int
-    norm: bool
-    fused: bool
-    dtype: Dtype
-    dual: bool = False
-    last: bool = False
-
-    @nn.compact
-    def __call__(self, carry, condition, turned, seen):
-        (x, text), dtype = carry, self.dtype
-        size = x.shape[-1]
-
-        def attention(name: str, joint: Literal['none', 'both', 'first']) -> Attention:
-            norm: Literal['none', 'head'] = 'head' if self.norm else 'none'
-            return Attention(
-                self.heads, True, norm, EPSILON, joint, fused=self.fused, dtype=dtype, name=name
-            )  # fmt: skip
-
-        def normed(y: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-            return modulated(layer_norm(y, EPSILON, dtype), shift, scale)
-
-        parts = Modulation(9 if self.dual else 6, size, dtype, name='norm1')(condition)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *again = parts
-        of_text = Modulation(2 if self.last else 6, size, dtype, name='norm1_context')(condition)
-        # Of two, the scale comes first.
-        of_text = of_text[::-1] if self.last else of_text
-        found = attention('attn', 'first' if self.last else 'both')(
-            normed(x, shift, scale), normed(text, *of_text[:2]), seen, turned
-        )
-        found, found_text = (found, text) if self.last else found
-        if self.dual:
-            twice = attention('attn2', 'none')(normed(x, *again[:2]))
-        x = x + gate * found
-        if self.dual:
-            x = x + again[2] * twice
-        y = normed(x, shift_ff, scale_ff)
-        x = x + gate_ff * FeedForward('gelu', dtype, name='ff')(y)
-        if self.last:
-            return (x, text), None
-        text = text + of_text[2] * found_text
-        y = normed(text, *of_text[3:5])
-        return (x, text + of_text[5] * FeedForward('gelu', dtype, name='ff_context')(y)), None
-
-
-class SingleBlock(nn.Module):
-    """Attention and a feed-forward layer side by side, over text and tokens as one; (x, None)."""
-
-    heads: int
-    fused: bool
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x, condition, turned):
-        size, dtype = x.shape[-1], self.dtype
-        shift, scale, gate = Modulation(3, size, dtype, name='norm')(condition)
-        y = modulated(layer_norm(x, EPSILON, dtype), shift, scale)
-        found = Attention(
-            self.heads, True, 'head', EPSILON, projected=False, fused=self.fused, dtype=dtype,
-            name='attn',
-        )(y, turned=turned)  # fmt: skip
-        hidden = nn.gelu(nn.Dense(4 * size, dtype=dtype, name='proj_mlp')(y))
-        both = jnp.concatenate([found, hidden], axis=-1)
-        return x + gate * nn.Dense(size, dtype=dtype, name='proj_out')(both), None
-
-
-class _Condition(nn.Module):
-    """[B, D] of the time, the pooled text and the scale of guidance."""
-
-    size: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, t, pooled, guidance):
-        def embedded(value, name):
-            waves = timestep_features(value, 256).astype(self.dtype)
-            return Embedder(self.size, self.dtype, name=name)(waves)
-
-        total = embedded(t, 'timestep_embedder')
-        if guidance is not None:
-            total = total + embedded(1_000 * guidance, 'guidance_embedder')
-        if pooled is None:
-            return total
-        text = Embedder(self.size, self.dtype, name='text_embedder')
-        return total + text(pooled.astype(self.dtype))
-
-
-class _Placed(nn.Module):
-    """Tokens [B, N, D] of patches, with the middle of a table of places added."""
-
-    size: int
-    table: int
-    span: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        sides = x.shape[1] // PATCH[0], x.shape[2] // PATCH[1]
-        if max(sides) > self.table:
-            raise ValueError(f'MMDiT knows {self.table} places along a side, got {max(sides)}.')
-        y = nn.Conv(self.size, PATCH, PATCH, padding='VALID', dtype=self.dtype, name='proj')(x)
-
-        def made() -> jax.Array:
-            return grid_embedding(self.table, self.table, self.size, self.span)[None]
-
-        places = self.variable('constants', 'pos_embed', made).value
-        first = [(self.table - side) // 2 for side in sides]
-        places = places.reshape(self.table, self.table, -1)[
-            first[0] : first[0] + sides[0], first[1] : first[1] + sides[1]
-        ]
-        return (y + places.astype(self.dtype)).reshape(len(x), -1, self.size)
+BLOCKS, SINGLE = 'transformer_blocks', 'single_transformer_blocks'
 
 
 class MMDiT(nn.Module):
@@ -185,6 +48,10 @@ class MMDiT(nn.Module):
       centred: rows and columns count from the middle, and texts from where these end.
       remat: blocks are computed again for the gradient.
       fused: attention by a fused kernel where there is one.
+      dropped: what is not there, blocks and branches by name: 'transformer_blocks_3',
+        'transformer_blocks_5/context_mlp'. Names of the others stay.
+      linear: where linear maps l are, by name: 'transformer_blocks_5/mlp', x + l(x) in place of the
+        branch; 'transformer_blocks_5', x + l(x) of tokens and text after the block.
       dtype: compute type; parameters are float32, the output has the type of x.
     """
 
@@ -205,6 +72,8 @@ class MMDiT(nn.Module):
     centred: bool = False
     remat: bool = False
     fused: bool = False
+    dropped: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     dtype: Dtype = jnp.float32
 
     @property
@@ -217,7 +86,16 @@ class MMDiT(nn.Module):
         """Shapes of (t [1], x [1, ...])."""
         return image_inputs(spec)
 
-    @nn.compact
+    def setup(self) -> None:
+        self.embedding = Embed(
+            self.width, self.text_norm, self.table, self.grid, self.axes, self.centred, self.dtype
+        )
+        self.last = Head(self.width, self.table, self.dtype)
+        nn.share_scope(self, self.embedding)
+        nn.share_scope(self, self.last)
+        for group, members in self.groups.items():
+            setattr(self, group, self._group(group, members))
+
     def __call__(
         self,
         t: jax.Array,
@@ -228,6 +106,7 @@ class MMDiT(nn.Module):
         pooled: jax.Array | None = None,
         guidance: jax.Array | None = None,
         train: bool = False,
+        gates: jax.Array | None = None,
     ) -> jax.Array:
         """F [B, H, W, C].
 
@@ -239,75 +118,144 @@ class MMDiT(nn.Module):
           pooled: [B, pooled], the text as one vector.
           guidance: [B], the scale.
           train: nothing here depends on it.
+          gates: [blocks, 3], what the branches of each block are multiplied by; None for ones.
 
         Raises:
           ValueError: an input that is missing, or of another size.
         """
         del train
-        rows, dtype = len(x), self.dtype
+        carry, context = self.embedded(t, x, text=text, mask=mask, pooled=pooled, guidance=guidance)
+        names = list(self.blocks)
+        for group, members in self.groups.items():
+            block, alone = getattr(self, group), (group,) == members
+            own = None if gates is None else gates[np.array([names.index(n) for n in members])]
+            own = own[0] if alone and own is not None else own
+            carry = self.call_block(
+                lambda *inputs, gates, block=block: block(*inputs, gates), group, carry, context,
+                gates=own, train=False,
+            )  # fmt: skip
+        return self.said(carry, context)
+
+    def _group(self, group: str, members: tuple[str, ...]) -> Any:
+        kind, settings, own = self._kind(members[0])
+        if (group,) == members:
+            return (nn.remat(kind) if self.remat else kind)(*settings, **own)
+        inputs = 2 if kind is SingleBlock else 3
+        return stacked(kind, len(members), self.remat, inputs, gated=True)(*settings, **own)
+
+    def _kind(self, name: str) -> tuple[type[nn.Module], tuple[Any, ...], dict[str, Any]]:
+        """Class and settings of a block."""
+        if name.startswith(SINGLE):
+            return SingleBlock, (self.heads, self.fused, self.dtype), {}
+        number = int(name.rpartition('_')[2])
+        linear = [of for of in self.linear if of.partition('/')[0] == name]
+        own = dict(
+            dual=number < self.dual,
+            last=self.table > 0 and number == self.depth - 1,
+            branches=branches_there(self.blocks, self.dropped)[name],
+            linear=tuple(of.partition('/')[2] or 'after' for of in linear),
+        )
+        return Block, (self.heads, self.norm, self.fused, self.dtype), own
+
+    @property
+    def blocks(self) -> dict[str, tuple[str, ...]]:
+        """{block: its branches} of the network of which nothing is dropped, in order."""
+        last = self.depth - 1 if self.table else self.depth
+        double = {
+            f'{BLOCKS}_{i}': BRANCHES if i < last else BRANCHES[:2] for i in range(self.depth)
+        }
+        return double | {f'{SINGLE}_{i}': ('block',) for i in range(self.single)}
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """See `kd.models.stack`, as of all that follows.
+
+        Equal blocks in a row lie together, but the last of Stable Diffusion, and one after which
+        blocks are dropped.
+        """
+        there, runs = list(branches_there(self.blocks, self.dropped)), list[list[str]]()
+        names, kinds = list(self.blocks), {name: self._kind(name) for name in there}
+        alone = {
+            name
+            for name, after in itertools.pairwise(names)
+            if after not in there and after.rpartition('_')[0] == name.rpartition('_')[0]
+        }
+        for name in there:
+            follows = bool(runs) and names.index(name) == names.index(runs[-1][-1]) + 1
+            if follows and kinds[runs[-1][-1]] == kinds[name] and name not in alone:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        made = {}
+        for run in runs:
+            kind, _, number = run[0].rpartition('_')
+            last = kinds[run[0]][2].get('last', False)
+            group = kind if number == '0' else f'{kind}_from_{number}'
+            made[run[0] if last else group] = tuple(run)
+        return made
+
+    @property
+    def maps(self) -> dict[str, int]:
+        """Linear maps of a block."""
+        return {'ff_linear': 0, 'ff_context_linear': 1, 'after': 0, 'after_context': 1}
+
+    def layout(self, name: str) -> Layout:
+        """Whose parameters are."""
+        if name.startswith(SINGLE):
+            return Layout(dict.fromkeys(('norm', 'attn', 'proj_mlp', 'proj_out'), 'block'), {})
+        own = self._kind(name)[2]
+        modules = dict(attn='attention', attn2='attention')
+        norm, norm_context = ('attention',) * 3, ('attention',) * (2 if own['last'] else 3)
+        for branch, layer in (('mlp', 'ff'), ('context_mlp', 'ff_context')):
+            linear = branch in own['linear']
+            modules[f'{layer}_linear' if linear else layer] = branch
+            if branch == 'mlp' and not linear:
+                norm += ('mlp',) * 3
+            elif not linear and not own['last']:
+                norm_context += ('context_mlp',) * 3
+        norm += ('attention',) * 3 * own['dual']
+        return Layout(modules, dict(norm1=norm, norm1_context=norm_context))
+
+    def block_of(self, name: str) -> Any:
+        """One block, by itself."""
+        kind, settings, own = self._kind(name)
+        return kind(*settings, **own, parent=None)  # type: ignore[call-arg]
+
+    def call_block(self, apply, name, carry, context, *, gates, train):
+        """(tokens, text), or in blocks over both as one, the text before the tokens."""
+        del train
+        condition, turned, seen = context[:3]
+        if not name.startswith(SINGLE):
+            return apply(carry, condition, turned, seen, gates=gates)[0]
+        return apply(self.entered(name, carry), condition, turned, gates=gates)[0]
+
+    def entered(self, name, carry):
+        """What a block takes of what the one before says."""
+        return _one(carry) if name.startswith(SINGLE) else carry
+
+    def embedded(self, t, x, *, text=None, mask=None, pooled=None, guidance=None):
+        """((tokens, text), what all blocks have)."""
         shapes: dict[str, tuple[int, ...]] = dict(text=(1, self.context))
         shapes |= dict(pooled=(self.pooled,)) if self.pooled else {}
         shapes |= dict(guidance=()) if self.guided else {}
-        told = given(self, rows, shapes, dict(text=text, pooled=pooled, guidance=guidance))
-        sides = sides_of(self, x, PATCH)
-        condition = _Condition(self.width, dtype, name='time_text_embed')(
-            t, told['pooled'], told['guidance']
-        )
-        text = told['text']
-        if self.text_norm:
-            text = nn.RMSNorm(epsilon=EPSILON, dtype=dtype, name='txt_norm')(text)
-        text = nn.Dense(self.width, dtype=dtype, name='context_embedder')(text)
-        y, turned = self._tokens(x.astype(dtype), sides, text.shape[1])
-        seen = mask
-        if mask is not None:
-            seen = jnp.concatenate([mask, jnp.ones(y.shape[:2], bool)], axis=1)[:, None, None]
-        y = self._blocks(y, text, condition, turned, seen)
-        scale, shift = Modulation(2, self.width, dtype, name='norm_out')(condition)
-        y = modulated(layer_norm(y, EPSILON, dtype), shift, scale)
-        y = nn.Dense(4 * x.shape[-1], dtype=dtype, name='proj_out')(y)
-        if not self.table:
-            # Channels come before the pixels of a patch.
-            y = y.reshape(*y.shape[:2], -1, 4).swapaxes(2, 3)
-        return unpatched(y, sides, PATCH).astype(x.dtype)
+        told = given(self, len(x), shapes, dict(text=text, pooled=pooled, guidance=guidance))
+        sides_of(self, x, PATCH)
+        carry, context = self.embedding(t, x, told['text'], mask, told['pooled'], told['guidance'])
+        return carry, (*context, x)
 
-    def _tokens(self, x, sides, texts):
-        if self.table:
-            tokens = _Placed(self.width, self.table, self.grid, self.dtype, name='pos_embed')(x)
-            return tokens, None
-        (rows, columns), batch = sides, len(x)
-        patches = x.reshape(batch, rows, 2, columns, 2, -1).transpose(0, 1, 3, 5, 2, 4)
-        patches = patches.reshape(batch, rows * columns, -1)
-        row, column = np.indices(tuple(sides)).reshape(2, -1)
-        first = 0 * np.arange(texts)
-        if self.centred:
-            row, column = row - (rows - rows // 2), column - (columns - columns // 2)
-            first = max(rows // 2, columns // 2) + np.arange(texts)
-        places = [np.concatenate([first, place]) for place in (0 * row, row, column)]
-        tokens = nn.Dense(self.width, dtype=self.dtype, name='x_embedder')(patches)
-        return tokens, grid_angles(places, self.axes)
-
-    def _blocks(self, x, text, condition, turned, seen):
-        settings = self.heads, self.norm, self.fused, self.dtype
-        # In Stable Diffusion the text ends in the last block.
-        whole = self.depth - (self.table > 0)
-        name, carry = 'transformer_blocks', (x, text)
-        for first, count, dual in ((0, self.dual, True), (self.dual, whole - self.dual, False)):
-            if count:
-                made = stacked(Block, count, self.remat, 3)(
-                    *settings, dual, name=f'{name}_from_{first}' if first else name
-                )
-                carry = made(carry, condition, turned, seen)[0]
-        if self.table:
-            kind = nn.remat(Block) if self.remat else Block
-            last = kind(*settings, last=True, name=f'{name}_{whole}')
-            return last(carry, condition, turned, seen)[0][0]
-        x, text = carry
-        x = jnp.concatenate([text, x], axis=1)
+    def said(self, carry, context):
+        """F like x."""
+        condition, *_, x = context
         if self.single:
-            x = stacked(SingleBlock, self.single, self.remat, 2)(
-                self.heads, self.fused, self.dtype, name=f'single_{name}'
-            )(x, condition, turned)[0]
-        return x[:, text.shape[1] :]
+            tokens = (x.shape[1] // PATCH[0]) * (x.shape[2] // PATCH[1])
+            carry = _one(carry)
+            return self.last(carry[:, carry.shape[1] - tokens :], condition, x)
+        return self.last(carry[0], condition, x)
+
+
+def _one(carry: Any) -> jax.Array:
+    """Text and tokens as one."""
+    return jnp.concatenate(carry[::-1], axis=1) if isinstance(carry, tuple) else carry
 
 
 _FLUX = dict(

@@ -13,7 +13,9 @@ A module that is one has
     groups      {name of parameters: blocks in them}; of another name than the block they hold, the
                 parameters have a leading axis
     layout      layout(block), whose the parameters of a block are, see `Layout`
-    embed, head, and call_block(apply, block, carry, context, gates, train)
+    maps        {linear map: which of the streams of the carry it is of}
+    embedded, said and block_of(block), the parts; call_block(apply, block, carry, context, gates,
+    train) and entered(block, carry), how a block is called
 
 Names of what is left when something is dropped stay as they were, so that `restricted` finds the
 weights of a smaller network among those of a larger one.
@@ -21,6 +23,7 @@ weights of a smaller network among those of a larger one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +37,8 @@ from kd.models.denoiser import Denoised
 from kd.state import PyTree
 
 __all__ = [
-    *('Layout', 'Stack', 'branches_there', 'check_names', 'inner_of', 'restricted', 'sizes', 'stack'),
+    *('Layout', 'Stack', 'assembled', 'branches_there', 'check_names', 'inner_of', 'replaced'),
+    *('restricted', 'sizes', 'stack'),
 ]
 
 
@@ -61,6 +65,8 @@ class Stack(NamedTuple):
       params: `params(variables, name)`, the parameters of one block alone.
       block: `block(params, name, carry, context, *, gates=None, train=False) -> carry`, with gates
         [branches] that these are multiplied by, None for ones.
+      fold: `fold(variables, names, carry, context) -> carry`, blocks one after the other; those
+        that lie stacked are scanned.
       head: `head(variables, carry, context) -> out`.
     """
 
@@ -69,6 +75,7 @@ class Stack(NamedTuple):
     embed: Callable[..., tuple[Any, Any]]
     params: Callable[[PyTree, str], PyTree]
     block: Callable[..., Any]
+    fold: Callable[[PyTree, Sequence[str], Any, Any], Any]
     head: Callable[[PyTree, Any, Any], jax.Array]
 
 
@@ -99,7 +106,24 @@ def stack(module: Any) -> Stack:
     def head(variables, carry, context):
         return module.apply(variables, carry, context, method='said')
 
-    return Stack(tuple(there), there, embed, _params_of(module), block, head)
+    def fold(variables, names, carry, context):
+        for group, members in module.groups.items():
+            places = [members.index(name) for name in names if name in members]
+            if not places:
+                continue
+            params = variables['params'][group]
+            if (group,) == members:
+                carry = block(params, group, carry, context)
+                continue
+
+            def one(carry, params, name=members[0]):
+                return block(params, name, carry, context), None
+
+            own = jax.tree.map(lambda x, at=slice(places[0], places[-1] + 1): x[at], params)
+            carry = jax.lax.scan(one, module.entered(members[0], carry), own)[0]
+        return carry
+
+    return Stack(tuple(there), there, embed, _params_of(module), block, fold, head)
 
 
 def _denoising(module: Denoised) -> Stack:
@@ -116,7 +140,10 @@ def _denoising(module: Denoised) -> Stack:
         inside, t, x = context
         return module.answered(inner.head(variables, carry, inside), t, x)
 
-    return inner._replace(embed=embed, block=block, head=head)
+    def fold(variables, names, carry, context):
+        return inner.fold(variables, names, carry, context[0])
+
+    return inner._replace(embed=embed, block=block, fold=fold, head=head)
 
 
 def inner_of(module: Any) -> Any:
@@ -147,14 +174,14 @@ def _params_of(module: Any) -> Callable[[PyTree, str], PyTree]:
             if name in members:
                 found = variables['params'][group]
                 place = members.index(name)
-                return found if group == name else jax.tree.map(lambda x: x[place], found)
+                return found if group == name else jax.tree.map(lambda x, at=place: x[at], found)
         raise KeyError(name)
 
     return params
 
 
 def restricted(module: Any, own: Any) -> Callable[[PyTree, PyTree], PyTree]:
-    """A transform for `kd.methods.start.from_reference`: weights of a network of which more is left.
+    """A transform for `kd.methods.start.from_reference`: of a network of which more is left.
 
     Args:
       module: of the reference.
@@ -177,22 +204,35 @@ def restricted(module: Any, own: Any) -> Callable[[PyTree, PyTree], PyTree]:
         )
 
     def transform(reference: PyTree, start: PyTree) -> PyTree:
-        made = {
-            name: x for name, x in reference['params'].items() if name not in module.groups
-        }
-        for group, members in own.groups.items():
-            blocks = [
-                _kept(
-                    of(reference, name), (module.layout(name), own.layout(name)),
-                    (theirs[name], ours[name]),
-                )
-                for name in members
-            ]  # fmt: skip
-            one = blocks[0] if (group,) == members else jax.tree.map(_stacked, *blocks)
-            made[group] = _filled(start['params'][group], one)
-        return {**reference, 'params': made}
+        blocks = {
+            name: _kept(
+                of(reference, name), (module.layout(name), own.layout(name)),
+                (theirs[name], ours[name]),
+            )
+            for name in ours
+        }  # fmt: skip
+        rest = {name: x for name, x in reference['params'].items() if name not in module.groups}
+        made = assembled(own, blocks)
+        begun = {name: _filled(start['params'][name], x) for name, x in made.items()}
+        return {**reference, 'params': rest | begun}
 
     return transform
+
+
+def assembled(module: Any, blocks: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Parameters by group, of those of each block."""
+    made = {}
+    for group, members in inner_of(module).groups.items():
+        own = [blocks[name] for name in members]
+        made[group] = own[0] if (group,) == members else jax.tree.map(_stacked, *own)
+    return made
+
+
+def replaced(module: Any, variables: PyTree, blocks: Mapping[str, PyTree]) -> PyTree:
+    """Variables of a network with other parameters of some of its blocks."""
+    net = stack(module)
+    every = {name: blocks.get(name) or net.params(variables, name) for name in net.names}
+    return {**variables, 'params': {**variables['params'], **assembled(module, every)}}
 
 
 def _stacked(*leaves: Any) -> jax.Array:
@@ -245,14 +285,12 @@ def sizes(module: Any, variables: PyTree) -> dict[str, int]:
     module = inner_of(module)
     of, found = _params_of(module), {}
     for name, branches in branches_there(module.blocks, module.dropped).items():
-        layout = module.layout(name)
-        params = jax.eval_shape(lambda v, name=name: of(v, name), variables)
+        layouts = (module.layout(name),) * 2
+        params = jax.eval_shape(functools.partial(of, name=name), variables)
         for branch in branches:
             rest = [other for other in branches if other != branch]
-            left = jax.eval_shape(
-                lambda p, rest=rest: _kept(p, (layout, layout), (branches, rest)), params
-            )
-            found[f'{name}/{branch}'] = _count(params) - _count(left)
+            kept = functools.partial(_kept, layouts=layouts, branches=(branches, rest))
+            found[f'{name}/{branch}'] = _count(params) - _count(jax.eval_shape(kept, params))
     return found
 
 

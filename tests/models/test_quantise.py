@@ -46,7 +46,7 @@ def test_a_scale_scales_and_an_odd_number_of_weights_is_kept():
     np.testing.assert_array_equal(q.codes, four.codes)
     np.testing.assert_array_equal(4 * quantise.dequantise(q), quantise.dequantise(four))
     assert (q.codes.size, q.scales.size) == (18, 1)
-    with pytest.raises(ValueError, match=r"one of \['nf4', 'int4'\] and a block is even, got 'fp4'"):
+    with pytest.raises(ValueError, match=r"one of \['nf4', 'int4'\], got 'fp4'"):
         quantise.quantise(w, levels='fp4')
 
 
@@ -73,5 +73,5 @@ def test_a_file_of_four_bits_is_a_quarter_of_sixteen_and_reads_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, packed)
     apply = jax.jit(lambda tree: module.apply(quantise.dequantised(tree), *inputs))
     np.testing.assert_array_equal(apply(read), apply(packed))
-    with pytest.raises(UserError, match='half.safetensors has no weights of four bits'):
+    with pytest.raises(UserError, match=r'half\.safetensors has no weights of four bits'):
         quantised.load(half)

@@ -5,10 +5,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+import latent_cases
 import numpy as np
 import pytest
 
 from kd.errors import UserError
+from kd.methods.pruning import gates_without
+from kd.models import mmdit
 from kd.models.dit import BRANCHES, DiT
 from kd.models.mlp import MLP
 from kd.models.stack import branches_there, restricted, sizes, stack
@@ -121,9 +124,9 @@ def test_what_is_not_there():
         branches_there(NETWORK.blocks, ('block9',))
     with pytest.raises(ValueError, match=r"'block1/ff'.*with \['attention', 'mlp'\]"):
         NETWORK.clone(dropped=('block1/ff',)).init(jax.random.key(0), *INPUTS)
-    with pytest.raises(UserError, match='the blocks of a MLP cannot be addressed'):
+    with pytest.raises(UserError, match=r'the blocks of a MLP cannot be addressed'):
         stack(MLP(widths=(4,), num_classes=2))
-    with pytest.raises(UserError, match='is no part of the one .* which has no whole block1'):
+    with pytest.raises(UserError, match=r'is no part of the one .* which has no whole block1'):
         restricted(NETWORK.clone(dropped=('block1',)), NETWORK)
 
 
@@ -147,3 +150,85 @@ def test_a_third_less_is_as_much_faster():
             run().block_until_ready()
             best[i] = min(best[i], time.perf_counter() - began)
     assert best[0] / best[1] > 1.25, best
+
+
+# Transformers of text and tokens
+
+
+@pytest.fixture(scope='module')
+def joint():
+    """{name: (module, variables, inputs, told)} of SD 3.5, Flux and Qwen-Image, tiny."""
+    return {
+        name: (latent_cases.module_of(name), latent_cases.variables_of(name),
+               *latent_cases.INPUTS[name])
+        for name in ('sd35', 'flux', 'qwen')
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['sd35', 'flux', 'qwen'])
+def test_folding_text_and_tokens_is_the_network_bit_for_bit(name, joint):
+    module, variables, inputs, told = joint[name]
+    net = stack(module)
+
+    @jax.jit
+    def all_of(variables):
+        carry, context = net.embed(variables, *inputs, **told)
+        whole = net.fold(variables, net.names, carry, context)
+        one_by_one = carry
+        for block in net.names:
+            one_by_one = net.block(net.params(variables, block), block, one_by_one, context)
+        outs = [net.head(variables, end, context) for end in (whole, one_by_one)]
+        return module.apply(variables, *inputs, **told), *outs
+
+    wanted, whole, one_by_one = all_of(variables)
+    np.testing.assert_array_equal(whole, wanted)
+    np.testing.assert_allclose(one_by_one, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('name', 'dropped'),
+    [
+        ('sd35', ('transformer_blocks_0/attention', 'transformer_blocks_1/context_mlp',
+                  'transformer_blocks_2/mlp')),
+        ('flux', ('transformer_blocks_0/mlp', 'single_transformer_blocks_0')),
+        ('qwen', ('transformer_blocks_1',)),
+    ],
+)  # fmt: skip
+def test_less_of_text_and_tokens_is_the_network_with_gates_of_zero(name, dropped, joint):
+    module, variables, inputs, told = joint[name]
+    own = module.clone(dropped=dropped)
+    shapes = jax.eval_shape(
+        lambda: own.init(jax.random.key(0), *(jnp.zeros(s) for s in latent_cases.shapes_of(name)))
+    )
+    made = restricted(module, own)(variables, shapes)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), made, shapes)
+    gates = gates_without(module.blocks, dropped)
+    gated, less, whole = jax.jit(
+        lambda v, m: (
+            module.apply(v, *inputs, **told, gates=gates),
+            own.apply(m, *inputs, **told),
+            module.apply(v, *inputs, **told),
+        )
+    )(variables, made)
+    np.testing.assert_allclose(less, gated, rtol=1e-4, atol=1e-4)
+    assert np.abs(gated - whole).max() > 1e-2
+    found = sizes(module, variables)
+    gone = [p for d in dropped for p in found if p == d or p.startswith(f'{d}/')]
+    lost = parameter_count(variables) - parameter_count(made)
+    assert lost == sum(found[part] for part in gone)
+
+
+def test_a_block_before_a_gap_lies_alone():
+    whole = mmdit.preset('qwen_image')
+    own = whole.clone(dropped=('transformer_blocks_4', 'transformer_blocks_6'))
+    groups = {name: len(members) for name, members in own.groups.items()}
+    assert groups == {
+        'transformer_blocks': 3,
+        'transformer_blocks_from_3': 1,
+        'transformer_blocks_from_5': 1,
+        'transformer_blocks_from_7': 53,
+    }
+    assert {name: len(m) for name, m in whole.groups.items()} == {'transformer_blocks': 60}
+    assert list(mmdit.preset('sd35_large').groups) == [
+        'transformer_blocks', 'transformer_blocks_37',
+    ]  # fmt: skip

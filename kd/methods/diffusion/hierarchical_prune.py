@@ -152,9 +152,7 @@ def started(context: Context) -> Any:
     return init
 
 
-def trained(
-    blocks: Blocks, dropped: Sequence[str], recovery: Recovery
-) -> Callable[[str], bool]:
+def trained(blocks: Blocks, dropped: Sequence[str], recovery: Recovery) -> Callable[[str], bool]:
     """Whether the leaf at a path moves: blocks from the first on of which something is gone.
 
     Embedders are before these, and the last layers after them.
@@ -196,7 +194,9 @@ def factors(
     shares = {name: share if share >= LEAST else 0.0 for name, share in shares.items()}
     pairs = []
     for block in dict.fromkeys(name.partition('/')[0] for name in shares):
-        own = {name.partition('/')[2]: a for name, a in shares.items() if name.startswith(block + '/')}
+        own = {
+            name.partition('/')[2]: a for name, a in shares.items() if name.startswith(block + '/')
+        }
         for branch, modules in MODULES.items():
             if branch in own:
                 pairs.append((rf'^{block}/({modules})/', own[branch]))
@@ -302,8 +302,6 @@ def costs_of(
 
     def loss(gates: jax.Array) -> jax.Array:
         said = denoiser.apply(variables, x_t, t, {**condition, 'gates': gates}).x0
-        return jnp.mean(
-            score_distillation.denoising(said, data, path, t, weight, sigma_data)
-        )
+        return jnp.mean(score_distillation.denoising(said, data, path, t, weight, sigma_data))
 
     return pruning.removal_costs(loss, gates)
