@@ -111,6 +111,15 @@ def logit_normal(
     return law
 
 
+def evenly(shift: float = 1.0, low: float = 0.0, high: float = 1.0) -> TimeLaw:
+    """Evenly in [low, high], and then `moved` towards noise, for times between 0 and 1."""
+
+    def law(key: jax.Array, level: jax.Array) -> jax.Array:
+        return moved(jax.random.uniform(key, level.shape, minval=low, maxval=high), shift)
+
+    return law
+
+
 def among(levels: Sequence[float]) -> TimeLaw:
     """One of these times, evenly."""
     return lambda key, level: jax.random.choice(key, jnp.asarray(levels, jnp.float32), level.shape)

@@ -135,8 +135,8 @@ def test_a_third_less_is_as_much_faster():
 
     Wide enough for the arithmetic to count; the least of several interleaved times of each.
     """
-    whole = DiT(patch=2, width=256, depth=9, heads=4)
-    less = whole.clone(dropped=('block3', 'block5', 'block7'))
+    whole = DiT(patch=2, width=256, depth=6, heads=4)
+    less = whole.clone(dropped=('block3', 'block5'))
     told = (jnp.zeros(16), jnp.ones(16), jnp.zeros((16, 16, 16, 1)))
     runs = []
     for module in (whole, less):
@@ -165,7 +165,7 @@ def joint():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', ['sd35', 'flux', 'qwen'])
+@pytest.mark.parametrize('name', ['flux', 'qwen'])
 def test_folding_text_and_tokens_is_the_network_bit_for_bit(name, joint):
     module, variables, inputs, told = joint[name]
     net = stack(module)

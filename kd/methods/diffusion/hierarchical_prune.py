@@ -208,6 +208,11 @@ def factors(
 MODULES = {'attention': 'qkv|q_norm|k_norm|projection', 'mlp': 'mlp0|mlp1'}
 
 
+def branch_of(module: str) -> str | None:
+    """The branch that a module of a block is of, None for what branches share."""
+    return next((b for b, names in MODULES.items() if module in names.split('|')), None)
+
+
 def score(
     costs: Mapping[str, float], blocks: Blocks, position: Position = 'late'
 ) -> dict[str, float]:
