@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import stats
 
 from kd import figures
 from kd.claims import pruning_world
@@ -161,8 +160,9 @@ def costs_of(world, theirs, batches):
 
 def of_teachers(costs, parts, blocks):
     """Rank correlation of a block's cost and its place, and the cost of every part."""
-    depth = [float(stats.spearmanr(np.arange(len(blocks)), c)[0]) for c in costs['block']]
-    found = {'depth': depth}
+    places = np.arange(len(blocks))
+    ranks = [np.argsort(np.argsort(cost)) for cost in costs['block']]
+    found = {'depth': [float(np.corrcoef(places, rank)[0, 1]) for rank in ranks]}
     for level, names in parts.items():
         found |= {f'cost {n}': costs[level][:, i].tolist() for i, n in enumerate(names)}
     return found
@@ -194,7 +194,7 @@ def scales_of(costs, gates, way, blocks):
         if way == 'sgdistill':
             table = np.abs(pruning.whole_costs(costs[seed], blocks, names))
             moves = (gates[seed] > 0) & (np.arange(len(blocks)) >= first)[:, None]
-            share = table[moves].min() / table
+            share = table[moves].min(initial=np.inf) / np.maximum(table, 1e-30)
             share = np.where(share >= hpp.LEAST, share, 0.0)
             # What is dropped has no gradient.
             scales[seed, first:-1] = np.where(moves, share, 1.0)[first:]

@@ -252,11 +252,12 @@ def test_maps_begin_with_least_squares_and_move_alone(both):
             assert all(jax.tree.leaves(same)) != moves, (name, layer)
     # What block 0 says with its map against one by scikit-learn, on the same noised examples.
     own, teacher = stack(wide.module), NETS[0]
+    key = jax.random.split(jax.random.key(0))[0]
 
     @jax.jit
     def walked(params):
         t, x_t = ppcl.noised(schedule.flow(1.0), lambda key, level: jax.random.uniform(
-            key, level.shape), jnp.asarray(DATA), jax.random.split(jax.random.key(0))[0])  # fmt: skip
+            key, level.shape), jnp.asarray(DATA), key)  # fmt: skip
         before, at = teacher.embed(theirs, t, x_t)
         after = teacher.fold(theirs, ('block0',), before, at)
         block = own.params({'params': params}, 'block0')
