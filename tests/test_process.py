@@ -245,6 +245,7 @@ def test_a_signal_that_a_destructor_loses_comes_again():
         ('kd.benchmarks.scaling', ['--page=gs://bucket/x.md']),
         ('kd.io.safetensors', ['gs://bucket/run/student', 'x']),
         ('kd.io.safetensors', ['run/student', 'gs://bucket/x']),
+        ('kd.io.quantised', ['run/student', 'gs://bucket/x']),
         ('kd.export', ['run/student', 'gs://bucket/x']),
         ('kd.main', ['--config=x.py', '--workdir=gs://bucket/run']),
         ('kd.main', ['--config=x.py', '--workdir=run', '--data_dir=gs://bucket/data']),

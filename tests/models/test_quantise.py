@@ -1,5 +1,7 @@
 """Weights in four bits: what is lost, and bytes of the file."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +77,17 @@ def test_a_file_of_four_bits_is_a_quarter_of_sixteen_and_reads_back(tmp_path):
     np.testing.assert_array_equal(apply(read), apply(packed))
     with pytest.raises(UserError, match=r'half\.safetensors has no weights of four bits'):
         quantised.load(half)
+
+
+def test_the_command_writes_a_stage_in_four_bits(tmp_path, monkeypatch, capsys):
+    variables = {'params': {'up': {'kernel': W, 'bias': W[0]}}}
+    monkeypatch.setattr(safetensors, 'stage_variables', lambda stage, weights: variables)
+    file = tmp_path / 'student.safetensors'
+    monkeypatch.setattr(sys, 'argv', ['x', 'runs/mine/student', str(file), '--levels=int4'])
+    assert quantised.main() == 0
+    size = file.stat().st_size
+    told = capsys.readouterr().out
+    assert told.endswith(f'2,450 parameters, {size:,} bytes, {8 * size / 2450:.2f} bits each\n')
+    read = quantised.load(file)['params']['up']
+    jax.tree.map(np.testing.assert_array_equal, read['kernel'], quantise.quantise(W, levels='int4'))
+    np.testing.assert_array_equal(read['bias'], W[0].astype(np.float16))

@@ -42,6 +42,7 @@ ANONYMOUS = {
     'agd',
     'distillation_dpo',
     'asd_video',
+    *('hierarchical_prune', 'ppcl'),
     'imdn',
     'crd',
 }
