@@ -21,7 +21,7 @@ from kd.methods import pruning
 from kd.methods.diffusion import hierarchical_prune as hpp
 from kd.metrics import mean
 from kd.models import quantise
-from kd.models.dit import BRANCHES
+from kd.models.dit import BRANCHES, LAYOUT
 from kd.models.stack import inner_of, stack
 from kd.sampling import denoiser as denoisers
 from kd.sampling import times
@@ -218,8 +218,8 @@ def recovered(world, theirs, gates, scales, steps, lr):
         output = jnp.mean(jnp.square(said.x0 - told.x0), (1, 2, 3)) / jnp.maximum(t, 1e-3) ** 2
         there = {n: jnp.any(gates[i] > 0) for i, n in enumerate(names)}
         tokens = hpp.feature_loss(
-            {n: jnp.where(there[n], x, told.features[n]) for n, x in said.features.items()},
-            told.features,
+            {n: [jnp.where(there[n], x, told.features[n])] for n, x in said.features.items()},
+            {n: [x] for n, x in told.features.items()},
         )
         return Objective(mean(output + tokens))
 
@@ -229,7 +229,7 @@ def recovered(world, theirs, gates, scales, steps, lr):
             row = scales[names.index(name)] if name in names else None
             if row is None:
                 return u * (1.0 if name in ('modulation', 'out') else scales[-1, 0])
-            branch = hpp.branch_of(path[1].key)
+            branch = LAYOUT.modules.get(path[1].key)
             return u * (jnp.min(row) if branch is None else row[BRANCHES.index(branch)])
 
         scaled = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(

@@ -90,7 +90,8 @@ def pruned(
         theirs = state.frozen['teacher']
         packed = jax.jit(lambda v: quantise.quantise_tree(v, rules, levels=levels))(variables)
         coarse = jax.jit(quantise.dequantised)(packed)
-        sums, first = np.zeros((2, 2)), None
+        sums = np.zeros((2, 2))
+        first: tuple[Any, ...] = ()
         for i, batch in enumerate(batches):
             x, t, told = asked(batch, jax.random.fold_in(jax.random.key(seed), i))
             first = first or (x, t, told)

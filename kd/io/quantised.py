@@ -34,7 +34,8 @@ def save(file: Path, tree: PyTree) -> int:
     Raises:
       UserError: as of `kd.io.safetensors.save`.
     """
-    arrays, kinds = {}, {}
+    arrays: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=quantise.is_packed)[0]
     for path, x in leaves:
         name = path_name(path)

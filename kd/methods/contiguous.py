@@ -46,7 +46,7 @@ def residual_probe(x: jax.Array, y: jax.Array, ridge: float = 1e-6) -> tuple[jax
 
 def probes(states: jax.Array, ridge: float = 1e-6) -> tuple[jax.Array, jax.Array]:
     """([blocks, D, D], [blocks, D]): a probe for each block, of the input that it has."""
-    return jax.lax.map(lambda pair: residual_probe(*pair, ridge), (states[:-1], states[1:]))
+    return jax.lax.map(lambda xy: residual_probe(xy[0], xy[1], ridge), (states[:-1], states[1:]))
 
 
 def cka_deltas(

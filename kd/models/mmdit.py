@@ -205,7 +205,8 @@ class MMDiT(nn.Module):
             return Layout(dict.fromkeys(('norm', 'attn', 'proj_mlp', 'proj_out'), 'block'), {})
         own = self._kind(name)[2]
         modules = dict(attn='attention', attn2='attention')
-        norm, norm_context = ('attention',) * 3, ('attention',) * (2 if own['last'] else 3)
+        norm: tuple[str, ...] = ('attention',) * 3
+        norm_context: tuple[str, ...] = ('attention',) * (2 if own['last'] else 3)
         for branch, layer in (('mlp', 'ff'), ('context_mlp', 'ff_context')):
             linear = branch in own['linear']
             modules[f'{layer}_linear' if linear else layer] = branch
@@ -219,7 +220,7 @@ class MMDiT(nn.Module):
     def block_of(self, name: str) -> Any:
         """One block, by itself."""
         kind, settings, own = self._kind(name)
-        return kind(*settings, **own, parent=None)  # type: ignore[call-arg]
+        return kind(*settings, **own, parent=None)
 
     def call_block(self, apply, name, carry, context, *, gates, train):
         """(tokens, text), or in blocks over both as one, the text before the tokens."""

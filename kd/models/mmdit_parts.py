@@ -98,7 +98,7 @@ class Block(nn.Module):
         if self.last:
             # Of two, the scale comes first.
             found = Modulation(2, size, dtype, name='norm1_context')(condition) if attends else []
-            at_text, ff_text = found[::-1], []
+            at_text, ff_text = found[::-1], list[jax.Array]()
         else:
             at_text, ff_text = modulation('context_mlp', 'norm1_context')
         if attends:

@@ -286,7 +286,7 @@ def sizes(module: Any, variables: PyTree) -> dict[str, int]:
     of, found = _params_of(module), {}
     for name, branches in branches_there(module.blocks, module.dropped).items():
         layouts = (module.layout(name),) * 2
-        params = jax.eval_shape(functools.partial(of, name=name), variables)
+        params = jax.eval_shape(lambda v, block=name: of(v, block), variables)
         for branch in branches:
             rest = [other for other in branches if other != branch]
             kept = functools.partial(_kept, layouts=layouts, branches=(branches, rest))

@@ -92,7 +92,7 @@ def optimizer(
     warmup_steps: Size = 0,
     weight_decay: NonNegative = 0.0,
     clip_norm: NonNegative = 0.0,
-    scale: Sequence[tuple[str, NonNegative]] = (),
+    scale: Sequence[tuple[str, NonNegative | tuple[NonNegative, ...]]] = (),
     updates: Count = 1,
     **arguments: Any,
 ) -> optax.GradientTransformation:
@@ -109,7 +109,8 @@ def optimizer(
       clip_norm: global norm to which gradients are clipped; 0 for none.
       scale: (regular expression, factor) pairs; the first that is found in the path of a parameter
         ('block0/mlp/up/kernel') multiplies its update, at the end of all. With factor 0 a parameter
-        keeps every bit, has no state here, and does not count in the norm. See `layer_decay`.
+        keeps every bit, has no state here, and does not count in the norm. Several factors are
+        those of the layers of stacked blocks. See `layer_decay`.
       updates: how many the optimiser makes in a step; the schedule goes by steps.
       **arguments: further arguments of the optax function (`momentum`, `b1`, ...).
     """
@@ -157,7 +158,7 @@ def layer_decay(
 
 
 def scaled(
-    tx: optax.GradientTransformation, factors: Sequence[tuple[str, float]]
+    tx: optax.GradientTransformation, factors: Sequence[tuple[str, float | tuple[float, ...]]]
 ) -> optax.GradientTransformation:
     """`tx` with its updates multiplied by factors; see `scale` of `optimizer`."""
     if not factors:
@@ -167,13 +168,13 @@ def scaled(
     except (re.error, TypeError, ValueError) as error:
         raise UserError(f'scale must be (regular expression, factor) pairs: {error}') from error
 
-    def factor(path: tuple) -> float:
+    def factor(path: tuple) -> float | tuple[float, ...]:
         name = path_name(path)
         return next((factor for expression, factor in compiled if expression.search(name)), 1.0)
 
     def multiplied(updates: Any, params: Any) -> Any:
         del params
-        return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates)
+        return jax.tree_util.tree_map_with_path(lambda path, u: _times(factor(path), u), updates)
 
     tx = optax.chain(tx, optax.stateless(multiplied))
     if not all(factor for _, factor in factors):
@@ -194,6 +195,13 @@ def scaled(
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _times(factor: float | tuple[float, ...], u: jax.Array) -> jax.Array:
+    """An update, or each of those along its first axis, by its factor."""
+    if not isinstance(factor, tuple):
+        return factor * u
+    return jnp.asarray(factor, u.dtype).reshape(-1, *(1,) * (u.ndim - 1)) * u
 
 
 def _nothing(updates: Any, params: Any) -> Any:

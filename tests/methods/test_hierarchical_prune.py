@@ -114,46 +114,54 @@ def test_the_loss_by_hand(variables, batch):
     assert metrics['loss'] == pytest.approx(output + 0.5 * tokens, rel=1e-4)
 
 
-def test_what_is_before_the_first_that_is_gone_keeps_every_bit(variables, batch):
+@pytest.fixture(scope='module')
+def held(variables, batch):
+    """States at the start, after a step and after five, with weight decay."""
+    context = context_of(name='adamw', weight_decay=0.1)
+    begun, state, _ = stepped(context, variables, batch, recovery='pwp')
+    return begun, state, *stepped(context, variables, batch, steps=5, recovery='pwp')[1:2]
+
+
+def test_what_is_before_the_first_that_is_gone_keeps_every_bit(held):
     """Trap: weight decay moves what has no gradient."""
-    begun, state, _ = stepped(
-        context_of(name='adamw', weight_decay=0.1), variables, batch, steps=5, recovery='pwp'
-    )
+    begun, _, state = held
     before, after = begun.params['network'], state.params['network']
     for name in before:
         same = jax.tree.map(lambda a, b: bool(np.all(a == b)), before[name], after[name])
         stays = name in ('block0', 'block1', 'patches', 'start0', 'jump1', 'label')
         if stays or name in ('block2', 'block3', 'modulation', 'out'):
             assert all(jax.tree.leaves(same)) == stays, name
-    held = jax.tree.leaves(state.opt_state)
+    kept = jax.tree.leaves(state.opt_state)
     size = sum(x.size for name in ('block2', 'block3', 'modulation', 'out')
                for x in jax.tree.leaves(before[name]))  # fmt: skip
     # Two moments of what moves, and a counter or two.
-    assert 2 * size <= sum(x.size for x in held) <= 2 * size + 4
+    assert 2 * size <= sum(x.size for x in kept) <= 2 * size + 4
 
 
-def test_a_costly_branch_moves_less_after_adam(variables, batch, tmp_path):
+def test_a_costly_branch_moves_less_after_adam(held, variables, batch, tmp_path):
     """Trap: a factor before Adam leaves the first update as it is."""
     costs = dict.fromkeys(pruning.parts_of(BLOCKS), 9.0)
     costs |= {'block2/mlp': 0.2, 'block3/attention': 0.1}
-    pairs = hpp.factors(costs, BLOCKS, DROPPED)
+    less = WHOLE.clone(dropped=DROPPED)
+    pairs = hpp.factors(costs, less)
     wanted = {'block2/mlp0/kernel': 0.5, 'block2/modulation/bias': 0.5, 'block3/qkv/kernel': 1.0}
     for path, a in wanted.items():
         assert next(f for e, f in pairs if re.search(e, path)) == pytest.approx(a)
     # What costs fifty times the least stays as it is.
-    stays = hpp.factors(costs | {'block2/mlp': 5.1}, BLOCKS, DROPPED)
+    stays = hpp.factors(costs | {'block2/mlp': 5.1}, less)
     assert dict(stays)[r'^block2/(mlp0|mlp1)/'] == 0.0
     found.write(tmp_path, {'costs': costs})
-    context = dataclasses.replace(context_of(), locate=lambda stage: tmp_path)
+    context = context_of(name='adamw', weight_decay=0.1)
+    context = dataclasses.replace(context, locate=lambda stage: tmp_path)
     begun, scaled, _ = stepped(context, variables, batch, recovery='sgdistill', costs='map')
-    _, plain, _ = stepped(context_of(), variables, batch, recovery='pwp')
+    plain = held[1]
     for block, layer, a in (('block2', 'mlp0', 0.5), ('block3', 'qkv', 1.0)):
         first, one, other = (
             np.asarray(state.params['network'][block][layer]['kernel'])
             for state in (begun, scaled, plain)
         )
-        np.testing.assert_allclose(one - first, a * (other - first), rtol=1e-3, atol=1e-7)
-        assert np.abs(other - first).max() == pytest.approx(1e-2, rel=1e-2)
+        np.testing.assert_allclose(one - first, a * (other - first), rtol=1e-3, atol=1e-6)
+        assert np.abs(other - first).max() == pytest.approx(1e-2, rel=0.2)
     with pytest.raises(UserError, match='and a stage of costs go together'):
         hpp.hierarchical_prune(context_of(), recovery='sgdistill')
 

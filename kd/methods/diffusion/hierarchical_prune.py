@@ -97,28 +97,29 @@ def hierarchical_prune(
             f"{context.stage}.method: recovery='sgdistill' and a stage of costs go together."
         )
     sigma_data = getattr(network.module, 'sigma_data', 0.5)
-    names = tuple(branches_there(module.blocks, module.dropped)) if feature else ()
+    whole = inner_of(context.teacher.module)
+    capture, captured = (tuple(x.groups) if feature else () for x in (module, whole))
 
     def loss(params: PyTree, state: State, batch: Any, key: jax.Array) -> Objective:
         time_key, noise_key, dropout = jax.random.split(key, 3)
         data, condition = batch['input'], denoisers.conditions(network, batch)
         t = jnp.clip(draw(time_key, jnp.zeros(len(data))), path.low, path.high)
         x_t = path.mix(data, jax.random.normal(noise_key, data.shape, data.dtype), t)
-        told = teacher.apply(state.frozen['teacher'], x_t, t, condition, capture=names)
+        told = teacher.apply(state.frozen['teacher'], x_t, t, condition, capture=captured)
         said = own.apply(
             state.variables(params=params), x_t, t, condition, train=True, key=dropout,
-            capture=names,
+            capture=capture,
         )  # fmt: skip
         output = score_distillation.denoising(said.x0, told.x0, path, t, weight, sigma_data)
-        tokens = feature_loss(said.features, told.features)
+        tokens = feature_loss(tokens_of(module, said.features), tokens_of(whole, told.features))
         metrics = {'output': mean(output), 'feature': mean(tokens)} if feature else {}
         return Objective(mean(output + feature * tokens), metrics)
 
-    moving = trained(module.blocks, module.dropped, recovery)
+    moving = trained(module, recovery)
     tx = context.tx
     if recovery == 'sgdistill' and context.locate is not None:
         told = found.read(context.locate(costs))['costs']
-        scale = factors(told, module.blocks, module.dropped)
+        scale = factors(told, module)
         tx = context.optimizer(**{**context.config.optimizer, 'scale': scale})
     return minimize(
         loss, tx, started(context), micro_batches=micro_batches,
@@ -126,15 +127,29 @@ def hierarchical_prune(
     )  # fmt: skip
 
 
-def feature_loss(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> jax.Array:
+def tokens_of(module: Any, features: Mapping[str, Any]) -> dict[str, list[jax.Array]]:
+    """{block: tokens [B, N, D] after it, of every stream}, of what was captured by group."""
+    found = {}
+    for group, members in module.groups.items():
+        if group in features:
+            streams = jax.tree.leaves(features[group])
+            for place, name in enumerate(members):
+                found[name] = streams if (group,) == members else [x[place] for x in streams]
+    return found
+
+
+def feature_loss(
+    student: Mapping[str, Sequence[jax.Array]], teacher: Mapping[str, Sequence[jax.Array]]
+) -> jax.Array:
     """sum_i mean (f'_i - f_i)^2 over the blocks of the student, [B]; teacher stop-gradiented.
 
-    0 without features. `hint` is half the sum over the elements of an example.
+    Of several streams of tokens their means are added. 0 without blocks. (`hint` is half the sum
+    over the elements of an example.)
     """
     total: Any = 0.0
-    for name, x in student.items():
-        y = jax.lax.stop_gradient(teacher[name])
-        total = total + 2 * hint(x, y) / (x.size // len(x))
+    for name, streams in student.items():
+        for x, y in zip(streams, teacher[name], strict=True):
+            total = total + 2 * hint(x, jax.lax.stop_gradient(y)) / (x.size // len(x))
     return total
 
 
@@ -152,19 +167,17 @@ def started(context: Context) -> Any:
     return init
 
 
-def trained(blocks: Blocks, dropped: Sequence[str], recovery: Recovery) -> Callable[[str], bool]:
+def trained(module: Any, recovery: Recovery) -> Callable[[str], bool]:
     """Whether the leaf at a path moves: blocks from the first on of which something is gone.
 
     Embedders are before these, and the last layers after them.
     """
     if recovery == 'all':
         return lambda path: True
-    first = min((pruning.place_of(blocks, part) for part in dropped), default=len(blocks))
-    order = list(blocks)
+    late = {group for group, members in module.groups.items() if _is_late(module, members[0])}
 
     def moves(path: str) -> bool:
-        block = path.partition('/')[0]
-        return order.index(block) >= first if block in order else bool(LAST.match(path))
+        return path.partition('/')[0] in late or bool(LAST.match(path))
 
     return moves
 
@@ -173,44 +186,44 @@ def trained(blocks: Blocks, dropped: Sequence[str], recovery: Recovery) -> Calla
 LAST = re.compile(r'(modulation|out|norm_out|proj_out)/')
 
 
+def _is_late(module: Any, block: str) -> bool:
+    """Whether a block is not before the first of which something is gone."""
+    places = [pruning.place_of(module.blocks, part) for part in module.dropped]
+    return pruning.place_of(module.blocks, block) >= min(places, default=len(module.blocks))
+
+
 def factors(
-    costs: Mapping[str, float], blocks: Blocks, dropped: Sequence[str]
-) -> tuple[tuple[str, float], ...]:
+    costs: Mapping[str, float], module: Any
+) -> tuple[tuple[str, float | tuple[float, ...]], ...]:
     """(expression, a) pairs for `scale` of an optimiser, of the branches that move.
 
         a = min_j |cost_j| / |cost_i| over the branches j that move, 0 below `LEAST`
 
-    The modulation of a block, which its branches share, has the least of theirs; all else 1.
+    What the branches of a block share, its modulation, has the least of theirs; all else 1. Of
+    blocks that lie stacked a has an entry for each.
     """
-    there, moves = branches_there(blocks, dropped), trained(blocks, dropped, 'pwp')
+    there = branches_there(module.blocks, module.dropped)
+    late = {name: branches for name, branches in there.items() if _is_late(module, name)}
     shares = {
-        f'{block}/{branch}': abs(costs[f'{block}/{branch}'])
-        for block, branches in there.items()
+        (name, branch): abs(costs[f'{name}/{branch}'])
+        for name, branches in late.items()
         for branch in branches
-        if moves(f'{block}/')
     }
     least = min(shares.values(), default=1.0)
-    shares = {name: least / max(cost, 1e-30) for name, cost in shares.items()}
-    shares = {name: share if share >= LEAST else 0.0 for name, share in shares.items()}
-    pairs = []
-    for block in dict.fromkeys(name.partition('/')[0] for name in shares):
-        own = {
-            name.partition('/')[2]: a for name, a in shares.items() if name.startswith(block + '/')
-        }
-        for branch, modules in MODULES.items():
-            if branch in own:
-                pairs.append((rf'^{block}/({modules})/', own[branch]))
-        pairs.append((rf'^{block}/', min(own.values())))
+    shares = {part: least / max(cost, 1e-30) for part, cost in shares.items()}
+    shares = {part: share if share >= LEAST else 0.0 for part, share in shares.items()}
+    pairs: list[tuple[str, float | tuple[float, ...]]] = []
+    for group, members in module.groups.items():
+        if members[0] not in late:
+            continue
+        alone, modules = (group,) == members, module.layout(members[0]).modules
+        for branch in there[members[0]]:
+            named = '|'.join(name for name, of in modules.items() if of == branch)
+            own = tuple(shares[name, branch] for name in members)
+            pairs.append((rf'^{group}/({named})/', own[0] if alone else own))
+        own = tuple(min(shares[name, of] for of in there[name]) for name in members)
+        pairs.append((rf'^{group}/', own[0] if alone else own))
     return tuple(pairs)
-
-
-# Modules of the branches of `kd.models.dit`.
-MODULES = {'attention': 'qkv|q_norm|k_norm|projection', 'mlp': 'mlp0|mlp1'}
-
-
-def branch_of(module: str) -> str | None:
-    """The branch that a module of a block is of, None for what branches share."""
-    return next((b for b, names in MODULES.items() if module in names.split('|')), None)
 
 
 def score(

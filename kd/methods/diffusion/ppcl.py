@@ -139,8 +139,8 @@ def width(
             return made
         source = context.source('train')
         batch = source.fetch(np.arange(min(examples, len(source))))
-        batch = {name: jnp.asarray(x) for name, x in batch.items() if name in context.spec}
-        return least_squares(context, points, made, frozen['teacher'], batch, key, ridge, law)
+        fields = {name: jnp.asarray(x) for name, x in batch.items() if name in context.spec}
+        return least_squares(context, points, made, frozen['teacher'], fields, key, ridge, law)
 
     maps = '|'.join(inner.maps)
     return _minimized(
@@ -350,7 +350,7 @@ def detect(
 
         def of(u: int) -> list[float]:
             most = min(longest, len(net.names) - u) - 1
-            deltas[u] = contiguous.cka_deltas(fitted, states, u, most).tolist()
+            deltas[u] = contiguous.cka_deltas(fitted, jnp.asarray(states), u, most).tolist()
             return deltas[u]
 
         runs = contiguous.contiguous_runs(of, len(net.names), longest)

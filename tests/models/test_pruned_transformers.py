@@ -1,0 +1,67 @@
+"""A transformer of text and tokens with something less: its stacked blocks in HierarchicalPrune."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import latent_cases
+import numpy as np
+import pytest
+
+from kd.claims import seeds
+from kd.io import found
+from kd.losses import schedule
+from kd.methods import pruning
+from kd.methods.diffusion import hierarchical_prune as hpp
+from kd.models.denoiser import Denoised
+from kd.network import from_linen
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
+
+def test_stacked_blocks_of_text_and_tokens_have_factors_and_features_of_their_own(tmp_path):
+    module, told = latent_cases.module_of('flux'), latent_cases.INPUTS['flux'][1]
+    spec = {name: jax.ShapeDtypeStruct(x.shape[1:], jnp.float32) for name, x in told.items()}
+    spec['input'] = jax.ShapeDtypeStruct(latent_cases.X.shape[1:], jnp.float32)
+    teacher, student = (
+        from_linen(made, *made.example_inputs(spec))
+        for made in (
+            Denoised(module.clone(dropped=dropped), schedule.flow(), kind='flow')
+            for dropped in ((), ('transformer_blocks_0/mlp',))
+        )
+    )
+    costs = dict.fromkeys(pruning.parts_of(module.blocks), 0.8)
+    costs |= {'single_transformer_blocks_0/block': 0.4, 'single_transformer_blocks_1/block': 0.2}
+    found.write(tmp_path, {'costs': costs})
+    steps = {}
+    variables, batch = latent_cases.variables_of('flux'), {'input': latent_cases.X, **told}
+    for recovery, of in (('pwp', ''), ('sgdistill', 'map')):
+        context = seeds.context(
+            network=student, teacher=teacher, spec=spec, steps=1,
+            optimizer=dict(name='sgd', lr=1e-2),
+        )  # fmt: skip
+        context = dataclasses.replace(context, locate=lambda stage: tmp_path)
+        method = hpp.hierarchical_prune(context, recovery=recovery, costs=of)
+        begun = jax.jit(method.init)(jax.random.key(0), {'teacher': variables})
+        after, metrics = jax.jit(method.step)(begun, batch)
+        steps[recovery] = jax.tree.map(
+            lambda a, b: a - b, after.params['network'], begun.params['network']
+        )
+    moved, scaled = steps.values()
+    single = 'single_transformer_blocks'
+    for path, a in (((single, 'proj_mlp', 'kernel'), (0.5, 1.0)),
+                    (('transformer_blocks', 'ff_context', 'net_2', 'kernel'), (0.25,))):  # fmt: skip
+        x, y = scaled, moved
+        for name in path:
+            x, y = x[name], y[name]
+        np.testing.assert_allclose(x, np.reshape(a, (-1, 1, 1)) * y, rtol=1e-3, atol=1e-7)
+        assert np.abs(y).max() > 0
+    assert np.abs(moved['context_embedder']['kernel']).max() == 0
+    # Two streams after the first block, one after each of the others.
+    assert float(metrics['feature'].total) > 0
+    features = {'transformer_blocks': ((jnp.ones((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4))), None),
+                single: (jnp.stack([jnp.ones((2, 8, 4)), jnp.zeros((2, 8, 4))]), None)}  # fmt: skip
+    tokens = hpp.tokens_of(module, features)
+    assert list(tokens) == list(module.blocks)
+    assert [len(streams) for streams in tokens.values()] == [2, 1, 1]
+    assert float(tokens[f'{single}_1'][0].max()) == 0.0
