@@ -49,8 +49,11 @@ def test_stacked_blocks_of_text_and_tokens_have_factors_and_features_of_their_ow
         )
     moved, scaled = steps.values()
     single = 'single_transformer_blocks'
-    for path, a in (((single, 'proj_mlp', 'kernel'), (0.5, 1.0)),
-                    (('transformer_blocks', 'ff_context', 'net_2', 'kernel'), (0.25,))):  # fmt: skip
+    wanted = {
+        (single, 'proj_mlp', 'kernel'): (0.5, 1.0),
+        ('transformer_blocks', 'ff_context', 'net_2', 'kernel'): (0.25,),
+    }
+    for path, a in wanted.items():
         x, y = scaled, moved
         for name in path:
             x, y = x[name], y[name]
