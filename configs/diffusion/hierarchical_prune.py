@@ -88,7 +88,7 @@ def cpu():
         evaluators={
             'samples': measured,
             'pruned': dict(
-                name='kd.evaluators.pruned.pruned', costs='sensitivity', split='test', **asked
+                name='kd.evaluators.pruned.pruned', costs='sensitivity', split='validation', **asked
             ),
         },
         steps=300,

@@ -87,7 +87,7 @@ def cpu():
             evaluators={
                 'samples': measured,
                 'pruned': dict(
-                    name='kd.evaluators.pruned.pruned', split='test', weight='edm', law=law
+                    name='kd.evaluators.pruned.pruned', split='validation', weight='edm', law=law
                 ),
             },
             steps=300,
