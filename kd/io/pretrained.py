@@ -29,6 +29,7 @@ from kd.io import (
     gguf,
     gguf_decoders,
     hf_decoders,
+    mae_names,
     torch_weights,
 )
 from kd.io.decoder_names import Names
@@ -39,6 +40,7 @@ from kd.models.decoder import Decoder
 from kd.models.denoiser import Denoised
 from kd.models.edm import DhariwalUNet, SongUNet
 from kd.models.latent_dit import LatentDiT
+from kd.models.masked_autoencoder import Encoder
 from kd.models.mmdit import MMDiT
 from kd.models.unet_conditional import UNetConditional
 from kd.models.wan import Wan
@@ -112,6 +114,9 @@ FAMILIES: dict[str, dict[str, Family]] = {
         **{name: _decoder(names, _hf) for name, names in decoder_names.HF.items()},
         'clip_vision_model': _CLIP,
         'clip': _CLIP,
+        'vit_mae': Family(
+            Encoder, mae_names.arguments, mae_names.find, ('heads', 'pixel_mean', 'pixel_std')
+        ),
         'SongUNet': Family(
             SongUNet,
             diffusion_names.edm,

@@ -9,6 +9,7 @@ each part by name where the method has several. Write your own, or use
     pick('encoder')                                    the encoder of an autoencoder
     copy_blocks({'block0': 'block1', ...}, keep='.')   blocks of a deeper network, the rest anew
     to_parts(generator=whole, fake=whole)              one tree into several parts
+    all_but('^head')                                   all but a head of other classes
 """
 
 from __future__ import annotations
@@ -144,6 +145,34 @@ def copy_blocks(paths: Mapping[str, str], *, keep: str = '', drop: str = '') -> 
 def pick(path: str, *, keep: str = '', drop: str = '') -> Transform:
     """A subtree of the reference as the whole network; `keep` and `drop` as of `copy_blocks`."""
     return copy_blocks({'': path}, keep=keep, drop=drop)
+
+
+def all_but(fresh: str) -> Transform:
+    """The reference, but for leaves whose path is matched by `fresh`, which begin anew.
+
+    What the reference has there goes nowhere, whether or not the own network has such leaves. The
+    transform raises `UserError` for any other leaf of the reference that the own network lacks, and
+    the other way round.
+    """
+
+    def transform(reference: PyTree, own: PyTree) -> PyTree:
+        theirs = _leaves(reference)
+
+        def leaf(path: tuple, x: Any) -> Any:
+            name = path_name(path)
+            if _matches(fresh, name.partition('/')[2]):
+                return x
+            if name not in theirs:
+                raise UserError(f"Of the own '{name}' the reference has nothing.")
+            return theirs[name]
+
+        made = jax.tree_util.tree_map_with_path(leaf, own)
+        for name in sorted(set(theirs) - set(_leaves(own))):
+            if not _matches(fresh, name.partition('/')[2]):
+                raise UserError(f"'{name}' of the reference goes nowhere.")
+        return made
+
+    return transform
 
 
 def to_parts(**transforms: Transform) -> Transform:

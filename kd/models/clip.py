@@ -161,7 +161,7 @@ class ClipVision(Tower, nn.Module):
                 f'ClipVision takes images of {self.image} x {self.image} pixels, got shape '
                 f'{images.shape}.'
             )
-        x = ((images + 1) / 2 - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
+        x = layers.standardised(images, self.pixel_mean, self.pixel_std)
         x = nn.Conv(
             self.width, (self.patch, self.patch), strides=self.patch, padding='VALID',
             use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name='patch_embed',

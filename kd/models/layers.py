@@ -74,6 +74,22 @@ def conv_norm(
     return norm('batch', train=train, dtype=dtype, name=f'{name}_norm')(x)
 
 
+def standardised(
+    images: jax.Array, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
+) -> jax.Array:
+    """Images [..., C] in [-1, 1] with the pixels that a released network was trained on.
+
+        ((images + 1) / 2 - mean) / std
+
+    Args:
+      images: as above; untouched for means and deviations of 1/2, which is what they already have.
+      mean, std: of pixels in [0, 1], a number for each channel or one for all.
+    """
+    if tuple(mean) == tuple(std) == (0.5,):
+        return images
+    return ((images + 1) / 2 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum pooling of stride 2, padded by 1 on every side, as in PyTorch."""
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))

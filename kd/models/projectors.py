@@ -7,6 +7,8 @@ that of the teacher's features. `kd.methods.vision.feature_kd` resizes positions
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,15 +24,19 @@ class Linear(nn.Module):
     Attributes:
       width: channels that leave.
       bias: whether there is one.
+      initial: of the kernel, 'lecun' (normal) or 'xavier' (uniform).
     """
 
     width: Count
     bias: bool = True
+    initial: Literal['lecun', 'xavier'] = 'lecun'
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         del train
-        return nn.Dense(self.width, use_bias=self.bias, name='linear')(x)
+        initial = {'lecun': nn.initializers.lecun_normal, 'xavier': nn.initializers.xavier_uniform}
+        kernel = initial[self.initial]()
+        return nn.Dense(self.width, use_bias=self.bias, kernel_init=kernel, name='linear')(x)
 
 
 class ConvNorm(nn.Module):

@@ -113,6 +113,17 @@ def test_weights_of_another_type_take_the_stages_own(context):
     same(state.variables(), REFERENCE)
 
 
+def test_a_head_begins_anew_whatever_its_shape(context):
+    """What is matched comes from neither side's place in the other; all else is the reference."""
+    reference = variables(block0=block(5.0), block1=block(6.0), head=block(8.0, 3), norm=block(9.0))
+    own = {**OWN, 'params': {**OWN['params'], 'places': block(0.3)}}
+    state, after = begun(context, own, reference, start.all_but('^(head|norm|places)'))
+    found = state.variables()['params']
+    same(found, {**own['params'], 'block0': block(5.0), 'block1': block(6.0)})
+    same(state.variables()['stats'], reference['stats'])
+    assert float(after.params['network']['places']['bias'][0]) != pytest.approx(0.3)
+
+
 ALL = start.copy_blocks({'': ''})
 BUT_ONE = start.copy_blocks({'': ''}, drop='block2')
 
@@ -124,6 +135,8 @@ BUT_ONE = start.copy_blocks({'': ''}, drop='block2')
         (DEEP, BUT_ONE, r"'params/head/bias' is \(3,\) .* and \(2,\)"),
         (DEEP, ALL, "'params/block2/.*' of the reference goes nowhere"),
         (DEEP, start.copy_blocks({'block0': 'block0'}), "'params/block1/bias' the reference has"),
+        (DEEP, start.all_but('^head'), "'params/block2/.*' of the reference goes nowhere"),
+        (AUTOENCODER, start.all_but('^head'), "the own 'params/block0/bias' the reference has"),
         (REFERENCE, start.pick('encoder'), "'params/block0/bias' the reference has nothing"),
         (REFERENCE, lambda reference, own: {'params': {}}, "'params/block0/bias' is nothing in"),
     ],

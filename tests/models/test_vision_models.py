@@ -64,6 +64,7 @@ NETWORKS = {
     'WideResNet': WideResNet(10, 4, widen=2),
     'ViT': ViT(4, 12, 2, 3, 4),
     'ViT-cls': ViT(2, 12, 2, 3, 4, pool='cls'),
+    'ViT-patches': ViT(2, 12, 2, 3, 4, pool='patches', places='grid', drop_path=0.5),
 }
 
 
@@ -104,6 +105,9 @@ def jitted(name, train=False):
 
 def float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+VIT_HEADS = 3
 
 
 def dense(p, x):
@@ -184,21 +188,23 @@ def numpy_vit(p, s, x, *, pool):
     n, h, w, c = x.shape
     x = x.reshape(n, h // side, side, w // side, side, c).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(n, -1, side * side * c) @ kernel.reshape(-1, width) + p['patch_embed']['bias']
-    if pool == 'cls':
+    if pool != 'gap':
         x = np.concatenate([np.broadcast_to(p['cls'], (n, 1, width)), x], axis=1)
     x = x + p['positions']
     for name in ('block0', 'block1'):
         q, a = p[name], p[name]['attention']
         y = standardise(q['norm1'], x, -1, 1e-6)
         query, key, value = (
-            np.einsum('ntw,whd->nhtd', y, a[role]['kernel']) + a[role]['bias'][:, None]
+            np.stack(np.split(dense(a[role], y), VIT_HEADS, axis=-1), axis=1)
             for role in ('query', 'key', 'value')
         )
         scores = np.einsum('nhtd,nhsd->nhts', query, key) / np.sqrt(query.shape[-1])
-        mixed = np.einsum('nhts,nhsd->nthd', special.softmax(scores, axis=-1), value)
-        x = x + np.einsum('nthd,hdw->ntw', mixed, a['out']['kernel']) + a['out']['bias']
+        mixed = special.softmax(scores, axis=-1) @ value
+        x = x + dense(a['out'], np.concatenate(mixed.swapaxes(0, 1), axis=-1))
         y = standardise(q['norm2'], x, -1, 1e-6)
         x = x + dense(q['mlp']['down'], gelu(dense(q['mlp']['up'], y)))
+    if pool == 'patches':
+        return dense(p['head'], standardise(p['encoder_norm'], x[:, 1:].mean(axis=1), -1, 1e-6))
     x = standardise(p['encoder_norm'], x, -1, 1e-6)
     return dense(p['head'], x.mean(axis=1) if pool == 'gap' else x[:, 0])
 
@@ -210,6 +216,7 @@ NUMPY = {
     'WideResNet': numpy_wide_resnet,
     'ViT': functools.partial(numpy_vit, pool='gap'),
     'ViT-cls': functools.partial(numpy_vit, pool='cls'),
+    'ViT-patches': functools.partial(numpy_vit, pool='patches'),
 }
 
 
@@ -328,6 +335,54 @@ def test_mirrored_kernels_see_mirrored_images_alike(name, last, side):
     flipped = x[:, :, ::-1]
     np.testing.assert_allclose(features(mirrored, flipped)[:, :, ::-1], plain, atol=1e-4)
     assert jnp.abs(features(variables, flipped)[:, :, ::-1] - plain).max() > 0.05
+
+
+def test_a_path_that_is_dropped_leaves_an_example_as_it_was():
+    """In training the first block of two is whole, and each branch of the second a coin."""
+    network = NETWORKS['ViT-patches'].copy(drop_path=0.5, depth=2)
+    variables = randomised('ViT-patches')
+
+    @jax.jit
+    def blocks(variables, key):
+        _, state = network.apply(
+            variables, X[:1].repeat(40, 0), train=True, rngs={'dropout': key},
+            capture_intermediates=lambda m, _: '/'.join(m.path) in BRANCHES,
+        )  # fmt: skip
+        found = state['intermediates']
+        return [
+            found['block0']['__call__'][0], found['block1']['__call__'][0],
+            *(found['block1'][name]['__call__'][0] for name in ('attention', 'mlp')),
+        ]  # fmt: skip
+
+    first, second, attention, mlp = map(np.asarray, blocks(variables, jax.random.key(0)))
+    assert np.abs(first - first[:1]).max() == 0
+    kinds = set()
+    for example in range(40):
+        left = second[example] - first[example]
+        which = [
+            (a, m)
+            for a in (0, 2)
+            for m in (0, 2)
+            if np.allclose(left, a * attention[example] + m * mlp[example], atol=1e-4)
+        ]
+        assert len(which) == 1
+        kinds |= set(which)
+    assert kinds == {(0, 0), (0, 2), (2, 0), (2, 2)}
+
+
+BRANCHES = ('block0', 'block1', 'block1/attention', 'block1/mlp')
+
+
+def test_fixed_places_are_those_that_a_grid_starts_from():
+    network = NETWORKS['ViT-patches']
+    variables = jax.jit(network.init)(jax.random.key(0), X)
+    table = variables['params'].pop('positions')
+    np.testing.assert_array_equal(table[0, 0], 0.0)
+    # Column 2 of row 0: sin 2, sin .0928..., then cosines; rows sin 0, cos 0.
+    np.testing.assert_allclose(table[0, 3, [0, 6, 9]], [0.9092974, 0.0, 1.0], atol=1e-6)
+    fixed = jax.jit(network.copy(places='fixed').apply)(variables, X)
+    variables['params']['positions'] = table
+    np.testing.assert_allclose(fixed, jax.jit(network.apply)(variables, X), atol=1e-6)
 
 
 def test_vit_sees_the_order_of_patches_only_by_its_positions():

@@ -45,6 +45,7 @@ ANONYMOUS = {
     *('hierarchical_prune', 'ppcl'),
     'imdn',
     'crd',
+    'dmae',
 }
 
 ENTRY = """

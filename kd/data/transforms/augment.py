@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from kd import errors
-from kd.data.transforms import warp
+from kd.data.transforms import mixing, warp
+from kd.data.transforms.rand_augment import rand_augment
 from kd.data.transforms.siamese import siamese
-from kd.io.cache import PREFIX
-from kd.losses import numerics
 
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], Batch]
@@ -91,6 +90,7 @@ def random_resized_crop(
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
     *,
     shared: bool = False,
+    method: str = 'bilinear',
 ) -> jax.Array:
     """Cuts a rectangle of random area and aspect from each image and resizes it to the image.
 
@@ -104,9 +104,10 @@ def random_resized_crop(
       area: bounds of the share of the image's area, in (0, 1].
       aspect: bounds of width over height, above 0.
       shared: the same rectangle for all images.
+      method: of `kd.data.transforms.warp.resize`, 'bilinear' or 'bicubic'.
 
     Returns:
-      [B, H, W, C]; linear in `images`, see `kd.data.transforms.warp.resize`.
+      [B, H, W, C]; linear in `images`, where the cubic may leave [-1, 1].
 
     Raises:
       ValueError: if `images` is not [B, H, W, C], or on bounds that are none.
@@ -114,15 +115,9 @@ def random_resized_crop(
     Source: Szegedy et al. 2014, arXiv 1409.4842, in the form of torchvision.
     """
     warp.check_images(images)
-    for name, (low, high), top in (('area', area, 1.0), ('aspect', aspect, math.inf)):
-        if not 0 < low <= high <= top:
-            raise ValueError(
-                f'resized_crop: the bounds of {name} are 0 < low <= high'
-                f'{" <= 1" if name == "area" else ""}, got {(low, high)}.'
-            )
     count, height, width, _ = images.shape
-    corners, sizes = _rectangles(key, 1 if shared else count, (height, width), area, aspect)
-    return warp.resize(images, corners, sizes)
+    corners, sizes = rectangles(key, 1 if shared else count, (height, width), area, aspect)
+    return warp.resize(images, corners, sizes, method=method)
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int, *, fill: float = 0.0) -> jax.Array:
@@ -151,67 +146,39 @@ def cutout(key: jax.Array, images: jax.Array, size: int, *, fill: float = 0.0) -
     return warp.erase(images, (size, size), centres - size // 2, fill)
 
 
-def mixup(
+def random_erasing(
     key: jax.Array,
-    batch: Batch,
-    alpha: float,
+    images: jax.Array,
+    probability: float = 0.25,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
     *,
-    num_classes: int | None = None,
-    shared: bool = False,
-) -> Batch:
-    """Mixes every example with another one of the batch, and their labels with them.
-
-        x'_i = lambda_i x_i + (1 - lambda_i) x_p(i),   lambda ~ Beta(alpha, alpha)
-
-    with `p` a random permutation. All floating entries of the batch are mixed with the same
-    lambda: images, soft labels, and logits that are labels (which are mixed as logits, not as
-    probabilities). An int `label` is made one-hot first. Other integer and boolean entries stay
-    those of example i.
+    deviation: float = 0.5,
+) -> jax.Array:
+    """Overwrites a rectangle of an image with noise, for a share of the images.
 
     Args:
       key: typed random key.
-      batch: arrays with leading axis B; `label` is int [B] or float [B, num_classes].
-      alpha: both parameters of the Beta distribution, above 0; small values mix little.
-      num_classes: needed for int labels.
-      shared: one lambda for the whole batch (as in the paper's code) instead of one per example.
-
-    Returns:
-      A new batch with `label` float32 [B, num_classes].
+      images: float [B, H, W, C].
+      probability: of an image to lose a rectangle, in [0, 1].
+      area, aspect: bounds as of `random_resized_crop`.
+      deviation: of the normal noise around 0, anew for every pixel; natural images in [-1, 1] have
+        about 1/2.
 
     Raises:
-      ValueError: if alpha is not above 0, labels are int and `num_classes` is missing, or the
-        batch has what cannot be mixed: integer inputs, or fields that belong to one input.
+      ValueError: as `random_resized_crop`, or a probability that is none.
 
-    Source: Zhang et al. 2017, arXiv 1710.09412.
+    Source: Zhong et al. 2017, arXiv 1708.04896.
     """
-    if not alpha > 0:
-        raise ValueError(f'mixup: alpha must be above 0, got {alpha}; leave mixup out for none.')
-    _check_alone(batch)
-    if not jnp.issubdtype(batch['input'].dtype, jnp.floating):
-        raise ValueError(f'mixup: inputs of type {batch["input"].dtype} cannot be mixed.')
-    weight_key, partner_key = jax.random.split(key)
-    batch = dict(batch)
-    if 'label' in batch:
-        batch['label'] = soft_labels(batch['label'], num_classes)
-    count = batch['input'].shape[0]
-    weights = jax.random.beta(weight_key, alpha, alpha, (1,) if shared else (count,))
-    partners = jax.random.permutation(partner_key, count)
-    return {name: _mix(values, weights, partners) for name, values in batch.items()}
-
-
-def soft_labels(labels: jax.Array, num_classes: int | None) -> jax.Array:
-    """Returns float32 [B, C] labels: int [B] labels one-hot, floating [B, C] labels as they are.
-
-    A label that is none of 0 .. C - 1 becomes NaN.
-
-    Raises:
-      ValueError: if the labels are int and `num_classes` is None.
-    """
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        return labels
-    if num_classes is None:
-        raise ValueError('Integer labels need num_classes to become soft labels.')
-    return numerics.one_hot(labels, num_classes)
+    warp.check_images(images)
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f'The probability of an erasure lies in [0, 1], got {probability}.')
+    coin_key, place_key, noise_key = jax.random.split(key, 3)
+    count, height, width, _ = images.shape
+    corners, sizes = rectangles(place_key, count, (height, width), area, aspect)
+    noise = deviation * jax.random.normal(noise_key, images.shape, images.dtype)
+    erased = jax.random.bernoulli(coin_key, probability, (count, 1, 1, 1))
+    return jnp.where(erased, warp.erase(images, sizes, corners, noise), images)
 
 
 def compose(transforms: Sequence[Any], num_classes: int | None = None) -> Transform:
@@ -234,7 +201,7 @@ def compose(transforms: Sequence[Any], num_classes: int | None = None) -> Transf
 
     def transform(key: jax.Array, batch: Batch) -> Batch:
         if bound:
-            _check_alone(batch)
+            mixing.check_alone(batch)
         for index, function in enumerate(bound):
             batch = function(jax.random.fold_in(key, index), batch)
         return batch
@@ -252,16 +219,6 @@ def augment(
 def names() -> tuple[str, ...]:
     """Names that a config may use."""
     return tuple(sorted([*_OF_IMAGES, *_OF_BATCHES]))
-
-
-def _check_alone(batch: Batch) -> None:
-    bound = sorted(name for name in batch if name.startswith(PREFIX) or name == 'noise')
-    if bound:
-        raise errors.UserError(
-            f'inputs of a batch that brings {", ".join(bound)} cannot be augmented, for these '
-            "belong to the inputs as they are: leave out the method's augmentation, or the source "
-            'of the data that brings them.'
-        )
 
 
 def _bind(entry: Any, num_classes: int | None) -> Transform:
@@ -290,14 +247,23 @@ def _on_batch(function, arguments, options, num_classes, key: jax.Array, batch: 
     return function(key, batch, *arguments, num_classes=num_classes, **options)
 
 
-def _rectangles(
+def rectangles(
     key: jax.Array,
     count: int,
     space: tuple[int, int],
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[jax.Array, jax.Array]:
-    """Corners and sizes, int [count, 2] each, for `random_resized_crop`."""
+    """Corners and sizes, int [count, 2] each, of rectangles that lie in a space.
+
+    See `random_resized_crop`.
+    """
+    for name, (low, high), top in (('area', area, 1.0), ('aspect', aspect, math.inf)):
+        if not 0 < low <= high <= top:
+            raise ValueError(
+                f'the bounds of {name} are 0 < low <= high'
+                f'{" <= 1" if name == "area" else ""}, got {(low, high)}.'
+            )
     area_key, aspect_key, corner_key = jax.random.split(key, 3)
     height, width = space
     areas = (
@@ -320,18 +286,17 @@ def _rectangles(
     return jnp.where(found, corners, room // 2), sizes
 
 
-def _mix(values: jax.Array, weights: jax.Array, partners: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        return values
-    weights = weights.astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
-    return weights * values + (1 - weights) * values[partners]
-
-
 _OF_IMAGES: dict[str, Callable[..., Any]] = {
     'flip': random_flip,
     'crop': random_crop,
     'resized_crop': random_resized_crop,
     'cutout': cutout,
+    'random_erasing': random_erasing,
+    'rand_augment': rand_augment,
     'siamese': siamese,
 }
-_OF_BATCHES: dict[str, Callable[..., Any]] = {'mixup': mixup}
+_OF_BATCHES: dict[str, Callable[..., Any]] = {
+    'mixup': mixing.mixup,
+    'cutmix': mixing.cutmix,
+    'mixup_or_cutmix': mixing.mixup_or_cutmix,
+}

@@ -8,6 +8,7 @@ from kd.context import Context
 from kd.data.transforms import augment
 from kd.losses import classification
 from kd.method import Method, Objective, minimize
+from kd.methods import start
 from kd.metrics import mean
 from kd.ranges import Count, Fraction
 
@@ -16,6 +17,7 @@ def supervised(
     context: Context,
     *,
     label_smoothing: Fraction = 0.0,
+    fresh: str = '',
     augmentation: tuple = (),
     micro_batches: Count = 1,
 ) -> Method:
@@ -24,8 +26,11 @@ def supervised(
         loss(x, y) = -sum_k q_k log softmax(f(x))_k,   q = (1 - eps) onehot(y) + eps / K
 
     Args:
-      context: the stage; needs a network, an optimiser and labelled data.
+      context: the stage; needs a network, an optimiser and labelled data. The network begins as
+        `references.start`, if there is one.
       label_smoothing: eps.
+      fresh: regular expression of the parameters that begin anew all the same: '^head' for a head
+        of other classes; '' for none.
       augmentation: for `kd.data.transforms.augment.augment`.
       micro_batches: parts over which gradients are accumulated.
     """
@@ -43,4 +48,6 @@ def supervised(
         correct = output.logits.argmax(-1) == labels
         return Objective(mean(losses), {'accuracy': mean(correct)}, output.mutables)
 
-    return minimize(loss, context.tx, network.init, micro_batches=micro_batches)
+    transform = start.all_but(fresh) if fresh else None
+    init = start.from_reference(network.init, context, transform=transform)
+    return minimize(loss, context.tx, init, micro_batches=micro_batches)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kd import errors
-from kd.data.transforms import augment, warp
+from kd.data.transforms import augment, mixing, warp
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -182,7 +182,7 @@ def test_mixup_uses_one_weight_for_image_label_and_logits(key, images, shared):
     logits = np.random.default_rng(1).normal(size=(SHAPE[0], 3)).astype(np.float32)
     batch = {'input': images, 'label': labels, 'logits': logits}
     batch['index'] = np.arange(SHAPE[0])
-    mix = functools.partial(augment.mixup, alpha=0.7, num_classes=3, shared=shared)
+    mix = functools.partial(mixing.mixup, alpha=0.7, num_classes=3, shared=shared)
     mixed = jax.device_get(jax.jit(mix)(key, batch))
     # Recovers weight and partner of each example from the logits and predicts the rest.
     weights = []
@@ -212,7 +212,7 @@ def test_mixup_with_extreme_weights_returns_one_of_the_pair(images):
     # Beta(1e-3, 1e-3) lies at 0 or 1 for all practical purposes.
     labels = jnp.arange(SHAPE[0], dtype=jnp.int32)
     batch = {'input': jnp.asarray(images), 'label': labels}
-    mixed = augment.mixup(jax.random.key(3), batch, 1e-3, num_classes=SHAPE[0])
+    mixed = mixing.mixup(jax.random.key(3), batch, 1e-3, num_classes=SHAPE[0])
     certain = np.asarray(mixed['label'].max(-1)) == 1.0
     assert certain.sum() > SHAPE[0] // 2
     chosen = np.asarray(mixed['label'].argmax(-1))
@@ -223,7 +223,7 @@ def test_mixup_mixes_logits_and_not_probabilities():
     logits = jnp.asarray([[4.0, 0.0], [0.0, 1.0]])
     batch = {'input': jnp.zeros((2, 1, 1, 1)), 'logits': logits}
     for seed in range(8):  # until the permutation swaps the two
-        mixed = augment.mixup(jax.random.key(seed), batch, 1.0, shared=True)['logits']
+        mixed = mixing.mixup(jax.random.key(seed), batch, 1.0, shared=True)['logits']
         if not np.allclose(mixed, logits):
             break
     weight = (mixed[0, 0] / 4.0).item()
@@ -246,7 +246,7 @@ def test_what_belongs_to_the_inputs_as_they_are_forbids_augmentation(key, images
 
 def test_labels_that_are_no_classes_do_not_vanish_in_a_mixture(key, images):
     labels = jnp.full(SHAPE[0], -1)
-    mixed = augment.mixup(key, {'input': images, 'label': labels}, 0.4, num_classes=3)
+    mixed = mixing.mixup(key, {'input': images, 'label': labels}, 0.4, num_classes=3)
     assert np.isnan(mixed['label']).all()
 
 
@@ -258,7 +258,7 @@ def test_composition_folds_the_key_with_the_place(key, images):
     expected = augment.random_crop(keys[0], batch['input'], 1, fill=0.0)
     expected = augment.random_flip(keys[1], expected)
     by_hand = {'input': expected, 'label': batch['label']}
-    by_hand = augment.mixup(keys[2], by_hand, 0.4, num_classes=3, shared=True)
+    by_hand = mixing.mixup(keys[2], by_hand, 0.4, num_classes=3, shared=True)
     np.testing.assert_allclose(made['input'], by_hand['input'], atol=1e-6)
     assert augment.augment(key, batch, ()) == batch
 
@@ -273,15 +273,15 @@ def test_composition_folds_the_key_with_the_place(key, images):
         (lambda k, x: augment.cutout(k, x, 0), 'got 0'),
         (lambda k, x: augment.random_resized_crop(k, x, (0.0, 1.0)), r'area are 0 < low .* <= 1'),
         (lambda k, x: augment.random_resized_crop(k, x, aspect=(2, 1)), r'aspect .*got \(2, 1\)'),
-        (lambda k, x: augment.mixup(k, {'input': x}, 0.0), 'alpha must be above 0'),
+        (lambda k, x: mixing.mixup(k, {'input': x}, 0.0), 'alpha must be above 0'),
         (lambda k, x: augment.augment(k, {'input': x}, ('flpi',)), "Did you mean 'flip'"),
-        (lambda k, x: augment.mixup(k, {'input': x.astype(int)}, 1.0), 'int.* cannot be mixed'),
+        (lambda k, x: mixing.mixup(k, {'input': x.astype(int)}, 1.0), 'int.* cannot be mixed'),
         (
-            lambda k, x: augment.mixup(k, {'input': x, 'teacher_tail': x}, 1.0),
+            lambda k, x: mixing.mixup(k, {'input': x, 'teacher_tail': x}, 1.0),
             'teacher_tail cannot',
         ),
         (
-            lambda k, x: augment.mixup(k, {'input': x, 'label': jnp.zeros(64, int)}, 1.0),
+            lambda k, x: mixing.mixup(k, {'input': x, 'label': jnp.zeros(64, int)}, 1.0),
             'num_classes',
         ),
     ],

@@ -1,0 +1,27 @@
+"""The teacher of DMAE stops at its tap, on the patches that are seen."""
+
+import pytest
+
+from kd.benchmarks import dmae as benchmark
+from kd.models.masked_autoencoder import Encoder
+
+
+def test_the_command_finds_the_teacher_within_its_budget(capsys):
+    """Traced at full scale; nothing is compiled."""
+    assert benchmark.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('vit_l, 75% hidden')
+    whole, released = (float(line.split(': ')[1].split(',')[0]) for line in lines[1:])
+    # By hand: 18 of 24 blocks on 50 tokens; 24 D^2 N + 4 N^2 D operations a block, D = 1024, and a
+    # decoder of 8 blocks of D = 512 on 197.
+    block = lambda n, d: 24 * d**2 * n + 4 * n**2 * d  # noqa: E731
+    taught, decoded = 18 * block(50, 1024), 8 * block(197, 512)
+    assert whole == pytest.approx(taught / (24 * block(197, 1024) + decoded), rel=0.04)
+    assert released == pytest.approx(taught / (24 * block(50, 1024) + decoded), rel=0.05)
+
+
+def test_a_teacher_that_is_wide_for_its_decoder_gains_less_of_stopping():
+    encoder = Encoder(patch=4, width=64, depth=4, heads=2)
+    found = benchmark.measure(encoder, dict(width=16, depth=1, heads=2), side=32, ratio=0.5)
+    assert found['released'] == pytest.approx(0.75, abs=0.03)
+    assert found['whole'] < found['released']
