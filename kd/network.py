@@ -154,6 +154,17 @@ def _begin(module: nn.Module, **options: Any) -> Callable[..., Any]:
 _shared_begin = lru_cache(maxsize=64)(_begin)
 
 
+def operations(network: Network) -> float:
+    """Of a forward pass of a batch of one, by XLA's count before it optimises; loops count once."""
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+
+    def forward(variables: PyTree, *inputs: jax.Array) -> jax.Array:
+        return network.apply(variables, *inputs).logits
+
+    analysis: Any = jax.jit(forward).lower(variables, *network.inputs).cost_analysis()
+    return float(analysis['flops'])
+
+
 def parameter_count(variables: PyTree) -> int:
     """Number of trained scalars."""
     return sum(x.size for x in jax.tree.leaves(variables['params']))

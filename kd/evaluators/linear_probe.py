@@ -154,8 +154,8 @@ def linear_probe(
             x = np.asarray(pooled(variables, *network.of(batch)))
             real = np.asarray(batch.get('mask', np.ones(len(x), bool)))
             found.append((x[real], np.asarray(batch['label'])[real]))
-        x, y = zip(*found, strict=True)
-        return np.concatenate(x), np.concatenate(y)
+        features, labels = zip(*found, strict=True)
+        return np.concatenate(features), np.concatenate(labels)
 
     def run(state, batches):
         variables = state.variables(None if weights == 'final' else weights)

@@ -135,6 +135,7 @@ class ResNet(nn.Module):
       depth: 8, 14, 20, 32, 44, 56, 110, ...: 6n + 2.
       num_classes: number of logits.
       widen: factor of the stages' channels.
+      blocks: of each stage, where they are not n each; then `depth` counts for nothing.
       norm: `batch` (with collection 'batch_stats'), `group`, `instance` or `none`.
       dtype: compute type, head excepted.
 
@@ -144,6 +145,7 @@ class ResNet(nn.Module):
     depth: Count = 20
     num_classes: Count = 10
     widen: Count = 1
+    blocks: tuple[Count, Count, Count] | None = None
     norm: str = 'batch'
     dtype: Any = jnp.float32
 
@@ -159,9 +161,9 @@ class ResNet(nn.Module):
         x = layers.conv(CIFAR_WIDTHS[0], 3, dtype=self.dtype, name='stem')(x.astype(self.dtype))
         x = layers.norm(self.norm, train=train, dtype=self.dtype, name='stem_norm')(x)
         x = nn.relu(x)
-        blocks = (self.depth - 2) // 6
+        blocks = self.blocks or ((self.depth - 2) // 6,) * 3
         widths = [width * self.widen for width in CIFAR_WIDTHS]
-        x = _stages(x, BasicBlock, [blocks] * 3, widths, self.norm, self.dtype, train)
+        x = _stages(x, BasicBlock, blocks, widths, self.norm, self.dtype, train)
         return layers.classifier(x.mean(axis=(1, 2)), self.num_classes)
 
 

@@ -1,0 +1,1 @@
+"""Search over architectures on the host, in NumPy: what a score or a predictor says is its eyes."""
