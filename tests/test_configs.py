@@ -33,6 +33,7 @@ ABSENT = {
 # Files and variants that take long to trace: UNets, three or four deep networks. Others of their
 # family go the same way in a few seconds.
 LARGE = (
+    'dmae.py:vit_l_to_b',
     *('llava_mod.py:qwen2_7b_to_0_5b', 'flash_dmd.py:cifar10'),
     *('robust_active_distillation.py:cifar100', 'robust_active_distillation.py:svhn'),
     *('robust_active_distillation.py:imagenet', 'kd_aif.py:svhn_1k'),

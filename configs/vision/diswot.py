@@ -6,14 +6,15 @@
 
 | variant | data | space | teacher | hardware |
 |---|---|---|---|---|
-| cpu | digits, 200 labels | 24 residual MLPs of width 4 to 24 and 0 to 4 blocks | width 128 | 2 cores |
+| cpu | digits, 200 labels | 24 residual MLPs, see below | width 128 | 2 cores |
 | s1 (default) | CIFAR-100 | 64 ResNets of 1, 3, 5 or 7 blocks a stage | ResNet-56 | one GPU |
 
-Stages: the search, which trains nothing and leaves its table in `search/texts`; the teacher; and
-the chosen student, on labels alone and distilled, by softened outputs with the relation and channel
-losses of the paper. What the search has chosen is an argument, `width=24,depth=2` or
-`blocks=7-7-7`, as it has to be known before the run; those here are what seed 0 chose of the MLPs,
-and of the ResNets the network that the paper reports as the best on labels alone.
+MLPs of `cpu` have a width of 4 to 24 and 0 to 4 blocks. Stages: the search, which trains nothing
+and leaves its table in `search/texts`; the teacher; and the chosen student, on labels alone and
+distilled, by softened outputs with the relation and channel losses of the paper. What the search
+has chosen is an argument, `width=24,depth=2` or `blocks=7-7-7`, as it has to be known before the
+run; those here are what seed 0 chose of the MLPs, and of the ResNets the network that the paper
+reports as the best on labels alone.
 
 Published for `s1`: 72.6 on labels alone and 74.4 distilled for 7-7-7, 74.9 distilled for 5-5-7. By
 rank correlation the number of parameters tells the distilled accuracy of the 64 better than any

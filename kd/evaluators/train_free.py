@@ -75,7 +75,8 @@ def score_space(
     def run(state: Any, batches: Any) -> dict[str, Any]:
         del state, batches
         batch = source.fetch(np.arange(min(examples, len(source))))
-        reference = views(built(teacher, 'teacher'), teacher_feature or feature, batch, inits)
+        named = teacher_feature or feature
+        reference = views(built(teacher, 'teacher'), named, batch, inits, seed=1)
         known: dict[tuple, dict[str, float]] = {}
 
         def measured(choice: tuple) -> dict[str, float]:
@@ -116,9 +117,12 @@ def score_space(
 
 
 def views(
-    network: Network, feature: str, batch: Mapping[str, np.ndarray], inits: int
+    network: Network, feature: str, batch: Mapping[str, np.ndarray], inits: int, *, seed: int = 0
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """(features, gradient of the classifier) at each random start, see `kd.losses.train_free`."""
+    """(features, gradient of the classifier) at each random start, see `kd.losses.train_free`.
+
+    Layers of one name and shape start alike from one seed: teacher and students have two.
+    """
 
     @jax.jit
     def view(key: jax.Array, inputs: tuple[jax.Array, ...], labels: jax.Array):
@@ -130,7 +134,8 @@ def views(
         return output.features[feature], gradient
 
     inputs = tuple(jnp.asarray(x) for x in network.of(batch))
-    return [view(jax.random.key(i), inputs, jnp.asarray(batch['label'])) for i in range(inits)]
+    keys = jax.random.split(jax.random.key(seed), inits)
+    return [view(key, inputs, jnp.asarray(batch['label'])) for key in keys]
 
 
 @jax.jit

@@ -107,7 +107,7 @@ def masked_autoencoder(
 
 
 def autoencoder(
-    context: Context, *, mask_ratio: float, decoder: Mapping[str, Any] | None, normalise: bool
+    context: Context, *, mask_ratio: Decay, decoder: Block, normalise: bool
 ) -> Autoencoder:
     """The stage's encoder with a decoder for its images.
 

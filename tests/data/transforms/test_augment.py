@@ -294,7 +294,7 @@ def test_bad_input_is_named(key, images, call, message):
 @pytest.mark.parametrize(
     ('entry', 'message'),
     [
-        (('blur', 3), 'known: crop, cutout'),
+        (('blur', 3), 'known: crop, cutmix'),
         ('crop', "'crop': missing a required argument: 'padding'"),
         (('crop', 4, {'fil': 0.0}), "unexpected keyword argument 'fil'"),
     ],
