@@ -3,9 +3,9 @@
     python -m kd.claims diswot
 
 24 residual MLPs of width 4 to 24 and 0 to 4 blocks are students of one of width 128, on 200
-labelled digits. A repetition scores each by the mean over 8 random starts and a batch of 64, and trains it
-from 4 others, on labels and distilled. All train as one program, in the shapes of the largest:
-padded with zeros, a smaller network stays what it is (`kd.models.mlp.ResidualMLP`).
+labelled digits. A repetition scores each by the mean over 8 random starts and a batch of 64, and
+trains it from 4 others, on labels and distilled. All train as one program, in the shapes of the
+largest: padded with zeros, a smaller network stays what it is (`kd.models.mlp.ResidualMLP`).
 
 Number of parameters, operations and depth rank the same networks, and so does a score against
 features that are noise, which knows no teacher. Nothing is claimed over the number of parameters:
