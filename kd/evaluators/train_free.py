@@ -133,7 +133,7 @@ def views(
         gradient = train_free.classifier_gradient(pooled, output.logits, labels)
         return output.features[feature], gradient
 
-    inputs = tuple(jnp.asarray(x) for x in network.of(batch))
+    inputs = network.of({name: jnp.asarray(x) for name, x in batch.items()})
     keys = jax.random.split(jax.random.key(seed), inits)
     return [view(key, inputs, jnp.asarray(batch['label'])) for key in keys]
 
@@ -170,12 +170,12 @@ def _searched(
     """Scores what a search comes by; every candidate is kept where it was scored."""
 
     def draw(rng: np.random.Generator) -> tuple:
-        return tuple(values[rng.integers(len(values))] for values in choices.values())
+        return tuple(values[int(rng.integers(len(values)))] for values in choices.values())
 
     def mutate(rng: np.random.Generator, parent: tuple) -> tuple:
-        place = rng.integers(len(parent))
+        place = int(rng.integers(len(parent)))
         values = list(choices.values())[place]
-        return (*parent[:place], values[rng.integers(len(values))], *parent[place + 1 :])
+        return (*parent[:place], values[int(rng.integers(len(values)))], *parent[place + 1 :])
 
     size = min(8, population)
     evolve(
