@@ -13,6 +13,7 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 from numpy.typing import ArrayLike
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from kd.data.builders.toys import CHECKERBOARD_CORNERS, CHECKERBOARD_SIDE
@@ -28,6 +29,7 @@ __all__ = [
     'moments',
     'off_support',
     'sliced_wasserstein',
+    'wasserstein',
     'wasserstein_1d',
 ]
 
@@ -148,6 +150,23 @@ def sliced_wasserstein(
     theta = np.random.default_rng(seed).standard_normal((x.shape[1], projections))
     theta /= np.linalg.norm(theta, axis=0)
     return float(np.mean(wasserstein_1d(x @ theta, y @ theta, p=p)) ** (1 / p))
+
+
+def wasserstein(x: ArrayLike, y: ArrayLike) -> float:
+    """W_1 between empirical measures, min over plans of E |x - y|, exactly: by an assignment.
+
+    Args:
+      x: [N, ...], flattened to points; each stands for M / N of the others.
+      y: [M, ...], M a multiple of N.
+
+    Raises:
+      ValueError: sizes that do not divide.
+    """
+    x, y = _points(x), _points(y)
+    if len(y) % len(x):
+        raise ValueError(f'wasserstein: {len(y)} points are no multiple of {len(x)}.')
+    cost = np.repeat(cdist(x, y), len(y) // len(x), axis=0)
+    return float(cost[linear_sum_assignment(cost)].mean())
 
 
 def mmd(

@@ -17,7 +17,7 @@ and `convert` turns each into each; no other conversion stands anywhere in `kd`.
 | schedule | alpha, sigma | times | what the network is told |
 |---|---|---|---|
 | edm | 1, t | [.002, 80] | ln(t) / 4 |
-| discrete | sqrt(abar_t), sqrt(1 - abar_t) | 0 .. T - 1 | t |
+| discrete | sqrt(abar_t), sqrt(1 - abar_t) | 0 .. T - 1 | t, or `scale` t |
 | flow | 1 - t, t | [0, 1] | 1000 t |
 | local | 1, sqrt(1 - abar_t) | 0 .. T - 1 | t |
 | of_interpolant | c(1 - t), a(1 - t) | [0, 1] | 1 - t |
@@ -151,6 +151,7 @@ def discrete(
     end: float = 0.012,
     steps: int = 1000,
     zero_terminal: bool = False,
+    scale: float = 1.0,
 ) -> Schedule:
     """abar_t = prod_{s <= t} (1 - beta_s), at integer times 0 .. T - 1.
 
@@ -166,6 +167,7 @@ def discrete(
       steps: T.
       zero_terminal: moved and scaled so that the last alpha is 0 (arXiv:2305.08891); there eps
         says nothing, take v.
+      scale: networks are told `scale` t; for small ones 1 / T.
     """
     if kind == 'linear':
         betas = np.linspace(start, end, steps)
@@ -184,7 +186,9 @@ def discrete(
     def table(values: np.ndarray) -> Callable[[jax.Array], jax.Array]:
         return lambda t: jnp.asarray(values, _wide(t).dtype)[jnp.asarray(t, jnp.int32)]
 
-    return Schedule(kind, 0.0, steps - 1.0, steps, table(alphas), table(sigmas), lambda t: _wide(t))
+    return Schedule(
+        kind, 0.0, steps - 1.0, steps, table(alphas), table(sigmas), lambda t: scale * _wide(t)
+    )
 
 
 @functools.cache

@@ -146,8 +146,12 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = nn.Conv(self.latent, (1, 1), dtype=self.dtype)
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x [1, ...],)."""
+        """Shapes of (x [1, ...],): of data that are latents, of the images they are of."""
         x = spec['input']
+        if x.shape[-1] == self.latent:
+            factor = 2 ** (len(self.channels) - 1)
+            sides = (factor * x.shape[0], factor * x.shape[1])
+            return (jax.ShapeDtypeStruct((1, *sides, 3), x.dtype),)
         return (jax.ShapeDtypeStruct((1, *x.shape), x.dtype),)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:

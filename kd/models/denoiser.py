@@ -51,6 +51,11 @@ class Denoised(nn.Module):
         """What is trained beside F; None where F is trained itself."""
         return getattr(self.inner, 'adapter', None)
 
+    @property
+    def variance(self) -> bool:
+        """Whether F says something about variances too."""
+        return self.precondition == 'none' and getattr(self.inner, 'variance', False)
+
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
 
@@ -61,11 +66,26 @@ class Denoised(nn.Module):
         return time, jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
 
     def __call__(
-        self, t: jax.Array, x: jax.Array, *, train: bool = False, **condition: jax.Array
+        self,
+        t: jax.Array,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        variances: bool = False,
+        **condition: jax.Array,
     ) -> jax.Array:
-        """E[x0 | x_t] of times [B] and noised examples [B, ...], float32 at least."""
-        raw = self.inner(*self.asked(t, x), train=train, **condition)
-        return self.answered(raw, t, x)
+        """E[x0 | x_t] of times [B] and noised examples [B, ...], float32 at least.
+
+        With `variances` a network of such `variance` says in as many further channels where between
+        the least and the most, 0 and 1, the logarithm of the variance of a step lies.
+        """
+        asked = self.asked(t, x)
+        if not variances:
+            return self.answered(self.inner(*asked, train=train, **condition), t, x)
+        both = self.inner(*asked, train=train, variances=True, **condition)
+        raw, share = jnp.split(both, 2, axis=-1)
+        x0 = self.answered(raw, t, x)
+        return jnp.concatenate([x0, 0.5 * (share + 1).astype(x0.dtype)], axis=-1)
 
     def asked(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         """What F is given: what it is told of the noise, once or twice, and its input."""

@@ -168,6 +168,7 @@ class ResNet(nn.Module):
 
 
 IMAGENET_BLOCKS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
+    10: (BasicBlock, (1, 1, 1, 1)),
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (BottleneckBlock, (3, 4, 6, 3)),
@@ -177,7 +178,7 @@ IMAGENET_BLOCKS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
 
 
 class ImageNetResNet(nn.Module):
-    """ResNet-18, -34, -50, -101 or -152 (arXiv:1512.03385, 4.1), also for small images.
+    """ResNet-18, -34, -50, -101 or -152 (arXiv:1512.03385, 4.1), or -10, also for small images.
 
     A stem, four stages of 64, 128, 256 and 512 channels (four times as many leave the bottlenecks
     of depth 50 and above) at 1, 1/2, 1/4 and 1/8 of the resolution after the stem, global average

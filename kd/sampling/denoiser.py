@@ -27,10 +27,17 @@ NULL = 'null_'
 
 
 class Prediction(NamedTuple):
-    """`x0` [B, ...], E[x0 | x_t], float32 at least; `features` that were asked for, by name."""
+    """What a denoiser says.
+
+    Attributes:
+      x0: [B, ...], E[x0 | x_t], float32 at least.
+      features: that were asked for, by name.
+      share: [B, ...], where that was asked for: see `kd.sampling.guided.posterior`.
+    """
 
     x0: jax.Array
     features: dict[str, jax.Array]
+    share: jax.Array | None = None
 
 
 class Denoiser(NamedTuple):
@@ -39,7 +46,8 @@ class Denoiser(NamedTuple):
     Attributes:
       schedule: of the noise.
       apply: `apply(variables, x_t, t, condition, *, train=False, key=None, capture=()) ->
-        Prediction` of x_t [B, ...], t [B] and fields [B, ...] of the condition.
+        Prediction` of x_t [B, ...], t [B] and fields [B, ...] of the condition; of a network of
+        such `variance` with `variances=True` it has the `share`.
       null: the condition that is none, a row of each field; None where there is none.
       told: whether it takes the scale of its guidance, as the field `GUIDANCE` of the condition.
     """
@@ -81,10 +89,15 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
     null = None if classes is None else {'label': classes}
     if isinstance(getattr(module, 'schedule', None), Schedule):
 
-        def apply(variables, x, t, condition, *, train=False, key=None, capture=()):
+        def apply(variables, x, t, condition, *, train=False, key=None, capture=(), **how):
             own = {name: x for name, x in condition.items() if not name.startswith(NULL)}
-            said = network.apply(variables, t, x, train=train, key=key, capture=capture, **own)
-            return Prediction(said.logits, said.features)
+            said = network.apply(
+                variables, t, x, train=train, key=key, capture=capture, **own, **how
+            )
+            if not how.get('variances'):
+                return Prediction(said.logits, said.features)
+            x0, share = jnp.split(said.logits, 2, axis=-1)
+            return Prediction(x0, said.features, share)
 
         told = GUIDANCE in getattr(module, 'conditions', ())
         return Denoiser(module.schedule, apply, null, told)

@@ -354,7 +354,7 @@ def test_a_whole_mobilenet_under_jit_equals_numpy():
 @pytest.mark.parametrize(
     ('make', 'text'),
     [
-        (lambda: ImageNetResNet(20), 'depth=20 must be one of 18, 34, 50'),
+        (lambda: ImageNetResNet(20), 'depth=20 must be one of 10, 18, 34, 50'),
         (lambda: ImageNetResNet(stem='small'), "stem='small' must be one of 'imagenet', 'cifar'"),
         (lambda: MobileNetV2(stem='tiny'), "stem='tiny'"),
         (lambda: EfficientNet(stem=''), "stem=''"),

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd.data import sources
+from kd.data.context import SourceContext
 from kd.losses.flow_map import VelocityFunction
 from kd.losses.interpolant import expand_times
 from kd.losses.schedule import Schedule
+from kd.ranges import Count, Positive, Seed
 from kd.sampling.denoiser import Denoiser, Prediction
 
 
@@ -67,6 +70,44 @@ def pairs(classes: int = 4, radius: float = 0.9, apart: float = 0.45, deviation:
     tangent = np.stack([-np.sin(angle), np.cos(angle)], axis=1)
     means = np.concatenate([centre + apart * tangent, centre - apart * tangent])
     return Mixture(means, deviation, np.tile(np.arange(classes), 2))
+
+
+def quadrants(modes: int = 6, deviation: float = 0.08, seed: int = 0) -> Mixture:
+    """Four classes, one in each quadrant, of modes with random places and weights.
+
+    Places are uniform in (.2, 1.8)^2 of the quadrant, weights of a class Dirichlet(1, .., 1); all
+    is divided by the deviation of the coordinates, so that it is about 1.
+    """
+    rng = np.random.default_rng(seed)
+    signs = np.repeat(np.asarray([(1, 1), (-1, 1), (-1, -1), (1, -1)]), modes, axis=0)
+    means = signs * rng.uniform(0.2, 1.8, signs.shape)
+    weights = rng.dirichlet(np.ones(modes), 4).reshape(-1) / 4
+    size = np.sqrt(np.mean(weights @ means**2 + deviation**2))
+    return Mixture(means / size, deviation / size, np.repeat(np.arange(4), modes), weights)
+
+
+def quadrant_points(
+    context: SourceContext, *, modes: Count = 6, deviation: Positive = 0.08, seed: Seed = 0
+) -> sources.Source:
+    """Points of `quadrants` and their classes: 4,000 each of 'train', 'validation' and 'test'.
+
+    Args:
+      context: a split.
+      modes, deviation, seed: of the mixture.
+    """
+    mixture = quadrants(modes, deviation, seed)
+    names = ('train', 'validation', 'test')
+
+    def reader(name: str) -> sources.Reader:
+        points, label = mixture.draw(np.random.default_rng([seed, names.index(name)]), 4_000)
+        return sources.in_memory(
+            {'input': points.astype(np.float32), 'label': label.astype(np.int32)}
+        )
+
+    data = sources.DataSet(
+        'quadrants', dict.fromkeys(names, 4_000), reader, sources.example_spec((2,)), 4
+    )
+    return sources.Source(data, context.split)
 
 
 def exact_denoiser(mixture: Mixture, schedule: Schedule) -> Denoiser:

@@ -1,9 +1,10 @@
 """Subsets of real examples: baselines for synthetic sets, and places to start one from.
 
-Every function works on the host with NumPy and returns int64 [classes * images_per_class] indices
-into the data, ordered by class. `features` are any [n, D] description of the examples, such as flat
-pixels or a trained network's logits. Classes are 0 .. num_classes - 1, by default up to the largest
-label; each must have `images_per_class` examples, or ValueError names the one that has not.
+Every function works on the host with NumPy and, but for `clusters`, returns int64
+[classes * images_per_class] indices into the data, ordered by class. `features` are any [n, D]
+description of the examples, such as flat pixels or a trained network's logits. Classes are
+0 .. num_classes - 1, by default up to the largest label; each must have `images_per_class`
+examples, or ValueError names the one that has not.
 """
 
 from __future__ import annotations
@@ -86,26 +87,53 @@ def kmeans(
 
     Source: Liu et al. 2023, arXiv 2302.14416 (DREAM); Shen et al. 2023, arXiv 2310.10541.
     """
-    from sklearn.cluster import KMeans  # slow to import
-
     _check_finite(features)
     picked = []
     for members in _classes(labels, images_per_class, num_classes):
         points = np.asarray(features[members], np.float64)
         count = min(clusters, images_per_class)
-        fitted = KMeans(count, n_init=10, random_state=seed).fit(points)
-        sizes = np.bincount(fitted.labels_, minlength=count)
+        centres, sizes = _fitted(points, count, seed)
         shares = np.full(count, images_per_class // count)
         by_size = np.argsort(-sizes, kind='stable')
         shares[by_size[: images_per_class % count]] += 1
         free = np.ones(len(members), bool)
         for cluster in range(count):
-            distances = np.square(points - fitted.cluster_centers_[cluster]).sum(1)
+            distances = np.square(points - centres[cluster]).sum(1)
             nearest = np.argsort(np.where(free, distances, np.inf), kind='stable')
             taken = nearest[: shares[cluster]]
             free[taken] = False
             picked.append(members[taken])
     return _joined(picked)
+
+
+def clusters(features: np.ndarray, count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A few weighted points for the examples of one class: centres of K-means and their shares.
+
+        P ~ sum_j m_j delta(k_j),   m_j = c_j / sum c
+
+    With one cluster it is the mean of the class.
+
+    Args:
+      features: [n, ...], of one class.
+      count: K.
+      seed: of scikit-learn's K-means.
+
+    Returns:
+      (centroids float32 [K, ...], mass float32 [K], summing to 1).
+
+    Raises:
+      ValueError: features that are not finite, or fewer than K of them.
+
+    Source: DMGD, arXiv:2605.03877.
+    """
+    _check_finite(features)
+    if not 0 < count <= len(features):
+        raise ValueError(f'{count} clusters of {len(features)} examples: take from 1 to as many.')
+    centres, sizes = _fitted(
+        np.asarray(features, np.float64).reshape(len(features), -1), count, seed
+    )
+    centroids = centres.astype(np.float32).reshape(count, *features.shape[1:])
+    return centroids, (sizes / sizes.sum()).astype(np.float32)
 
 
 def check(labels: np.ndarray, images_per_class: int, num_classes: int | None = None) -> None:
@@ -137,6 +165,14 @@ def check_labels(labels: np.ndarray, num_classes: int | None = None) -> None:
     if low < 0 or (num_classes is not None and high >= num_classes):
         last = '' if num_classes is None else num_classes - 1
         raise ValueError(f'Labels lie in {low}..{high}; the classes are 0..{last}.')
+
+
+def _fitted(points: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Centres [K, D] of the best of ten runs of K-means on [n, D], and how many each has, [K]."""
+    from sklearn.cluster import KMeans  # slow to import
+
+    fitted = KMeans(count, n_init=10, random_state=seed).fit(points)
+    return fitted.cluster_centers_, np.bincount(fitted.labels_, minlength=count)
 
 
 def _check_finite(features: np.ndarray) -> None:
