@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import ArrayLike
 from scipy.spatial import cKDTree
 
@@ -96,9 +96,13 @@ def class_transport(
     return Probe(run)
 
 
-def picture(sets: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> Figure:
-    """Sets of points in the plane, each on the data, by class."""
-    figure = figures.new_figure(3.0 * len(sets) + 0.4, 3.2)
+def picture(
+    sets: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Any],
+    figure: Figure | SubFigure | None = None,
+) -> Figure | SubFigure:
+    """Sets of points in the plane, each on the data, by class; in a new figure if there is none."""
+    figure = figure or figures.new_figure(3.0 * len(sets) + 0.4, 3.2)
     axes = np.atleast_1d(figure.subplots(1, len(sets), sharex=True, sharey=True))
     real, known = np.asarray(data['input']), np.asarray(data['label'])
     for axis, (title, made) in zip(axes, sets.items(), strict=True):
