@@ -83,8 +83,8 @@ def get_claim(smoke: bool = False) -> Claim:
         'by optimal transport, lie nearer to their classes than those of guidance alone.',
         setting='Four classes in quadrants, each of six modes with Dirichlet weights, '
         f'{EXAMPLES:,} points for training and as many for tests; a perceptron of 3 x 128 that '
-        f'predicts the noise, 1,000 linear times, {steps:,} steps of Adam 1e-3, cosine, batches of 256, labels '
-        f'left out for a tenth; {COUNT} points of each class in 50 ancestral steps, '
+        f'predicts the noise, 1,000 linear times, {steps:,} steps of Adam 1e-3, cosine, batches of '
+        f'256, labels left out for a tenth; {COUNT} points of each class in 50 ancestral steps, '
         f'{CLUSTERS} clusters, no projection to the sphere. W1 of a class is exact, against 400 '
         f'points of the test. {runs} seeds, each with a mixture, a network and samples of its '
         "own. Windows and weights are those of the card's pilot, and not tuned.",

@@ -34,7 +34,7 @@ Diffusion: `schedule` (noise, and what networks predict), `score_distillation` (
 generator, denoising), `adversarial`.
 
 Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `mean_embedding`,
-`batch_statistics`, `sharpness`.
+`batch_statistics`, `sharpness`, `transport`.
 
 `numerics` has the softmax arithmetic that the others share, `outcomes` what divergences are made
 of, `fused` the sweep behind `sequence`.

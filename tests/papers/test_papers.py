@@ -40,6 +40,7 @@ ANONYMOUS = {
     'snoopi',
     'flash_dmd',
     'agd',
+    'dmgd',
     'distillation_dpo',
     'asd_video',
     *('hierarchical_prune', 'ppcl'),
