@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from kd import config as kd_config
+from kd.context import ReportContext
+from kd.data.builders import mixtures
+from kd.data.context import SourceContext
 from kd.data.distilled import clusters, coreset
 from kd.errors import UserError
 from kd.evaluators import class_transport
@@ -18,9 +21,12 @@ from kd.methods.dataset import dmgd
 from kd.models.denoiser import Denoised
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen, parameter_count
+from kd.parallel.mesh import make_mesh
+from kd.reports import dataset
 from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion, times
 from kd.training import loop
+from kd.training.stage import prepare
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -161,7 +167,7 @@ def shrunk(together=2):
     config = kd_config.load(f'{RECIPE}:cpu')
     with config.unlocked():
         config.mesh.update(data=1)
-        config.stages = ('teacher', 'clusters', 'random', 'plain', 'distilled')
+        config.stages = ('teacher', 'clusters', 'distilled', 'random', 'plain')
         for name in ('early', 'both'):
             del config[name]
         config.report.rows = (('random', 'random'), ('DMGD', 'distilled'))
@@ -203,9 +209,6 @@ def test_clusters_on_disk_are_those_of_the_classes(finished):
     _, workdir = finished
     with np.load(clusters.file_of(workdir / 'clusters')) as stored:
         centroids, mass, made_of = (stored[x] for x in ('centroids', 'mass', 'made_of'))
-    from kd.data.builders import mixtures
-    from kd.data.context import SourceContext
-
     source = mixtures.quadrant_points(SourceContext('train'))
     data = source.fetch(np.arange(len(source)))
     wanted = coreset.clusters(data['input'][data['label'] == 2], 3)
@@ -237,18 +240,11 @@ def test_a_set_does_not_depend_on_batches_and_every_image_is_made_once(
 
 
 def _set(config, workdir):
-    from kd.context import ReportContext
-    from kd.parallel.mesh import make_mesh
-    from kd.reports import dataset
-
     recipe = kd_config.parse(config)
     return dataset.restore(ReportContext(recipe, workdir, make_mesh({'data': 1})), 'distilled')
 
 
 def test_what_does_not_fit_is_said(finished):
-    from kd.parallel.mesh import make_mesh
-    from kd.training.stage import prepare
-
     def said(change):
         config = shrunk()
         with config.unlocked():
@@ -274,7 +270,7 @@ def test_what_does_not_fit_is_said(finished):
         lambda c: c.distilled.data.source.update(told=(1, 2))
     )
     assert 'data.source must be kd.data.distilled.clusters.classes' in said(
-        lambda c: c.distilled.update(data={})
+        lambda c: setattr(c.distilled, 'data', {})
     )
 
 

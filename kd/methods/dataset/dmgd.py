@@ -93,7 +93,7 @@ def dmgd(context: Context, *, images_per_class: Count, **settings: Any) -> Metho
     with eps^ guided, of soft labels. The state's parameters are `images` [classes * M, ...], in
     order of class, which evaluators and reports of synthetic sets read; `made`, [classes, M, ...],
     are those before they are decoded, and `count` how many there are. An image depends on the
-    recipe's seed, its class and its number, not on batches.
+    stage's key, its class and its number, not on batches.
 
     Args:
       context: the stage: a teacher, a denoiser that is told classes, data of classes
