@@ -55,7 +55,7 @@ def sinkhorn(
     log_a, log_b = _log(rows), _log(columns)
 
     def scaled(_: int, potentials: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        _, g = potentials
+        g = potentials[1]
         f = _less(log_a, numerics.log_sum_exp(log_kernel + g, axis=1))
         return f, _less(log_b, numerics.log_sum_exp(log_kernel + f[:, None], axis=0))
 

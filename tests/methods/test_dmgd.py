@@ -48,12 +48,9 @@ def network():
 NET = network()
 
 
-@pytest.fixture(scope='module')
-def variables(quick_compilation):
-    with quick_compilation():
-        made = NET.init(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), made)
+# None is 0, as the last layer is at first.
+SHAPES = jax.eval_shape(NET.init, jax.random.key(0))
+WEIGHTS = jax.tree.map(lambda x: np.float32(0.4 * RNG.standard_normal(x.shape)), SHAPES)
 
 
 def drawing(**changes):
@@ -69,7 +66,7 @@ def drawing(**changes):
 
 
 @pytest.fixture(scope='module')
-def pulled(quick_compilation):
+def pulled():
     return drawing()
 
 
@@ -82,9 +79,9 @@ MEMORY = RNG.normal(size=(ROOM, 2)).astype(np.float32)
 KEY = jax.random.key(5)
 
 
-def test_without_transport_and_soft_labels_it_is_guided_ancestral_sampling(variables, plain):
+def test_without_transport_and_soft_labels_it_is_guided_ancestral_sampling(plain):
     grid = times.sampling(PATH, SETTINGS.steps)
-    found, _ = plain(variables, MEMORY, 2, KEY)
+    found, _ = plain(WEIGHTS, MEMORY, 2, KEY)
 
     @jax.jit
     def wanted(variables):
@@ -94,32 +91,32 @@ def test_without_transport_and_soft_labels_it_is_guided_ancestral_sampling(varia
         denoise = denoiser.bind(variables, {'label': jnp.ones(1, jnp.int32)})
         return diffusion.sample(PATH, denoise, z, grid, key, step=diffusion.ddim(1.0))[0]
 
-    np.testing.assert_array_equal(found, wanted(variables))
+    np.testing.assert_array_equal(found, wanted(WEIGHTS))
 
 
-def test_soft_labels_that_are_clean_change_nothing(variables, plain):
+def test_soft_labels_that_are_clean_change_nothing(plain):
     """a = 1 at all times: the embeddings are the labels' own."""
     soft = drawing(transport=0.0, soft=(2000.0, 1999.0), noise=3.0, semantic=3.0)
-    assert np.array_equal(soft(variables, MEMORY, 2, KEY)[0], plain(variables, MEMORY, 2, KEY)[0])
+    assert np.array_equal(soft(WEIGHTS, MEMORY, 2, KEY)[0], plain(WEIGHTS, MEMORY, 2, KEY)[0])
 
 
-def test_one_program_serves_memories_of_all_sizes_and_sees_no_padding(variables, pulled):
-    found = [pulled(variables, MEMORY, n, KEY)[0] for n in range(ROOM)]
+def test_one_program_serves_memories_of_all_sizes_and_sees_no_padding(pulled):
+    found = [pulled(WEIGHTS, MEMORY, n, KEY)[0] for n in range(ROOM)]
     assert pulled._cache_size() == 1
     # Each more image that is there changes what is made.
     assert len({x.tobytes() for x in map(np.asarray, found)}) == ROOM
     for n, x in enumerate(found):
         padded = np.where(np.arange(ROOM)[:, None] < n, MEMORY, np.nan).astype(np.float32)
-        again, energy = pulled(variables, padded, n, KEY)
+        again, energy = pulled(WEIGHTS, padded, n, KEY)
         np.testing.assert_array_equal(x, again)
         points = np.concatenate([MEMORY[:n], np.asarray(x)[None]])
         wanted = transport_energy(points, CENTROIDS, MASS, sphere=False)
         assert energy == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_transport_lowers_the_energy(variables, plain, pulled):
+def test_transport_lowers_the_energy(plain, pulled):
     keys = jax.random.split(jax.random.key(9), 8)
-    before, after = ([float(f(variables, MEMORY, 0, k)[1]) for k in keys] for f in (plain, pulled))
+    before, after = ([float(f(WEIGHTS, MEMORY, 0, k)[1]) for k in keys] for f in (plain, pulled))
     assert np.mean(after) < 0.95 * np.mean(before)
 
 

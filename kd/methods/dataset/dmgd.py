@@ -70,7 +70,7 @@ class Target(NamedTuple):
       other: another class.
       centroids, mass: of the class, [K, ...] and [K].
       memory: [M, ...], images that have been made, and room for others.
-      count: int [], how many there are.
+      number: int [], how many there are.
     """
 
     told: jax.Array
@@ -78,7 +78,7 @@ class Target(NamedTuple):
     centroids: jax.Array
     mass: jax.Array
     memory: jax.Array
-    count: jax.Array
+    number: jax.Array
 
 
 def dmgd(context: Context, *, images_per_class: Count, **settings: Any) -> Method:
@@ -186,12 +186,12 @@ def generator(
         noise_key, key = jax.random.split(key)
         shape = target.memory.shape[1:]
         z = diffusion.noise(path, noise_key, (1, *shape), float(grid[0]))
-        there = jnp.arange(len(target.memory)) <= target.count
+        there = jnp.arange(len(target.memory)) <= target.number
         memory = jax.lax.stop_gradient(target.memory)
 
         def energy(x0: jax.Array) -> jax.Array:
             return transport_energy(
-                memory.at[target.count].set(x0, mode='drop'),
+                memory.at[target.number].set(x0, mode='drop'),
                 target.centroids, target.mass,
                 epsilon=settings.epsilon, iterations=settings.iterations, where=there,
                 sphere=settings.sphere, through_plan=settings.through_plan,
