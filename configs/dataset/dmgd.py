@@ -99,6 +99,7 @@ def points():
                 ('validation/nearest', 'accuracy of the nearest'),
                 ('validation/novelty', 'distance to training points'),
             ),
+            curves=(('train/transport', 'transport of what there is'),),
             notes='A pull in the last third of the steps brings a set as near to its classes as '
             'random real points are; the window that the paper has for latents changes nothing '
             'here. Soft labels cost some of it.',

@@ -91,7 +91,8 @@ def test_without_transport_and_soft_labels_it_is_guided_ancestral_sampling(plain
         denoise = denoiser.bind(variables, {'label': jnp.ones(1, jnp.int32)})
         return diffusion.sample(PATH, denoise, z, grid, key, step=diffusion.ddim(1.0))[0]
 
-    np.testing.assert_array_equal(found, wanted(WEIGHTS))
+    # Programs of their own: `tests/sampling/test_guided.py` has them in one, equal to the bit.
+    np.testing.assert_allclose(found, wanted(WEIGHTS), rtol=1e-6)
 
 
 def test_soft_labels_that_are_clean_change_nothing(plain):
