@@ -118,9 +118,9 @@ def run(say, runs, steps, arms, shown):
 
 
 def drawn(seed):
-    """Points of a mixture of this seed, by split."""
+    """Points of a mixture of this seed, by split, and room for their clusters."""
     mixture = mixtures.quadrants(seed=int(seed))
-    world = {}
+    world = {'clusters': {}}
     for part, name in enumerate(('train', 'test')):
         points, label = mixture.draw(np.random.default_rng([seed, part]), EXAMPLES)
         world[name] = {'input': points.astype(np.float32), 'label': label.astype(np.int32)}
@@ -146,10 +146,12 @@ def trained(worlds, seeds, steps):
 
 
 def clusters_of(world, count):
-    """(centroids [C, K, 2], mass [C, K])."""
-    points, label = world['train']['input'], world['train']['label']
-    found = [coreset.clusters(points[label == c], count) for c in range(CLASSES)]
-    return tuple(np.stack(parts) for parts in zip(*found, strict=True))
+    """(centroids [C, K, 2], mass [C, K]), computed once."""
+    if count not in world['clusters']:
+        points, label = world['train']['input'], world['train']['label']
+        found = [coreset.clusters(points[label == c], count) for c in range(CLASSES)]
+        world['clusters'][count] = tuple(np.stack(parts) for parts in zip(*found, strict=True))
+    return world['clusters'][count]
 
 
 def made(name, network, params, worlds, seeds):
