@@ -232,7 +232,7 @@ def test_a_set_does_not_depend_on_batches_and_every_image_is_made_once(finished)
     for _ in range(2):
         state, metrics = step(state, batch)
     variables = state.variables()
-    np.testing.assert_allclose(variables['params']['images'], made.input, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(variables['params']['images'], made.input, rtol=1e-3, atol=1e-2)
     np.testing.assert_array_equal(variables['count'], 2)
     energies = [
         transport_energy(variables['made'][c], points, mass, sphere=False)
