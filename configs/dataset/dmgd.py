@@ -76,7 +76,7 @@ def points():
         'early': dict(soft=(), transport=0.5, window=(30, 45)),
         'distilled': dict(soft=(), transport=3.0, window=(5, 20)),
         'both': dict(
-            transport=3.0, window=(5, 20), soft=(400.0, 100.0), noise=1.0, semantic=0.33,
+            transport=3.0, window=(5, 20), soft=(400.0, 100.0), noise=2.0, semantic=0.33,
             mix_null=False,
         ),
     }  # fmt: skip
@@ -130,7 +130,7 @@ def digits():
     perceptron = dict(name='kd.models.mlp.MLP', widths=(64, 64))
     data = dict(name='digits', train='train[:1200]', validation='train[1200:]', test='test')
     world = few_steps.begun(
-        stages=(), rows=(), teacher=dict(steps=2_000, lr=2e-3, batch_size=128), evaluators={},
+        stages=(), rows=(), teacher=dict(steps=1_200, lr=2e-3, batch_size=128), evaluators={},
         **{**few_steps.DIGITS, 'data': data},
     )  # fmt: skip
     config = sampled(
