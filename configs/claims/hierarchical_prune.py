@@ -58,7 +58,7 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps of a smaller network."""
-    plan = (2, 2, 2) if smoke else (1_500, 300, 60)
+    plan = (2, 2, 2) if smoke else (1_000, 200, 60)
     grid = {key: GRID[key] for key in list(GRID)[1:3]} if smoke else GRID
     return Claim(
         paper='HierarchicalPrune 2025, arXiv:2508.04663',
@@ -67,14 +67,14 @@ def get_claim(smoke: bool = False) -> Claim:
         setting='Digits of 8x8, told the class; a transformer of 10 blocks of width 32 trained by '
         f'flow matching for {plan[0]} steps of Adam 2e-3, one for each of 3 seeds. Costs on 1,024 '
         f'training digits with noise. Recovery: {plan[1]} steps of Adam 2e-3 without a schedule, '
-        f'batches of 64, velocity and tokens of blocks, weights 1, for all alike; and {plan[2]} '
+        f'batches of 32, velocity and tokens of blocks, weights 1, for all alike; and {plan[2]} '
         'at 1e-2. Error: mean square of the velocity against the teacher on 512 test digits with '
         'noise. Nothing is tuned.',
         run=lambda say: run(say, plan, grid, smoke),
         checks=CHECKS[1:2] if smoke else CHECKS,
         draw=draw,
         notes='The position prior as its text intends it; as it is quoted, and without one, errors '
-        'before recovery are reported. Accuracy is that of a linear classifier on samples of 16 '
+        'before recovery are reported. Accuracy is that of a linear classifier on samples of 8 '
         'Euler steps.',
     )  # fmt: skip
 
@@ -266,14 +266,14 @@ def measure(world, theirs):
         v, wanted = (said(p, t, x_t, label, g) for p, g in ((params, gates), (teacher, None)))
         return jnp.mean((v - wanted) ** 2), jnp.mean((v - target) ** 2)
 
-    drawn = jax.jit(jax.vmap(world.sampled(world.network, 300, 16)))
+    drawn = jax.jit(jax.vmap(world.sampled(world.network, 100, 8)))
 
     def found(params, gates, sample=False):
         error, loss = errors(theirs, params, jnp.asarray(gates))
         out = {'error': error.tolist(), 'loss': loss.tolist()}
         if sample:
             made = np.asarray(drawn(params, jnp.asarray(gates)))
-            out |= world.judged(made, np.arange(300) % 10)
+            out |= world.judged(made, np.arange(100) % 10)
         return out
 
     return found

@@ -42,7 +42,7 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps of a smaller network."""
-    steps = (2, 2) if smoke else (1_500, 600)
+    steps = (2, 2) if smoke else (1_000, 600)
     return Claim(
         paper='PPCL 2025, arXiv:2511.16156',
         statement='A block that learns to do for a run of blocks from the teacher alone may be put '
@@ -50,7 +50,7 @@ def get_claim(smoke: bool = False) -> Claim:
         setting='Digits of 8x8, told the class; a transformer of 10 blocks of width 32 trained by '
         f'flow matching for {steps[0]} steps of Adam 2e-3, one for each of 3 seeds. Runs [1, 2], '
         f'[3, 5], [6, 8], from their first blocks, {steps[1]} steps of Adam 1e-3 with a cosine, '
-        'batches of 64, distance of directions. Error: mean square of the velocity against the '
+        'batches of 32, distance of directions. Error: mean square of the velocity against the '
         'teacher on 512 test digits with noise. Nothing is tuned.',
         run=lambda say: run(say, *steps, smoke),
         checks=CHECKS[:1] if smoke else CHECKS,

@@ -27,7 +27,7 @@ from kd.models.dit import DiT
 from kd.network import Network, from_linen
 from kd.state import PyTree
 
-BATCH = 64
+BATCH = 32
 # Of a world that only shows that a claim runs.
 SMALL = dict(depth=4, width=8, examples=64)
 
