@@ -92,15 +92,15 @@ def run(say, space, runs, inits, starts, steps):
     scored = score(large, teacher, space, batch, runs * inits)
     scored = {name: x.reshape(len(space), runs, inits).mean(2) for name, x in scored.items()}
     say('scored')
-    method = supervised(context(teacher, teacher, steps))
-    state = seeds.train_one(method, train, 0, steps=steps, batch_size=TRAIN)
+    method = supervised(context(teacher, teacher, steps, lr=1e-3))
+    state = seeds.train_one(method, train, 0, steps=2 * steps, batch_size=TRAIN)
     frozen = {'teacher': state.variables()}
     say(f'teacher: {accuracy(teacher, jax.tree.map(lambda x: x[None], frozen["teacher"]), test)}')
     reached = {}
     for name, build in (('vanilla', supervised), ('distilled', distilled)):
         method = build(context(large, teacher, steps))
         variables = trained(method, large, space, train, frozen, runs * starts, steps)
-        values = [accuracy(large, each, test) for each in variables]
+        values = accuracy(large, variables, test)
         reached[name] = np.reshape(values, (len(space), runs, starts)).mean(2)
         say(f'{name}: mean {reached[name].mean():.3f}, best {reached[name].mean(1).max():.3f}')
     own = [from_linen(ResidualMLP(width, depth), shape) for width, depth in space]
@@ -195,9 +195,9 @@ def score(network, teacher, space, batch, count):
     return jax.tree.map(np.asarray, each(variables, references, noise))
 
 
-def context(network, teacher, steps):
-    """One optimiser for all."""
-    tx = optax.adamw(1e-2, weight_decay=1e-4)
+def context(network, teacher, steps, lr=1e-2):
+    """One optimiser for all students; the teacher, which is wide, wants a lower rate."""
+    tx = optax.adamw(lr, weight_decay=1e-4)
     return seeds.context(network=network, teacher=teacher, tx=tx, num_classes=10, steps=steps)
 
 
@@ -207,7 +207,7 @@ def distilled(made):
 
 
 def trained(method, network, space, batch, frozen, count, steps):
-    """Variables of every network, [starts] on the leading axis of each, after all steps."""
+    """Variables after all steps, [networks * starts] on the leading axis."""
     variables, keys = starting(network, space, count, seed=4)
 
     def begun(key, variables):
@@ -228,7 +228,7 @@ def trained(method, network, space, batch, frozen, count, steps):
         return jax.lax.scan(step, state, None, length=steps)[0].params['network']
 
     params = together(variables, keys, batch, frozen)
-    return [{'params': jax.tree.map(lambda x, i=i: x[i], params)} for i in range(len(space))]
+    return {'params': jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), params)}
 
 
 def accuracy(network, variables, test):

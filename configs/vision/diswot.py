@@ -41,7 +41,7 @@ def get_config(argument: str = 's1'):
 
 def cpu(width='24', depth='1'):
     """Digits, about two minutes."""
-    adam = dict(name='adamw', lr=1e-2, schedule='cosine', weight_decay=1e-4)
+    adam = dict(name='adamw', lr=3e-3, schedule='cosine', weight_decay=1e-4)
     run = dict(
         optimizer=adam, batch_size=64, log_every=50, eval_every=100, checkpoint_every=200,
         evaluators={'validation': dict(name='kd.evaluators.calibration.calibration')},
