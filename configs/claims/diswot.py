@@ -4,7 +4,7 @@
 
 24 residual MLPs of width 4 to 24 and 0 to 4 blocks are students of one of width 128, on 200
 labelled digits. A repetition scores each by the mean over 8 random starts and a batch of 64, and
-trains it from 4 others, on labels and distilled. All train as one program, in the shapes of the
+trains it from 3 others, on labels and distilled. All train as one program, in the shapes of the
 largest: padded with zeros, a smaller network stays what it is (`kd.models.mlp.ResidualMLP`).
 
 Number of parameters, operations and depth rank the same networks, and so does a score against
@@ -49,7 +49,7 @@ def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` has four networks and a few steps."""
     widths, depths = (WIDTHS[:2], DEPTHS[:2]) if smoke else (WIDTHS, DEPTHS)
     space = tuple(itertools.product(widths, depths))
-    runs, inits, starts, steps = (3, 1, 1, 2) if smoke else (5, 8, 4, 200)
+    runs, inits, starts, steps = (3, 1, 1, 2) if smoke else (5, 8, 3, 200)
     return Claim(
         paper='Dong et al. 2023 (DisWOT), arXiv:2303.15678',
         statement='How untrained networks relate examples ranks them by what they reach when they '

@@ -3,8 +3,8 @@
     python -m kd.claims dmae
 
 A masked autoencoder of width 64 is trained on 1,200 digits without labels; students of width 32 and
-4 blocks get a tenth of its updates, on pixels alone or with its features, and are judged by a
-logistic regression on their mean tokens. Two arms are controls: a teacher that sees other patches
+4 blocks get 400 updates, on pixels alone or with its features, and are judged by a logistic
+regression on their mean tokens. Two arms are controls: a teacher that sees other patches
 than the student, which is what two masks drawn apart would do, and one that was never trained.
 """
 
@@ -50,7 +50,7 @@ TITLES = {
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` has the arms of the checks, a few steps and small networks."""
-    runs, steps, teacher_steps = (3, 2, 2) if smoke else (6, 400, 4_000)
+    runs, steps, teacher_steps = (3, 2, 2) if smoke else (5, 400, 3_000)
     return Claim(
         paper='DMAE 2022, arXiv:2208.12256',
         statement='Features of a larger masked autoencoder, on the patches that are seen, make a '

@@ -72,7 +72,7 @@ def cpu():
     taught = dict(name='kd.methods.vision.dmae.dmae', decoder=decoder, weight=5.0)
     short = dict(steps=400, eval_every=100, checkpoint_every=200)
     config.teacher = kd_config.stage(
-        network=teacher, method=pixels, steps=3_000, eval_every=1_000, checkpoint_every=1_000, **run
+        network=teacher, method=pixels, steps=1_000, eval_every=500, checkpoint_every=500, **run
     )
     config.pixels = kd_config.stage(network=student, method=pixels, **short, **run)
     config.student = kd_config.stage(
