@@ -125,6 +125,8 @@ ROWS = (
     Row('configs/lm/dp_opd.py', 'student', (_SPREAD,), ('v5e:4x4',)),
     Row('configs/lm/llava_mod.py', 'd2d', (), (_V5P_64,)),
     Row('configs/lm/llava_mod.py', 'pd', (), (_V5P_64,)),
+    Row('configs/vision/dmae.py', 'student', (), (_V5P_64,)),
+    Row('configs/vision/dmae.py', 'tuned', (), (_V5P_64,)),
     Row('configs/rl/srpo.py', 'student', (), (_V5P_64,)),
     Row('configs/rl/sd_zero.py', 'sd_zero', (), (_V5P_64,)),
     *(
