@@ -224,6 +224,10 @@ def test_a_teacher_that_leaves_early_says_the_same_bit_for_bit(run):
     late = jax.jit(lambda k: teacher.apply(variables, x, keep=k, capture=BLOCKS).features['block2'])
     np.testing.assert_array_equal(early(keep), late(keep))
     assert early(keep).shape == (B, 1 + V, 12)
+    # Trap: what the student does not see the teacher does not either.
+    program = early.lower(keep).as_text()
+    assert f'{B}x{1 + V}x12x' in program
+    assert f'{B}x{1 + L}x12x' not in program
     # Trap: a second mask is another target.
     other = random_mask(jax.random.key(5), B, L, V).keep
     assert np.abs(early(keep) - early(other)).max() > 1e-3
