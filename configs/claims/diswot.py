@@ -49,7 +49,7 @@ def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` has four networks and a few steps."""
     widths, depths = (WIDTHS[:2], DEPTHS[:2]) if smoke else (WIDTHS, DEPTHS)
     space = tuple(itertools.product(widths, depths))
-    runs, inits, starts, steps = (3, 1, 1, 2) if smoke else (5, 8, 3, 200)
+    runs, inits, starts, steps = (3, 1, 1, 2) if smoke else (4, 8, 3, 200)
     return Claim(
         paper='Dong et al. 2023 (DisWOT), arXiv:2303.15678',
         statement='How untrained networks relate examples ranks them by what they reach when they '
