@@ -122,7 +122,8 @@ def test_one_program_serves_memories_of_all_sizes_and_sees_no_padding(pulled):
         again, energy = pulled(WEIGHTS, padded, n, KEY)
         np.testing.assert_array_equal(x, again)
         points = np.concatenate([MEMORY[:n], np.asarray(x)[None]])
-        assert energy == pytest.approx(transport(points, CENTROIDS, MASS), rel=1e-4)
+        # Logarithms of 1e4 in float32.
+        assert energy == pytest.approx(transport(points, CENTROIDS, MASS), rel=1e-3)
 
 
 def test_transport_lowers_the_energy(plain, pulled):
@@ -247,7 +248,7 @@ def test_a_set_does_not_depend_on_batches_and_every_image_is_made_once(finished)
         for c, points, mass in zip(batch['label'], batch['centroids'], batch['mass'], strict=True)
     ]
     found = metrics['transport']
-    assert float(found.total / found.count) == pytest.approx(np.mean(energies), rel=1e-4)
+    assert float(found.total / found.count) == pytest.approx(np.mean(energies), rel=1e-3)
     # One more finds no room and changes nothing.
     full = step(state, batch)[0].variables()
     np.testing.assert_array_equal(full['params']['images'], variables['params']['images'])
