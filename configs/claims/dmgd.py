@@ -1,6 +1,6 @@
 """Sets sampled with a pull towards clusters of their classes (DMGD, arXiv:2605.03877).
 
-    python -m kd.claims dmgd            about 4 minutes on two cores
+    python -m kd.claims dmgd            about 2 minutes of one core
 
 Points of four classes, each of six modes; a perceptron is trained to denoise them, and everything
 else is sampling. The paper's window, early steps of latents, is an arm of its own: points in the

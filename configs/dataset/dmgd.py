@@ -14,6 +14,10 @@ Stages: the model where there is none; K-means of each class; random real images
 guidance alone; and DMGD's, with soft labels and pulled towards the clusters. Each has the same
 number of examples. The sampling stages have no optimiser: a step is an image of each class.
 
+`cpu` takes a minute of one core. With seed 0 the exact W1 within classes is .44 by guidance alone,
+.40 with transport in the paper's window, .24 with late transport, .26 with soft labels besides, and
+.19 for random real points; the label of the nearest point is right for 93, 93, 97, 99.6 and 99.7 %.
+
 Full scale: `/models/dit_xl2_256` is the directory of `facebook/DiT-XL-2-256` of `diffusers`, with
 its `transformer` and `vae`. Data are folders `imagenette_256`, `imagewoof_256` and `imagenet_256`
 that you prepare in the format of tfds, with `image`, uint8 [256, 256, 3], and `label`, in the order
@@ -100,9 +104,9 @@ def points():
                 ('validation/novelty', 'distance to training points'),
             ),
             curves=(('train/transport', 'transport of what there is'),),
-            notes='A pull in the last third of the steps brings a set as near to its classes as '
-            'random real points are; the window that the paper has for latents changes nothing '
-            'here. Soft labels cost some of it.',
+            notes='A pull in the last third of the steps brings a set most of the way from that of '
+            'guidance alone to random real points; in the early window that the paper has for '
+            'latents it does little here. Soft labels keep the classes apart.',
         ),
     )
     config.teacher = kd_config.stage(
