@@ -1,7 +1,7 @@
 """A diffusion transformer with a fifth less, recovered, and in four bits (arXiv:2508.04663).
 
     python -m kd.main --config=configs/diffusion/hierarchical_prune.py:cpu --workdir=runs/hpp
-    python -m kd.io.quantised runs/hpp/student student.nf4.safetensors
+    python -m kd.io.quantised runs/hpp/student student.safetensors --rules='(qkv|projection|mlp.)/k'
 
 | variant | data | networks | hardware |
 |---|---|---|---|
@@ -13,6 +13,10 @@ Stages: `sensitivity` asks a teacher without each of its branches, and finds whi
 late ones; `student` is the network without them, really smaller, and learns from the whole one
 while its early blocks stay as they are. The large ones lose 30 %, and there each branch moves less
 the more it costs. Four bits come last. `cpu` trains its teacher, and a classifier for samples.
+
+`cpu` takes 5 minutes. With seed 0 six attentions go, 22.6 % of the parameters, and MLPs stay; the
+network is 1.7 times as fast, and samples of 16 steps have a Frechet distance of 4.4 to the data
+where the teacher's have 3.6. With modulations in four bits too its error was twelve times as large.
 
 The paper has 500,000 images of YE-POP and reports a GenEval of .62 for SD 3.5 Large Turbo with 30 %
 less in four bits, where the whole one has .71, and 3.24 GB for 15.8. Its optimiser, rate, batches
@@ -28,6 +32,8 @@ from kd.models.latent_parts import SHARDING
 few_steps = kd_config.load_module(Path(__file__).with_name('mnist.py'))
 VARIANTS = ('cpu', 'sd35_large_turbo', 'flux_schnell')
 METHOD = 'kd.methods.diffusion.hierarchical_prune'
+# Norms, embedders and modulations stay in 16 bits.
+FOUR_BITS = r'(qkv|projection|mlp\d)/kernel$'
 BLOCK, SINGLE = 'transformer_blocks', 'single_transformer_blocks'
 # While no costs are known: late feed-forward layers, or late blocks over text and tokens as one.
 LATE = {
@@ -88,7 +94,11 @@ def cpu():
         evaluators={
             'samples': measured,
             'pruned': dict(
-                name='kd.evaluators.pruned.pruned', costs='sensitivity', split='validation', **asked
+                name='kd.evaluators.pruned.pruned',
+                costs='sensitivity',
+                rules=FOUR_BITS,
+                split='validation',
+                **asked,
             ),
         },
         steps=300,

@@ -283,7 +283,8 @@ def sensitivity(
         return costs_of(network, teacher, variables, batch, key, gates, draw, weight)
 
     def write(state: State, step: int, directory: Path) -> None:
-        del step
+        if step and (directory / found.FILE).exists():
+            return
         variables, size = state.frozen['teacher'], context.batch_size
         ask, key = batches.asking(compute, variables, source, size), batches.key_of(context, split)
         numbers = range(max(min(-(-examples // size), len(source) // size), 1))

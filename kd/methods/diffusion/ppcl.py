@@ -341,7 +341,8 @@ def detect(
         return states[:, :, ::step].reshape(len(kept), -1, states.shape[-1]).astype(jnp.float32)
 
     def write(state: State, step: int, directory: Path) -> None:
-        del step
+        if step and (directory / found.FILE).exists():
+            return
         variables, key = state.frozen['teacher'], batches.key_of(context, split)
         ask = batches.asking(compute, variables, source, size)
         states = np.concatenate([ask(i, jax.random.fold_in(key, i)) for i in range(count)], axis=1)
