@@ -95,8 +95,7 @@ def graphs(context: SourceContext, *, of: str) -> GraphSource:
         data = sources.DataSet(of, sizes, lambda _: lambda rows: {}, _spec(size), 2)
         return GraphSource(data, context.split)
     found = _read(of, size.kind, directory)
-    for split, inside in found.items():
-        _check(f'{of}, {split}', inside, size)
+    _check(of, [graph for inside in found.values() for graph in inside], size)
     return of_graphs(of, context.split, found, size)
 
 

@@ -88,7 +88,7 @@ def test_ogb_files_are_read_as_published(tmp_path):
 
 
 def test_files_that_do_not_fit_are_said_in_a_line(tmp_path):
-    with pytest.raises(DataError, match="no set of graphs 'MUTAGG'. Did you mean 'MUTAG'"):
+    with pytest.raises(DataError, match=r"no set of graphs 'MUTAGG'\. Did you mean 'MUTAG'"):
         graphs.graphs(context('train', tmp_path), of='MUTAGG')
     with pytest.raises(DataError, match=r'there is no file .*MUTAG_A.txt; name the folder'):
         graphs.graphs(context('train', tmp_path), of='MUTAG')
