@@ -192,11 +192,12 @@ def test_a_stage_writes_forests_that_another_reads(tmp_path):
     # Other splits are whole graphs, of the recipe.
     other = mirage.forests(dataclasses.replace(context, split='test'), stage='mined')
     assert (len(other), other.split) == (300, 'test')
-    random = mirage.random_graphs(context, stage='mined')
-    stored = sum(len(graph.nodes) for graph in random.graphs)
+    random = mirage.random_graphs(context, stage='mined', examples=50)
+    assert len(random) == 50
+    stored = sum({id(graph): len(graph.nodes) for graph in random.graphs}.values())
     assert told['nodes'] <= stored < told['nodes'] + 28
     unread = mirage.forests(SourceContext('train', recipe), stage='mined', examples=7)
-    assert len(unread) == 7
+    assert unread.spec['input'].shape == (28, 1)
     for change, message in (
         ({'stage': 'full'}, "stage 'full' has no writer"),
         ({'stage': 'more'}, "names the stage 'more'"),

@@ -22,6 +22,7 @@ from kd import config as config_lib
 from kd import files
 from kd.context import Context, Writer
 from kd.data import computation_trees, graphs, sources
+from kd.data.builders import described
 from kd.data.builders.graph_files import Graph
 from kd.data.computation_trees import Forests, Trees
 from kd.data.context import SourceContext, source_loader
@@ -187,7 +188,7 @@ def _found(
         raise UserError(f'support={tuple(support)} has not one number for each of {len(classes)}.')
     kept = []
     for label in classes:
-        own = [transactions[i] for i in np.flatnonzero(labels == label)]
+        own = [transactions[i] for i in np.flatnonzero(labels == label).tolist()]
         if isinstance(support, float | int):
             least = max(int(np.ceil(support * len(own) - 1e-9)), 1)
         else:
@@ -251,16 +252,12 @@ def forests(
     Raises:
       UserError: no such stage, or forests of other data.
     """
-    split, block, source = _mining(context, stage)
+    split, source = _mining(context, stage)
     if context.split != split:
-        return source_loader({**_data(context, stage), 'this': context.split}, context.recipe,
-                             context.workdir)('this')  # fmt: skip
+        return _other(context, stage)
     if context.workdir is None:
-        data = sources.DataSet(source.name, {split: examples}, lambda _: lambda rows: {},
-                               {k: v for k, v in source.spec.items() if k != 'index'},
-                               source.num_classes)  # fmt: skip
-        return sources.Source(data, split)
-    del block
+        spec = {name: x for name, x in source.spec.items() if name != 'index'}
+        return described.of_spec(source.name, split, spec, source.num_classes)
     found = read(context.locate(stage), sources.fingerprint(source))
     arrays = batch_of(found, draws(found, examples, by=by, seed=seed))
     spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in arrays.items()}
@@ -284,20 +281,25 @@ def batch_of(found: Forests, numbers: np.ndarray) -> sources.Batch:
 
 
 def random_graphs(
-    context: SourceContext, *, stage: StageName, seed: Seed = 0
-) -> graphs.GraphSource:
+    context: SourceContext, *, stage: StageName, examples: Count = 4096, seed: Seed = 0
+) -> sources.Source:
     """Whole graphs that have as many nodes as the forests of a stage, to compare with.
 
-    See `equal_storage`; splits as of `forests`.
+    Args:
+      context: a split, as of `forests`.
+      stage: that has mined.
+      examples: of an epoch, in which the graphs come again and again.
+      seed: of the choice, see `equal_storage`.
     """
-    split, _, source = _mining(context, stage)
+    split, source = _mining(context, stage)
     if context.split != split or context.workdir is None:
-        return source_loader({**_data(context, stage), 'this': context.split}, context.recipe,
-                             context.workdir)('this')  # fmt: skip
+        return _other(context, stage)
     given = _graphs_of(source, stage)
     found = read(context.locate(stage), sources.fingerprint(source))
-    chosen = [given[i] for i in equal_storage(given, int(found.unrolled.sum()), seed)]
-    return graphs.of_graphs(source.name, split, {split: chosen}, graphs.SETS[source.name])
+    chosen = equal_storage(given, int(found.unrolled.sum()), seed)
+    repeated = np.resize(chosen, max(examples, len(chosen))).tolist()
+    inside = {split: [given[i] for i in repeated]}
+    return graphs.of_graphs(source.name, split, inside, graphs.SETS[source.name])
 
 
 def equal_storage(given: Sequence[Graph], nodes: int, seed: int) -> list[int]:
@@ -337,8 +339,14 @@ def _data(context: SourceContext, stage: str) -> Mapping[str, Any]:
     return config_lib.data_of(context.recipe.data, context.recipe.stages[stage].data)
 
 
-def _mining(context: SourceContext, stage: str) -> tuple[str, Mapping[str, Any], sources.Source]:
-    """Of a stage that mines: the split as it is written, the writer's block and the source."""
+def _other(context: SourceContext, stage: str) -> sources.Source:
+    """The split as the stage that mines has it."""
+    data = {**_data(context, stage), 'this': context.split}
+    return source_loader(data, context.recipe, context.workdir)('this')
+
+
+def _mining(context: SourceContext, stage: str) -> tuple[str, sources.Source]:
+    """Of a stage that mines: the split, as it is written, and its source."""
     if stage not in context.recipe.stages:
         raise UserError(
             f"data.source names the stage '{stage}', of {tuple(context.recipe.stages)}."
@@ -348,7 +356,7 @@ def _mining(context: SourceContext, stage: str) -> tuple[str, Mapping[str, Any],
     if block is None:
         raise UserError(f"stage '{stage}' has no writer {WRITER}.")
     data, name = _data(context, stage), block.get('split', 'train')
-    return data[name], block, source_loader(data, context.recipe, context.workdir)(name)
+    return data[name], source_loader(data, context.recipe, context.workdir)(name)
 
 
 def _graphs_of(source: sources.Source, stage: str) -> Sequence[Graph]:
