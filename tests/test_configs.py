@@ -90,7 +90,7 @@ def test_every_recipe_traces(path, stand_ins, data_dir):
     config.data_dir = data_dir
     recipe = kd_config.parse(config)
     source = recipe.data.get('source', {}).get('name', '')
-    read = ('kd.data.text.', 'kd.data.image_text.', 'kd.data.reasoning.', 'kd.data.graphs.')
+    read = tuple(f'kd.data.{x}.' for x in ('text', 'image_text', 'reasoning', 'graphs', 'tabular'))
     if recipe.pretrained or source.startswith(read):
         # Neither weights nor text nor tokenizer are at hand.
         recipe = dataclasses.replace(recipe, data_dir=catalogue.DESCRIBED)

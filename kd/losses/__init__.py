@@ -36,6 +36,8 @@ generator, denoising), `adversarial`.
 Dataset distillation: `gradient_matching`, `trajectory` and `segments`, `mean_embedding`,
 `batch_statistics`, `sharpness`, `transport`.
 
+Latents: `independence` of a group, and energies.
+
 `numerics` has the softmax arithmetic that the others share, `outcomes` what divergences are made
 of, `fused` the sweep behind `sequence`.
 

@@ -48,6 +48,7 @@ ANONYMOUS = {
     'crd',
     'dmae',
     'mirage',
+    'fair_data',
 }
 # Methods that write files, for which nothing is trained.
 WRITERS = {'kd.methods.graph.mirage'}
@@ -229,7 +230,7 @@ def test_the_list_by_family(capsys):
     assert started(['--family=vison']) == 2
     assert capsys.readouterr().err == (
         "kd: There is no family 'vison'. Did you mean 'vision'? "
-        'Families: dataset, diffusion, discrete, flow, graph, lm, rl, sr, vision.\n'
+        'Families: dataset, diffusion, discrete, flow, graph, lm, rl, sr, tabular, vision.\n'
     )
 
 
