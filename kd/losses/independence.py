@@ -198,4 +198,5 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _wide(x: jax.Array) -> jax.Array:
     """In float32 at least."""
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

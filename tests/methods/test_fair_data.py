@@ -169,8 +169,8 @@ def test_real_records_are_unfair_and_their_merit_is_known():
     train, test = (record_files.biased(rng, n) for n in (4_000, 4_000))
     found = evaluator.classified(train, test, record_files.COLUMNS)
     assert 0.83 < found['accuracy'] < 0.9
-    assert found['dp_ratio'] < 0.25
-    assert 0.55 < found['merit_accuracy'] < 0.75
+    assert found['dp_ratio'] < 0.3
+    assert 0.6 < found['merit_accuracy'] < 0.78
     # Learned from the merit instead, the same classifier is nearly fair.
     fair = evaluator.classified(
         {**train, 'label': train['merit']}, test, record_files.COLUMNS, boosted=True

@@ -41,14 +41,14 @@ def biased(rng: np.random.Generator, count: int) -> Batch:
 
         s coin, m ~ N(0, 1),   label = m + (2 s - 1) + N(0, 1) / 2 > 0,   merit = m > 0
 
-    Two columns are of m, one weakly, one is noise, and two are s but for every tenth record.
+    Two columns are of m, one weakly, one is noise, and two are s but for every twentieth record.
     """
     group = rng.integers(2, size=count)
     m, noise = rng.standard_normal(count), rng.standard_normal((5, count))
     cut = [np.digitize(x, _CUTS) for x in (
         m + 0.3 * noise[0], m + 0.3 * noise[1], (m + 1.5 * noise[2]) / 1.8, noise[3],
     )]  # fmt: skip
-    proxies = [np.where(rng.random(count) < 0.1, 1 - group, group) for _ in range(2)]
+    proxies = [np.where(rng.random(count) < 0.05, 1 - group, group) for _ in range(2)]
     return {
         'input': np.stack([*cut, *proxies], 1).astype(np.int32),
         'label': (m + (2 * group - 1) + 0.5 * noise[4] > 0).astype(np.int32),
