@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from kd.data import catalogue, sources
-from kd.data.builders import described, record_files
+from kd.data.builders import record_files
 from kd.data.context import SourceContext
 from kd.errors import did_you_mean
 
@@ -88,6 +88,9 @@ def records(context: SourceContext, *, of: str, sensitive: str = 'sex') -> sourc
         spec['merit'] = spec['label']
         arrays = _biased()
     elif directory == catalogue.DESCRIBED:
+        # tfds takes most of a second to import.
+        from kd.data.builders import described
+
         return described.of_spec(of, context.split, spec, 2)
     else:
         folder = Path(catalogue.default_data_dir(directory or None)) / of

@@ -22,7 +22,6 @@ from kd import config as config_lib
 from kd import files
 from kd.context import Context, Writer
 from kd.data import computation_trees, graphs, sources
-from kd.data.builders import described
 from kd.data.builders.graph_files import Graph
 from kd.data.computation_trees import Forests, Trees
 from kd.data.context import SourceContext, source_loader
@@ -257,6 +256,9 @@ def forests(
         return _other(context, stage)
     if context.workdir is None:
         spec = {name: x for name, x in source.spec.items() if name != 'index'}
+        # tfds takes most of a second to import.
+        from kd.data.builders import described
+
         return described.of_spec(source.name, split, spec, source.num_classes)
     found = read(context.locate(stage), sources.fingerprint(source))
     arrays = batch_of(found, draws(found, examples, by=by, seed=seed))
