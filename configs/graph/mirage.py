@@ -15,8 +15,9 @@ Stages: a network on all graphs; the frequent sets of trees, for which nothing i
 on random whole graphs of as many nodes; and one on the sets. The report has the area under the ROC
 curve on validation and test graphs of each.
 
-`cpu` takes a minute. With seed 0 the area on test graphs is ALL on all graphs, RANDOM on random
-ones and SETS on the sets, which have NODES nodes of the 13,000 there are.
+`cpu` takes less than a minute. With seed 0 the area on test graphs is .844 from all graphs, .353
+from random ones and .841 from the sets, which have 52 nodes in place of 11,013. How good two random
+graphs are is chance, from .33 to .84 over seeds.
 
 After a comma stands the network, `gin` (default), `gcn`, `sage` or `gat`: the same sets serve all,
 but a graph convolution divides by degrees and is exact only with `degrees=True` of the writer. With
