@@ -101,10 +101,10 @@ def run(say, seeds, steps, student_steps, count, betas):
         small = from_linen(
             LatentStudent(width=16, latent=LATENT), jax.ShapeDtypeStruct((1, LATENT), jnp.float32)
         )
-        context = context_of(small, student_steps, teacher=net)
+        context = context_of(small, student_steps, net)
         state = seeds_lib.train(
             distil_latents(context), {}, seeds, steps=student_steps, batch_size=BATCH,
-            per_run=data, frozen_per_run={'teacher': {'params': params}},
+            per_run=data, frozen_per_run={'vae': {'params': params}},
         )  # fmt: skip
         made = generated(net, params, seeds, count, small, state.params['network'])
         note(measured, say, f'student_{label}', judged(made, test))
@@ -114,10 +114,10 @@ def run(say, seeds, steps, student_steps, count, betas):
     return measured
 
 
-def context_of(net, steps, teacher=None):
+def context_of(net, steps, vae=None):
     """Of a stage."""
     return seeds_lib.context(
-        network=net, teacher=teacher, num_classes=2, steps=steps, spec=SPEC,
+        network=net, references={'vae': vae} if vae else {}, num_classes=2, steps=steps, spec=SPEC,
         optimizer=dict(name='adam', lr=1e-3),
     )  # fmt: skip
 

@@ -120,6 +120,6 @@ def recipe(*, of, sensitive, latent, beta, batch_size, steps, validation, count)
         1,
         dict(name='kd.models.tabular.LatentStudent', latent=latent, width=16),
         dict(name='distil_latents'),
-        teacher='fair',
+        references={'vae': 'fair'},
     )
     return config

@@ -53,8 +53,9 @@ def batch_of(seed=0):
     }
 
 
-def context_of(network, teacher=None):
-    return seeds.context(network=network, teacher=teacher, tx=optax.sgd(1.0), spec=SPEC)
+def context_of(network, vae=None):
+    references = {} if vae is None else {'vae': vae}
+    return seeds.context(network=network, references=references, tx=optax.sgd(1.0), spec=SPEC)
 
 
 def cross_entropy(logits, labels):
@@ -104,16 +105,16 @@ def test_reconstruction_adds_up_columns():
 @pytest.mark.parametrize('mode', ['noise', 'data'])
 def test_the_student_learns_and_the_teacher_does_not(mode):
     network, teacher, batch = small(mode), vae(), batch_of()
-    frozen = {'teacher': jax.jit(teacher.init)(jax.random.key(3))}
+    frozen = {'vae': jax.jit(teacher.init)(jax.random.key(3))}
     method = distil_latents(context_of(network, teacher))
     state = jax.jit(method.init)(jax.random.key(0), frozen)
 
     def total(params, given):
-        changed = state.replace(params={'network': params}, frozen={'teacher': given})
+        changed = state.replace(params={'network': params}, frozen={'vae': given})
         found = method.step(changed, batch)[1]['loss']
         return found.total / found.count
 
-    value, own = jax.jit(jax.value_and_grad(total))(state.params['network'], frozen['teacher'])
+    value, own = jax.jit(jax.value_and_grad(total))(state.params['network'], frozen['vae'])
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(own)) > 1e-4
     new = jax.jit(method.step)(state, batch)[0]
     for one, other in zip(jax.tree.leaves(new.frozen), jax.tree.leaves(state.frozen), strict=True):
@@ -122,13 +123,12 @@ def test_the_student_learns_and_the_teacher_does_not(mode):
         assert float(value) > 0
         return
     # By hand, in the mode with pairs.
-    mu, _ = teacher.apply(frozen['teacher'], *teacher.of(batch), method='encode').logits
+    mu, _ = teacher.apply(frozen['vae'], *teacher.of(batch), method='encode').logits
     z = network.apply(state.variables(), batch['input'], batch['group']).logits
     wanted = np.sum((np.asarray(z) - np.asarray(mu)) ** 2, -1)
     for how in ('decode', 'outcome'):
         logits = [
-            teacher.apply(frozen['teacher'], at, batch['group'], method=how).logits
-            for at in (mu, z)
+            teacher.apply(frozen['vae'], at, batch['group'], method=how).logits for at in (mu, z)
         ]
         cuts = [by_column(x, COLUMNS) if how == 'decode' else [x] for x in logits]
         for theirs, ours in zip(*cuts, strict=True):
@@ -195,13 +195,13 @@ def test_the_evaluator_asks_real_records_of_both_kinds_of_network():
     shapes = [jax.ShapeDtypeStruct((1, *batch[k].shape[1:]), jnp.int32) for k in ('input', 'group')]
     teacher = from_linen(TabularVAE(columns=form.columns, width=8, latent=2), *shapes)
     student = from_linen(LatentStudent(latent=2, width=4), jax.ShapeDtypeStruct((1, 2), 'float32'))
-    frozen = {'teacher': jax.jit(teacher.init)(jax.random.key(3))}
+    frozen = {'vae': jax.jit(teacher.init)(jax.random.key(3))}
     given = {name: jnp.asarray(x) for name, x in batch.items()}
     given['mask'] = jnp.arange(200) < 150
     for network, other in ((teacher, None), (student, teacher)):
         context = seeds.context(
-            network=network, teacher=other, tx=optax.sgd(1.0), spec=source.spec,
-            source=lambda split: source,
+            network=network, references={'vae': other} if other else {}, tx=optax.sgd(1.0),
+            spec=source.spec, source=lambda split: source,
         )  # fmt: skip
         method = distil_latents(context) if other else fair_vae(context)
         state = jax.jit(method.init)(jax.random.key(0), frozen)
@@ -288,8 +288,10 @@ def test_what_does_not_fit_is_said():
     unlabelled = dataclasses.replace(context_of(vae()), spec={'input': INPUTS[0]})
     with pytest.raises(UserError, match=r"wants records with \['label', 'group'\]"):
         fair_vae(unlabelled)
-    with pytest.raises(UserError, match="LatentStudent with the teacher's latent=2"):
+    with pytest.raises(UserError, match="LatentStudent with the autoencoder's latent=2"):
         distil_latents(context_of(network, vae()))
+    with pytest.raises(UserError, match=r'references\.vae names no stage of an autoencoder'):
+        distil_latents(context_of(network))
     with pytest.raises(ValueError, match='records have 2 columns, and 1 are declared'):
         jax.eval_shape(from_linen(TabularVAE(columns=(3,)), *INPUTS).init, jax.random.key(0))
     for module, options in ((TabularVAE, {'outcome_from': 'x'}), (LatentStudent, {'mode': 'x'})):

@@ -1,7 +1,8 @@
 """Fair synthetic records: a latent without the group, and a smaller encoder of it.
 
     config.fair = stage(network=TabularVAE, method=fair_vae(beta=1e3), ...)
-    config.student = stage(network=LatentStudent, teacher='fair', method=distil_latents(), ...)
+    config.student = stage(network=LatentStudent, references={'vae': 'fair'},
+                           method=distil_latents(), ...)
 
 Records are drawn from latents and a group that is drawn apart from them, see
 `kd.evaluators.records`. The first stage is FairDisCo's (arXiv 2408.10755); the second is a
@@ -25,6 +26,9 @@ from kd.models.tabular import LatentStudent, TabularVAE, by_column
 from kd.network import Network
 from kd.ranges import Finite, NonNegative
 from kd.state import PyTree, State
+
+# Name of the reference to the autoencoder in a student's stage.
+VAE = 'vae'
 
 
 def fair_vae(
@@ -98,26 +102,28 @@ def distil_latents(
     distance or the squared MMD. Of the batch as a whole.
 
     Args:
-      context: the stage; its network is a `LatentStudent`, its teacher a `TabularVAE`.
+      context: the stage; its network is a `LatentStudent`, its `references.vae` a `TabularVAE`.
       utility: weight of the second term.
       distance: D.
       beta: of V^2 of the student's own latents, with unit variance; off by default.
 
     Raises:
-      UserError: another network or teacher, data without groups.
+      UserError: another network or reference, data without groups.
     """
-    network, teacher = context.network, context.teacher
-    module = _vae(context, teacher, 'teacher')
-    student = network.module
+    network, student = context.network, context.network.module
+    if VAE not in context.references:
+        raise UserError(f'{context.stage}.references.{VAE} names no stage of an autoencoder.')
+    teacher = context.references[VAE]
+    module = _vae(context, teacher, f'references.{VAE}')
     if not isinstance(student, LatentStudent) or student.latent != module.latent:
         raise UserError(
             f'{context.stage}.network must be a kd.models.tabular.LatentStudent with the '
-            f"teacher's latent={module.latent}."
+            f"autoencoder's latent={module.latent}."
         )
     noisy = student.mode == 'noise'
 
     def says(state: State, z: jax.Array, group: jax.Array) -> list[jax.Array]:
-        variables = state.frozen['teacher']
+        variables = state.frozen[VAE]
         logits = teacher.apply(variables, z, group, method='decode').logits
         outcome = teacher.apply(variables, z, group, method='outcome').logits
         return [*by_column(logits, module.columns), outcome]
@@ -125,9 +131,7 @@ def distil_latents(
     def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
         noise_key, sample_key = jax.random.split(key)
         group = batch['group']
-        mu, variance = teacher.apply(
-            state.frozen['teacher'], *teacher.of(batch), method='encode'
-        ).logits
+        mu, variance = teacher.apply(state.frozen[VAE], *teacher.of(batch), method='encode').logits
         variables = state.variables(params=params)
         if noisy:
             noise = jax.random.normal(noise_key, mu.shape)
