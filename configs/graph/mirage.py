@@ -103,7 +103,7 @@ def recipe(
             metrics=(
                 ('test/roc_auc', 'ROC-AUC, test'),
                 ('validation/roc_auc', 'ROC-AUC, validation'),
-                ('test/accuracy', 'accuracy, test'),
+                ('test/average_precision', 'average precision, test'),
             ),
             curves=(('validation/roc_auc', 'ROC-AUC'),),
             notes='Random graphs have as many nodes as the sets; `mined/forests.json` says how '
@@ -112,7 +112,7 @@ def recipe(
     )
 
     def trained(**data):
-        ranking = dict(name='kd.evaluators.ranking.ranking')
+        ranking = dict(name='kd.evaluators.ranking.classes')
         return kd_config.stage(
             method=dict(name='kd.methods.vision.supervised.supervised'),
             data=data,
