@@ -1,6 +1,7 @@
 """Every recipe of the index is traced at its full scale, stage by stage: nothing is computed."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -46,6 +47,7 @@ LARGE = (
         'latent.py:sd15',
     ),
     *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
+    *('tad_sr.py:imagenet256_realesrgan', 'tad_sr.py:ffhq'),
     *('distil.py:smollm2,gsm8k', 'distil.py:smollm2,cached', 'paced.py:qwen3_8b_to_1_7b'),
     *('distil.py:llama3_8b_to_1b', 'taid.py:llama2_to_tinyllama', 'grpo.py:smollm2_gsm8k'),
 )
@@ -89,8 +91,12 @@ def test_every_recipe_traces(path, stand_ins, data_dir):
     config = kd_config.load(path)
     config.data_dir = data_dir
     recipe = kd_config.parse(config)
-    source = recipe.data.get('source', {}).get('name', '')
-    read = tuple(f'kd.data.{x}.' for x in ('text', 'image_text', 'reasoning', 'graphs', 'tabular'))
+    block = recipe.data.get('source', {})
+    while isinstance(block.get('of'), Mapping):
+        block = block['of']
+    source = block.get('name', '')
+    names = ('text', 'image_text', 'reasoning', 'graphs', 'tabular', 'latents')
+    read = tuple(f'kd.data.{name}.' for name in names)
     if recipe.pretrained or source.startswith(read):
         # Neither weights nor text nor tokenizer are at hand.
         recipe = dataclasses.replace(recipe, data_dir=catalogue.DESCRIBED)

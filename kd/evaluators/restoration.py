@@ -97,6 +97,27 @@ def _blurred(x: np.ndarray) -> np.ndarray:
     return x
 
 
+def high_bands(x: np.ndarray) -> np.ndarray:
+    """Power of x [N, H, W, C] by frequency, mean over N and C, at the upper third of radii, [K]."""
+    power = np.square(np.abs(np.fft.fft2(np.asarray(x, np.float64), axes=(1, 2)))).mean((0, 3))
+    return power[radii(*x.shape[1:3]) > 2 / 3]
+
+
+def radii(height: int, width: int) -> np.ndarray:
+    """Of the frequencies of `np.fft.fft2`, [H, W]: 0 at the mean, 1 at most."""
+    found = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    return found / found.max()
+
+
+def high_band_error(restored: np.ndarray, target: np.ndarray) -> float:
+    """mean |log P - log P'| of the powers at high frequencies of two sets of pictures.
+
+    0 for a set with as much of what is fine as the other, be it in the wrong places.
+    """
+    ours, theirs = (np.log(high_bands(x)) for x in (restored, target))
+    return float(np.abs(ours - theirs).mean())
+
+
 def luma(rgb: np.ndarray, rounded: bool = False) -> np.ndarray:
     """BT.601's Y of R, G, B in 0 .. 255: [..., 3] to [..., 1], 16 for black and 235 for white.
 

@@ -288,3 +288,41 @@ def autoencoder(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str
         shift=read['shift_factor'] or 0.0,
         moments=read['use_quant_conv'],
     )
+
+
+_VQ = {
+    'block_out_channels': (64,),
+    'layers_per_block': 1,
+    'latent_channels': 3,
+    'num_vq_embeddings': 256,
+    'norm_num_groups': 32,
+    'scaling_factor': 0.18215,
+    'vq_embed_dim': None,
+}
+_VQ_FIXED = {
+    'in_channels': 3, 'out_channels': 3, 'act_fn': 'silu', 'norm_type': 'group',
+    'mid_block_add_attention': True, 'lookup_from_codebook': False,
+}  # fmt: skip
+
+
+def vq(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `AutoencoderKL` with a codebook takes, of the settings of `VQModel`."""
+    del tensors
+    levels = len(config.get('block_out_channels', (64,)))
+    kinds = dict(
+        down_block_types=('DownEncoderBlock2D',) * levels,
+        up_block_types=('UpDecoderBlock2D',) * levels,
+    )
+    read = settings(
+        config, where, 'AutoencoderKL', _VQ, _VQ_FIXED | kinds, ('sample_size', *_UNUSED)
+    )
+    if read['vq_embed_dim'] not in (None, read['latent_channels']):
+        raise UserError(f'{where}: AutoencoderKL has codes of as many numbers as latents have.')
+    return dict(
+        channels=read['block_out_channels'],
+        blocks=read['layers_per_block'],
+        latent=read['latent_channels'],
+        groups=read['norm_num_groups'],
+        scale=read['scaling_factor'],
+        codes=read['num_vq_embeddings'],
+    )

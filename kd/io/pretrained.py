@@ -142,6 +142,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
         'AutoencoderKL': _latent(
             AutoencoderKL, diffusion_settings.autoencoder, 'groups', 'scale', 'shift'
         ),
+        'VQModel': _latent(AutoencoderKL, diffusion_settings.vq, 'groups', 'scale'),
     },
     'gguf': {
         name: _decoder(names, gguf_decoders.arguments) for name, names in decoder_names.GGUF.items()

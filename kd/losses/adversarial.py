@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 __all__ = [
+    'discriminator_hinge',
     'discriminator_softplus',
     'finite_difference',
+    'generator_hinge',
     'generator_softplus',
     'r1',
     'relativistic',
@@ -33,6 +35,22 @@ def discriminator_softplus(real: jax.Array, fake: jax.Array) -> jax.Array:
 def generator_softplus(fake: jax.Array) -> jax.Array:
     """softplus(-D(G(z))), the non-saturating loss of the generator; log 2 where D is 0."""
     return jax.nn.softplus(-fake)
+
+
+def discriminator_hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """relu(1 - D(x)) + relu(1 + D(G(z))), without gradient where both are right by 1.
+
+    Args:
+      real, fake: logits of as many real and generated examples.
+
+    Source: Geometric GAN, arXiv:1705.02894.
+    """
+    return jax.nn.relu(1 - real) + jax.nn.relu(1 + fake)
+
+
+def generator_hinge(fake: jax.Array) -> jax.Array:
+    """-D(G(z)), what a generator has against `discriminator_hinge`."""
+    return -fake
 
 
 def relativistic(preferred: jax.Array, other: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ and `convert` turns each into each; no other conversion stands anywhere in `kd`.
 | discrete | sqrt(abar_t), sqrt(1 - abar_t) | 0 .. T - 1 | t, or `scale` t |
 | flow | 1 - t, t | [0, 1] | 1000 t |
 | local | 1, sqrt(1 - abar_t) | 0 .. T - 1 | t |
+| residual_shift | 1 - eta_t, kappa sqrt(eta_t) | 0 .. T - 1 | t |
 | of_interpolant | c(1 - t), a(1 - t) | [0, 1] | 1 - t |
 """
 
@@ -38,6 +39,7 @@ from kd.losses.interpolant import Interpolant, expand_times, get_interpolant
 
 __all__ = [
     *('KINDS', 'Kind', 'Schedule', 'convert', 'discrete', 'edm', 'flow', 'local', 'of_interpolant'),
+    'residual_shift',
 ]
 
 Kind = Literal['x0', 'eps', 'v', 'flow', 'score']
@@ -182,13 +184,14 @@ def discrete(
     if zero_terminal:
         alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
     sigmas = np.sqrt(1 - alphas**2)
-
-    def table(values: np.ndarray) -> Callable[[jax.Array], jax.Array]:
-        return lambda t: jnp.asarray(values, _wide(t).dtype)[jnp.asarray(t, jnp.int32)]
-
     return Schedule(
-        kind, 0.0, steps - 1.0, steps, table(alphas), table(sigmas), lambda t: scale * _wide(t)
+        kind, 0.0, steps - 1.0, steps, _table(alphas), _table(sigmas), lambda t: scale * _wide(t)
     )
+
+
+def _table(values: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """A function of integer times by its values."""
+    return lambda t: jnp.asarray(values, _wide(t).dtype)[jnp.asarray(t, jnp.int32)]
 
 
 @functools.cache
@@ -201,6 +204,41 @@ def local(start: float = 3.5e-5, end: float = 0.007, steps: int = 1000) -> Sched
     return Schedule(
         'local', 0.0, steps - 1.0, steps, lambda t: jnp.ones_like(_wide(t)), sigmas, _wide
     )
+
+
+@functools.cache
+def residual_shift(
+    steps: int = 15,
+    kappa: float = 2.0,
+    least: float = 0.04,
+    power: float = 0.3,
+    last: float = 0.99,
+) -> Schedule:
+    """That of residuals r = x0 - y while a picture x0 is shifted to another, y.
+
+        x_t = x0 + eta_t (y - x0) + kappa sqrt(eta_t) eps,   r_t = x_t - y
+        sqrt(eta_t) = a (last / a)^((t / (T - 1))^power),   a = least / max(kappa, 1)
+
+    In residuals it is a diffusion like others: r_t = (1 - eta_t) r + kappa sqrt(eta_t) eps, and the
+    sampler that is released for it is DDIM.
+
+    Args:
+      steps: T, at least 2.
+      kappa: of the noise.
+      least: kappa sqrt(eta_0), for kappa from 1 on.
+      power: below 1, little noise takes few of the steps.
+      last: sqrt(eta_(T - 1)).
+
+    Source: ResShift, arXiv:2307.12348.
+    """
+    if steps < 2:
+        raise ValueError(f'residual_shift: steps={steps}, expected at least 2.')
+    first = least / max(kappa, 1.0)
+    roots = first * (last / first) ** (np.linspace(0, 1, steps) ** power)
+    return Schedule(
+        'residual_shift', 0.0, steps - 1.0, steps, _table(1 - roots**2), _table(kappa * roots),
+        lambda t: _wide(t),
+    )  # fmt: skip
 
 
 @functools.cache

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from kd.losses.interpolant import expand_times
-from kd.losses.schedule import Schedule
+from kd.losses.schedule import Schedule, convert
 
 __all__ = [
     'augmentation',
     'denoising',
     'direction',
+    'hsd_gap',
     'mean_variance_kl',
     'preferred',
     'residual',
@@ -74,6 +75,40 @@ def vsd(real: jax.Array, fake: jax.Array, weight: jax.Array | float = 1.0) -> ja
     weight = jnp.asarray(weight)
     weight = weight.reshape(weight.shape + (1,) * (real.ndim - weight.ndim))
     return jax.lax.stop_gradient(weight * (_wide(real) - _wide(fake)))
+
+
+def hsd_gap(
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    target: jax.Array,
+    schedule: Schedule,
+    t: jax.Array,
+    noise: jax.Array,
+) -> jax.Array:
+    """g = eps(x_t) - eps(y_t), [B, ...]: high-frequency score distillation.
+
+        = alpha_t / sigma_t [x - y - (mu(x_t) - mu(y_t))]
+
+    with one noise in x_t and in y_t. Where x is y it is 0 whatever the denoiser says, which score
+    distillation is not. A denoiser that takes what is fine for noise follows little of x - y there,
+    so that g is large where there are high frequencies, more so at small times.
+
+    Args:
+      denoise: mu(x_t, t) of the frozen teacher.
+      x: the student's examples, [B, ...].
+      target: y, the teacher's own, made of the same start.
+      schedule, t: of the noise; t is [B].
+      noise: [B, ...], normal.
+
+    Source: TAD-SR, arXiv:2408.07476; its code draws the noise evenly in [0, 1], and divides x_t by
+    sqrt(sigma^2 + 1) once more than its networks want.
+    """
+
+    def eps(clean: jax.Array) -> jax.Array:
+        noised = schedule.mix(jax.lax.stop_gradient(clean), noise, t)
+        return convert(schedule, denoise(noised, t), noised, t, 'x0', 'eps')
+
+    return vsd(eps(x), eps(target))
 
 
 def augmentation(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from kd.models.latent_parts import timestep_features
+from kd.models.layers import torch_kernel_init
 from kd.ranges import Count, Positive, Seed
 
 # Sides of feature maps are halved down to this.
@@ -72,3 +76,81 @@ class FourierHead(nn.Module):
         for layer in range(2):
             x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name=f'hidden{layer}')(x))
         return nn.Dense(1, dtype=self.dtype, name='logit')(x)[:, 0].astype(jnp.float32)
+
+
+class TimeAwareHeads(nn.Module):
+    """Logits [B, n] of several features of one network, by a head for each that is told the time.
+
+        h = norm(F) (1 + scale(t)) + shift(t);  3x3 convolution of silu(h), zero at the start;
+        one token a pixel: a = block(1), b = (a + block(9)(a)) / sqrt 2, `logits` for each of these
+
+    where block(k) is a circular convolution along the tokens of spectral norm 1, group norm and a
+    leaky ReLU. Of vectors [B, D], which have no space, both are dense layers.
+
+    Its variables have a collection `batch_stats`, vectors of power iteration, which a call with
+    `update` moves by a step.
+
+    Attributes:
+      logits: of a token.
+      waves: features of the time.
+      dtype: compute type.
+
+    Source: TAD-SR, arXiv:2408.07476, as released; heads of StyleGAN-T, arXiv:2301.09515.
+    """
+
+    logits: Count = 64
+    waves: Count = 128
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, features: Sequence[jax.Array], t: jax.Array, *, update: bool = False
+    ) -> jax.Array:
+        """Logits of features [B, H, W, C] or [B, D] and times [B]."""
+        waves = nn.silu(timestep_features(t, self.waves)).astype(self.dtype)
+        return jnp.concatenate(
+            [
+                TimeAwareHead(self.logits, self.dtype, name=f'head{i}')(feature, waves, update)
+                for i, feature in enumerate(features)
+            ],
+            axis=1,
+        )
+
+
+class TimeAwareHead(nn.Module):
+    """One of `TimeAwareHeads`."""
+
+    logits: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, waves: jax.Array, update: bool) -> jax.Array:
+        channels, flat = x.shape[-1], x.ndim == 2
+        told = nn.Dense(2 * channels, dtype=self.dtype, name='time')(waves)
+        scale, shift = jnp.split(told.reshape(len(x), *(1,) * (x.ndim - 2), -1), 2, axis=-1)
+        h = nn.GroupNorm(min(32, channels // 4), epsilon=1e-5, dtype=self.dtype, name='norm')(x)
+        h = nn.silu(h * (1 + scale) + shift)
+        zero = nn.initializers.zeros
+        if flat:
+            h = nn.Dense(channels, dtype=self.dtype, kernel_init=zero, name='mix')(h)[:, None]
+        else:
+            h = nn.Conv(channels, (3, 3), dtype=self.dtype, kernel_init=zero, name='mix')(h)
+            h = h.reshape(len(x), -1, channels)
+        h = self._block(h, 1, update, 'first')
+        h = (h + self._block(h, 1 if flat else 9, update, 'second')) * 2**-0.5
+        said = self._spectral(h, self.logits, 1, update, 'logits')
+        return said.reshape(len(x), -1).astype(jnp.float32)
+
+    def _block(self, x, size, update, name):
+        y = self._spectral(x, x.shape[-1], size, update, name)
+        y = nn.GroupNorm(4, epsilon=1e-5, dtype=self.dtype, name=f'{name}_norm')(y)
+        return nn.leaky_relu(y, 0.2)
+
+    def _spectral(self, x, width, size, update, name):
+        options = dict(dtype=self.dtype, kernel_init=torch_kernel_init, name=name)
+        layer = (
+            nn.Dense(width, **options)
+            if size == 1
+            else nn.Conv(width, (size,), padding='CIRCULAR', **options)
+        )
+        return nn.SpectralNorm(layer, name=f'{name}_spectral')(x, update_stats=update)

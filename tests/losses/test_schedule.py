@@ -20,6 +20,7 @@ SCHEDULES = {
     'sd': (schedule.discrete, [3.0, 400.0, 990.0]),
     'dit': (lambda: schedule.discrete('linear', 1e-4, 0.02), [3.0, 400.0, 990.0]),
     'cosine': (lambda: schedule.discrete('cosine'), [3.0, 400.0, 990.0]),
+    'residual_shift': (schedule.residual_shift, [0.0, 7.0, 14.0]),
     'trigonometric': (lambda: schedule.of_interpolant('trigonometric', 0.6), [0.1, 0.5, 0.95]),
 }
 

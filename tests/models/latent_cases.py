@@ -49,6 +49,10 @@ CONFIGS = {
         _class_name='AutoencoderKL', block_out_channels=[8, 16], norm_num_groups=4,
         down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
     ),
+    'vq': dict(
+        _class_name='VQModel', block_out_channels=[8, 16], norm_num_groups=4, num_vq_embeddings=20,
+        down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
+    ),
 }  # fmt: skip
 JOINT = dict(text=TEXT, pooled=POOLED)
 INPUTS = {
@@ -60,11 +64,12 @@ INPUTS = {
     'qwen': ((TIMES, X), dict(text=TEXT, mask=MASK)),
     'wan': ((TIMES, VIDEO), dict(text=TEXT)),
     'autoencoder': ((IMAGES,), {}),
+    'vq': ((IMAGES,), {}),
 }
-ENCODED = tuple(
-    ('encode', f'latent_dist.{moment}', {'x': np.moveaxis(IMAGES, -1, 1)})
-    for moment in ('mean', 'logvar')
-)
+ENCODED = {
+    'autoencoder': ('latent_dist.mean', 'latent_dist.logvar'),
+    'vq': ('latents',),
+}
 # Sum, sum of squares and one entry of what diffusers 0.42.1 says of the same weights.
 KNOWN = {
     'dit': (698.931827, 5732.588739, 0.55619),
@@ -75,6 +80,7 @@ KNOWN = {
     'qwen': (450.651378, 2946.574852, 0.485858),
     'wan': (-61.22234, 4574.302149, -3.368743),
     'autoencoder': (319.647979, 469.963357, 0.033934),
+    'vq': (492.550294, 705.909957, 0.575023),
 }
 
 
@@ -156,13 +162,14 @@ def check_anew(name, folder):
         },
         'wan': {'hidden_states': channels_first['video'], 'timestep': TIMES, **text},
         'autoencoder': {'sample': channels_first['image']},
+        'vq': {'sample': channels_first['image']},
     }  # fmt: skip
     wanted, *more = diffusion_files.said(
         folder,
         ('forward', 'sample', calls[name]),
-        *ENCODED * (name == 'autoencoder'),
+        *(('encode', part, {'x': channels_first['image']}) for part in ENCODED.get(name, ())),
     )
-    for part, moment in zip(more, (0, 1), strict=bool(more)):
+    for moment, part in enumerate(more):
         found = module_of(name).apply(variables_of(name), IMAGES, method='encode')[moment]
         np.testing.assert_allclose(found, np.moveaxis(part, 1, -1), rtol=1e-4, atol=1e-4)
     if name in ('flux', 'qwen'):

@@ -21,14 +21,15 @@ LOW = jax.ShapeDtypeStruct((1, 8, 12, 3), jnp.float32)
 SMALL = IMDN(3, channels=8, blocks=2)
 
 
-def shapes(module):
-    return jax.eval_shape(from_linen(module, LOW).init, jax.random.key(0))
+def shapes(module, side=8):
+    low = jax.ShapeDtypeStruct((1, side, side + 4, 3), LOW.dtype)
+    return jax.eval_shape(from_linen(module, low).init, jax.random.key(0))
 
 
-def released(module, seed=0):
+def released(module, seed=0, side=8):
     """Random tensors with the names and shapes of PyTorch, float32."""
     rng, tensors = np.random.default_rng(seed), {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes(module)['params'])[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes(module, side)['params'])[0]:
         *modules, last = (key.key for key in path)
         shape = leaf.shape
         if last == 'kernel':
@@ -79,10 +80,10 @@ def picture(seed=1, height=8, width=12):
     return np.random.default_rng(seed).uniform(-1, 1, (1, height, width, 3)).astype(np.float32)
 
 
-def loaded(module, tensors, tmp_path):
+def loaded(module, tensors, tmp_path, side=8):
     file = tmp_path / 'weights.safetensors'
     safetensors.numpy.save_file(tensors, file)
-    return torch_weights.load(file, shapes(module), rename=module.released_name)
+    return torch_weights.load(file, shapes(module, side), rename=module.released_name)
 
 
 def applied(module, variables, low):

@@ -30,7 +30,7 @@ from kd.parallel.mesh import make_mesh
 from kd.parallel.sharding import tree_shardings
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
-NAMES = ('dit', 'pixart', 'autoencoder')
+NAMES = ('dit', 'pixart', 'autoencoder', 'vq')
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,9 @@ def test_presets_have_the_published_numbers_of_parameters(made, of, shape, milli
     assert round(count / 1e6) == millions
 
 
-@pytest.mark.parametrize(('of', 'thousands'), [('sdxl', 83_654), ('flux', 83_820)])
+@pytest.mark.parametrize(
+    ('of', 'thousands'), [('sdxl', 83_654), ('flux', 83_820), ('vq_f4', 55_323)]
+)
 def test_autoencoders_have_the_published_numbers_of_parameters(of, thousands):
     shapes = diffusion_files.abstract(autoencoder_kl.preset(of), (1, 64, 64, 3))
     assert round(parameter_count(shapes) / 1e3) == thousands
@@ -176,6 +178,7 @@ def test_published_descriptions_are_those_of_presets(of, described, tmp_path):
         ('qwen', dict(out_channels=16), 'a quarter of its in_channels out'),
         ('wan', dict(image_dim=1_280), 'image_dim=1280 is more than Wan knows'),
         ('autoencoder', dict(use_quant_conv=False), 'both of quant_conv and post_quant_conv'),
+        ('vq', dict(vq_embed_dim=4), 'codes of as many numbers as latents have'),
     ],
 )
 def test_settings_that_networks_do_not_have_are_told(name, described, words, tmp_path):

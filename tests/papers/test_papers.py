@@ -45,6 +45,7 @@ ANONYMOUS = {
     'asd_video',
     *('hierarchical_prune', 'ppcl'),
     'imdn',
+    'tad_sr',
     'crd',
     'dmae',
     'mirage',
