@@ -12,11 +12,12 @@ import pytest
 from kd import config as kd_config
 from kd.aot import hlo
 from kd.claims import seeds
-from kd.data.context import SourceContext
+from kd.data.context import SourceContext, source_loader
 from kd.data.transforms.residual import residual
 from kd.errors import UserError
 from kd.evaluators.restoration import high_band_error, radii
 from kd.evaluators.restored import compared, restored
+from kd.io import safetensors
 from kd.losses import adversarial, score_distillation
 from kd.losses.schedule import residual_shift
 from kd.methods.sr.tad_sr import gap, tad_sr
@@ -24,6 +25,7 @@ from kd.models.shifted import Shifted, ShiftedMLP, shifted
 from kd.network import from_linen
 from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion, times
+from kd.training import loop
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -344,3 +346,38 @@ def test_patches_are_compared_by_nearness_and_by_looks():
     assert high_band_error(np.roll(target, 1, 2), target) == pytest.approx(0, abs=1e-9)
     assert high_band_error(target / 2, target) == pytest.approx(np.log(4), abs=1e-9)
     assert compared(np.full((2, 1, 1, 1), np.nan), target) == {'finite': 0.0}
+
+
+def test_a_run_makes_solutions_once_and_restores_patches(tmp_path):
+    config = kd_config.load('configs/sr/tad_sr.py:cpu')
+    config.stages = ('teacher', 'solutions', 'full')
+    del config['reg']
+    config.report.rows = (('full', 'full'),)
+    config.teacher.evaluators = {}
+    config.data.source.of.of.count = 32
+    for name in config.stages:
+        stage = config[name]
+        stage.batch_size = 16
+        if name != 'solutions':
+            stage.steps, stage.log_every, stage.checkpoint_every = 2, 1, 2
+            stage.network.network.update(width=8, depth=2)
+    config.full.evaluators.patches.samples = 32
+    config.full.method.adversarial = 0.0
+    report = loop.run(config, tmp_path / 'run').read_text()
+    assert '| full | ' in report
+    # What the student has learnt from is what its teacher makes of the noise beside it.
+    recipe = kd_config.parse(config)
+    data = kd_config.data_of(recipe.data, recipe.stages['full'].data)
+    batch = source_loader(data, recipe, tmp_path / 'run')('train').fetch(np.arange(B))
+    variables = safetensors.stage_variables(tmp_path / 'run' / 'teacher', 'slow')
+    module = kd_config.build(recipe.stages['teacher'].network, where='')
+    own = denoisers.of_network(from_linen(module, *module.example_inputs(SPEC)))
+    denoise = jax.jit(own.bind(variables, {'low': batch['low']}))
+    x = batch['noise']
+    for t in range(14, -1, -1):
+        mu = np.asarray(denoise(x, jnp.float32(t)))
+        if t:
+            now, then = ((1 - r**2, KAPPA * r) for r in roots()[[t, t - 1]])
+            x = then[0] * mu + then[1] * (x - now[0] * mu) / now[1]
+    np.testing.assert_allclose(batch['sample'], mu, atol=1e-4)
+    assert batch['noise'].std() == pytest.approx(1.98, rel=0.1)
