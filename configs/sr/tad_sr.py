@@ -14,7 +14,7 @@ its solutions, made once of a noise for each example; a student of one step that
 (`full`). The report has PSNR and the Frechet distance of patches: what is near on the average is
 not what looks right, and neither number alone says which is better.
 
-`cpu` CPU_TEXT
+`cpu` takes a few minutes.
 
 The other variants have the paper's teacher, rates, weights, steps and warm-up, and batches of 8 a
 GPU; ResShift's rate for the teacher. Their data are written beforehand by

@@ -13,8 +13,6 @@
 
 The peer is `kd.benchmarks.peers.imdn`, the released forward pass; weights are random and of one
 file, both sides take turns on one core. Pillow shrinks by its own bicubic, whose numbers differ.
-
-MEASURED
 """
 
 from __future__ import annotations
