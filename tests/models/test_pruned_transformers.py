@@ -1,4 +1,4 @@
-"""A transformer of text and tokens with something less: its stacked blocks in HierarchicalPrune."""
+"""Transformers of text and tokens with something less: stacked blocks in HPP, streams in PPCL."""
 
 import dataclasses
 
@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import latent_cases
 import numpy as np
 import pytest
+from sklearn.linear_model import LinearRegression
 
 from kd.claims import seeds
 from kd.io import found
 from kd.losses import schedule
+from kd.losses.feature_maps import direction
 from kd.methods import pruning
 from kd.methods.diffusion import hierarchical_prune as hpp
+from kd.methods.diffusion import ppcl
 from kd.models.denoiser import Denoised
+from kd.models.stack import restricted, stack
 from kd.network import from_linen
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -68,3 +72,57 @@ def test_stacked_blocks_of_text_and_tokens_have_factors_and_features_of_their_ow
     assert list(tokens) == list(module.blocks)
     assert [len(streams) for streams in tokens.values()] == [2, 1, 1]
     assert float(tokens[f'{single}_1'][0].max()) == 0.0
+
+
+def test_runs_and_maps_of_two_streams(monkeypatch):
+    """Tokens of a text that are padding do not count; maps fit each stream by itself."""
+    module, told = latent_cases.module_of('qwen'), latent_cases.INPUTS['qwen'][1]
+    spec = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in told.items()}
+    spec['input'] = jax.ShapeDtypeStruct(latent_cases.X.shape[1:], jnp.float32)
+    maps = ('transformer_blocks_1/mlp', 'transformer_blocks_1/context_mlp')
+    teacher, one, wide = (
+        from_linen(made, *made.example_inputs(spec))
+        for made in (
+            Denoised(module.clone(**changes), schedule.flow(), kind='flow')
+            for changes in ({}, dict(dropped=('transformer_blocks_1',)), dict(linear=maps))
+        )
+    )
+    variables, x = latent_cases.variables_of('qwen'), jnp.asarray(latent_cases.X)
+    asked = jnp.array([0.2, 0.7]), x
+    begun = jax.eval_shape(wide.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape), begun)
+    context = seeds.context(network=wide, teacher=teacher, spec=spec)
+    monkeypatch.setattr(ppcl, 'noised', lambda *_: asked)
+    nets = {name: stack(net.module) for name, net in (('t', teacher), ('o', one), ('w', wide))}
+
+    @jax.jit
+    def all_of(variables):
+        states = [nets['t'].embed(variables, *asked, **told)]
+        at = states[0][1]
+        states = [states[0][0]]
+        for name in nets['t'].names:
+            states.append(nets['t'].fold(variables, (name,), states[-1], at))
+        small = restricted(teacher.module, one.module)(variables, variables)
+        point = ('transformer_blocks_0', 'transformer_blocks_1')
+        apart = ppcl.contiguous_losses(
+            (nets['t'], nets['o']), (variables, small), [point], asked, told
+        )[point]
+        made = restricted(teacher.module, wide.module)(variables, zeros)
+        name = 'transformer_blocks_1'
+        fitted = ppcl.least_squares(
+            context, [(name, name)], made, variables, {'input': x, **told}, None, 1e-6
+        )
+        said = [
+            nets['w'].block(nets['w'].params(v, name), name, states[1], at) for v in (made, fitted)
+        ]
+        return states, apart, said
+
+    states, apart, (before, after) = all_of(variables)
+    distances = [np.asarray(direction(a, b)) for a, b in zip(states[1], states[2], strict=True)]
+    text = [row[seen].mean() for row, seen in zip(distances[1], told['mask'], strict=True)]
+    np.testing.assert_allclose(apart, distances[0].mean(-1) + text, rtol=1e-4)
+    # More tokens than features: least squares by scikit-learn, of the image's stream.
+    x, said, y = (np.asarray(z[0]).reshape(-1, z[0].shape[-1]) for z in (before, after, states[2]))
+    wanted = x + LinearRegression().fit(x, y - x).predict(x)
+    np.testing.assert_allclose(said, wanted, atol=2e-2 * np.abs(wanted).max())
+    assert np.abs(after[1] - before[1]).max() > 1e-3
