@@ -111,6 +111,8 @@ def stack(module: Any) -> Stack:
             places = [members.index(name) for name in names if name in members]
             if not places:
                 continue
+            if places != list(range(places[0], places[-1] + 1)):
+                raise ValueError(f'fold: {list(names)} are not blocks one after the other.')
             params = variables['params'][group]
             if (group,) == members:
                 carry = block(params, group, carry, context)

@@ -207,3 +207,5 @@ def test_a_block_before_a_gap_lies_alone():
     assert list(mmdit.preset('sd35_large').groups) == [
         'transformer_blocks', 'transformer_blocks_37',
     ]  # fmt: skip
+    with pytest.raises(ValueError, match='are not blocks one after the other'):
+        stack(whole).fold({}, ('transformer_blocks_0', 'transformer_blocks_2'), None, None)
