@@ -22,9 +22,9 @@ GPU; ResShift's rate for the teacher. Their data are written beforehand by
     python -m kd.data.degrade PICTURES --encoder=hf:VQ_F4 --to=DIR/imagenet256_realesrgan/train \
         --count=240000
 
-and so `test`: examples of a fixed set, where the paper degrades anew in every step. We know no
-weights of the networks in a form that is read here, so that the teacher is trained; it was not run
-by us.
+and so `test`, with `--keep --size=512` of faces: examples of a fixed set, where the paper degrades
+anew in every step. We know no weights of the networks in a form that is read here, so that the
+teacher is trained; it was not run by us.
 """
 
 from kd import config as kd_config
