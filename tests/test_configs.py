@@ -27,6 +27,8 @@ ABSENT = {
     'imagenet_224': ((224, 224, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
     'celeb_a': ((218, 178, 3), None, {'train': 162_770, 'validation': 19_867, 'test': 19_962}),
     'imagenet_resized/64x64': ((64, 64, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
+    'ffhq_256': ((256, 256, 3), None, {'train': 69_000, 'test': 1_000}),
+    'imagenet_256': ((256, 256, 3), 1000, {'train': 1_281_167, 'validation': 50_000}),
     'ffhq_64': ((64, 64, 3), None, {'train': 70_000}),
     'afhq_64': ((64, 64, 3), 3, {'train': 14_303, 'test': 1_500}),
 }
@@ -38,6 +40,8 @@ LARGE = (
     *('llava_mod.py:qwen2_7b_to_0_5b', 'flash_dmd.py:cifar10'),
     *('robust_active_distillation.py:cifar100', 'robust_active_distillation.py:svhn'),
     *('robust_active_distillation.py:imagenet', 'kd_aif.py:svhn_1k'),
+    *('oftsr.py:ffhq256', 'oftsr.py:div2k', 'oftsr.py:imagenet256'),
+    *('yonos_sr.py:x4', 'yonos_sr.py:x8'),
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),
     *(
         'slimflow.py:cifar10,3.4M',

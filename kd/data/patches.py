@@ -110,13 +110,21 @@ def crops(
     """
     whole = _opened(context, of, size, augment)
     shape = (size, size, 1 if channels == 'grey' else 3)
+    # Small ones are kept: drawing them takes longer than what is learnt of them.
+    keep = count * size * size * 3 <= sources.CACHE_BYTES
+    kept: dict[int, np.ndarray] = {}
+
+    def cut(row: int) -> np.ndarray:
+        sides = [x.shape[:2] for x in whole()]
+        place = _drawn(sides, size, seed, row)
+        return _cut(whole()[place.number], place, 1, size, augment)
 
     def read(rows: np.ndarray) -> sources.Batch:
-        sides = [x.shape[:2] for x in whole()]
         found = np.zeros((len(rows), size, size, 3), np.uint8)
-        for i, row in enumerate(rows):
-            place = _drawn(sides, size, seed, int(row))
-            found[i] = _cut(whole()[place.number], place, 1, size, augment)
+        for i, row in enumerate(map(int, rows)):
+            if keep and row not in kept:
+                kept[row] = cut(row).copy()
+            found[i] = kept[row] if keep else cut(row)
         crop = to_unit(found)
         return {'input': (crop @ _GREY)[..., None] if channels == 'grey' else crop}
 

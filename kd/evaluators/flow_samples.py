@@ -18,7 +18,7 @@ from kd.network import Network
 from kd.ranges import Count, Finite, Positive, Seed
 from kd.sampling import denoiser as denoisers
 from kd.sampling.flow import draw_noise, time_grid
-from kd.sampling.velocity import noise_scale, velocity_function
+from kd.sampling.velocity import fields_of, noise_scale, velocity_function
 from kd.state import State
 
 
@@ -76,8 +76,9 @@ def flow_samples(
     def draw(n: int) -> Draw:
         def by_steps(variables, x, condition, key):
             del key
+            told = fields_of(network, condition)
             for s, t in itertools.pairwise(time_grid(n)):
-                x = advance(variables, s, t, x, condition.get('label'))
+                x = advance(variables, s, t, x, condition.get('label'), told)
             return x
 
         return by_steps
@@ -160,10 +161,13 @@ def flow_geometry(
 
 
 def advance_of(network: Network, sampler: str, guidance: float) -> Callable[..., jax.Array]:
-    """(variables, s, t, x, label) -> the state at t; one program for all numbers of steps."""
+    """(variables, s, t, x, label, fields) -> the state at t; one program for all numbers of steps.
 
-    def advance(variables, s, t, x, label):
-        vfn = velocity_function(network, variables, label, guidance=guidance)
+    `fields` are what the network is told besides, see `kd.sampling.velocity.fields_of`.
+    """
+
+    def advance(variables, s, t, x, label, fields=None):
+        vfn = velocity_function(network, variables, label, told=fields, guidance=guidance)
         if sampler == 'euler':
             return flow_map(lambda s, t, x: vfn(s, s, x), s, t, x)
         return flow_map(vfn, s, t, x)

@@ -19,6 +19,7 @@ and `convert` turns each into each; no other conversion stands anywhere in `kd`.
 | edm | 1, t | [.002, 80] | ln(t) / 4 |
 | discrete | sqrt(abar_t), sqrt(1 - abar_t) | 0 .. T - 1 | t, or `scale` t |
 | flow | 1 - t, t | [0, 1] | 1000 t |
+| cosine | cos(pi t / 2), sin(pi t / 2) | [.001, 1] | t |
 | local | 1, sqrt(1 - abar_t) | 0 .. T - 1 | t |
 | residual_shift | 1 - eta_t, kappa sqrt(eta_t) | 0 .. T - 1 | t |
 | of_interpolant | c(1 - t), a(1 - t) | [0, 1] | 1 - t |
@@ -38,8 +39,8 @@ import numpy as np
 from kd.losses.interpolant import Interpolant, expand_times, get_interpolant
 
 __all__ = [
-    *('KINDS', 'Kind', 'Schedule', 'convert', 'discrete', 'edm', 'flow', 'local', 'of_interpolant'),
-    'residual_shift',
+    *('KINDS', 'Kind', 'Schedule', 'convert', 'cosine', 'discrete', 'edm', 'flow', 'local'),
+    *('of_interpolant', 'residual_shift'),
 ]
 
 Kind = Literal['x0', 'eps', 'v', 'flow', 'score']
@@ -144,6 +145,20 @@ def edm(low: float = 0.002, high: float = 80.0) -> Schedule:
 def flow(scale: float = 1000.0) -> Schedule:
     """The straight path of rectified flow, (1 - t) x0 + t eps; networks are told `scale` t."""
     return Schedule('flow', 0.0, 1.0, None, lambda t: 1 - t, lambda t: t, lambda t: scale * t)
+
+
+@functools.cache
+def cosine(low: float = 1e-3) -> Schedule:
+    """cos(pi t / 2) x0 + sin(pi t / 2) eps; nothing of the data is left at 1, where eps is vain.
+
+    Source: arXiv:2202.00512, whose time is 1 at the end of the noise too.
+    """
+
+    def alpha(t: jax.Array) -> jax.Array:
+        # The sine of what is left is 0 at 1, which a cosine in float32 is not.
+        return jnp.sin(0.5 * jnp.pi * (1 - t))
+
+    return Schedule('cosine', low, 1.0, None, alpha, lambda t: jnp.sin(0.5 * jnp.pi * t), _wide)
 
 
 @functools.cache

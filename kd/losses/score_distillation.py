@@ -36,7 +36,7 @@ __all__ = [
     'vsd',
 ]
 
-Weight = Literal['x0', 'eps', 'v', 'flow', 'edm', 'alpha2']
+Weight = Literal['x0', 'eps', 'v', 'flow', 'edm', 'alpha2', 'truncated']
 
 
 def direction(x: jax.Array, real: jax.Array, fake: jax.Array, floor: float = 1e-6) -> jax.Array:
@@ -173,6 +173,7 @@ def denoising(
     | flow | ((alpha + sigma) / sigma)^2 | eps - x0 |
     | edm | (alpha / sigma)^2 + 1 / sigma_data^2 | what an EDM network itself computes |
     | alpha2 | alpha^4 / sigma^2 | the noise, times alpha^2: SwiftBrush |
+    | truncated | max((alpha / sigma)^2, 1) | x0 or the noise: arXiv:2202.00512 |
 
     Args:
       prediction: mu, of x0, [B, ...].
@@ -190,6 +191,7 @@ def denoising(
         'flow': lambda: ((alpha + sigma) / sigma) ** 2,
         'edm': lambda: (alpha / sigma) ** 2 + sigma_data**-2,
         'alpha2': lambda: alpha**4 / sigma**2,
+        'truncated': lambda: jnp.maximum((alpha / sigma) ** 2, 1.0),
     }
     if weight not in weights:
         raise ValueError(f'denoising: weight is one of {list(weights)}, got {weight!r}.')

@@ -1,6 +1,6 @@
 """What conditions a velocity network: two times and, optionally, a class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ __all__ = [
     'log_variance',
     'positional_embedding',
     'velocity_inputs',
+    'with_fields',
 ]
 
 
@@ -42,6 +43,33 @@ def velocity_inputs(
     x = spec['input']
     time = jax.ShapeDtypeStruct((1,), x.dtype)
     return time, time, jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+
+
+def with_fields(
+    module: nn.Module, x: jax.Array, names: Sequence[str], told: Mapping[str, jax.Array]
+) -> jax.Array:
+    """x [B, ..., C] and what is `told` beside it, like x each, as further channels, in order.
+
+    A network that is initialised is told zeros.
+
+    Args:
+      module: the network.
+      x: its input.
+      names: of the fields that it is told.
+      told: those fields.
+
+    Raises:
+      ValueError: one of them is missing, or there is another.
+    """
+    if unknown := set(told) - set(names):
+        raise ValueError(
+            f'{type(module).__name__} is told {list(names)}, not {sorted(unknown)[0]!r}.'
+        )
+    if module.is_initializing():
+        told = {name: told.get(name, jnp.zeros_like(x)) for name in names}
+    if missing := [name for name in names if name not in told]:
+        raise ValueError(f'{type(module).__name__} is told {missing[0]!r}, which was not given.')
+    return jnp.concatenate([x, *(told[name].astype(x.dtype) for name in names)], axis=-1)
 
 
 def class_features(

@@ -49,16 +49,17 @@ class SongUNet(UNetBase):
         label: jax.Array | None = None,
         augment: jax.Array | None = None,
         train: bool = False,
+        **told: jax.Array,
     ) -> jax.Array:
-        """F [B, H, W, C] of c [B], images, classes int [B] and augmentations [B, augment]."""
-        self._checked(x)
+        """F [B, H, W, C] of c [B], images, classes int [B], augmentations [B, augment], fields."""
+        seen = self._seen(x, told)
         style = Style(
             uniform('fan_avg', 1.0), uniform('fan_avg', 1e-10), uniform('fan_avg', 0.2),
             biases=False, adaptive=False, project=True, total=0.5**0.5, epsilon=1e-6,
             taps=tuple(self.taps),
         )  # fmt: skip
         embedding = self._embedding(style, t, label, augment)
-        y, skips = self._encode(style, x.astype(self.dtype), embedding, train)
+        y, skips = self._encode(style, seen, embedding, train)
         return self._decode(style, y, skips, embedding, train, x.shape[-1]).astype(x.dtype)
 
     def _embedding(self, style, t, label, augment):
@@ -137,7 +138,7 @@ class SongUNet(UNetBase):
 
 
 class DhariwalUNet(UNetBase):
-    """F(c, x) for images: ADM; attributes are those of `UNetBase`, a head has 64 channels."""
+    """F(c, x) for images: ADM; attributes are those of `UNetBase`."""
 
     channels: Count = 192
     multipliers: tuple[Count, ...] = (1, 2, 3, 4)
@@ -153,11 +154,11 @@ class DhariwalUNet(UNetBase):
         label: jax.Array | None = None,
         augment: jax.Array | None = None,
         train: bool = False,
+        **told: jax.Array,
     ) -> jax.Array:
-        """F [B, H, W, C] of c [B], images, classes int [B] and augmentations [B, augment]."""
-        self._checked(x)
+        """F [B, H, W, C] of c [B], images, classes int [B], augmentations [B, augment], fields."""
+        y, skips = self._seen(x, told), []
         embedding = self._embedding(t, label, augment)
-        y, skips = x.astype(self.dtype), []
         for level, multiplier in enumerate(self.multipliers):
             width = self.channels * multiplier
             if level == 0:
@@ -174,14 +175,15 @@ class DhariwalUNet(UNetBase):
         return conv(ADM, x.shape[-1], 3, y, self.dtype, 'out_conv', ADM.last).astype(x.dtype)
 
     def _level(self, name, width, y, embedding, train):
-        heads = width // 64 if y.shape[1] in self.attention else 0
+        heads = width // self.head_channels if y.shape[1] in self.attention else 0
         return self._block(ADM, name, width, y, embedding, train, heads=heads)
 
     def _decode(self, y, skips, embedding, train):
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
             if level == len(self.multipliers) - 1:
                 name, width = f'dec_{place(y)}_in', y.shape[-1]
-                y = self._block(ADM, f'{name}0', width, y, embedding, train, heads=width // 64)
+                heads = width // self.head_channels
+                y = self._block(ADM, f'{name}0', width, y, embedding, train, heads=heads)
                 y = self._block(ADM, f'{name}1', width, y, embedding, train)
             else:
                 name = f'dec_{y.shape[1] * 2}x{y.shape[2] * 2}_up'
@@ -224,6 +226,7 @@ class _Frequencies(nn.Module):
 
 _CIFAR = dict(multipliers=(2, 2, 2), augment=9, dropout=0.13)
 _VE = dict(noise='fourier', noise_multiplier=2, encoder='residual', taps=(1, 3, 3, 1))
+_ADM_256 = (1, 1, 2, 2, 4, 4)
 # By name: the network and its arguments. Parameters: 55.7 M, 61.8 M at 64 pixels, ADM 295.9 M.
 PRESETS: dict[str, tuple[type[UNetBase], dict[str, Any]]] = {
     'cifar10': (SongUNet, _CIFAR),
@@ -232,6 +235,18 @@ PRESETS: dict[str, tuple[type[UNetBase], dict[str, Any]]] = {
     'ffhq64': (SongUNet, dict(augment=9, dropout=0.05)),
     'afhq64': (SongUNet, dict(augment=9, dropout=0.25)),
     'imagenet64': (DhariwalUNet, dict(num_classes=1_000)),
+    # ADM's own, without classes and of three outputs: 552.8 M with three channels beside, 93.6 M.
+    'adm256': (DhariwalUNet, dict(channels=256, multipliers=_ADM_256, blocks=2)),
+    'ffhq256': (
+        DhariwalUNet,
+        dict(
+            channels=128,
+            multipliers=_ADM_256,
+            blocks=1,
+            attention=(16,),
+            head_channels=128,
+        ),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax.typing import Dtype, Initializer
 
 from kd.models.attention import attend
+from kd.models.conditioning import with_fields
 from kd.models.unet import resample as resample_boxes
 from kd.ranges import Count, Decay, Size
 
@@ -170,6 +171,9 @@ class UNetBase(nn.Module):
       attention: sides of images at which blocks attend.
       dropout: rate in the blocks.
       num_classes: None for unconditional networks; the null class is this number.
+      beside: fields of a batch, like the images, that are further channels of the input: a picture
+        of low resolution, for networks of restoration.
+      head_channels: of a head of attention, in ADM.
       augment: length of the vector that tells how an image was augmented (arXiv:2206.06676); 0 for
         none. Where none is given it is zeros: an image as it is.
       remat: blocks are computed again for the gradient.
@@ -184,16 +188,28 @@ class UNetBase(nn.Module):
     attention: tuple[Count, ...] = (16,)
     dropout: Decay = 0.1
     num_classes: Count | None = None
+    beside: tuple[str, ...] = ()
+    head_channels: Count = 64
     augment: Size = 0
     remat: bool = False
     fused: bool = False
     dtype: Dtype = jnp.float32
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Fields of a batch that the network is told."""
+        return (*self.beside, *(('label',) if self.num_classes is not None else ()))
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of (t [1], x [1, ...])."""
         x = spec['input']
         time = jax.ShapeDtypeStruct((1,), x.dtype)
         return time, jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+
+    def _seen(self, x: jax.Array, told: dict[str, jax.Array]) -> jax.Array:
+        """The images and what is beside them, in the compute type."""
+        self._checked(x)
+        return with_fields(self, x, self.beside, told).astype(self.dtype)
 
     def _classes(self, label: jax.Array | None, batch: int) -> jax.Array | None:
         """[B, num_classes], zeros for the null class; NaN for what is no class."""

@@ -33,6 +33,12 @@ class OneTime(nn.Module):
         """Of the label; None without one."""
         return getattr(self.inner, 'num_classes', None)
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Fields of a batch that the network is told."""
+        own = ('label',) if self.num_classes is not None else ()
+        return tuple(getattr(self.inner, 'conditions', own))
+
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
 

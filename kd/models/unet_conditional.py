@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from kd.models import latent_parts
+from kd.models.conditioning import with_fields
 from kd.models.latent_parts import (
     Attention,
     Embedder,
@@ -164,6 +165,7 @@ class UNetConditional(nn.Module):
       pooled: size of the text as one vector; 0 for networks that are told neither it nor sizes.
       size_features: features of each of the six numbers of `size`.
       masked: the text comes with a mask of its tokens.
+      beside: fields of a batch, like x, that are further channels of the input.
       groups: of the normalisation.
       dropout: rate in the residual blocks.
       data_scale: what x is divided by and the output multiplied with: 1 for latents of unit
@@ -183,6 +185,7 @@ class UNetConditional(nn.Module):
     pooled: Size = 0
     size_features: Count = 256
     masked: bool = False
+    beside: tuple[str, ...] = ()
     groups: Count = 32
     dropout: Decay = 0.0
     data_scale: Positive = 1.0
@@ -194,7 +197,7 @@ class UNetConditional(nn.Module):
     def conditions(self) -> tuple[str, ...]:
         """Fields of a batch that the network is told."""
         return (
-            'text',
+            *('text', *self.beside),
             *(('mask',) if self.masked else ()),
             *(('pooled', 'size') if self.pooled else ()),
         )
@@ -214,6 +217,7 @@ class UNetConditional(nn.Module):
         pooled: jax.Array | None = None,
         size: jax.Array | None = None,
         train: bool = False,
+        **fields: jax.Array,
     ) -> jax.Array:
         """F [B, H, W, C].
 
@@ -226,6 +230,7 @@ class UNetConditional(nn.Module):
           size: [B, 6], in pixels (height, width): of the original, of the corner of what was cut
             out, and of the target.
           train: whether dropout acts.
+          **fields: what is `beside` x.
 
         Raises:
           ValueError: an input that is missing, or of another size.
@@ -240,7 +245,8 @@ class UNetConditional(nn.Module):
             added = Embedder(width, self.dtype, name='add_embedding')
             embedding = embedding + added(waves)
         told = embedding, text.astype(self.dtype), mask, train
-        y = (x / self.data_scale).astype(self.dtype)
+        seen = with_fields(self, x, self.beside, fields)
+        y = (seen / self.data_scale).astype(self.dtype)
         y = conv(y, self.channels[0], 3, self.dtype, 'conv_in')
         y = self._levels(y, told)
         y = nn.silu(group_norm(y, self.groups, 1e-5, self.dtype, 'conv_norm_out'))

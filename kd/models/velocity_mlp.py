@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from kd.models.conditioning import TimeWeight, class_features, velocity_inputs
+from kd.models.conditioning import TimeWeight, class_features, velocity_inputs, with_fields
 from kd.ranges import Count, Positive, Size
 
 __all__ = ['VelocityMLP']
@@ -24,6 +24,7 @@ class VelocityMLP(nn.Module):
       depth: hidden layers.
       data_scale: standard deviation of the data, which is also that of the noise.
       frequencies: k of the Fourier features of x, for data in about [-1, 1]; empty for none.
+      beside: fields of a batch, like x, that are seen beside it.
       num_classes: None for unconditional networks.
       time_weight: channels of the learned log-variance w(s, t) that is initialised beside the
         network (see `kd.models.conditioning.log_variance`); 0 for none.
@@ -34,9 +35,15 @@ class VelocityMLP(nn.Module):
     depth: Count = 5
     data_scale: Positive = 1.0
     frequencies: tuple[Positive, ...] = ()
+    beside: tuple[str, ...] = ()
     num_classes: Count | None = None
     time_weight: Size = 0
     dtype: Dtype = jnp.float32
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Fields of a batch that the network is told."""
+        return (*self.beside, *(('label',) if self.num_classes is not None else ()))
 
     def example_inputs(self, spec) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of a batch of one, from those of one example by name."""
@@ -51,11 +58,12 @@ class VelocityMLP(nn.Module):
         *,
         label: jax.Array | None = None,
         train: bool = False,
+        **told: jax.Array,
     ) -> jax.Array:
-        """Velocity [B, ...] like x from times [B], points [B, ...] and labels int [B]."""
+        """Velocity [B, ...] like x from times [B], points [B, ...], labels int [B] and fields."""
         if self.time_weight and self.is_initializing():
             TimeWeight(self.time_weight, name='time_weight')(s, t)
-        hidden = self._hidden(s, t, x, label)
+        hidden = self._hidden(s, t, with_fields(self, x, self.beside, told), label)
         out = nn.Dense(x[0].size, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='out')(
             hidden
         )

@@ -20,7 +20,11 @@ ByStep = dict[str, dict[int, float]]
 _NUMBERED = re.compile(r'(?P<metric>\w+)_(?P<steps>\d+)')
 # The row of what a perfect sampler scores, where an evaluator says so by METRIC_floor.
 _PERFECT, _FLOOR = 'a perfect sampler', '_floor'
-_UNITS = {'kl': 'KL(data || samples), nats', 'off_support': 'share of samples off the support'}
+_UNITS = {
+    'psnr': 'PSNR, dB',
+    'kl': 'KL(data || samples), nats',
+    'off_support': 'share of samples off the support',
+}
 
 
 def generation(
@@ -129,6 +133,8 @@ def _markdown(
     pages: list[tuple[str, Path]],
 ) -> str:
     data = recipe.data.get('name') or recipe.data['source'].get('of', 'data')
+    while isinstance(data, Mapping):  # The block of a source.
+        data = data.get('of', 'data')
     lines = [f'# {data}: {", ".join(tables)}', '', f'Seed {recipe.seed}. ']
     lines[-1] += 'The command and versions are in `manifest.json`.'
     for metric in dict.fromkeys(name for table in tables.values() for name in table):

@@ -46,6 +46,7 @@ ANONYMOUS = {
     *('hierarchical_prune', 'ppcl'),
     'imdn',
     'tad_sr',
+    'yonos_sr',
     'crd',
     'dmae',
     'mirage',

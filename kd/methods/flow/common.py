@@ -21,7 +21,7 @@ from kd.models.conditioning import log_variance
 from kd.models.magnitude_preserving import effective_weights, normalize_weights
 from kd.network import Network
 from kd.ranges import Count, Fraction, Positive
-from kd.sampling.velocity import noise_scale, num_classes, velocity_function
+from kd.sampling.velocity import fields_of, noise_scale, num_classes, velocity_function
 from kd.state import PyTree, State
 
 # Splits the randomness of a step: augmentation, noise, dropped labels, dropout, times.
@@ -75,15 +75,20 @@ def flow_method(
         variables = variables_of(network, state, params)
         bind = functools.partial(velocity_function, network, variables)
         on, off = (None, None) if label is None else (label[:diagonal], label[diagonal:])
+        told = fields_of(network, batch)
+        told_on, told_off = (
+            {name: x[part] for name, x in told.items()}
+            for part in (slice(diagonal), slice(diagonal, None))
+        )
         error, s, t = flow_map_errors(
             keys[4],
-            bind(on, train=True, key=keys[3]),
+            bind(on, told=told_on, train=True, key=keys[3]),
             start,
             data,
             interpolant=interpolant,
             algorithm=algorithm,
             diagonal=diagonal,
-            off_diagonal_vfn=bind(off),
+            off_diagonal_vfn=bind(off, told=told_off),
             teacher=teacher(state.frozen, off) if teacher and diagonal < len(data) else None,
         )
         values = uncertainty_weight(error, log_variance(params, s, t)) if weighted else error
