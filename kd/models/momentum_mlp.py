@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd.losses.momentum import Momentum, mean_velocity
+from kd.models.conditioning import with_fields
 from kd.models.velocity_mlp import VelocityMLP
 from kd.ranges import Count
 
@@ -38,9 +39,10 @@ class MomentumMLP(VelocityMLP):
         label: jax.Array | None = None,
         train: bool = False,
         momenta: bool = False,
+        **told: jax.Array,
     ) -> Any:
         """As of `VelocityMLP`; with `momenta` what is said of the segment, [B, K, ...]."""
-        hidden = self._hidden(s, s, x, label)
+        hidden = self._hidden(s, s, with_fields(self, x, self.beside, told), label)
         each = (len(x), -1) + (1,) * (x.ndim - 1)
         zeros, spread = nn.initializers.zeros, nn.initializers.normal(0.05)
 
