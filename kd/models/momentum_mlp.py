@@ -39,7 +39,7 @@ class MomentumMLP(VelocityMLP):
         label: jax.Array | None = None,
         train: bool = False,
         momenta: bool = False,
-        **told: jax.Array,
+        **told: Any,
     ) -> Any:
         """As of `VelocityMLP`; with `momenta` what is said of the segment, [B, K, ...]."""
         hidden = self._hidden(s, s, with_fields(self, x, self.beside, told), label)

@@ -1,5 +1,7 @@
 """Two-time velocity network for low-dimensional data: a GELU MLP."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ class VelocityMLP(nn.Module):
         *,
         label: jax.Array | None = None,
         train: bool = False,
-        **told: jax.Array,
+        **told: Any,
     ) -> jax.Array:
         """Velocity [B, ...] like x from times [B], points [B, ...], labels int [B] and fields."""
         if self.time_weight and self.is_initializing():
