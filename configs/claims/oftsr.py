@@ -95,9 +95,9 @@ def run(say, seeds, count, teacher_steps, student_steps, shown):
     measure('low', np.repeat(test[LOW][None], len(seeds), 0))
     for arm, steps in (('many', MANY), ('one', 1)):
         measure(arm, sampled(net, steps)(teacher, x0, test[LOW]))
-    frozen = {'teacher': teacher, 'start': teacher}
+    frozen, call = {'teacher': teacher, 'start': teacher}, called(net)
     for kind, dt, times in (('student', 0.05, TIMES), ('short', 0.001, TIMES[-1:])):
-        context = context_of(net, 5e-4, student_steps)
+        context = context_of(net, 5e-4, student_steps, start=net)
         state = seeds_lib.train(
             oftsr(context, share=SHARE, dt=dt), data, seeds,
             steps=student_steps, batch_size=256, frozen_per_run=frozen,
@@ -105,7 +105,7 @@ def run(say, seeds, count, teacher_steps, student_steps, shown):
         variables = {'params': state.params['network']}
         for t in times:
             arm = f't={t:g}' if kind == 'student' else kind
-            measure(arm, called(net)(variables, x0, test[LOW], t))
+            measure(arm, call(variables, x0, test[LOW], t))
     curve = {
         name: np.array([measured[f't={t:g}'][name] for t in TIMES]) for name in ('psnr', 'frechet')
     }
@@ -126,11 +126,11 @@ def examples(split, count):
     return source, {name: batch[name] for name in SPEC}
 
 
-def context_of(net, lr, steps):
-    """Of a stage whose teacher and beginning have the student's own form."""
+def context_of(net, lr, steps, start=None):
+    """Of a stage; the student's teacher and beginning have its own form."""
     return seeds_lib.context(
-        network=net, teacher=net, references={'start': net}, spec=SPEC, steps=steps,
-        optimizer=dict(name='adam', lr=lr, schedule='cosine'),
+        network=net, teacher=start, references={'start': start} if start else {}, spec=SPEC,
+        steps=steps, optimizer=dict(name='adam', lr=lr, schedule='cosine'),
     )  # fmt: skip
 
 

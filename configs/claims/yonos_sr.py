@@ -39,7 +39,9 @@ TITLES = {
     'mended': 'the same, mended',
 }
 CHECKS = [
-    Check('the gradient of distillation has a smaller variance', 'gradient_variance',
+    Check('gradients at the start: distillation has the smaller variance', 'variance_start',
+          'distilled', 'direct', lower=True),
+    Check('gradients where patches have led: it has the smaller variance', 'variance_end',
           'distilled', 'direct', lower=True),
     Check('mending adds to the PSNR of one step', 'psnr_1', 'mended', 'distilled'),
 ]  # fmt: skip
@@ -47,7 +49,9 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps and patches."""
-    plan = (300, 2, 2, 2, 100, 16) if smoke else (40_000, 3_000, 1_500, 1_500, 3_000, 1_024)
+    plan = (40_000, 3_000, 1_500, 1_500, 3_000, 1_024, STEPS)
+    if smoke:
+        plan = (300, 2, 2, 2, 100, 16, STEPS[:1])
     return Claim(
         paper='YONOS-SR 2024, arXiv:2401.17258',
         statement='A denoiser at x4 that learns from one at x2 has quieter gradients than one that '
@@ -56,9 +60,9 @@ def get_claim(smoke: bool = False) -> Claim:
         f'columns held out. Perceptrons of 3 x 256, v-prediction, weight max(snr, 1): {plan[1]} '
         f'steps at x2, then {plan[2]} at x4 of Adam 1e-3 with a cosine, batches of 256; a '
         f'perceptron of 2 x 256 beside the identity mends by L1, {plan[3]} steps. Variance of the '
-        f'gradients of {plan[5]} single patches at the weights at which both begin, over the '
-        'square of their mean too; PSNR of all patches together in 1, 4 and 16 steps of DDIM, '
-        'Frechet distance of details; 5 seeds.',
+        f'gradients of {plan[5]} single patches at the weights at which both begin, and where '
+        'patches have led, over the square of their mean too; PSNR of all patches together in 1, '
+        '4 and 16 steps of DDIM, Frechet distance of details; 5 seeds.',
         run=lambda say: run(say, 10 + np.arange(3 if smoke else 5), *plan),
         checks=CHECKS[:1] if smoke else CHECKS,
         draw=draw,
@@ -67,7 +71,7 @@ def get_claim(smoke: bool = False) -> Claim:
     )
 
 
-def run(say, seeds, count, first_steps, steps, mending, shown, gradients):
+def run(say, seeds, count, first_steps, steps, mending, shown, gradients, sampling):
     """Variances of gradients, and PSNR and distance of details by steps, per seed and arm."""
     source, data = examples('train', count)
     _, test = examples('test', shown)
@@ -101,21 +105,25 @@ def run(say, seeds, count, first_steps, steps, mending, shown, gradients):
         by = dict(teacher=net) if arm == 'distilled' else {}
         return scale_distillation(context_of(net, steps, **start, **by, **more))
 
+    draws = {n: sampled(net, n) for n in sampling}
     note('low', scored(np.repeat(test[LOW][None], len(seeds), 0), 1))
     few = {name: x[:gradients] for name, x in data.items()}
     for arm in ('scratch', 'direct', 'distilled'):
-        if arm != 'scratch':
-            note(arm, spread(of(arm, tx=optax.sgd(1.0)), teacher, few, seeds))
         state = trained(of(arm), data, steps, frozen_per_run=frozen)
         variables = {'params': state.params['network']}
-        for n in STEPS:
-            images = np.asarray(sampled(net, n)(variables, test))
-            note(arm, scored(images, n))
+        if arm == 'direct':
+            at_end = variables
+        for n in sampling:
+            note(arm, scored(np.asarray(draws[n](variables, test)), n))
+    for arm in ('direct', 'distilled'):
+        measure = spread(of(arm, tx=optax.sgd(1.0)), teacher, few, seeds)
+        for place, weights in (('start', teacher), ('end', at_end)):
+            note(arm, {f'{k}_{place}': x for k, x in measure(weights).items()})
     context = context_of(from_linen(Refiner(), *Refiner().example_inputs(SPEC)), mending,
                          teacher=net)  # fmt: skip
     state = trained(decoder_tuning(context), data, mending, frozen_per_run={'teacher': variables})
     mend = jax.jit(jax.vmap(lambda params, x: context.network.apply({'params': params}, x).logits))
-    once = sampled(net, 1)(variables, test)
+    once = draws[1](variables, test)
     note('mended', scored(np.asarray(mend(state.params['network'], once)), 1))
     return measured
 
@@ -140,15 +148,14 @@ def context_of(net, steps, *, start=None, teacher=None, tx=None):
 
 
 def spread(method, teacher, data, seeds):
-    """Variance of the gradient of one patch, and over the square of the mean gradient, per seed.
+    """(weights) -> variance of the gradient of one patch there, and over the square of its mean.
 
-    A step of plain descent from the beginning of the runs moves by the gradient; arms see the same
-    noises and times.
+    A step of plain descent moves by the gradient; arms see the same noises and times.
     """
 
-    def of_run(params, seed):
-        frozen = {'teacher': {'params': params}, 'start': {'params': params}}
-        state = method.init(jax.random.key(seed), frozen)
+    def of_run(teacher, params, seed):
+        frozen = {'teacher': teacher, 'start': teacher}
+        state = method.init(jax.random.key(seed), frozen).replace(params={'network': params})
 
         def add(sums, row):
             number, patch = row
@@ -167,8 +174,13 @@ def spread(method, teacher, data, seeds):
         variance = (square - count * mean) / (count - 1)
         return variance, variance / mean
 
-    found = jax.jit(jax.vmap(of_run))(teacher['params'], np.asarray(seeds, np.uint32))
-    return dict(zip(('gradient_variance', 'noise_to_signal'), found, strict=True))
+    each = jax.jit(jax.vmap(of_run))
+
+    def measure(weights):
+        found = each(teacher, weights['params'], np.asarray(seeds, np.uint32))
+        return dict(zip(('variance', 'noise_to_signal'), found, strict=True))
+
+    return measure
 
 
 def sampled(net, n):
@@ -191,7 +203,7 @@ def draw(measured):
     figure = figures.new_figure(11, 2.6)
     axes = figure.subplots(1, 3)
     shown = (
-        ('gradient_variance', 'variance of the gradient at the start'),
+        ('variance_end', 'variance of the gradient'),
         ('psnr_1', 'PSNR in one step, dB'),
         ('frechet_1', 'Frechet distance of details, one step'),
     )
