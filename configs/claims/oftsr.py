@@ -163,7 +163,7 @@ def draw(measured):
     axis.plot(*zip(*line, strict=True), color='grey', linewidth=1, zorder=0)
     for colour, (arm, title) in zip(figures.COLOURS * 2, TITLES.items(), strict=False):
         found = measured[arm]
-        marker = 'o' if arm.startswith('t=') else 's'
+        marker = {'t': 'o', 's': '^'}.get(arm[0], 's')
         axis.plot(found['psnr'], found['frechet'], marker, color=colour, label=title)
     axis.set(xlabel='PSNR, dB', ylabel='Frechet distance of details')
     figure.legend(loc='outside right center', frameon=False)
