@@ -12,8 +12,6 @@ the image itself and by the first denoiser, which is told more of it (and x8 by 
 tuned to what the one call of the last denoiser leaves. The report has PSNR and a Frechet distance
 of details, which is no FID, by steps of DDIM.
 
-RESULTS
-
 `x4` and `x8` have the networks of Stable Diffusion 2.1 (the paper's version is not known) with as
 many channels again for the small image, latents of 64 x 64 x 4 and the decoder of its autoencoder.
 Batches, rates, steps, weights of times, v-prediction with no signal at the end, a text that is
