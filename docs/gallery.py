@@ -34,6 +34,7 @@ FIGURES = {
     '06_language_models': 1,
     '07_on_policy': 0,
     '08_few_steps': 0,
+    '09_words_in_parallel': 0,
 }
 
 # Runs code cells one after another in one namespace; a last expression is a figure to draw.

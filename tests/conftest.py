@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 from pathlib import Path
 
 import budget
@@ -11,6 +12,8 @@ import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Bytes of a worker from which on it forgets after each test.
+FULL = 1.6e9
 
 # The older emitters of loops compile in three quarters of the time.
 os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false ' + os.environ.get('XLA_FLAGS', '')
@@ -38,11 +41,22 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope='module', autouse=True)
 def forget_compiled_programs():
-    """Else a worker keeps every program that it has compiled: 4 GB after half of the suite.
-
-    What a file leaves behind is mostly freed memory that glibc keeps: it is asked to give it back.
-    """
+    """Else a worker keeps every program that it has compiled: 4 GB after half of the suite."""
     yield
+    _forget()
+
+
+@pytest.fixture(autouse=True)
+def forget_when_full():
+    """Within files of many programs, those of recipes and claims."""
+    yield
+    held = Path('/proc/self/statm')  # Of Linux alone.
+    if held.exists() and int(held.read_text().split()[1]) * resource.getpagesize() > FULL:
+        _forget()
+
+
+def _forget():
+    """What this leaves is mostly freed memory that glibc keeps: it is asked to give it back."""
     jax.clear_caches()
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
