@@ -18,7 +18,8 @@ from kd import config as config_lib
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
 from kd.io import finished, found, pretrained
-from kd.models import adapters
+from kd.models import adapters, elastic
+from kd.models.elastic_space import Architecture
 from kd.network import Network, from_linen
 from kd.parallel.sharding import tree_shardings
 from kd.references import START, Pretrained, split_reference
@@ -79,6 +80,15 @@ def build_network(
     with one_line(where):
         jax.eval_shape(network.init, jax.random.key(0))
     return network
+
+
+def sliced(network: Network, arch: Architecture) -> Network:
+    """The network of one architecture of an elastic one by itself; `arch` are numbers.
+
+    `kd.models.elastic.slice_variables` has its variables.
+    """
+    module = elastic.elastic(network, 'the network').plain(arch)
+    return from_linen(module, *network.inputs)
 
 
 def _seen(source: Described) -> Mapping[str, jax.ShapeDtypeStruct]:

@@ -53,6 +53,8 @@ LARGE = (
     *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
     *('tad_sr.py:imagenet256_realesrgan', 'tad_sr.py:ffhq'),
     *('distil.py:smollm2,gsm8k', 'distil.py:smollm2,cached', 'paced.py:qwen3_8b_to_1_7b'),
+    *('proard.py:cifar10', 'proard.py:cifar100'),
+    *('proard.py:cifar10,mobilenet', 'proard.py:cifar100,mobilenet'),
     *('distil.py:llama3_8b_to_1b', 'taid.py:llama2_to_tinyllama', 'grpo.py:smollm2_gsm8k'),
 )
 

@@ -51,6 +51,7 @@ ANONYMOUS = {
     'dmae',
     'mirage',
     'fair_data',
+    'proard',
 }
 # Methods that write files, for which nothing is trained.
 WRITERS = {'kd.methods.graph.mirage'}
