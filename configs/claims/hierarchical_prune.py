@@ -251,8 +251,8 @@ def recovered(world, theirs, gates, scales, steps, lr):
 
 
 def four_bits(params):
-    """Parameters whose matrices have been through four bits."""
-    return quantise.dequantised(quantise.quantise_tree(params, r'block\d+/.*kernel$'))
+    """Parameters whose matrices, but modulations and embedders, have been through four bits."""
+    return quantise.dequantised(quantise.quantise_tree(params, r'(qkv|projection|mlp\d)/kernel$'))
 
 
 def measure(world, theirs):
@@ -281,7 +281,7 @@ def measure(world, theirs):
 
 def draw(measured):
     """The costs by depth, and errors before and after recovery."""
-    figure = figures.new_figure(10, 3.8)
+    figure = figures.new_figure(10, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     for place, branch in enumerate(('attention', 'mlp')):
         values = [np.asarray(v) for name, v in measured['teacher'].items()
