@@ -24,7 +24,7 @@ from kd.models.tabular import LatentStudent, TabularVAE
 from kd.network import from_linen
 
 FORM = tabular.form('biased')
-LATENT, BATCH = 4, 256
+LATENT, BATCH = 4, 128
 BETAS = {'0': 0.0, '1e2': 1e2, '1e3': 1e3, '1e4': 1e4}
 INPUTS = (jax.ShapeDtypeStruct((1, len(FORM.columns)), jnp.int32),
           jax.ShapeDtypeStruct((1,), jnp.int32))  # fmt: skip
@@ -48,7 +48,7 @@ CHECKS = [
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes few steps and one weight, and no control."""
-    plan = (3, 2, 2, 300) if smoke else (8, 2_500, 1_500, 4_000)
+    plan = (3, 2, 2, 300) if smoke else (6, 2_000, 800, 4_000)
     runs, steps, student_steps, count = plan
     betas = {'1e3': 1e3} if smoke else BETAS
     return Claim(

@@ -71,7 +71,9 @@ def fair_vae(
         dependence = independence.distance_covariance(
             mu, variance, group, module.groups, diagonal=diagonal, log_scale=log_scale
         )
-        losses = rebuilt + outcome_weight * told + kl_weight * kl + beta * dependence
+        # Without a weight it is only looked at.
+        fair = beta * dependence if beta else 0.0
+        losses = rebuilt + outcome_weight * told + kl_weight * kl + fair
         return Objective(
             mean(losses),
             {
