@@ -7,7 +7,7 @@
 | variant | records | latent, hidden | hardware |
 |---|---|---|---|
 | cpu | 4,000 made here, whose outcome depends on a merit and on the group | 4, 64 | 2 cores |
-| adult (default), compas | Adult, COMPAS | 8, 64 | one GPU; minutes on 2 cores |
+| adult (default), compas | Adult, COMPAS | 8, 64 | one GPU |
 
 Stages: an autoencoder whose latent is to be independent of the group; the same without that; one
 whose outcome sees the group, which undoes it; and a student that makes the latents of the first
@@ -15,9 +15,9 @@ from noise. Records are generated with groups drawn apart, a classifier learns f
 asked of real test records. The report has its accuracy on the biased outcome and on the merit,
 demographic parity and equalised odds (ratios, 1 is fair), and the same of real training records.
 
-`cpu` takes a minute. With seed 0 the parity ratio is REAL on real records, FREE with beta = 0, FAIR
-with beta = 1e3, STUDENT of its student and CONTROL of the control; accuracy on the biased outcome
-falls from A to B while that on the merit rises from C to D.
+`cpu` takes two minutes. With seed 0 the parity ratio is .24 on real records, .59 with beta = 0, .88
+with beta = 1e3, .95 of its student and .24 of the control; accuracy on the biased outcome falls
+from .87 to .66 while that on the merit rises from .66 (control) to .90.
 
 After a comma stands the sensitive column, 'sex' or 'race'. Files lie in `--data_dir`:
 `adult/adult.data`, `adult/adult.test`, `compas/compas-scores-two-years.csv`.
@@ -25,7 +25,7 @@ After a comma stands the sensitive column, 'sex' or 'race'. Files lie in `--data
 Widths, dimension, beta, batch, rate and epochs of `adult` and `compas` are FairDisCo's as released
 in FairX. The student is a reconstruction: the paper's own distances, weights and inputs were not at
 hand; energy distance, weights of 1, noise and a quarter of the width are ours. Numbers of `cpu` are
-ours. CelebA, the paper's images, is not here.
+ours. CelebA, the paper's images, is not here. Only `cpu` was run by us.
 """
 
 from kd import config as kd_config
@@ -42,7 +42,7 @@ def get_config(argument: str = 'adult'):
 
 
 def cpu(name, sensitive):
-    """A minute on two cores."""
+    """Two minutes on two cores."""
     del name
     return recipe(
         of='biased', sensitive=sensitive, latent=4, beta=1e3, batch_size=256, steps=(2_500, 1_500),
@@ -82,13 +82,11 @@ def recipe(*, of, sensitive, latent, beta, batch_size, steps, validation, count)
                 ('test/eo_ratio', 'equalised odds'),
                 ('test/accuracy', 'accuracy'),
                 *merit,
-                ('test/boosted_dp_ratio', 'parity, boosting'),
-                ('test/real_dp_ratio', 'parity, real records'),
-                ('test/real_accuracy', 'accuracy, real records'),
-                ('test/coverage', 'coverage'),
+                ('test/real_dp_ratio', 'parity of real records'),
             ),
             notes='Classifiers learn from generated records and are asked of real ones of the '
-            'test split; ratios are 1 where groups are treated alike.',
+            'test split; ratios are 1 where groups are treated alike. Stages log more: gradient '
+            'boosting, density and coverage, how well latents tell the group.',
         ),
     )
 
