@@ -25,6 +25,7 @@ What a teacher says, and how far the student is from it:
 | `train_free` | scores of untrained students |
 | `contrastive` | InfoNCE within a batch, CRD with its bank |
 | `robust` | projected gradients; TRADES, RSLAD, ARD, AdaAD |
+| `influence` | of an example on a validation loss, and weights of it |
 | `preference`, `preference_family` | over candidates: DPO and relatives, SimPO, REDI, KTO |
 | `policy` | of rewards: advantages, clipped surrogates, KL estimates |
 

@@ -13,6 +13,7 @@ from kd import config as kd_config
 from kd.claims import seeds
 from kd.data import columns as data_columns
 from kd.data import selection
+from kd.data.context import SourceContext
 from kd.errors import UserError
 from kd.io import columns
 from kd.methods.vision.robust_active_distillation import acquired_kd, query
@@ -162,6 +163,51 @@ def test_what_was_not_asked_can_be_anything(run, tmp_path):
     a, b = (every(v, tmp_path / name) for v, name in ((stored, 'a'), (other, 'b')))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     np.testing.assert_array_equal(a['input'][:30], own.fetch(np.arange(30))['input'])
+
+
+def test_columns_are_joined_by_the_index_of_an_example(run):
+    recipe, workdir = run
+    context = SourceContext(recipe.data['train'], recipe, workdir)
+    spec = columns.spec_of(query, context.recipe_data('test'))
+    stored = columns.Columns(workdir / 'rad_query_1', spec).all()
+    every = data_columns.joined(context, stage='rad_query_1', names=('queried',))
+    found = every.fetch(np.array([5, 0, 59]))
+    np.testing.assert_array_equal(found['queried'], stored['queried'][[5, 0, 59]])
+    assert 'teacher_logits' not in every.spec
+    kept = data_columns.joined(context, stage='rad_query_1', keep='queried')
+    assert len(kept) == 10
+    found = kept.fetch(np.arange(10))
+    np.testing.assert_array_equal(found['index'], np.flatnonzero(stored['queried']))
+    np.testing.assert_array_equal(found['teacher_logits'], stored['teacher_logits'][found['index']])
+    # Other splits stay, and so does what only is checked.
+    test = SourceContext('test', recipe, workdir)
+    assert 'queried' not in data_columns.joined(test, stage='rad_query_1').spec
+    checked = SourceContext(recipe.data['train'], recipe)
+    assert len(data_columns.joined(checked, stage='rad_query_1', keep='queried')) == 60
+    for arguments, told in (
+        (dict(stage='rad_query_9'), r"data\.source\.stage='rad_query_9' is no stage"),
+        (dict(stage='teacher'), "stage 'teacher' has no writer of columns"),
+        (
+            dict(stage='rad_query_1', names=('asked',)),
+            r"names: there is no column 'asked', only que",
+        ),
+    ):
+        with pytest.raises(UserError, match=told):
+            data_columns.joined(context, **arguments)
+
+
+def test_labelled_examples_stand_beside_others(run):
+    recipe, workdir = run
+    context = SourceContext(recipe.data['train'], recipe, workdir)
+    source = data_columns.beside(context, split=recipe.data['labelled'])
+    found = source.fetch(np.array([3, 33, 59]))
+    own = context.recipe_data(recipe.data['labelled']).fetch(np.array([3, 3, 29]))
+    for name in ('input', 'label', 'index'):
+        np.testing.assert_array_equal(found[f'labelled_{name}'], own[name])
+        assert source.spec[f'labelled_{name}'].shape == own[name].shape[1:]
+    np.testing.assert_array_equal(found['index'], [3, 33, 59])
+    test = SourceContext('test', recipe, workdir)
+    assert 'labelled_input' not in data_columns.beside(test, split=recipe.data['labelled']).spec
 
 
 def test_no_more_is_asked_than_is_left(run):
