@@ -147,7 +147,7 @@ class _Runs:
         batch = {
             'input': np.concatenate([own, pool[runs, at]], 1),
             'label': labels,
-            'teacher_logits': np.concatenate(
+            'answer': np.concatenate(
                 [np.zeros((*own.shape[:2], 10), np.float32), self.answers[runs, at]], 1
             ),
         }

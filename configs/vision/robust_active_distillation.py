@@ -181,9 +181,8 @@ def recipe(
                 steps=1,
             )  # fmt: skip
             source = dict(name='kd.data.columns.acquired', stage=f'{arm}_query_{r}')
-            # Answers belong to inputs as they are: none is moved.
             blocks[f'{arm}_{r}'] = kd_config.stage(
-                method=dict(name=f'{METHOD}.acquired_kd'),
+                method=dict(name=f'{METHOD}.acquired_kd', augmentation=augmentation),
                 data=dict(splits, source=source),
                 batch_size=batch_size or labelled + r * count,
                 **student,

@@ -186,7 +186,7 @@ def acquired(
 ) -> sources.Source:
     """Labelled examples, and those that a teacher was asked about: `queried` tells them apart.
 
-    The latter have `teacher_logits`, and the teacher's class for a label; of the rest of the split
+    The latter have the logits of an `answer`, and its class for a label; of the rest of the split
     nothing is read. Other splits stay as they are.
 
     Args:
@@ -201,7 +201,7 @@ def acquired(
     source = context.recipe_data(context.split)
     if found.split != context.split:
         return source
-    columns.check_names(('queried', 'teacher_logits'), found.spec, 'data.source')
+    columns.check_names(('queried', 'answer'), found.spec, 'data.source')
     rows = np.arange(len(source))
     if found.stored is not None:
         rows = np.flatnonzero(found.stored.all()['queried'])
@@ -232,7 +232,7 @@ class _Acquired(sources.Derived):
             for name, value in source.fetch(indices[at] - start).items() if at.any() else ():
                 batch[name][at] = value
         # What the labels of these are is not known.
-        batch['label'][later] = batch['teacher_logits'][later].argmax(-1)
+        batch['label'][later] = batch['answer'][later].argmax(-1)
         batch['index'] = indices.astype(np.int32)
         return batch
 

@@ -38,7 +38,7 @@ def test_a_step_is_that_of_two_means_over_what_is_there():
     data = {
         'input': jnp.asarray(rng.normal(size=(BATCH, 4)), jnp.float32),
         'label': jnp.asarray(rng.integers(CLASSES, size=BATCH)),
-        'teacher_logits': jnp.asarray(rng.normal(size=(BATCH, CLASSES)), jnp.float32),
+        'answer': jnp.asarray(rng.normal(size=(BATCH, CLASSES)), jnp.float32),
         'queried': jnp.arange(BATCH) >= 3,
         'mask': jnp.arange(BATCH) < 7,
     }
@@ -51,7 +51,7 @@ def test_a_step_is_that_of_two_means_over_what_is_there():
     head = state.params['network']['head']
     x = np.asarray(data['input'], np.float64)
     q = scipy.special.softmax(x @ np.asarray(head['kernel']) + np.asarray(head['bias']), -1)
-    p = scipy.special.softmax(np.asarray(data['teacher_logits'], np.float64), -1)
+    p = scipy.special.softmax(np.asarray(data['answer'], np.float64), -1)
     target = np.where(np.arange(BATCH)[:, None] < 3, np.eye(CLASSES)[data['label']], p)
     # Three labelled, four answers, one row of padding.
     w = np.array([1 / 3] * 3 + [1 / 4] * 4 + [0])
@@ -63,7 +63,7 @@ def test_a_step_is_that_of_two_means_over_what_is_there():
     loss = metrics['loss'].total / metrics['loss'].count
     np.testing.assert_allclose(loss, hard + soft, rtol=1e-5)
     # Neither padding nor what a teacher would have said of a labelled example counts.
-    other = {**data, 'teacher_logits': data['teacher_logits'].at[:3].set(9.0).at[7].set(-9.0)}
+    other = {**data, 'answer': data['answer'].at[:3].set(9.0).at[7].set(-9.0)}
     jax.tree.map(np.testing.assert_array_equal, step(state, other)[0].params, moved.params)
     # A batch of one kind alone.
     alone = step(state, {**data, 'queried': jnp.zeros(BATCH, bool)})[1]['loss']
@@ -125,8 +125,8 @@ def test_a_teacher_says_of_what_it_is_asked_alone(run):
     for found, count in ((first, 10), (second, 20)):
         asked = found['queried']
         assert asked.sum() == count
-        np.testing.assert_allclose(found['teacher_logits'][asked], said[asked], atol=1e-5)
-        np.testing.assert_array_equal(found['teacher_logits'][~asked], 0.0)
+        np.testing.assert_allclose(found['answer'][asked], said[asked], atol=1e-5)
+        np.testing.assert_array_equal(found['answer'][~asked], 0.0)
     assert (second['queried'] >= first['queried']).all()
     # The second round plays the game of what the first has left, with its student.
     left = ~first['queried']
@@ -145,7 +145,7 @@ def test_what_was_not_asked_can_be_anything(run, tmp_path):
     np.testing.assert_array_equal(given['queried'], [True, False, True, False, True])
     np.testing.assert_array_equal(given['index'], [49, 0, 31, 29, 30])
     labels = given['label'][given['queried']]
-    np.testing.assert_array_equal(labels, given['teacher_logits'][given['queried']].argmax(-1))
+    np.testing.assert_array_equal(labels, given['answer'][given['queried']].argmax(-1))
     pool = stage_of(run, 'rad_query_2').context.source('train')
     spec = columns.spec_of(query, pool)
     stored = columns.Columns(run[1] / 'rad_query_2', spec).all()
@@ -158,8 +158,8 @@ def test_what_was_not_asked_can_be_anything(run, tmp_path):
         made = data_columns._Acquired(own, data_columns.Rows(joined, rows, 'some'))
         return made.fetch(np.arange(len(made)))
 
-    other = dict(stored, teacher_logits=stored['teacher_logits'].copy())
-    other['teacher_logits'][~stored['queried']] = 7.0
+    other = dict(stored, answer=stored['answer'].copy())
+    other['answer'][~stored['queried']] = 7.0
     a, b = (every(v, tmp_path / name) for v, name in ((stored, 'a'), (other, 'b')))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     np.testing.assert_array_equal(a['input'][:30], own.fetch(np.arange(30))['input'])
@@ -173,12 +173,12 @@ def test_columns_are_joined_by_the_index_of_an_example(run):
     every = data_columns.joined(context, stage='rad_query_1', names=('queried',))
     found = every.fetch(np.array([5, 0, 59]))
     np.testing.assert_array_equal(found['queried'], stored['queried'][[5, 0, 59]])
-    assert 'teacher_logits' not in every.spec
+    assert 'answer' not in every.spec
     kept = data_columns.joined(context, stage='rad_query_1', keep='queried')
     assert len(kept) == 10
     found = kept.fetch(np.arange(10))
     np.testing.assert_array_equal(found['index'], np.flatnonzero(stored['queried']))
-    np.testing.assert_array_equal(found['teacher_logits'], stored['teacher_logits'][found['index']])
+    np.testing.assert_array_equal(found['answer'], stored['answer'][found['index']])
     # Other splits stay, and so does what only is checked.
     test = SourceContext('test', recipe, workdir)
     assert 'queried' not in data_columns.joined(test, stage='rad_query_1').spec

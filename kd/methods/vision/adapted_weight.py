@@ -397,9 +397,10 @@ def _check_field(context: Context, name: str) -> None:
 
 def _told(source: sources.Source, w: np.ndarray, found: np.ndarray, residual: float) -> dict:
     """What a reader wants to know of weights: by class, and whom to look at."""
-    labels = source.fetch(np.arange(len(source))).get('label')
     by_class = {}
-    if labels is not None and source.num_classes:
+    if 'label' in source.spec and source.num_classes:
+        parts = np.array_split(np.arange(len(source)), -(-len(source) // 1024))
+        labels = np.concatenate([source.fetch(rows)['label'] for rows in parts])
         by_class = {int(c): float(w[labels == c].mean()) for c in np.unique(labels)}
     return {
         'residual': residual,

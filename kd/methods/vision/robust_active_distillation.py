@@ -31,7 +31,7 @@ from kd.metrics import mean, scalar
 from kd.ranges import Count, Fraction, SplitName
 from kd.state import State
 
-STUDENT, QUERIED, SAID = 'student', 'queried', 'teacher_logits'
+STUDENT, QUERIED, SAID = 'student', 'queried', 'answer'
 Kind = Literal['rad', 'rad_soft', 'margin', 'entropy', 'confidence', 'random', 'k_center']
 
 
@@ -46,8 +46,8 @@ def acquired_kd(context: Context, *, augmentation: tuple = ()) -> Method:
 
     Args:
       context: the stage; a network, an optimiser, and data of `kd.data.columns.acquired`.
-      augmentation: for `kd.data.transforms.augment.augment`; with answers on disk none that moves
-        inputs is admitted.
+      augmentation: for `kd.data.transforms.augment.augment`; an answer holds for its example however
+        that is moved, as a label does.
 
     Raises:
       UserError: other data.
@@ -95,7 +95,7 @@ def query(
 ) -> StageWriter:
     """Asks the teacher about `count` more examples, and keeps what it says.
 
-    Columns: `queried`, of this stage and those before it, and `teacher_logits`, 0 where nobody has
+    Columns: `queried`, of this stage and those before it, and `answer`, logits, 0 where nobody has
     asked. The teacher is run on the chosen examples alone, the student on the others that are left.
 
     Args:
