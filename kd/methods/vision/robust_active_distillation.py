@@ -46,8 +46,8 @@ def acquired_kd(context: Context, *, augmentation: tuple = ()) -> Method:
 
     Args:
       context: the stage; a network, an optimiser, and data of `kd.data.columns.acquired`.
-      augmentation: for `kd.data.transforms.augment.augment`; an answer holds for its example however
-        that is moved, as a label does.
+      augmentation: for `kd.data.transforms.augment.augment`; an answer holds for its example,
+        however that is moved, as a label does.
 
     Raises:
       UserError: other data.
