@@ -39,7 +39,7 @@ LARGE = (
     'dmae.py:vit_l_to_b',
     *('llava_mod.py:qwen2_7b_to_0_5b', 'flash_dmd.py:cifar10'),
     *('robust_active_distillation.py:cifar100', 'robust_active_distillation.py:svhn'),
-    *('robust_active_distillation.py:imagenet', 'kd_aif.py:svhn_1k'),
+    *('robust_active_distillation.py:cifar10', 'kd_aif.py:cifar100'),
     *('oftsr.py:ffhq256', 'oftsr.py:div2k', 'oftsr.py:imagenet256'),
     *('yonos_sr.py:x4', 'yonos_sr.py:x8'),
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),

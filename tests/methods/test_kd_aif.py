@@ -204,6 +204,7 @@ def run(tmp_path_factory):
         evaluated='validation',
     )
     config.stages = tuple(name for name in config.stages if name != 'uniform')
+    del config.uniform
     config.report, config.mesh.data = {}, 1
     workdir = tmp_path_factory.mktemp('aif') / 'run'
     loop.run(config, workdir)
