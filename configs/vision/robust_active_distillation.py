@@ -14,9 +14,10 @@ stages, `ARM_query_N` and `ARM_N`, a student from scratch.
 | cifar10, cifar100, svhn | 5,000 labels | ResNet-50; MobileNetV2 | 5 of 5,000 | GPUs, a day |
 | imagenet (default) | 10 % labelled | ResNet-50; ResNet-18 | 5 of 64,000 | GPUs, weeks |
 
-`cpu` has both games and the least margin. A teacher that is weak everywhere is asked by RAD about
-examples that it knows better, and students end about as well as those who ask by margin: see the
-claim for a teacher that is wrong where students are unsure.
+`cpu` has both games and the least margin. With seed 0 the teacher has .815 of the test set right,
+the student of 30 labels .771, and with 160 answers students have .808 (RAD), .815 (the soft game)
+and .822 (margin): of a teacher that is weak everywhere nobody learns much more than it knows, and
+asking with care is worth nothing. The claim has one that is wrong where students are unsure.
 
 Networks and data are the paper's as far as they are known; numbers of labels, rounds, queries and
 steps, optimisers and rho are ours, and not the paper's numbers.
@@ -148,7 +149,7 @@ def recipe(
     splits = {name: split for name, split in data.items() if name != 'name'}
     cadence = dict(
         log_every=50,
-        eval_every=0,
+        eval_every=student['steps'] // 3,
         checkpoint_every=1_000,
         evaluators={'validation': dict(name='kd.evaluators.calibration.calibration')},
     )
@@ -189,7 +190,7 @@ def recipe(
                 **cadence,
             )
     rows = [
-        (f'{arm.replace("_", " ")}, {labelled} labels and {r * count} answers', f'{arm}_{r}')
+        (f'{arm.replace("_", " ")}, {r * count} answers', f'{arm}_{r}')
         for arm in arms
         for r in range(1, rounds + 1)
     ]
