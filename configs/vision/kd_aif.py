@@ -19,8 +19,8 @@ by it, and the next student begins anew.
 them stand the student without weights, and one that has the 40 clean labels alone: where a teacher
 is wrong about much they are worth more than all of its outputs.
 
-With seed 0 `cpu` has .596 of the test set right without weights, .663 with them, .697 from the clean
-labels alone, and an area of .71; the teacher, where its outputs are left as they are, .835.
+With seed 0 `cpu` has .596 of the test set right without weights, .663 with them, .697 from the
+clean labels alone, and an area of .71; the teacher, whose outputs are not rolled there, has .835.
 
 In `cifar10_4k` and `svhn_1k` the labelled images serve as validation, teacher and student learn
 together, and the teacher is told which of its pseudo-labels have helped.
