@@ -252,6 +252,7 @@ def test_a_run_of_the_small_recipe_reports_by_steps(tmp_path):
     config = kd_config.load('configs/sr/yonos_sr.py:cpu')
     config.data.source.of.count = config.first.data.source.of.count = 40
     config.stages = ('first', 'distilled', 'decoder')
+    del config.direct
     config.report.rows = [row for row in config.report.rows if row[1] != 'direct']
     for name in config.stages:
         stage = config[name]
