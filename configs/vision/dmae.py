@@ -9,6 +9,9 @@
 | vit_l_to_b (default) | ImageNet | ViT-L/16, ViT-B/16 | 8 GPUs, or v5p-64 | 84.0 fine-tuned |
 | vit_b_to_s | ImageNet | ViT-B/16, ViT-S/16 | 8 GPUs | |
 
+With seed 0 a linear probe reads .72 of validation digits in the student by pixels alone, .77 in
+that of DMAE and .85 in the teacher; from 5 labels a class .43, .64 and .71.
+
 Stages of `cpu` are the teacher, a masked autoencoder; the student by pixels alone; the student with
 the teacher's features; and the last one fine-tuned on 200 labels. Of the others: the student, and
 it fine-tuned.
