@@ -35,6 +35,7 @@ FIGURES = {
     '07_on_policy': 0,
     '08_few_steps': 0,
     '09_words_in_parallel': 0,
+    '10_super_resolution': 0,
 }
 
 # Runs code cells one after another in one namespace; a last expression is a figure to draw.
