@@ -259,8 +259,8 @@ def few_labels(name, labels, pool, examples):
         optimizer=sgd,
         steps=steps,
         method=dict(
-            name=f'{METHOD}.teacher_feedback', only='^head/', iterations=20,
-            augmentation=augmentation,
+            name='kd.methods.vision.teacher_feedback.teacher_feedback', only='^head/',
+            iterations=20, augmentation=augmentation,
         ),
         **run,
     )  # fmt: skip

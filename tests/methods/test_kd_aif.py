@@ -16,8 +16,9 @@ from kd.data import catalogue, sources
 from kd.errors import UserError
 from kd.io import columns
 from kd.io.workdir import read_metrics
-from kd.methods.vision.adapted_weight import teacher_feedback, weighted_kd
+from kd.methods.vision.adapted_weight import weighted_kd
 from kd.methods.vision.logit_kd import logit_kd
+from kd.methods.vision.teacher_feedback import teacher_feedback
 from kd.models.mlp import MLP
 from kd.network import from_linen
 from kd.networks import trained_network

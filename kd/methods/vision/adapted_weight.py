@@ -6,8 +6,8 @@
         writers={'weights': dict(
             name='kd.methods.vision.adapted_weight.influence_weights', damping=0.1)})
 
-The paper's formulas were not at hand in full: deviations as the unit of the weights, their number
-kappa and the teacher's update are ours.
+The paper's formulas were not at hand in full: deviations as the unit of the weights and their
+number kappa are ours. A teacher that learns from them: `kd.methods.vision.teacher_feedback`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kd.errors import UserError
 from kd.io import columns
 from kd.io.progress import say
 from kd.losses import classification, influence
-from kd.method import Batch, Method, Objective, Player, alternate, minimize, with_collect
+from kd.method import Batch, Method, Objective, minimize
 from kd.method.single import merged, trained
 from kd.methods import batches, teacher
 from kd.methods import columns as column_writers
@@ -39,9 +39,9 @@ from kd.network import Network
 from kd.parallel import distributed, layout
 from kd.parallel import mesh as mesh_lib
 from kd.ranges import Count, Fraction, NonNegative, Positive, Size, SplitName
-from kd.state import NETWORK, PyTree, State
+from kd.state import PyTree, State
 
-STUDENT, TEACHER, LABELLED = 'student', 'teacher', 'labelled_'
+STUDENT = 'student'
 COLUMNS = {'weight': columns.NUMBER, 'influence': columns.NUMBER}
 
 
@@ -73,7 +73,7 @@ def weighted_kd(
 
     Source: arXiv:2501.02705.
     """
-    _check_field(context, weight)
+    check_field(context, weight)
     network = context.classifier
 
     def loss(params, state, batch, key) -> Objective:
@@ -135,7 +135,7 @@ def influence_weights(
     if STUDENT not in context.references:
         raise UserError(f'{context.stage} weighs examples for references.{STUDENT}; name a stage.')
     column_writers.check_split(context, split)
-    _check_field(context, weight)
+    check_field(context, weight)
     pool = _Pool(context, context.references[STUDENT], temperature, soft_weight, weight, only)
 
     def write(state: State, step: int, directory: Path) -> None:
@@ -271,114 +271,6 @@ class _Pool(NamedTuple):
         return np.concatenate(every)[: len(source)]
 
 
-def teacher_feedback(
-    context: Context,
-    *,
-    kappa: NonNegative = 3.0,
-    damping: Positive = 0.1,
-    iterations: Count = 10,
-    feedback: NonNegative = 1.0,
-    sampled: bool = False,
-    only: str = '',
-    teacher_optimizer: dict | None = None,
-    augmentation: tuple = (),
-    micro_batches: Count = 1,
-) -> Method:
-    """A student of pseudo-labels, and the teacher that gives them, in turn.
-
-        student:  sum_i w_i CE(y_i, f(x_i)) / sum_i w_i
-        teacher:  CE(labels, g(labelled)) + c mean_i s_i CE(y_i, g(x_i)),   s_i = -I_i / std I
-
-    with y_i the teacher's class of the unlabelled x_i, I_i its influence on the student's loss on
-    the labelled examples of the batch, which thus serve as validation, and w_i as of
-    `influence_weights`. All of these are taken before either moves, and are constants.
-
-    Args:
-      context: the stage; data with the fields of a labelled example beside an unlabelled one, see
-        `kd.data.columns.beside`. The teacher begins as the stage's `teacher`.
-      kappa, damping: as of `influence_weights`.
-      iterations: of the conjugate gradient in every step; its residual is logged.
-      feedback: c; 0 for a teacher that learns from labels alone.
-      sampled: y_i drawn from the teacher's probabilities instead of the most probable class.
-      only: regular expression of the student's parameters that influences are taken over.
-      teacher_optimizer: of the teacher; None for one like the stage's.
-      augmentation: of the unlabelled inputs, that both see alike.
-      micro_batches: of either player.
-
-    Raises:
-      UserError: data without labelled fields.
-
-    Source: arXiv:2501.02705, semi-supervised; the form is ours.
-    """
-    _check_field(context, f'{LABELLED}label')
-    student, net = context.classifier, context.teacher
-
-    def labelled(batch: Batch) -> Batch:
-        return {
-            name.removeprefix(LABELLED): x for name, x in batch.items() if name.startswith(LABELLED)
-        }
-
-    def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
-        augment_key, draw_key = jax.random.split(key)
-        batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
-        said = net.apply(state.variables(part=TEACHER), *net.of(batch)).logits
-        y = jax.random.categorical(draw_key, said) if sampled else said.argmax(-1)
-        params, given = trained(state.params[NETWORK], only or None), labelled(batch)
-
-        def logits(moving, batch):
-            whole = merged(moving, state.params[NETWORK])
-            variables = state.variables(part=NETWORK, params=whole)
-            return student.apply(variables, *student.of(batch)).logits
-
-        def on_labelled(moving):
-            return classification.cross_entropy(logits(moving, given), given['label']).mean()
-
-        def product(v):
-            return influence.gauss_newton_product(
-                lambda p: logits(p, batch), params, v, damping=damping
-            )
-
-        solved, residual = influence.conjugate_gradient(
-            product, jax.grad(on_labelled)(params), iterations=iterations
-        )
-        found = influence.influence(
-            lambda p: classification.cross_entropy(logits(p, batch), y), params, solved
-        )
-        weights = influence.influence_weights(found, kappa=kappa)
-        every = jnp.broadcast_to(residual, found.shape)
-        return {**batch, 'pseudo': y, 'influence': found, 'weight': weights, 'residual': every}
-
-    def taught(params, state, batch, key) -> Objective:
-        variables = state.variables(part=NETWORK, params=params)
-        output = student.apply(variables, *student.of(batch), train=True, key=key)
-        losses, w = classification.cross_entropy(output.logits, batch['pseudo']), batch['weight']
-        metrics = {'weight': mean(w), 'residual': mean(batch['residual'])}
-        return Objective(Mean(jnp.sum(w * losses), jnp.sum(w)), metrics, output.mutables)
-
-    def teaching(params, state, batch, key) -> Objective:
-        given, (first, second) = labelled(batch), jax.random.split(key)
-        variables = state.variables(part=TEACHER, params=params)
-        output = net.apply(variables, *net.of(given), train=True, key=first)
-        losses = classification.cross_entropy(output.logits, given['label'])
-        metrics = {'accuracy': mean(output.logits.argmax(-1) == given['label'])}
-        if feedback:
-            said = net.apply(variables, *net.of(batch), train=True, key=second).logits
-            back = influence.teacher_feedback(said, batch['pseudo'], batch['influence'])
-            metrics['feedback'], losses = mean(back), losses + feedback * back
-        return Objective(mean(losses), metrics, output.mutables)
-
-    tx = context.optimizer(**teacher_optimizer) if teacher_optimizer else context.tx
-    players = {
-        NETWORK: Player(taught, context.tx, micro_batches=micro_batches),
-        TEACHER: Player(teaching, tx, micro_batches=micro_batches),
-    }
-
-    def init(key: jax.Array, frozen: PyTree) -> PyTree:
-        return {NETWORK: student.init(key), TEACHER: frozen[TEACHER]}
-
-    return with_collect(alternate(players, init), collect)
-
-
 def _distilled(logits, said, batch, temperature, soft_weight):
     """l_i [B]; without a label where none counts."""
     labels = batch['label'] if soft_weight < 1 else jnp.zeros(len(logits), jnp.int32)
@@ -387,7 +279,8 @@ def _distilled(logits, said, batch, temperature, soft_weight):
     )
 
 
-def _check_field(context: Context, name: str) -> None:
+def check_field(context: Context, name: str) -> None:
+    """Raises `UserError` for data without a field; '' is none."""
     if name and name not in context.spec:
         raise UserError(
             f"{context.stage}: its data have no field '{name}', only {sorted(context.spec)}; "
