@@ -20,6 +20,7 @@ from kd.data.patches import LOW
 from kd.errors import UserError
 from kd.evaluators import distribution
 from kd.evaluators.flow_samples import advance_of
+from kd.evaluators.restoration import psnr_together
 from kd.evaluators.restored import first
 from kd.evaluators.samples import check_weights
 from kd.losses.rectified import vp_mix
@@ -220,16 +221,6 @@ def compared(
         }
         for name, made in images.items()
     }
-
-
-def psnr_together(a: np.ndarray, b: np.ndarray) -> float:
-    """10 log10(4 / mean (a - b)^2) in dB, of images in [-1, 1] all together.
-
-    Of patches of pictures, the flattest of which have no error, a mean of each one's own dB says
-    little; whole pictures have it by `kd.evaluators.restoration`.
-    """
-    error = np.square(np.asarray(a, np.float64) - b).mean()
-    return float(10 * np.log10(4 / error)) if error else float('inf')
 
 
 def detail_distance(real: np.ndarray, made: np.ndarray, components: int, side: int = 8) -> float:

@@ -63,6 +63,15 @@ def psnr(a: np.ndarray, b: np.ndarray, *, peak: float = 255.0) -> np.ndarray:
         return 10 * np.log10(peak**2 / error)
 
 
+def psnr_together(a: np.ndarray, b: np.ndarray) -> float:
+    """10 log10(4 / mean (a - b)^2) in dB, of images in [-1, 1] all together.
+
+    Of patches of pictures, the flattest of which have no error, a mean of each one's own dB says
+    little.
+    """
+    return float(psnr(*(np.reshape(x, (-1, 1, 1)) for x in (a, b)), peak=2.0))
+
+
 def ssim(a: np.ndarray, b: np.ndarray, *, peak: float = 255.0) -> np.ndarray:
     """Mean structural similarity: [..., H, W, C] to [...], 1 for equal pictures.
 

@@ -12,7 +12,7 @@ from kd import figures
 from kd.context import Context, Probe
 from kd.errors import UserError
 from kd.evaluators import distribution
-from kd.evaluators.restoration import high_band_error, psnr
+from kd.evaluators.restoration import high_band_error, psnr_together
 from kd.evaluators.samples import check_weights
 from kd.models.shifted import ANCHOR, LOW
 from kd.ranges import Count, Seed
@@ -103,7 +103,7 @@ def compared(x: np.ndarray, target: np.ndarray) -> dict[str, float]:
     if not np.isfinite(x).all():
         return {'finite': float(np.isfinite(x).mean())}
     found = {
-        'psnr': float(psnr(x.reshape(1, -1, 1, 1), target.reshape(1, -1, 1, 1), peak=2.0)[0]),
+        'psnr': psnr_together(x, target),
         'sliced_wasserstein': distribution.sliced_wasserstein(target, x),
         'high_bands': high_band_error(x, target),
     }

@@ -10,7 +10,8 @@ from kd import config as kd_config
 from kd.claims import seeds
 from kd.errors import UserError
 from kd.evaluators import distribution
-from kd.evaluators.details import detail_distance, psnr_together, restored, squares
+from kd.evaluators.details import detail_distance, restored, squares
+from kd.evaluators.restoration import psnr_together
 from kd.losses.flow_map import lsd_residual
 from kd.losses.rectified import rk2_slope, start_slope_target
 from kd.methods.sr.oftsr import beginning, oftsr, restoring_flow
