@@ -163,7 +163,12 @@ def influence_weights(
 
 
 def teacher_feedback(
-    teacher_logits: ArrayLike, labels: ArrayLike, influences: ArrayLike, *, eps: float = 1e-12
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
+    influences: ArrayLike,
+    *,
+    deviation: ArrayLike | None = None,
+    eps: float = 1e-12,
 ) -> jax.Array:
     """s_i CE(y_i, teacher), s_i = -I_i / std I: a teacher is held to pseudo-labels that helped.
 
@@ -173,6 +178,8 @@ def teacher_feedback(
       teacher_logits: [n, C].
       labels: int [n], what the student was taught.
       influences: [n], of these examples on the student's loss on labelled ones.
+      deviation: std I, a number or [n], where these are a part of the examples; None for that of
+        these, which of a part is another.
       eps: of the deviation.
 
     Returns:
@@ -184,7 +191,9 @@ def teacher_feedback(
     influences = jax.lax.stop_gradient(jnp.asarray(influences))
     log_p = jax.nn.log_softmax(jnp.asarray(teacher_logits))
     chosen = jax.lax.stop_gradient(jnp.asarray(labels))[:, None]
-    scale = -influences / (jnp.std(influences) + eps)
+    if deviation is None:
+        deviation = jnp.std(influences)
+    scale = -influences / (jax.lax.stop_gradient(jnp.asarray(deviation)) + eps)
     return -scale * jnp.take_along_axis(log_p, chosen, axis=1)[:, 0]
 
 

@@ -248,3 +248,5 @@ def test_a_teacher_is_held_to_what_helped_and_only_its_own_logits_move():
     wanted = scale[:, None] * (np.exp(log_p) - np.eye(C)[y])
     np.testing.assert_allclose(of_logits, wanted, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(of_values, 0.0)
+    part = influence.teacher_feedback(logits[:2], y[:2], values[:2], deviation=values.std())
+    np.testing.assert_allclose(part, found[:2], rtol=1e-5)

@@ -182,6 +182,11 @@ def test_a_teacher_moves_by_what_its_labels_did_to_the_student():
         return jnp.mean(labelled - 0.5 * jnp.asarray(scaled) * ce(p, data['input'], y))
 
     close(step['teacher'], jax.jit(jax.grad(teaching))(state.params['teacher']), rtol=2e-3)
+    # The unit of influences is that of the batch, not of its parts.
+    parts = teacher_feedback(
+        context(), damping=damping, kappa=kappa, iterations=60, feedback=0.5, micro_batches=4
+    )
+    close(after(parts, data)[1], step, rtol=1e-4)
 
 
 @pytest.fixture(scope='module')

@@ -99,8 +99,10 @@ def teacher_feedback(
             lambda p: classification.cross_entropy(logits(p, batch), y), params, solved
         )
         weights = influence.influence_weights(found, kappa=kappa)
-        every = jnp.broadcast_to(residual, found.shape)
-        return {**batch, 'pseudo': y, 'influence': found, 'weight': weights, 'residual': every}
+        # Of the whole batch, whatever the micro-batches.
+        each = {'residual': residual, 'deviation': jnp.std(found)}
+        each = {name: jnp.broadcast_to(x, found.shape) for name, x in each.items()}
+        return {**batch, 'pseudo': y, 'influence': found, 'weight': weights, **each}
 
     def taught(params, state, batch, key) -> Objective:
         variables = state.variables(part=NETWORK, params=params)
@@ -117,7 +119,9 @@ def teacher_feedback(
         metrics = {'accuracy': mean(output.logits.argmax(-1) == given['label'])}
         if feedback:
             said = net.apply(variables, *net.of(batch), train=True, key=second).logits
-            back = influence.teacher_feedback(said, batch['pseudo'], batch['influence'])
+            back = influence.teacher_feedback(
+                said, batch['pseudo'], batch['influence'], deviation=batch['deviation']
+            )
             metrics['feedback'], losses = mean(back), losses + feedback * back
         return Objective(mean(losses), metrics, output.mutables)
 
