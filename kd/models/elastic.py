@@ -278,7 +278,8 @@ def recalibrate(
     if STATISTICS not in variables:
         return variables
     before, sums, count = variables[STATISTICS], None, 0
-    given = {'arch': arch} if arch else {}
+    # Dropout wants a key; it lies behind all norms, whose statistics it does not change.
+    given = {'key': jax.random.key(0)} | ({'arch': arch} if arch else {})
     for x in batches:
         after = network.apply(variables, jnp.asarray(x), train=True, **given).mutables[STATISTICS]
         # What the batch has said, undone of the mixing; of what is not live, what was there.

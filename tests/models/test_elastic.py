@@ -243,6 +243,10 @@ def test_recalibrated_statistics_are_means_over_batches():
     variances = np.mean([batch.var((0, 1, 2)) for batch in each], 0)
     np.testing.assert_allclose(found['stem0']['norm']['mean'], means, atol=1e-4)
     np.testing.assert_allclose(found['stem0']['norm']['var'], variances, rtol=1e-3)
+    # Dropout, which recipes have, is no matter.
+    dropping = from_linen(network.module.clone(dropout=0.5), IMAGE)
+    other = jax.jit(lambda v: elastic.recalibrate(dropping, v, x, arch))(variables)
+    jax.tree.map(np.testing.assert_array_equal, other['batch_stats'], again['batch_stats'])
     # A plain network is recalibrated alike, and one without norms not at all.
     plain = jax.jit(lambda v: elastic.recalibrate(small, v, x, {}))(own)['batch_stats']
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, plain)
