@@ -199,9 +199,9 @@ def draw(
     score = jnp.log(jnp.where(inside, q, 1.0)) + noise
     if exact:
         score = jnp.where(dependent_rounding(key, inclusion_probabilities(q, count)), 0.0, -1e6)
-    # Gains lie between what may be drawn and what is not there.
-    beyond = -1e6 + jnp.argsort(jnp.argsort(gain))
-    score = jnp.where(inside, score, beyond - 1e6 * exact)
+    # Gains, by their ranks, lie between what may be drawn and what is not there.
+    beyond = jnp.argsort(jnp.argsort(gain)) - (len(gain) + 1e6)
+    score = jnp.where(inside, score, beyond)
     if where is not None:
         score = jnp.where(jnp.asarray(where), score, -jnp.inf)
     return jax.lax.top_k(score, count)[1]

@@ -165,6 +165,14 @@ def test_draws_are_different_available_and_by_the_game():
     assert share == pytest.approx(0.1 * 0.6 / 0.9, abs=0.006)
 
 
+def test_of_a_pool_of_more_than_a_million_the_support_comes_first():
+    """By ranks of gains, which are as large as the pool."""
+    n = 1_200_000
+    gain, q = np.arange(n, dtype=np.float32), np.zeros(n, np.float32)
+    q[:3] = 1 / 3
+    assert set(np.asarray(selection.draw(jax.random.key(0), q, gain, 4))) == {0, 1, 2, n - 1}
+
+
 def test_selection_is_of_what_is_left_and_by_its_kind():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), 40).astype(np.float32)
