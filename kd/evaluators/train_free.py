@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from kd import figures
 from kd.context import Context, Probe
 from kd.errors import UserError
 from kd.losses import train_free
-from kd.network import Network, operations, parameter_count
+from kd.network import Network, feature_shape, operations, parameter_count
 from kd.networks import build_network
 from kd.ranges import Count, Size
 from kd.search.regularised import evolve
@@ -42,8 +43,9 @@ def score_space(
 
     Reports a table of the best with parameters and operations beside the scores, figures of the
     scores over parameters, and the `relation` and `semantic` score of the network that is chosen:
-    the one with the largest sum of ranks, or of a search the one with the largest score. Nothing is
-    trained; a recipe that trains the winner has its block.
+    the one with the largest sum of ranks, or of a search the one with the largest score. The
+    semantic score of all is by class where the width of one of them is not the teacher's. Nothing
+    is trained; a recipe that trains the winner has its block.
 
     Args:
       context: the stage, whose training data, of classes, give the batch.
@@ -64,6 +66,8 @@ def score_space(
         raise UserError('score_space needs data with class labels.')
     if search not in ('', *SCORES[:2]):
         raise UserError(f"search must be '', 'relation' or 'semantic', got {search!r}.")
+    if empty := [name for name, values in choices.items() if not values]:
+        raise UserError(f'score_space: choices.{empty[0]} has no values.')
     source = context.recipe_source('train')
     names = tuple(choices)
 
@@ -76,17 +80,26 @@ def score_space(
         del state, batches
         batch = source.fetch(np.arange(min(examples, len(source))))
         named = teacher_feature or feature
-        reference = views(built(teacher, 'teacher'), named, batch, inits, seed=1)
+        judge = built(teacher, 'teacher')
+        reference = views(judge, named, batch, inits, seed=1)
         known: dict[tuple, dict[str, float]] = {}
+
+        def student_of(choice: tuple) -> Network:
+            block = {**network, **dict(zip(names, choice, strict=True))}
+            return built(block, f'network {choice}')
+
+        # The two semantic scores are not of one scale, so all networks have the same one.
+        every = [student_of(choice) for choice in _around(choices)]
+        by_class = len({feature_shape(of, 'features').shape for of in (judge, *every)}) > 1
 
         def measured(choice: tuple) -> dict[str, float]:
             if choice not in known:
-                block = {**network, **dict(zip(names, choice, strict=True))}
-                student = built(block, f'network {choice}')
+                student = student_of(choice)
                 count = parameter_count(jax.eval_shape(student.init, jax.random.key(0)))
                 found: dict[str, float] = {'parameters': count}
                 if not most_parameters or count <= most_parameters:
-                    found |= scores(views(student, feature, batch, inits), reference)
+                    seen = views(student, feature, batch, inits)
+                    found |= scores(seen, reference, by_class=by_class)
                     found['operations'] = operations(student)
                 known[choice] = found
             return known[choice]
@@ -138,20 +151,32 @@ def views(
     return [view(key, inputs, jnp.asarray(batch['label'])) for key in keys]
 
 
-@jax.jit
-def _scores(student: Any, teacher: Any) -> tuple[jax.Array, jax.Array]:
-    alike = student[1].shape == teacher[1].shape
-    semantic = train_free.semantic_score if alike else train_free.class_semantic_score
+def _around(choices: Mapping[str, Sequence[Any]]) -> list[tuple]:
+    """The first network of a space, and those that differ from it in one attribute."""
+    first = tuple(values[0] for values in choices.values())
+    found = [first]
+    for place, (_, *others) in enumerate(choices.values()):
+        found += [(*first[:place], value, *first[place + 1 :]) for value in others]
+    return found
+
+
+@partial(jax.jit, static_argnames='by_class')
+def _scores(student: Any, teacher: Any, by_class: bool) -> tuple[jax.Array, jax.Array]:
+    semantic = train_free.class_semantic_score if by_class else train_free.semantic_score
     return train_free.relation_score(student[0], teacher[0]), semantic(student[1], teacher[1])
 
 
-def scores(student: Sequence[Any], teacher: Sequence[Any]) -> dict[str, float]:
-    """Means over random starts of both sides; the semantic score is by class where widths differ.
+def scores(
+    student: Sequence[Any], teacher: Sequence[Any], *, by_class: bool = False
+) -> dict[str, float]:
+    """Means over random starts of both sides.
 
     Args:
       student, teacher: as of `views`, as many of each.
+      by_class: whether the semantic score is `class_semantic_score`, as where widths differ. It has
+        another scale; networks that are ranked together have one of the two.
     """
-    each = [_scores(s, t) for s, t in zip(student, teacher, strict=True)]
+    each = [_scores(s, t, by_class=by_class) for s, t in zip(student, teacher, strict=True)]
     relation, semantic = np.mean(np.asarray(each, np.float64), axis=0)
     return {'relation': float(relation), 'semantic': float(semantic)}
 

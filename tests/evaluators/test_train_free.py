@@ -235,6 +235,18 @@ def test_a_space_is_scored_beside_its_parameters(context):
         values.append(float(losses.relation_score(*(each.features['features'] for each in of))))
     (line,) = (line for line in lines if line.startswith('| 3 | 1 |'))
     assert line.split(' | ')[2] == f'{np.mean(values):.3g}'
+    # Where one width is not the teacher's, all are compared by class: the scores are of two scales.
+    seen = [train_free.views(teacher, 'features', batch, 2, seed=seed) for seed in (0, 1)]
+    (line,) = (line for line in lines if line.startswith('| 5 | 1 |'))
+    wanted = train_free.scores(*seen, by_class=True)['semantic']
+    by_hand = [losses.class_semantic_score(s[1], t[1]) for s, t in zip(*seen, strict=True)]
+    assert wanted == pytest.approx(float(np.mean(by_hand)), rel=1e-5)
+    assert line.split(' | ')[3] == f'{wanted:.3g}'
+    assert train_free.scores(*seen)['semantic'] != pytest.approx(wanted, rel=0.1)
+    with pytest.raises(UserError, match=r'score_space: choices\.depth has no values'):
+        train_free.score_space(
+            context, teacher=BLOCK, network=BLOCK, choices=dict(width=(3,), depth=())
+        )
     with pytest.raises(UserError, match='no network of the space has at most 10 parameters'):
         train_free.score_space(
             context, teacher=dict(BLOCK, width=5), most_parameters=10, **SPACE
