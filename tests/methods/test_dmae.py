@@ -262,6 +262,10 @@ def test_a_student_that_is_the_teacher_has_the_loss_of_an_autoencoder():
             r'teacher has patches of 4 pixels and the student of 2',
         ),
         (dict(teacher_blocks=(4,)), r'teacher_blocks: there is no block 4 of 4, counted from 0'),
+        (
+            dict(student_blocks=(1, 1), teacher_blocks=(1, 2)),
+            r'method\.student_blocks names a block twice',
+        ),
         (dict(student_blocks=(1, 2)), '2 blocks of the student are held to 1 of the teacher'),
         (dict(decoder=dict(wide=3)), r"method\.decoder has an unknown key 'wide'"),
         (dict(decoder=dict(width=8, heads=3)), r'decoder: Decoder width=8 must be divisible'),

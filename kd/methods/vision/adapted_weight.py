@@ -117,7 +117,8 @@ def influence_weights(
     Args:
       context: the stage, of one step; a reference `student`, and a teacher or what it has said.
       split: whose examples are weighed.
-      validation: what they are to help with; no example of `split` is in it.
+      validation: what they are to help with; the recipe keeps examples of `split` out of it,
+        which is not checked here.
       kappa: how much weights differ; 0 for not at all.
       damping: added to G. A large one makes I the alignment of gradients.
       iterations: of the conjugate gradient.

@@ -74,6 +74,9 @@ def dmae(
             f'{context.stage}.method: {len(ours)} blocks of the student are held to {len(theirs)} '
             'of the teacher; name as many.'
         )
+    if len(set(ours)) < len(ours):
+        # Projectors bear the names of the student's blocks.
+        raise UserError(f'{context.stage}.method.student_blocks names a block twice: {ours}.')
     tokens = jax.ShapeDtypeStruct((1, 1 + of.visible, student.width), jnp.float32)
     projector = from_linen(Linear(teacher.width, initial='xavier'), tokens)
 
