@@ -83,7 +83,7 @@ def few_shot(
     The draws are the same whatever the features.
 
     Raises:
-      ValueError: a class with fewer examples.
+      UserError: a class with fewer examples.
     """
     x, y = (np.asarray(of) for of in train)
     return float(
@@ -97,13 +97,16 @@ def few_shot(
 
 
 def chosen(labels: ArrayLike, classes: int, shots: int, draw: int) -> np.ndarray:
-    """Rows of `shots` examples of each class; raises ValueError where a class has fewer."""
+    """Rows of `shots` examples of each class; raises UserError where a class has fewer."""
     rng, y = np.random.default_rng([draw, shots]), np.asarray(labels)
     found = []
     for label in range(classes):
         rows = np.flatnonzero(y == label)
         if len(rows) < shots:
-            raise ValueError(f'class {label} has {len(rows)} examples, and {shots} are wanted.')
+            raise UserError(
+                f'class {label} has {len(rows)} examples, and {shots} are wanted; give the probe '
+                'fewer shots, or a larger limit.'
+            )
         found.append(rng.permutation(rows)[:shots])
     return np.concatenate(found)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from kd.errors import UserError
 from kd.evaluators import linear_probe as probes
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -56,7 +57,7 @@ def test_a_few_labels_of_each_class(data):
     test = x[160:], y[160:]
     alone = [probes.accuracy((x[each], y[each]), test, 3) for each in rows]
     assert probes.few_shot((x, y), test, 3, 5, draws=4) == pytest.approx(np.mean(alone))
-    with pytest.raises(ValueError, match=r'class 0 has \d+ examples, and 200 are wanted'):
+    with pytest.raises(UserError, match=r'class 0 has \d+ examples, and 200 are wanted'):
         probes.few_shot((x, y), test, 3, 200)
 
 
