@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd.data.transforms import augment
+from kd.data.transforms import mixing
 from kd.evaluators import compensated_set
 from kd.models.convnet import ConvNet
 from kd.models.mlp import MLP
@@ -51,7 +51,7 @@ def ensembles():
 
 def mixed(labelled, alpha):
     """Images mixed, and the mixture of their static labels."""
-    mix = jax.jit(functools.partial(augment.mixup, alpha=alpha))
+    mix = jax.jit(functools.partial(mixing.mixup, alpha=alpha))
     batch = mix(jax.random.key(1), {name: jnp.asarray(x) for name, x in labelled.items()})
     return batch['input'], batch['label']
 
