@@ -89,7 +89,8 @@ def second_order(
     quality, mode = _uniform(keys[3], _QUALITY), jax.random.randint(keys[4], (), 0, len(MODES))
     end = whole // scale
     pick = jax.random.split(keys[5], 3)
-    last = jnp.where(jax.random.bernoulli(pick[0], _LAST_SINC), sinc(pick[1]), _pulse())
+    filtered = jax.random.bernoulli(pick[0], _LAST_SINC)
+    last = jnp.where(filtered, sinc(pick[1], least=np.pi / 3), _pulse())
 
     def small(x: jax.Array, size: jax.Array) -> jax.Array:
         return blurred(resized(x, size, end, mode), end, last)
@@ -153,11 +154,16 @@ def kernel(key: jax.Array, order: Order) -> jax.Array:
     return jnp.where(jax.random.bernoulli(keys[7], _SINC), sinc(keys[8]), found / found.sum())
 
 
-def sinc(key: jax.Array) -> jax.Array:
-    """The circular low-pass filter w J1(w r) / (2 pi r) of a cut-off w, in radians a pixel."""
+def sinc(key: jax.Array, least: float = np.pi / 5) -> jax.Array:
+    """The circular low-pass filter w J1(w r) / (2 pi r) of a cut-off w, in radians a pixel.
+
+    Args:
+      key: of the side and of w, which is even up to pi: from pi / 3 for sides below 13.
+      least: from where for the others; pi / 3 too for the filter of the last compression.
+    """
     side_key, cut_key = jax.random.split(key)
     side = _side(side_key)
-    low = jnp.where(side < 13, np.pi / 3, np.pi / 5)
+    low = jnp.where(side < 13, np.pi / 3, least)
     cut = low + _uniform(cut_key, (0.0, 1.0)) * (np.pi - low)
     found = jnp.where(_inside(side), low_pass(cut), 0.0)
     return found / found.sum()
@@ -268,8 +274,9 @@ def noisy(key: jax.Array, x: jax.Array, order: Order) -> jax.Array:
     grey = jax.random.bernoulli(keys[0], _GREY)
     normal = jax.random.normal(keys[1], x.shape)
     gaussian = _uniform(keys[2], order.noise) / 255 * jnp.where(grey, normal[..., :1], normal)
-    light = jnp.where(grey, (x @ jnp.array([0.299, 0.587, 0.114]))[..., None], jnp.clip(x, 0, 1))
-    counted = jax.random.poisson(keys[3], 256 * jnp.clip(light, 0, 1)) / 256 - light
+    light = jnp.where(grey, (x @ jnp.array([0.299, 0.587, 0.114]))[..., None], x)
+    light = jnp.clip(light, 0, 1)
+    counted = jax.random.poisson(keys[3], 256 * light) / 256 - light
     counted = _uniform(keys[4], order.poisson) * jnp.where(grey, counted[..., :1], counted)
     return jnp.clip(x + jnp.where(jax.random.bernoulli(keys[5]), gaussian, counted), 0, 1)
 

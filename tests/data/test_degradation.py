@@ -87,6 +87,25 @@ def test_the_sinc_filter_passes_what_is_below_its_cut(picture):
     np.testing.assert_allclose(out[10:31, 5:26, 0], drawn, atol=1e-5)
 
 
+def test_filters_of_the_last_compression_begin_at_a_third_of_a_turn(monkeypatch):
+    """Where others of large sides begin at pi / 5: what they leave of .85 radians a pixel."""
+    keys, wave = jax.random.split(jax.random.key(0), 600), np.cos(0.85 * PLACE)[:, None]
+    call = jax.jit(jax.vmap(sinc, (0, None)))
+    for least, bounds in ((np.pi / 5, (-0.2, 0.3)), (np.pi / 3, (0.45, 0.85))):
+        found = np.asarray(call(keys, least))
+        assert bounds[0] < (found * wave).sum((1, 2)).min() < bounds[1]
+    asked = []
+
+    def recorded(key, least=np.pi / 5):
+        asked.append(least)
+        return sinc(key, least)
+
+    monkeypatch.setattr(degradation, 'sinc', recorded)
+    picture = jax.ShapeDtypeStruct((32, 32, 3), jnp.float32)
+    jax.eval_shape(second_order, jax.random.key(0), picture)
+    assert asked == [np.pi / 5, np.pi / 5, np.pi / 3]
+
+
 def test_jpeg_is_that_of_pillow(picture):
     x = picture.astype(np.float32) / 255
     for quality in (30, 75, 95):
