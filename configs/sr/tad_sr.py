@@ -23,8 +23,8 @@ GPU; ResShift's rate for the teacher. Their data are written beforehand by
         --count=240000
 
 and so `test`, with `--keep --size=512` of faces: examples of a fixed set, where the paper degrades
-anew in every step. We know no weights of the networks in a form that is read here, so that the
-teacher is trained; it was not run by us.
+anew in every step. That faces are degraded as other pictures are is ours. We know no weights of the
+networks in a form that is read here, so that the teacher is trained; it was not run by us.
 """
 
 from kd import config as kd_config

@@ -158,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     of = parser.parse_args(argv)
     if min(of.count, of.size, of.scale, of.batch) < 1:
         raise UserError('--count, --size, --scale and --batch are whole numbers from 1.')
+    if of.seed < 0:
+        raise UserError(f'--seed={of.seed} must be a whole number from 0.')
     places = sorted(Path(of.pictures).rglob('*'))
     found = [place for place in places if place.suffix.lower() in pictures_lib.SUFFIXES]
     if not found:

@@ -35,6 +35,8 @@ from kd.state import PyTree, State
 
 # Examples shown in a figure.
 _SHOWN = 8
+# Of the squares whose details are compared.
+_SIDE = 8
 # (images [N, H, W, C]) -> what is left of them
 Lowered = Callable[[Any], np.ndarray]
 # (state, variables, fields [B, ...] by name, noise [B, ...]) -> images [B, ...]
@@ -129,7 +131,7 @@ def denoised(
     """
     network = context.network
     asked = context.teacher if decoded else network
-    denoiser = denoisers.of_network(asked, context.trained_by.get('teacher'))
+    denoiser = denoisers.of_network(asked, context.trained_by.get('teacher') if decoded else None)
     path = denoiser.schedule
 
     def way(n: int) -> Way:
@@ -198,13 +200,19 @@ def lowering(context: Context) -> Lowered:
     """What the data leave of an image, without noise.
 
     Raises:
-      UserError: other data.
+      UserError: other data, or images smaller than the squares that are compared.
     """
     found = getattr(context.source('train'), 'lowered', None)
     if found is None:
         raise UserError(
             f'{context.stage}: its evaluator wants images and what is left of them; name '
             "kd.data.transforms.low_resolution.low_resolution as the data's source."
+        )
+    shape = context.spec['input'].shape
+    if min(shape[:2]) < _SIDE:
+        raise UserError(
+            f'{context.stage}: its evaluator compares squares of {_SIDE} pixels, and images have '
+            f'{shape[0]} x {shape[1]}.'
         )
     return found
 
@@ -223,7 +231,9 @@ def compared(
     }
 
 
-def detail_distance(real: np.ndarray, made: np.ndarray, components: int, side: int = 8) -> float:
+def detail_distance(
+    real: np.ndarray, made: np.ndarray, components: int, side: int = _SIDE
+) -> float:
     """Frechet distance between details, in the first principal components of the real ones.
 
     Args:

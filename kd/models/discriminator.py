@@ -106,7 +106,17 @@ class TimeAwareHeads(nn.Module):
     def __call__(
         self, features: Sequence[jax.Array], t: jax.Array, *, update: bool = False
     ) -> jax.Array:
-        """Logits of features [B, H, W, C] or [B, D] and times [B]."""
+        """Logits of features [B, H, W, C] or [B, D] and times [B].
+
+        Raises:
+          ValueError: features of another shape, or of a width that groups do not divide.
+        """
+        for x in features:
+            if x.ndim not in (2, 4) or not _divided(x.shape[-1]):
+                raise ValueError(
+                    'TimeAwareHeads reads maps [B, H, W, C] and vectors [B, D] whose width is a '
+                    f'multiple of 4, and of 32 from 128 on, got {x.shape}.'
+                )
         waves = nn.silu(timestep_features(t, self.waves)).astype(self.dtype)
         return jnp.concatenate(
             [
@@ -115,6 +125,11 @@ class TimeAwareHeads(nn.Module):
             ],
             axis=1,
         )
+
+
+def _divided(channels: int) -> bool:
+    """Whether both normalisations of a head divide so many channels."""
+    return channels % 4 == 0 and channels % min(32, channels // 4) == 0
 
 
 class TimeAwareHead(nn.Module):

@@ -84,6 +84,7 @@ def test_what_cannot_be_made_is_told(folder, tmp_path, capsys):
     for more, words in (
         (['--size=30', '--scale=4'], '--size=30 must be a multiple of --scale=4'),
         (['--size=64'], '--size=64: 100 pictures, drawn by lot, are all smaller'),
+        (['--seed=-1'], '--seed=-1 must be a whole number from 0'),
         (['--batch=0'], '--count, --size, --scale and --batch are whole numbers from 1'),
     ):
         assert started(folder, tmp_path / 'x', *more) == 2

@@ -1,5 +1,8 @@
 """OFTSR: slopes from the beginning, one step of each method by hand, what is told, and a run."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,13 +278,19 @@ def test_what_does_not_fit_is_told():
         restoring_flow(context_of(network=blind))
     with pytest.raises(UserError, match=r"wants images and what is left of them, 'input' and"):
         restoring_flow(context_of(spec={'input': IMAGE}))
-    import dataclasses
-
+    with pytest.raises(UserError, match=r"stage\.teacher is not told 'low', and restores nothing"):
+        oftsr(context_of(teacher=blind))
+    with pytest.raises(UserError, match=r'between=\(0\.9, 0\.1\) must be the least time and the'):
+        oftsr(context_of(), between=(0.9, 0.1))
     context = dataclasses.replace(context_of(), trained_by={'teacher': {'name': 'x'}})
     with pytest.raises(UserError, match=r'share=0\.3 is not that of the teacher, 0\.2'):
         oftsr(context, share=0.3)
     with pytest.raises(UserError, match=r"stage\.ema has no 'slow'"):
         restored(context_of(), weights='slow')
+    data = dict(lowered=lambda x: x)
+    small = dataclasses.replace(context_of(), source=lambda split: types.SimpleNamespace(**data))
+    with pytest.raises(UserError, match='compares squares of 8 pixels, and images have 4 x 4'):
+        restored(small)
 
 
 # Metrics of restored images

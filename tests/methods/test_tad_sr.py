@@ -21,6 +21,7 @@ from kd.io import safetensors
 from kd.losses import adversarial, score_distillation
 from kd.losses.schedule import residual_shift
 from kd.methods.sr.tad_sr import gap, tad_sr
+from kd.models.discriminator import TimeAwareHeads
 from kd.models.shifted import Shifted, ShiftedMLP, shifted
 from kd.network import from_linen
 from kd.sampling import denoiser as denoisers
@@ -284,12 +285,101 @@ def test_the_discriminator_moves_first_and_the_teacher_and_the_start_stay(world)
     assert mean(metrics, 'network/gap') == mean(others, 'network/gap')
 
 
+def test_a_step_of_both_players_by_hand(world):
+    """Hinge on noised examples with one noise at one time, the last of 15 left out; signs too."""
+    net, teacher, batch = world
+    features, (reg, hsd, weight) = ('feature0', 'feature1'), (0.7, 0.3, 0.5)
+    context = dataclasses.replace(context_of(net, references={'start': net}), optimizer=optax.sgd)
+    method = tad_sr(context, reg=reg, hsd=hsd, adversarial=weight, features=features, times=(0, 2),
+                    optimizer=dict(learning_rate=0.5))  # fmt: skip
+    state = jax.jit(method.init)(KEY, {'teacher': teacher, 'start': teacher})
+    params, heads = noisy(net, 5)['params'], TimeAwareHeads()
+    d_params = jax.tree.map(
+        lambda x: x + 0.05 * drawn(*x.shape, seed=7).astype(np.float32),
+        state.params['discriminator'],
+    )
+    state = state.replace(params={'network': params, 'discriminator': d_params})
+    after, metrics = jax.jit(method.step)(state, batch)
+    eta = jnp.asarray(roots() ** 2, jnp.float32)
+
+    def mixed(x, t, noise):
+        e = eta[t.astype(int)][:, None, None, None]
+        return (1 - e) * x + KAPPA * jnp.sqrt(e) * noise
+
+    def says(variables, t, x, capture=()):
+        return net.apply(variables, t, x, low=batch['low'], capture=capture)
+
+    def restored(params):
+        return says({'params': params}, jnp.full(B, 14.0), batch['noise']).logits
+
+    def seen(x, t, noise):
+        found = says(teacher, t, mixed(x, t, noise), features).features
+        return [found[name] for name in features]
+
+    def judged(params, stats, shown, t, **more):
+        return heads.apply({'params': params, 'batch_stats': stats}, shown, t, **more)
+
+    first, second = (jax.random.fold_in(state.step_key(), i) for i in range(2))
+    shape, stats = batch['noise'].shape, state.mutables['discriminator']['batch_stats']
+
+    def of_discriminator(d_params):
+        time_key, noise_key, _ = jax.random.split(first, 3)
+        t = jax.random.choice(time_key, jnp.arange(14.0), (B,))
+        noise = jax.random.normal(noise_key, shape)
+        pair = zip(*(seen(x, t, noise) for x in (batch['input'], restored(params))), strict=True)
+        both, moved = judged(
+            d_params, stats, [jnp.concatenate(x) for x in pair], jnp.concatenate([t, t]),
+            update=True, mutable=['batch_stats'],
+        )  # fmt: skip
+        real, fake = both[:B], both[B:]
+        value = jnp.maximum(0, 1 - real).mean() + jnp.maximum(0, 1 + fake).mean()
+        return value, moved['batch_stats']
+
+    def of_student(params, d_params, stats):
+        time_key, noise_key, far_key, other_key, _ = jax.random.split(second, 5)
+        r = restored(params)
+        square = jnp.square(r - batch['sample']).mean()
+        t = jax.random.choice(time_key, jnp.array([0.0, 2.0]), (B,))
+        noise = jax.random.normal(noise_key, shape)
+        e = eta[t.astype(int)][:, None, None, None]
+        told = [says(teacher, t, mixed(x, t, noise)).logits for x in (r, batch['sample'])]
+        gap = (1 - e) / (KAPPA * jnp.sqrt(e)) * (r - batch['sample'] - (told[0] - told[1]))
+        far = jax.random.choice(far_key, jnp.arange(14.0), (B,))
+        shown = seen(r, far, jax.random.normal(other_key, shape))
+        fooled = -judged(d_params, stats, shown, far).mean()
+        whole = reg * square + hsd * (r * jax.lax.stop_gradient(gap)).mean() + weight * fooled
+        return whole, (square, jnp.abs(gap).mean(), fooled)
+
+    @jax.jit
+    def expected():
+        (value, moved), slope = jax.value_and_grad(of_discriminator, has_aux=True)(d_params)
+        wiser = jax.tree.map(lambda a, b: a - 0.5 * b, d_params, slope)
+        (_, parts), slope = jax.value_and_grad(of_student, has_aux=True)(params, wiser, moved)
+        return value, wiser, parts, jax.tree.map(lambda a, b: a - b, params, slope)
+
+    value, wiser, parts, better = expected()
+    names = ('discriminator/loss', 'network/regression', 'network/gap', 'network/adversarial')
+    for name, wanted in zip(names, (value, *parts), strict=True):
+        found = metrics[name].total / metrics[name].count
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, err_msg=name)
+    for name, wanted in (('discriminator', wiser), ('network', better)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.params[name], wanted
+        )
+
+
 def test_what_does_not_fit_is_told(world):
     net, *_ = world
     with pytest.raises(UserError, match=r'method\.times=\(0, 15\) must be some of 0 \.\. 14'):
         tad_sr(context_of(net), times=(0, 15), adversarial=0)
     with pytest.raises(UserError, match=r"features=\('deep',\) must be some of the teacher's"):
         tad_sr(context_of(net), features=('deep',))
+    thin = from_linen(Shifted(ShiftedMLP(width=6), PATH), *inputs())
+    with pytest.raises(UserError, match=r"features=\('feature0',\): .* of 4, .*\(1, 6\)"):
+        tad_sr(context_of(thin), features=('feature0',))
+    # A head would take tokens for a map without a batch, and mix the examples.
+    with pytest.raises(ValueError, match=r'reads maps .*, got \(2, 6, 8\)'):
+        jax.eval_shape(TimeAwareHeads().init, KEY, [jnp.zeros((2, 6, 8))], jnp.zeros(2))
     other = from_linen(Shifted(ShiftedMLP(), residual_shift(steps=4)), *inputs())
     with pytest.raises(UserError, match='student and teacher are denoisers of one schedule'):
         tad_sr(context_of(net, teacher=other))
@@ -332,8 +422,11 @@ def test_a_residual_and_its_anchor_are_the_image():
     np.testing.assert_allclose(b['input'] + b['low'], a['input'], atol=1e-6)
     assert np.abs(b['input']).mean() < 0.3 * np.abs(a['input']).mean()
     assert less.seen == "less 'low'"
-    with pytest.raises(UserError, match=r"data\.source\.anchor='y' must be a field like 'input'"):
+    with pytest.raises(UserError, match=r"anchor='y' must be a field of the shape of 'input'"):
         residual(context, of=of, anchor='y')
+    pairs = dict(name='kd.data.patches.patches', of='china_flower', scale=2, size=8, count=2)
+    with pytest.raises(UserError, match=r"of the shape of 'input'; the data have \{'low': \(8, 8"):
+        residual(context, of=pairs)
 
 
 def test_patches_are_compared_by_nearness_and_by_looks():

@@ -42,7 +42,12 @@ class LowResolution(sources.Derived):
         noise: float,
         seed: int,
     ) -> None:
-        image = source.spec['input']
+        image = source.spec.get('input')
+        if image is None or len(image.shape) != 3:
+            raise UserError(
+                f"data.source.of must have images, an 'input' [H, W, C]; the data have "
+                f'{ {name: x.shape for name, x in source.spec.items()} }.'
+            )
         height, width = image.shape[:2]
         if any(b % a or a == b for a, b in itertools.pairwise((1, *scales))):
             raise UserError(f'data.source.scales={tuple(scales)} must each be so many times the '
@@ -51,6 +56,11 @@ class LowResolution(sources.Derived):
             raise UserError(
                 f'data.source.scales={tuple(scales)}: images of {height} x {width} pixels need one '
                 'at least, of which their sides are multiples.'
+            )
+        if noise and len(scales) > 1:
+            raise UserError(
+                f'data.source.noise={noise:g} is of one scale: of {tuple(scales)} the smaller '
+                'images would not be made of the larger ones, which have noise of their own.'
             )
         self._options = tuple(scales), down, up
         self._noise, self._seed = noise, seed
@@ -95,11 +105,12 @@ def low_resolution(
       scales: by which images are made small.
       down: 'box' for means of squares, or a convention of `kd.resample`.
       up: 'repeat' for each pixel again, or a convention.
-      noise: deviation of Gaussian noise on the small images, drawn once for each example.
+      noise: deviation of Gaussian noise on the small images, drawn once for each example; for
+        one scale alone.
       seed: of it.
 
     Raises:
-      UserError: scales that do not divide the images or each other.
+      UserError: no images; scales that do not divide these or each other; noise at several.
     """
     where = 'data.source.of'
     source = context.load(of) if isinstance(of, str) else config_lib.build(of, context, where=where)

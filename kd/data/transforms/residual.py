@@ -47,9 +47,9 @@ def residual(context: SourceContext, *, of: Block, anchor: str = LOW) -> Residua
     """
     source = config_lib.build(of, context, where='data.source.of')
     shapes = {name: x.shape for name, x in source.spec.items()}
-    if shapes.get(anchor) != shapes['input']:
+    if 'input' not in shapes or shapes.get(anchor) != shapes['input']:
         raise UserError(
-            f"data.source.anchor='{anchor}' must be a field like 'input' {shapes['input']}; the "
-            f'data have {shapes}.'
+            f"data.source.anchor='{anchor}' must be a field of the shape of 'input'; the data have "
+            f'{shapes}.'
         )
     return Residual(source, anchor)

@@ -101,9 +101,15 @@ def oftsr(
       micro_batches: parts over which gradients are accumulated.
 
     Raises:
-      UserError: a network that is not told `low`, or data without it; a teacher of another share.
+      UserError: a network or teacher that is not told `low`, or data without it; a teacher of
+        another share; times from greater to smaller.
     """
     _check(context)
+    if between[0] > between[1]:
+        raise UserError(
+            f'{context.stage}.method.between={tuple(between)} must be the least time and the '
+            'greatest.'
+        )
     common.check_network(context.teacher, two_times=False, where=f'{context.stage}.teacher')
     theirs = context.trained_by.get('teacher', {'share': share}).get('share', SHARE)
     if theirs != share:
@@ -151,8 +157,9 @@ def _check(context: Context) -> None:
             f"{context.stage} wants images and what is left of them, 'input' and '{LOW}'; name "
             "kd.data.transforms.low_resolution.low_resolution as the data's source."
         )
-    if LOW not in getattr(context.network.module, 'conditions', ()):
-        raise UserError(
-            f"{context.stage}.network is not told '{LOW}', and restores nothing; give it "
-            f"beside=('{LOW}',)."
-        )
+    for player, network in (('network', context.network), ('teacher', context.optional_teacher)):
+        if network and LOW not in getattr(network.module, 'conditions', ()):
+            raise UserError(
+                f"{context.stage}.{player} is not told '{LOW}', and restores nothing; give it "
+                f"beside=('{LOW}',)."
+            )

@@ -21,6 +21,7 @@ from kd.losses import score_distillation
 from kd.losses.schedule import Schedule, convert
 from kd.method import Batch, Method, Objective, Player, alternate, with_collect
 from kd.methods import start
+from kd.methods.flow.common import mean_square
 from kd.metrics import mean
 from kd.models.discriminator import TimeAwareHeads
 from kd.network import feature_names, feature_shape
@@ -73,9 +74,10 @@ def tad_sr(
     """
     own, teacher, steps = _denoisers(context)
     path, whole = teacher.schedule, times_lib.sampling(teacher.schedule, steps)
-    _check(context, teacher, whole, times, features if adversarial else None)
-    near, far = times_lib.among(times), times_lib.among(range(steps - 1))
     heads = TimeAwareHeads()
+    _check(context, whole, times)
+    shown = _shown(context, heads, features) if adversarial else []
+    near, far = times_lib.among(times), times_lib.among(range(steps - 1))
 
     def condition_of(batch: Batch) -> Condition:
         return denoisers.conditions(context.network, batch)
@@ -125,7 +127,7 @@ def tad_sr(
     def student_loss(params, state, batch, key):
         time_key, noise_key, far_key, other_key, dropout = jax.random.split(key, 5)
         r, s = restored(params, state, batch, dropout), batch[sampled.SAMPLE]
-        square = jnp.square(r - s).reshape(len(r), -1).mean(1)
+        square = mean_square(r - s)
         losses, metrics = reg * square, {'regression': mean(square)}
         noise = jax.random.normal(noise_key, r.shape, r.dtype)
         if hsd:
@@ -148,8 +150,7 @@ def tad_sr(
         own_key, head_key = jax.random.split(key)
         made = {NETWORK: context.network.init(own_key)}
         if adversarial:
-            shapes = [feature_shape(context.teacher, name) for name in features]
-            zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+            zeros = [jnp.zeros(x.shape, x.dtype) for x in shown]
             made[DISCRIMINATOR] = heads.init(head_key, zeros, jnp.zeros(1))
         return made
 
@@ -192,19 +193,28 @@ def _denoisers(context: Context) -> tuple[Denoiser, Denoiser, int]:
     return own, teacher, steps
 
 
-def _check(context: Context, teacher: Denoiser, whole, times, features) -> None:
+def _shown(context: Context, heads: TimeAwareHeads, features: tuple[str, ...]) -> list[Any]:
+    """Shapes and types of the features of the teacher that heads read, for a batch of one."""
+    known = feature_names(context.teacher)
+    if not features or set(features) - set(known):
+        raise UserError(
+            f'{context.stage}.method.features={tuple(features)} must be some of the '
+            f"teacher's, which are {', '.join(known)}; or set adversarial=0."
+        )
+    shapes = [feature_shape(context.teacher, name) for name in features]
+    try:
+        jax.eval_shape(heads.init, jax.random.key(0), shapes, jnp.zeros(1))
+    except ValueError as error:
+        raise UserError(f'{context.stage}.method.features={tuple(features)}: {error}') from None
+    return shapes
+
+
+def _check(context: Context, whole, times) -> None:
     steps = len(whole)
     if not times or max(times) >= steps:
         raise UserError(
             f'{context.stage}.method.times={tuple(times)} must be some of 0 .. {steps - 1}.'
         )
-    if features is not None:
-        known = feature_names(context.teacher)
-        if not features or set(features) - set(known):
-            raise UserError(
-                f'{context.stage}.method.features={tuple(features)} must be some of the '
-                f"teacher's, which are {', '.join(known)}; or set adversarial=0."
-            )
     for split in context.splits:
         grid = getattr(context.source(split), 'grid', None)
         if grid is not None and tuple(grid) != tuple(map(float, whole)):

@@ -17,6 +17,7 @@ from kd.losses import score_distillation
 from kd.losses.score_distillation import Weight
 from kd.method import Batch, Method, Objective, minimize
 from kd.methods import start
+from kd.methods.flow.common import mean_square
 from kd.metrics import mean
 from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
@@ -80,7 +81,7 @@ def scale_distillation(
         variables = state.variables(params=params)
         said = own.apply(variables, z_t, t, told, train=True, key=dropout).x0
         losses = score_distillation.denoising(said, target, path, t, weight)
-        return Objective(mean(losses), {'squared_error': mean(_mean_square(said - target))})
+        return Objective(mean(losses), {'squared_error': mean(mean_square(said - target))})
 
     init = start.from_reference(network.init, context, transform=widened)
     return minimize(loss, context.tx, init, micro_batches=micro_batches)
@@ -123,7 +124,7 @@ def decoder_tuning(
                 f"have '{wanted}' of {batch[wanted].shape[1:]}."
             )
         away = output.logits - batch[wanted]
-        error = _mean_square(away)
+        error = mean_square(away)
         losses = jnp.abs(away).mean(tuple(range(1, away.ndim))) + squared * error
         return Objective(mean(losses), {'squared_error': mean(error)}, output.mutables)
 
@@ -165,11 +166,6 @@ def part_of(reference: PyTree, own: PyTree) -> PyTree:
         kind: {name: reference[kind][name] for name in tree if name in reference.get(kind, {})}
         for kind, tree in own.items()
     }
-
-
-def _mean_square(x: jax.Array) -> jax.Array:
-    """Of each example over all its elements, [B, ...] -> [B]."""
-    return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
 def _check(context: Context, module: Any, fields: tuple[str, ...]) -> None:

@@ -59,11 +59,17 @@ def test_noise_is_of_the_small_image_and_of_each_example():
     np.testing.assert_array_equal(again, noisy[[9, 4]])
 
 
-def test_scales_that_do_not_divide_are_refused():
+def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r'scales=\(3,\): images of 8 x 8 pixels need'):
         source(scales=(3,))
     with pytest.raises(UserError, match=r'scales=\(\): images'):
         source(scales=())
+    # What is left of a noisy small image is another thing than a smaller noisy one.
+    with pytest.raises(UserError, match=r'noise=0\.1 is of one scale: of \(2, 4\) the smaller'):
+        source(scales=(2, 4), noise=0.1)
+    pairs = dict(name='kd.data.patches.patches', of='china_flower', scale=2, size=8, count=2)
+    with pytest.raises(UserError, match=r"must have images, an 'input' .*\{'low': \(8, 8, 3\)"):
+        source(of=pairs)
     for scales in ((2, 2), (4, 2), (1, 2)):
         with pytest.raises(UserError, match='must each be so many times the one before, above 1'):
             source(scales=scales)
