@@ -82,6 +82,9 @@ def test_ogb_files_are_read_as_published(tmp_path):
     assert [graph.label for graph in found['test']] == [1, 0]
     source = graphs.graphs(context('test', tmp_path), of='ogbg_molbace')
     assert source.fetch([0])['input'].shape == (1, 97, 9)
+    (folder / 'raw/edge.csv.gz').write_bytes(gzip.compress(b'0,1'))
+    with pytest.raises(DataError, match='are not of one data set'):
+        graph_files.ogb(folder)
     (folder / 'raw/edge.csv.gz').write_bytes(b'no gzip')
     with pytest.raises(DataError, match='is damaged'):
         graph_files.ogb(folder)
@@ -101,6 +104,15 @@ def test_files_that_do_not_fit_are_said_in_a_line(tmp_path):
     write_tu(tmp_path, 'NCI1', **{**TU, 'graph_labels': ['1', 'x', '1']})
     with pytest.raises(DataError, match='is no table of numbers'):
         graph_files.tu(tmp_path / 'NCI1')
+    for number, (change, told) in enumerate((
+        ({'A': ['2, 1', '1, 2', '7, 1']}, 'an edge to a node that is not there'),
+        ({'A': ['2, 1', '1, 2', '0, 1']}, 'an edge to a node that is not there'),
+        ({'graph_indicator': ['1', '2', '1', '2', '2', '3']}, 'are not of one data set'),
+        ({'graph_labels': []}, 'graph_labels.txt is empty'),
+    )):  # fmt: skip
+        write_tu(tmp_path, f'odd{number}', **{**TU, **change})
+        with pytest.raises(DataError, match=told):
+            graph_files.tu(tmp_path / f'odd{number}')
     described = graphs.graphs(context('train', catalogue.DESCRIBED), of='DD')
     assert described.spec['edges'].shape == (28_534, 2)
 
@@ -116,7 +128,8 @@ def test_motifs_are_the_same_every_time_and_of_their_shares():
     ]  # fmt: skip
     assert stars == pytest.approx([0.2, 0.45], abs=0.02)
     nodes, edges = graph_files.largest(many)
-    assert (nodes, edges) <= (graphs.SETS['motifs'].nodes, graphs.SETS['motifs'].edges)
+    assert nodes <= graphs.SETS['motifs'].nodes
+    assert edges <= graphs.SETS['motifs'].edges
 
 
 def test_frequent_sets_are_those_of_enumeration():

@@ -61,10 +61,13 @@ def tu(folder: Path) -> list[Graph]:
     labels, kinds = column('node_labels', optional=True), column('edge_labels', optional=True)
     classes = np.unique(label[:, 0], return_inverse=True)[1]
     if labels is None:
+        _check_ends(folder, pairs, len(owner))
         labels = np.bincount(pairs[:, 0], minlength=len(owner))[:, None]
     kinds = np.zeros((len(pairs), 0), int) if kinds is None else kinds
-    if len(labels) != len(owner) or len(kinds) != len(pairs) or len(classes) != owner.max() + 1:
+    fits = len(labels) == len(owner) and len(kinds) == len(pairs) and pairs.shape[1] == 2
+    if not fits or len(classes) != owner.max() + 1 or (np.diff(owner) < 0).any():
         raise DataError(f'the files in {folder} are not of one data set; bring them back together')
+    _check_ends(folder, pairs, len(owner))
     return _cut(labels, np.hstack([pairs, kinds]), owner, classes)
 
 
@@ -93,18 +96,24 @@ def ogb(folder: Path, split: str = 'scaffold') -> dict[str, list[Graph]]:
     labels = read('raw/graph-label')
     if labels.shape != (len(nodes), 1):
         raise DataError(f'{folder} has {labels.shape[1]} labels a graph, and one is wanted')
-    pairs, kinds = read('raw/edge'), read('raw/edge-feat')
+    pairs, kinds, features = read('raw/edge'), read('raw/edge-feat'), read('raw/node-feat')
+    if len(features) != nodes.sum() or not len(pairs) == len(kinds) == edges.sum():
+        raise DataError(f'the files in {folder} are not of one data set; bring them back together')
     owner = np.repeat(np.arange(len(nodes)), edges)
     pairs = pairs + (np.cumsum(nodes) - nodes)[owner, None]
     both = np.concatenate([np.hstack([pairs, kinds]), np.hstack([pairs[:, ::-1], kinds])])
-    graphs = _cut(
-        read('raw/node-feat'), both, np.repeat(np.arange(len(nodes)), nodes), labels[:, 0]
-    )
+    graphs = _cut(features, both, np.repeat(np.arange(len(nodes)), nodes), labels[:, 0])
     names = {'train': 'train', 'validation': 'valid', 'test': 'test'}
     return {
         ours: [graphs[i] for i in read(f'split/{split}/{theirs}')[:, 0]]
         for ours, theirs in names.items()
     }
+
+
+def _check_ends(folder: Path, pairs: np.ndarray, count: int) -> None:
+    """Edges are of nodes 0 .. count - 1."""
+    if len(pairs) and not (pairs.min() >= 0 and pairs.max() < count):
+        raise DataError(f'{folder} has an edge to a node that is not there; bring its files again')
 
 
 def _cut(
@@ -141,6 +150,8 @@ def _text(file: Path) -> str:
 
 def _numbers(file: Path, text: str, delimiter: str) -> np.ndarray:
     """Integers [lines, columns]."""
+    if not text.strip():
+        raise DataError(f'{file} is empty; bring it again')
     try:
         values = np.loadtxt(io.StringIO(text), delimiter=delimiter, ndmin=2)
     except ValueError as error:
