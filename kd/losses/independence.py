@@ -64,9 +64,9 @@ def gauss_overlap(
     """
     weight1 = _weights(where1, mean1)[:, None]
     weight2 = _weights(where2, mean2)[:, None]
-    sums = _grouped(
-        (mean1, variance1, weight1), (mean2, variance2, weight2), diagonal, log_scale, chunk
-    )
+    side1 = (*_counted(mean1, variance1, where1), weight1)
+    side2 = (*_counted(mean2, variance2, where2), weight2)
+    sums = _grouped(side1, side2, diagonal, log_scale, chunk)
     pairs = weight1.sum() * weight2.sum()
     if not diagonal:
         pairs = pairs - (weight1 * weight2).sum()
@@ -108,7 +108,7 @@ def distance_covariance(
     """
     member = jax.nn.one_hot(group, groups, dtype=_wide(mean).dtype)
     member = member * _weights(where, mean)[:, None]
-    side = (mean, variance, member)
+    side = (*_counted(mean, variance, where), member)
     sums = _grouped(side, side, diagonal, log_scale, chunk)
     count = member.sum(0)
     total = count.sum()
@@ -189,6 +189,16 @@ def _over_chunks(
 def _weights(where: jax.Array | None, like: jax.Array) -> jax.Array:
     wide = _wide(like)
     return jnp.ones(len(wide), wide.dtype) if where is None else where.astype(wide.dtype)
+
+
+def _counted(
+    mean: jax.Array, variance: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """A unit Gaussian in the place of what does not count, so that not even a NaN is read."""
+    if where is None:
+        return mean, variance
+    there = jnp.asarray(where)[:, None]
+    return jnp.where(there, mean, 0.0), jnp.where(there, variance, 1.0)
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -26,7 +26,9 @@ __all__ = ['cka_deltas', 'contiguous_runs', 'probes', 'residual_probe', 'runs_of
 TIE = 1e-6
 
 
-def residual_probe(x: jax.Array, y: jax.Array, ridge: float = 1e-6) -> tuple[jax.Array, jax.Array]:
+def residual_probe(
+    x: jax.Array, y: jax.Array, ridge: float = 1e-6, *, where: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(W, b) of least squares, x + x W + b = y; the ridge is in units of the variance of x.
 
     It is the minimum that refining by gradients would come to on the same examples.
@@ -34,10 +36,12 @@ def residual_probe(x: jax.Array, y: jax.Array, ridge: float = 1e-6) -> tuple[jax
     Args:
       x, y: [N, D], in float32.
       ridge: weight of |W|^2.
+      where: bool [N], or 0 and 1, what counts; all by default.
     """
     x, y = (jnp.asarray(z, jnp.float32) for z in (x, y))
-    mean_x, mean_y = x.mean(0), (y - x).mean(0)
-    centred, target = x - mean_x, y - x - mean_y
+    there = jnp.ones((len(x), 1), bool) if where is None else jnp.asarray(where, bool)[:, None]
+    mean_x, mean_y = (jnp.mean(z, 0, where=there) for z in (x, y - x))
+    centred, target = (jnp.where(there, z, 0.0) for z in (x - mean_x, y - x - mean_y))
     gram = jnp.matmul(centred.T, centred, precision='highest')
     gram = gram + ridge * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
     w = jnp.linalg.solve(gram, jnp.matmul(centred.T, target, precision='highest'))

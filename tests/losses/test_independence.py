@@ -58,6 +58,11 @@ def test_the_closed_form_is_all_pairs_and_its_chunks_do_not_matter(latents):
                 )
                 wanted = covariance(mean, variance, group, **options)
                 assert float(found) == pytest.approx(wanted, rel=1e-9)
+        # Nothing is read of what does not count.
+        told = (np.where(where[:, None], x, np.nan) for x in (mean, variance))
+        unread = independence.distance_covariance(*told, group, S, where=where)
+        wanted = covariance(mean, variance, group, where=where)
+        assert float(unread) == pytest.approx(wanted, rel=1e-9)
         overlap = independence.gauss_overlap(
             mean, variance, mean[:5] + 1, variance[:5], where1=where, log_scale=2.0, chunk=7
         )

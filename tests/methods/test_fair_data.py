@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
+from scipy.spatial.distance import cdist
 
 from kd import config as kd_config
 from kd.claims import seeds
@@ -19,8 +20,8 @@ from kd.data.sources import DataError
 from kd.errors import UserError
 from kd.evaluators import records as evaluator
 from kd.evaluators.fairness import demographic_parity_ratio, equalized_odds_ratio
-from kd.losses import independence
-from kd.methods.tabular.fair_data import distil_latents, fair_vae, reconstruction
+from kd.losses import independence, mean_embedding
+from kd.methods.tabular.fair_data import distil_latents, fair_vae, log_mean, reconstruction
 from kd.models.mlp import MLP
 from kd.models.tabular import LatentStudent, TabularVAE, by_column
 from kd.network import from_linen
@@ -136,6 +137,47 @@ def test_the_student_learns_and_the_teacher_does_not(mode):
             p, q = (scipy.special.log_softmax(np.asarray(x), -1) for x in (theirs, ours))
             wanted = wanted + np.sum(np.exp(p) * (p - q), -1)
     assert float(value) == pytest.approx(wanted.mean(), rel=1e-5)
+
+
+def test_a_student_of_noise_by_hand_and_what_is_equal_costs_nothing():
+    network, teacher, batch = small('noise'), vae(), batch_of()
+    variables = jax.jit(teacher.init)(jax.random.key(3))
+    frozen, value = {'vae': variables}, {}
+    for distance, beta in (('energy', 0.0), ('mmd', 0.0), ('energy', 50.0)):
+        method = distil_latents(
+            context_of(network, teacher), utility=0.5, distance=distance, beta=beta
+        )
+        state = jax.jit(method.init)(jax.random.key(0), frozen)
+        _, metrics = jax.jit(method.step)(state, batch)
+        value[distance, beta] = {k: float(x.total / x.count) for k, x in metrics.items()}
+    noise_key, sample_key = jax.random.split(state.step_key())
+    mu, variance = teacher.apply(variables, *teacher.of(batch), method='encode').logits
+    z = mu + np.sqrt(variance) * jax.random.normal(sample_key, mu.shape)
+    own = network.apply(state.variables(), jax.random.normal(noise_key, mu.shape)).logits
+    useful = 0.0
+    for how in ('decode', 'outcome'):
+        logits = [teacher.apply(variables, x, batch['group'], method=how).logits for x in (z, own)]
+        cuts = [by_column(x, COLUMNS) if how == 'decode' else [x] for x in logits]
+        for theirs, ours in zip(*cuts, strict=True):
+            p, q = (scipy.special.softmax(np.asarray(x), -1).mean(0) for x in (theirs, ours))
+            useful += np.sum(p * np.log(p / q))
+    far = {
+        'energy': 2 * cdist(own, z).mean() - cdist(own, own).mean() - cdist(z, z).mean(),
+        'mmd': float(mean_embedding.mmd2(own, z, kernel='gaussian')),
+    }
+    dependence = independence.distance_covariance(own, jnp.ones_like(own), batch['group'], 2)
+    for (distance, beta), found in value.items():
+        assert found['quality'] == pytest.approx(far[distance], rel=1e-4)
+        assert found['utility'] == pytest.approx(useful, rel=1e-3, abs=1e-6)
+        wanted = far[distance] + 0.5 * useful + beta * float(dependence)
+        assert found['loss'] == pytest.approx(wanted, rel=1e-4)
+    assert 50 * float(dependence) > 1e-4
+    # Latents that are the teacher's.
+    assert abs(float(independence.energy_distance(z, z))) < 1e-6
+    # A category that no record may have is a large number and not infinite.
+    sure = jnp.array([[0.0, 300.0], [0.0, 300.0]])
+    np.testing.assert_allclose(log_mean(sure) - log_mean(sure)[1], [-300.0, 0.0])
+    assert np.isfinite(jax.grad(lambda x: log_mean(x)[0])(sure)).all()
 
 
 def test_columns_are_drawn_from_their_softmax():
@@ -271,6 +313,13 @@ def test_adult_is_read_as_published_and_what_is_not_there_is_said(tmp_path):
     assert splits['train']['input'][:, [8, 10]].tolist() == [[1, 0], [0, 7]]
     (folder / 'adult.test').write_text(train[0].replace('Cuba', 'Peru') + '.\n')
     with pytest.raises(DataError, match="column 'native-country' has 'Peru', which no training"):
+        record_files.coded(record_files.adult(folder), 'sex')
+    (folder / 'adult.test').write_text(train[1].replace('Black', 'White') + '.\n')
+    (folder / 'adult.data').write_text('\n'.join(train).replace('77516', 'many'))
+    with pytest.raises(DataError, match="column 'fnlwgt' has what is no number"):
+        record_files.coded(record_files.adult(folder), 'sex')
+    (folder / 'adult.data').write_text('\n')
+    with pytest.raises(DataError, match="the split 'train' has no records"):
         record_files.coded(record_files.adult(folder), 'sex')
     with pytest.raises(DataError, match=r'there is no file .*compas-scores-two-years\.csv'):
         tabular.records(context('train', tmp_path), of='compas')

@@ -75,6 +75,12 @@ def test_a_probe_is_least_squares():
     rest = x + x @ np.asarray(w) + np.asarray(b) - y
     assert np.abs(x.T @ rest).max() < 1e-3
     assert np.abs(rest.sum(0)).max() < 1e-3
+    # Of a part: the others are not read.
+    there = np.arange(50) % 3 > 0
+    some = contiguous.residual_probe(np.where(there[:, None], x, np.nan), y, where=there)
+    other = LinearRegression().fit(x[there], (y - x)[there])
+    np.testing.assert_allclose(some[0].T, other.coef_, atol=1e-4)
+    np.testing.assert_allclose(some[1], other.intercept_, atol=1e-4)
 
 
 def states_of(linear):
@@ -268,6 +274,33 @@ def test_maps_begin_with_least_squares_and_move_alone(both):
     x, said, y = (np.asarray(z).reshape(-1, 8) for z in (x, said, y))
     wanted = x + LinearRegression().fit(x, y - x).predict(x)
     np.testing.assert_allclose(said, wanted, atol=2e-3)
+    with pytest.raises(UserError, match='has no `linear` maps to learn'):
+        ppcl.width(context_of())
+
+
+def test_two_maps_of_one_block_do_not_make_up_for_the_same_twice(both):
+    batch, key, left = {'input': jnp.asarray(DATA)}, jax.random.key(1), {}
+    teacher = NETS[0]
+    t, x_t = ppcl.noised(
+        schedule.flow(1.0), lambda key, level: jax.random.uniform(key, level.shape), batch['input'],
+        key,
+    )  # fmt: skip
+    before, at = teacher.embed(both[0], t, x_t)
+    after = teacher.fold(both[0], teacher.names[:2], before, at)
+    for linear in (('block0/mlp',), ('block0/mlp', 'block0')):
+        wide = network_of(linear=linear)
+        # Whatever the maps have been.
+        begun, own = {'params': numbers(wide, 3)['params'] | {}}, stack(wide.module)
+        fitted = ppcl.least_squares(
+            context_of(wide), [('block0', 'block1')], begun, both[0], batch, key, 1e-6
+        )
+        said = own.block(own.params(fitted, 'block0'), 'block0', before, at)
+        left[linear] = float(jnp.mean((said - after) ** 2))
+    alone, together = left.values()
+    assert together <= 1.001 * alone
+
+
+def test_a_width_needs_maps():
     with pytest.raises(UserError, match='has no `linear` maps to learn'):
         ppcl.width(context_of())
 

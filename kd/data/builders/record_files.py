@@ -104,7 +104,7 @@ def compas(folder: Path) -> Table:
         [at(row, name) for name in _COMPAS]
         for row in lines
         if at(row, 'days_b_screening_arrest')
-        and abs(float(at(row, 'days_b_screening_arrest'))) <= 30
+        and abs(_numbers('days_b_screening_arrest', at(row, 'days_b_screening_arrest'))) <= 30
         and at(row, 'is_recid') != '-1'
         and at(row, 'c_charge_degree') != 'O'
         and at(row, 'score_text') != 'N/A'
@@ -127,6 +127,8 @@ def coded(table: Table, sensitive: str) -> tuple[dict[str, Batch], tuple[int, ..
     """
     if sensitive not in table.names or sensitive == table.outcome[0]:
         raise DataError(f'there is no column {sensitive!r} to be the group, only {table.names}')
+    if empty := [split for split, rows in table.rows.items() if not rows]:
+        raise DataError(f'the split {empty[0]!r} has no records; bring the files as published')
     train = dict(zip(table.names, zip(*table.rows['train'], strict=True), strict=True))
     fitted = {name: _coder(name, values, table) for name, values in train.items()}
     inside = [name for name in table.names if name not in (sensitive, table.outcome[0])]
@@ -146,11 +148,11 @@ def coded(table: Table, sensitive: str) -> tuple[dict[str, Batch], tuple[int, ..
 def _coder(name: str, values: Sequence[str], table: Table):
     """(texts -> codes, number of codes) of a column, by its training values."""
     if name in table.binary:
-        return lambda texts: (np.array(texts, float) > 0).astype(int), 2
+        return lambda texts: (_numbers(name, texts) > 0).astype(int), 2
     if name in table.cut:
-        numbers = np.array(values, float)
+        numbers = _numbers(name, values)
         edges = np.linspace(numbers.min(), numbers.max(), _BINS + 1)[1:-1]
-        return lambda texts: np.digitize(np.array(texts, float), edges), _BINS
+        return lambda texts: np.digitize(_numbers(name, texts), edges), _BINS
     known = {value: code for code, value in enumerate(sorted(set(values)))}
 
     def code(texts: Sequence[str]) -> np.ndarray:
@@ -159,6 +161,13 @@ def _coder(name: str, values: Sequence[str], table: Table):
         return np.array([known[text] for text in texts])
 
     return code, len(known)
+
+
+def _numbers(name: str, texts: Sequence[str]) -> np.ndarray:
+    try:
+        return np.array(texts, float)
+    except ValueError as error:
+        raise DataError(f'column {name!r} has what is no number: {error}') from error
 
 
 def _csv(file: Path) -> list[list[str]]:

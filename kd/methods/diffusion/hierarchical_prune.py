@@ -118,8 +118,7 @@ def hierarchical_prune(
     moving = trained(module, recovery)
     tx = context.tx
     if recovery == 'sgdistill' and context.locate is not None:
-        told = found.read(context.locate(costs))['costs']
-        scale = factors(told, module)
+        scale = factors(_costs(context, costs, module), module)
         tx = context.optimizer(**{**context.config.optimizer, 'scale': scale})
     return minimize(
         loss, tx, started(context), micro_batches=micro_batches,
@@ -180,6 +179,22 @@ def trained(module: Any, recovery: Recovery) -> Callable[[str], bool]:
         return path.partition('/')[0] in late or bool(LAST.match(path))
 
     return moves
+
+
+def _costs(context: Context, stage: str, module: Any) -> Mapping[str, float]:
+    """What each branch costs, as a stage has written it.
+
+    Raises:
+      UserError: a stage that has found no costs, or those of whole blocks.
+    """
+    assert context.locate is not None
+    told = found.read(context.locate(stage)).get('costs', {})
+    if missing := [part for part in pruning.parts_of(module.blocks) if part not in told]:
+        raise UserError(
+            f"{context.stage}.method.costs: the stage '{stage}' has found no cost of {missing[0]}; "
+            "it must be one of `sensitivity` with level='branch'."
+        )
+    return told
 
 
 # Modules after the blocks.
@@ -270,6 +285,9 @@ def sensitivity(
       examples: of calibration, rounded up to whole batches.
       split: where these are from.
       weight, law: as of `hierarchical_prune`.
+
+    Raises:
+      UserError: a ratio of more than all branches have.
     """
     network, source = context.teacher, context.source(split)
     blocks, teacher = inner_of(network.module).blocks, common.teacher(context)
@@ -292,7 +310,10 @@ def sensitivity(
         costs = dict(zip(parts, map(float, cost), strict=True))
         weights = pruning.sizes_of(sizes(network.module, variables), level)
         total = parameter_count(variables)
-        gone = pruning.prune_to_budget(score(costs, blocks, position), weights, ratio * total)
+        try:
+            gone = pruning.prune_to_budget(score(costs, blocks, position), weights, ratio * total)
+        except ValueError as error:
+            raise UserError(f'{context.stage}.writers: {error} Lower ratio={ratio}.') from error
         removed = sum(weights[part] for part in gone) / total
         if distributed.is_first():
             found.write(directory, {'dropped': gone, 'costs': costs, 'removed': removed})

@@ -257,23 +257,32 @@ def least_squares(
     ridge: float,
     law: Mapping[str, Any] | None = None,
 ) -> PyTree:
-    """Variables whose linear maps, zero before, fit the teacher's states on a batch."""
+    """Variables whose linear maps fit the teacher's states on a batch.
+
+    One after the other, from zero: a map after a block has what those within it leave. Padding of
+    a text does not count.
+    """
     whole, own = stack(context.teacher.module), stack(context.network.module)
     maps, made = inner_of(context.network.module).maps, {}
     asked = noised(_schedule(context), _law(context, law), batch['input'], key)
     condition = denoisers.conditions(context.network, batch)
+    mask = condition.get('mask')
     carry, at_context = whole.embed(teacher, *asked, **condition)
     at = 0
     for u, v in points:
         first, last = whole.names.index(u), whole.names.index(v)
         carry = whole.fold(teacher, whole.names[at:first], carry, at_context)
-        params = dict(own.params(variables, u))
-        before = _streams(own.block(params, u, carry, at_context))
+        params, begun = dict(own.params(variables, u)), carry
+        params |= {x: jax.tree.map(jnp.zeros_like, params[x]) for x in maps if x in params}
         carry = whole.fold(teacher, whole.names[first : last + 1], carry, at_context)
         after, at = _streams(carry), last + 1
-        for name in [name for name in maps if name in params]:
-            x, y = (z[maps[name]].reshape(-1, z[maps[name]].shape[-1]) for z in (before, after))
-            kernel, bias = contiguous.residual_probe(x, y, ridge)
+        for name, stream in maps.items():
+            if name not in params:
+                continue
+            before = _streams(own.block(params, u, begun, at_context))
+            x, y = (z[stream].reshape(-1, z[stream].shape[-1]) for z in (before, after))
+            there = jnp.ravel(mask) if stream == 1 and mask is not None else None
+            kernel, bias = contiguous.residual_probe(x, y, ridge, where=there)
             params[name] = dict(kernel=kernel, bias=bias)
         made[u] = params
     return replaced(context.network.module, variables, made)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kd.context import Context
 from kd.errors import UserError
-from kd.losses import classification, independence, mean_embedding
+from kd.losses import classification, independence, mean_embedding, numerics
 from kd.losses.divergence import forward_kl
 from kd.method import Batch, Method, Objective, minimize
 from kd.metrics import mean
@@ -146,7 +146,7 @@ def distil_latents(
         useful: jax.Array | float = 0.0
         for ours, theirs in zip(says(state, own, group), says(state, z, group), strict=True):
             if noisy:
-                ours, theirs = (jnp.log(jax.nn.softmax(x).mean(0)) for x in (ours, theirs))
+                ours, theirs = log_mean(ours), log_mean(theirs)
             useful = useful + forward_kl(ours, theirs)
         total = far + utility * useful
         if beta:
@@ -170,6 +170,11 @@ def reconstruction(logits: jax.Array, x: jax.Array, columns) -> jax.Array:
         (classification.cross_entropy(part, x[:, i]) for i, part in enumerate(parts)),
         jnp.zeros(len(x)),
     )
+
+
+def log_mean(logits: jax.Array) -> jax.Array:
+    """log of the mean over the batch of softmax(logits), [B, V] to [V], up to a constant."""
+    return numerics.log_sum_exp(numerics.log_softmax(logits), axis=0)
 
 
 def _distance(name: str, own: jax.Array, z: jax.Array) -> jax.Array:
