@@ -39,7 +39,8 @@ def info_nce(
     student, teacher = same_examples('info_nce', student_features, teacher_features)
     kept = kept_examples(where, student.shape[0])
     student, teacher = (
-        _unit(jnp.where(kept[:, None], x.reshape(x.shape[0], -1), 0.0)) for x in (student, teacher)
+        numerics.unit(jnp.where(kept[:, None], x.reshape(x.shape[0], -1), 0.0))
+        for x in (student, teacher)
     )
     cosine = jnp.matmul(student, teacher.T, precision='highest')
 
@@ -69,7 +70,7 @@ def start_bank(key: jax.Array, examples: int, size: int) -> Bank:
 
     Rows of 0, as a bank is often begun, would make all negatives alike in the first epoch.
     """
-    rows = _unit(jax.random.normal(key, (2, examples, size)))
+    rows = numerics.unit(jax.random.normal(key, (2, examples, size)))
     return Bank(rows[0], rows[1], jnp.zeros(2))
 
 
@@ -150,7 +151,7 @@ def update_bank(
 
     def moved(memory, rows):
         rows = jax.lax.stop_gradient(jnp.asarray(rows)).astype(memory.dtype)
-        return memory.at[index].set(_unit(momentum * memory[index] + (1 - momentum) * rows))
+        return memory.at[index].set(numerics.unit(momentum * memory[index] + (1 - momentum) * rows))
 
     scale = jax.lax.stop_gradient(scale).astype(bank.scale.dtype)
     return Bank(moved(bank.student, student), moved(bank.teacher, teacher), scale)
@@ -183,8 +184,3 @@ def draw_negatives(
     rank = jax.random.randint(key, (labels.shape[0], count), 0, size) + valid_from
     skip = (rank >= low[:, None]) & some[:, None]
     return order[jnp.where(skip, rank + (high - low)[:, None], rank)]
-
-
-def _unit(x):
-    length = numerics.norm(x, axis=-1, keepdims=True)
-    return x / jnp.where(length > 0, length, 1.0)

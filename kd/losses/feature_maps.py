@@ -64,7 +64,7 @@ def direction(
       [...].
     """
     student, teacher = _alike('direction', student_features, teacher_features)
-    return jnp.sum(jnp.abs(_unit(student) - _unit(teacher)) ** order, axis=-1)
+    return jnp.sum(jnp.abs(numerics.unit(student) - numerics.unit(teacher)) ** order, axis=-1)
 
 
 def factor_transfer(
@@ -156,7 +156,7 @@ def neuron_selectivity(
             'neuron_selectivity needs features [B, ..., C] that differ in C alone, got '
             f'{student.shape} and {teacher.shape}; resize one of them.'
         )
-    s, t = (_unit(jnp.swapaxes(_positions(x), 1, 2)) for x in (student, teacher))
+    s, t = (numerics.unit(jnp.swapaxes(_positions(x), 1, 2)) for x in (student, teacher))
 
     def kernel(a, b):
         gram = jnp.einsum('bcp,bdp->bcd', a, b, precision='highest')
@@ -325,11 +325,6 @@ def _alike(name, student, teacher):
 
 def _positions(x):
     return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _unit(x):
-    length = numerics.norm(x, axis=-1, keepdims=True)
-    return x / jnp.where(length > 0, length, 1.0)
 
 
 def _total(x):

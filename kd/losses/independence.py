@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.losses import numerics
+from kd.losses.numerics import wide
 
 __all__ = ['distance_covariance', 'energy_distance', 'gauss_overlap', 'gaussian_kl']
 
@@ -28,7 +29,7 @@ def gaussian_kl(mean: jax.Array, variance: jax.Array) -> jax.Array:
 
     1/2 sum_d (m^2 + v - 1 - log v)
     """
-    mean, variance = _wide(mean), _wide(variance)
+    mean, variance = wide(mean), wide(variance)
     return 0.5 * jnp.sum(mean**2 + variance - 1.0 - jnp.log(variance), -1)
 
 
@@ -106,7 +107,7 @@ def distance_covariance(
 
     Source: arXiv 2408.10755, as of FairDisCo.
     """
-    member = jax.nn.one_hot(group, groups, dtype=_wide(mean).dtype)
+    member = jax.nn.one_hot(group, groups, dtype=wide(mean).dtype)
     member = member * _weights(where, mean)[:, None]
     side = (*_counted(mean, variance, where), member)
     sums = _grouped(side, side, diagonal, log_scale, chunk)
@@ -132,7 +133,7 @@ def energy_distance(a: jax.Array, b: jax.Array, *, chunk: int = _CHUNK) -> jax.A
 
     Source: Szekely and Rizzo 2013; used by arXiv 2408.10755 as we read it.
     """
-    a, b = _wide(a), _wide(b)
+    a, b = wide(a), wide(b)
 
     def distances(x: jax.Array, y: jax.Array) -> jax.Array:
         def of_rows(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -148,7 +149,7 @@ def energy_distance(a: jax.Array, b: jax.Array, *, chunk: int = _CHUNK) -> jax.A
 
 def _grouped(side1, side2, diagonal: bool, log_scale: float, chunk: int) -> jax.Array:
     """[S1, S2], sums over pairs of k_ij w_is w_jt; a side is (mean, variance, w [N, S])."""
-    mean2, variance2, weight2 = (_wide(x) for x in side2)
+    mean2, variance2, weight2 = (wide(x) for x in side2)
     constant = log_scale - 0.5 * mean2.shape[-1] * math.log(2.0 * math.pi)
 
     def of_rows(rows: tuple[jax.Array, ...]) -> jax.Array:
@@ -160,7 +161,7 @@ def _grouped(side1, side2, diagonal: bool, log_scale: float, chunk: int) -> jax.
             k = jnp.where(number[:, None] == jnp.arange(len(mean2)), 0.0, k)
         return jnp.einsum('ij,is,jt->st', k, weight1, weight2, precision='highest')
 
-    side = tuple(_wide(x) for x in side1)
+    side = tuple(wide(x) for x in side1)
     # Rows that only fill the last chunk: their variance must not be 0.
     numbers = jnp.arange(len(side[0]))
     return _over_chunks(of_rows, (side[0], side[1], side[2], numbers), chunk, fill=(0, 1, 0, -1))
@@ -187,8 +188,8 @@ def _over_chunks(
 
 
 def _weights(where: jax.Array | None, like: jax.Array) -> jax.Array:
-    wide = _wide(like)
-    return jnp.ones(len(wide), wide.dtype) if where is None else where.astype(wide.dtype)
+    x = wide(like)
+    return jnp.ones(len(x), x.dtype) if where is None else where.astype(x.dtype)
 
 
 def _counted(
@@ -204,9 +205,3 @@ def _counted(
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     """a / b, 0 where b is."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """In float32 at least."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

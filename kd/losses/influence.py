@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from kd.losses import numerics
+
 PyTree = Any
 
 
@@ -78,24 +80,24 @@ def conjugate_gradient(
       x, and the relative residual, computed anew from x: what is above 1e-2 is no solution.
     """
     b = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), b)
-    total = _dot(b, b)
+    total = numerics.tree_dot(b, b)
     floor = jnp.square(jnp.finfo(total.dtype).eps) * total
 
     def body(carry, _):
         x, r, p, rr = carry
         along = product(p)
-        curvature = _dot(p, along)
+        curvature = numerics.tree_dot(p, along)
         goes_on = (rr > floor) & (curvature > 0)
         step = jnp.where(goes_on, rr / jnp.where(goes_on, curvature, 1.0), 0.0)
         x, r = _add(x, step, p), _add(r, -step, along)
-        new = jnp.where(goes_on, _dot(r, r), rr)
+        new = jnp.where(goes_on, numerics.tree_dot(r, r), rr)
         p = _add(r, jnp.where(goes_on, new / jnp.where(rr > 0, rr, 1.0), 1.0), p)
         return (x, r, p, new), None
 
     zero = jax.tree.map(jnp.zeros_like, b)
     (x, *_), _ = jax.lax.scan(body, (zero, b, b, total), None, length=iterations)
     left = _add(b, -1.0, product(x))
-    return x, jnp.sqrt(_dot(left, left) / jnp.where(total > 0, total, 1.0))
+    return x, jnp.sqrt(numerics.tree_dot(left, left) / jnp.where(total > 0, total, 1.0))
 
 
 def influence(losses: Callable[[PyTree], jax.Array], params: PyTree, solved: PyTree) -> jax.Array:
@@ -195,12 +197,6 @@ def teacher_feedback(
         deviation = jnp.std(influences)
     scale = -influences / (jax.lax.stop_gradient(jnp.asarray(deviation)) + eps)
     return -scale * jnp.take_along_axis(log_p, chosen, axis=1)[:, 0]
-
-
-def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    return jnp.stack(
-        [jnp.sum(x * y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
-    ).sum()
 
 
 def _add(a: PyTree, scale: Any, b: PyTree) -> PyTree:

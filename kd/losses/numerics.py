@@ -7,6 +7,8 @@ the value nor the gradient sees it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,11 @@ from jax.typing import ArrayLike
 def accumulation_dtype(*arrays: ArrayLike) -> jnp.dtype:
     """The dtype in which losses compute: float32, or float64 if an input is float64."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def wide(x: ArrayLike) -> jax.Array:
+    """x in float32 at least, the dtype of `accumulation_dtype`."""
+    return jnp.asarray(x).astype(accumulation_dtype(x))
 
 
 def log_softmax(
@@ -130,6 +137,18 @@ def norm(x: jax.Array, *, axis: int | tuple[int, ...], keepdims: bool = False) -
     """The Euclidean norm, with gradient 0 (not NaN) at 0."""
     squares = jnp.sum(x * x, axis=axis, keepdims=keepdims)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+
+
+def tree_dot(a: Any, b: Any) -> jax.Array:
+    """<a, b> of two trees of one form, over all of their leaves, float32 at least."""
+    parts = jax.tree.map(lambda x, y: jnp.sum(wide(x) * wide(y)), a, b)
+    return sum(jax.tree.leaves(parts), start=jnp.float32(0.0))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Rows [..., D] over their norms; a row of zeros stays."""
+    length = norm(x, axis=-1, keepdims=True)
+    return x / jnp.where(length > 0, length, 1.0)
 
 
 def number_in(name: str, value: float, low: float, high: float) -> float:

@@ -192,7 +192,7 @@ def probabilistic_transfer(
     kept = kept_examples(where, student.shape[0])
 
     def affinities(features):
-        kernel = jnp.maximum(_inner(_unit(_flat(features, kept))) + 1, 0.0) / 2
+        kernel = jnp.maximum(_inner(numerics.unit(_flat(features, kept))) + 1, 0.0) / 2
         kernel = jnp.where(kept[:, None] & kept, kernel, 0.0)
         total = jnp.sum(kernel, axis=-1, keepdims=True)
         return kernel / jnp.where(total > 0, total, 1.0)
@@ -233,7 +233,7 @@ def correlation_congruence(
     kept = kept_examples(where, student.shape[0])
 
     def kernels(features):
-        cosine = _inner(_unit(_flat(features, kept)))
+        cosine = _inner(numerics.unit(_flat(features, kept)))
         if kernel == 'bilinear':
             return cosine
         terms = ((2 * gamma) ** p / math.factorial(p) * cosine**p for p in range(1, order + 1))
@@ -269,7 +269,7 @@ def channel_correlation(student_features: ArrayLike, teacher_features: ArrayLike
 
     def correlations(features):
         channels = features.reshape(features.shape[0], -1, features.shape[-1])
-        return _inner(_unit(jnp.swapaxes(channels, 1, 2)))
+        return _inner(numerics.unit(jnp.swapaxes(channels, 1, 2)))
 
     difference = correlations(student) - correlations(teacher)
     return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]
@@ -277,11 +277,6 @@ def channel_correlation(student_features: ArrayLike, teacher_features: ArrayLike
 
 def _flat(features, kept):
     return jnp.where(kept[:, None], features.reshape(features.shape[0], -1), 0.0)
-
-
-def _unit(x):
-    length = numerics.norm(x, axis=-1, keepdims=True)
-    return x / jnp.where(length > 0, length, 1.0)
 
 
 def _inner(x):

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd.losses.interpolant import Interpolant, expand_times, get_interpolant
+from kd.losses.numerics import wide
 
 __all__ = [
     *('KINDS', 'Kind', 'Schedule', 'convert', 'cosine', 'discrete', 'edm', 'flow', 'local'),
@@ -71,7 +72,7 @@ class Schedule:
 
     def coefficients(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(alpha, sigma) of times [B] (or a scalar), to broadcast over x [B, ...]."""
-        t = expand_times(_wide(t), x)
+        t = expand_times(wide(t), x)
         return self.alpha(t), self.sigma(t)
 
     def mix(self, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
@@ -81,7 +82,7 @@ class Schedule:
 
     def noise_to_signal(self, t: jax.Array) -> jax.Array:
         """sigma / alpha, elementwise: the time of the EDM schedule with as much noise."""
-        t = _wide(t)
+        t = wide(t)
         return self.sigma(t) / self.alpha(t)
 
     def bridge(self, low: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +92,7 @@ class Schedule:
 
         Source: arXiv:2202.00512, appendix; arXiv:2510.27684 between the phases of a student.
         """
-        low, t = _wide(low), _wide(t)
+        low, t = wide(low), wide(t)
         a = self.alpha(t) / self.alpha(low)
         return a, jnp.sqrt(jnp.maximum(self.sigma(t) ** 2 - (a * self.sigma(low)) ** 2, 0.0))
 
@@ -113,9 +114,9 @@ def convert(
         alpha is 0.
     """
     if kind == to:
-        return _wide(prediction)
+        return wide(prediction)
     alpha, sigma = schedule.coefficients(t, x_t)
-    p, x = _wide(prediction), _wide(x_t)
+    p, x = wide(prediction), wide(x_t)
     if kind == 'x0':
         x0, eps = p, (x - alpha * p) / sigma
     elif kind in ('eps', 'score'):
@@ -158,7 +159,7 @@ def cosine(low: float = 1e-3) -> Schedule:
         # The sine of what is left is 0 at 1, which a cosine in float32 is not.
         return jnp.sin(0.5 * jnp.pi * (1 - t))
 
-    return Schedule('cosine', low, 1.0, None, alpha, lambda t: jnp.sin(0.5 * jnp.pi * t), _wide)
+    return Schedule('cosine', low, 1.0, None, alpha, lambda t: jnp.sin(0.5 * jnp.pi * t), wide)
 
 
 @functools.cache
@@ -200,13 +201,19 @@ def discrete(
         alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
     sigmas = np.sqrt(1 - alphas**2)
     return Schedule(
-        kind, 0.0, steps - 1.0, steps, _table(alphas), _table(sigmas), lambda t: scale * _wide(t)
+        kind,
+        0.0,
+        steps - 1.0,
+        steps,
+        _table(alphas),
+        _table(sigmas),
+        lambda t: scale * wide(t),
     )
 
 
 def _table(values: np.ndarray) -> Callable[[jax.Array], jax.Array]:
     """A function of integer times by its values."""
-    return lambda t: jnp.asarray(values, _wide(t).dtype)[jnp.asarray(t, jnp.int32)]
+    return lambda t: jnp.asarray(values, wide(t).dtype)[jnp.asarray(t, jnp.int32)]
 
 
 @functools.cache
@@ -217,7 +224,13 @@ def local(start: float = 3.5e-5, end: float = 0.007, steps: int = 1000) -> Sched
     """
     sigmas = discrete('linear', start, end, steps).sigma
     return Schedule(
-        'local', 0.0, steps - 1.0, steps, lambda t: jnp.ones_like(_wide(t)), sigmas, _wide
+        'local',
+        0.0,
+        steps - 1.0,
+        steps,
+        lambda t: jnp.ones_like(wide(t)),
+        sigmas,
+        wide,
     )
 
 
@@ -252,7 +265,7 @@ def residual_shift(
     roots = first * (last / first) ** (np.linspace(0, 1, steps) ** power)
     return Schedule(
         'residual_shift', 0.0, steps - 1.0, steps, _table(1 - roots**2), _table(kappa * roots),
-        lambda t: _wide(t),
+        lambda t: wide(t),
     )  # fmt: skip
 
 
@@ -269,9 +282,3 @@ def of_interpolant(name: str = 'linear', scale: float = 1.0) -> Schedule:
         name, 1 - path.end, 1.0, None, lambda t: path.c(1 - t), lambda t: scale * path.a(1 - t),
         lambda t: 1 - t,
     )  # fmt: skip
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """In float32 at least."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

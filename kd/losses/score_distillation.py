@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from kd.losses.interpolant import expand_times
+from kd.losses.numerics import wide
 from kd.losses.schedule import Schedule, convert
 
 __all__ = [
@@ -52,12 +53,12 @@ def direction(x: jax.Array, real: jax.Array, fake: jax.Array, floor: float = 1e-
     Source: DMD, arXiv:2311.18828, eqs. 7 and 8, without the factor alpha_t that its code and all
     that follow it leave out.
     """
-    return jax.lax.stop_gradient((_wide(fake) - _wide(real)) / residual(x, real, floor))
+    return jax.lax.stop_gradient((wide(fake) - wide(real)) / residual(x, real, floor))
 
 
 def residual(x: jax.Array, real: jax.Array, floor: float = 1e-6) -> jax.Array:
     """mean |x - mu_real| of each example, at least `floor`, [B, 1, ...]; a direction is over it."""
-    apart = jnp.abs(_wide(x) - _wide(real))
+    apart = jnp.abs(wide(x) - wide(real))
     scale = jnp.mean(apart, axis=tuple(range(1, x.ndim)), keepdims=True)
     return jax.lax.stop_gradient(jnp.maximum(scale, floor))
 
@@ -74,7 +75,7 @@ def vsd(real: jax.Array, fake: jax.Array, weight: jax.Array | float = 1.0) -> ja
     """
     weight = jnp.asarray(weight)
     weight = weight.reshape(weight.shape + (1,) * (real.ndim - weight.ndim))
-    return jax.lax.stop_gradient(weight * (_wide(real) - _wide(fake)))
+    return jax.lax.stop_gradient(weight * (wide(real) - wide(fake)))
 
 
 def hsd_gap(
@@ -118,7 +119,7 @@ def augmentation(conditional: jax.Array, unconditional: jax.Array, scale: float)
 
     Source: Decoupled DMD, arXiv:2511.22677, eqs. 3 and 4.
     """
-    return jax.lax.stop_gradient((1 - scale) * (_wide(conditional) - _wide(unconditional)))
+    return jax.lax.stop_gradient((1 - scale) * (wide(conditional) - wide(unconditional)))
 
 
 def preferred(
@@ -137,7 +138,7 @@ def preferred(
     Source: of the parts of Distillation-DPO, arXiv:2504.11447, whose own sum undoes the preference
     where generator and teacher agree.
     """
-    real, winner, loser = _wide(real), _wide(winner), _wide(loser)
+    real, winner, loser = wide(real), wide(winner), wide(loser)
     return jax.lax.stop_gradient(real - 0.5 * (winner + loser) + gamma * (winner - loser))
 
 
@@ -150,7 +151,7 @@ def surrogate(x: jax.Array, direction: jax.Array) -> jax.Array:
 
     Source: DMD, arXiv:2311.18828, as released.
     """
-    x = _wide(x)
+    x = wide(x)
     target = jax.lax.stop_gradient(x - direction)
     return 0.5 * _mean(jnp.square(x - target))
 
@@ -182,8 +183,8 @@ def denoising(
       weight: see above.
       sigma_data: of the weight 'edm'.
     """
-    alpha, sigma = schedule.alpha(_wide(t)), schedule.sigma(_wide(t))
-    error = _mean(jnp.square(_wide(prediction) - jax.lax.stop_gradient(_wide(x0))))
+    alpha, sigma = schedule.alpha(wide(t)), schedule.sigma(wide(t))
+    error = _mean(jnp.square(wide(prediction) - jax.lax.stop_gradient(wide(x0))))
     weights: dict[str, Callable[[], jax.Array]] = {
         'x0': lambda: jnp.ones_like(alpha),
         'eps': lambda: (alpha / sigma) ** 2,
@@ -224,7 +225,7 @@ def subinterval(
 
     Source: Phased DMD, arXiv:2510.27684, eqs. 9-11.
     """
-    u, x_s, eps = (_wide(y) for y in (prediction, jax.lax.stop_gradient(x_s), eps))
+    u, x_s, eps = (wide(y) for y in (prediction, jax.lax.stop_gradient(x_s), eps))
     _, b = (expand_times(y, u) for y in schedule.bridge(s, t))
     alpha_s, sigma_s = schedule.coefficients(s, u)
     alpha_t, sigma_t = schedule.coefficients(t, u)
@@ -247,7 +248,7 @@ def mean_variance_kl(
 
     Source: Decoupled DMD, arXiv:2511.22677, eq. 7.
     """
-    x = _wide(x)
+    x = wide(x)
     axes = tuple(range(1, x.ndim)) if axes is None else axes
     m, s2 = jnp.mean(x, axes), jnp.var(x, axes)
     return 0.5 * ((s2 + (m - mean) ** 2) / variance - 1 - jnp.log(s2) + math.log(variance))
@@ -255,8 +256,3 @@ def mean_variance_kl(
 
 def _mean(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """In float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kd.losses import numerics
+
 PyTree = Any
 
 
@@ -74,8 +76,10 @@ def gsam_gradient(
     value, plain = jax.value_and_grad(loss)(params)
     ascent = sam_perturbation(params, plain, rho, adaptive=adaptive)
     sharp = jax.grad(loss)(jax.tree.map(jnp.add, params, ascent))
-    squared = _dot(sharp, sharp)
-    share = jnp.where(squared > 0, _dot(plain, sharp) / jnp.where(squared > 0, squared, 1.0), 0.0)
+    squared = numerics.tree_dot(sharp, sharp)
+    share = jnp.where(
+        squared > 0, numerics.tree_dot(plain, sharp) / jnp.where(squared > 0, squared, 1.0), 0.0
+    )
 
     def combine(g, h):
         orthogonal = g - share.astype(g.dtype) * h
@@ -111,7 +115,7 @@ def largest_curvature(
 
     def body(direction, _):
         image = product(direction)
-        return normalised(image), _dot(direction, image)
+        return normalised(image), numerics.tree_dot(direction, image)
 
     first = normalised(jax.tree.unflatten(treedef, start))
     return jax.lax.scan(body, first, None, length=iterations)[1][-1]
@@ -167,13 +171,5 @@ def perturb_kernels(key: jax.Array, params: PyTree, alpha: float = 1.0) -> PyTre
     return jax.tree.unflatten(treedef, [perturbed(i, x) for i, x in enumerate(leaves)])
 
 
-def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    def product(x, y):
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.sum(x.astype(dtype) * y.astype(dtype))
-
-    return sum(jax.tree.leaves(jax.tree.map(product, a, b)), start=jnp.float32(0.0))
-
-
 def _norm(tree: PyTree) -> jax.Array:
-    return jnp.sqrt(_dot(tree, tree))
+    return jnp.sqrt(numerics.tree_dot(tree, tree))

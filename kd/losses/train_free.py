@@ -72,7 +72,7 @@ def semantic_score(student_gradient: ArrayLike, teacher_gradient: ArrayLike) -> 
         )
     dtype = numerics.accumulation_dtype(student, teacher)
     student, teacher = student.astype(dtype), teacher.astype(dtype)
-    cosine = jnp.sum(_unit(student) * _unit(teacher), axis=-1, keepdims=True)
+    cosine = jnp.sum(numerics.unit(student) * numerics.unit(teacher), axis=-1, keepdims=True)
     signs = jnp.sign(student), jnp.sign(teacher)
     squares = signs[0] ** 2 + signs[1] ** 2 - 2 * signs[0] * signs[1] * cosine
     return -jnp.mean(squares)
@@ -90,8 +90,3 @@ def class_semantic_score(student_gradient: ArrayLike, teacher_gradient: ArrayLik
       [].
     """
     return -jnp.sum(similarity_preserving(student_gradient, teacher_gradient))
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    length = numerics.norm(x, axis=-1, keepdims=True)
-    return x / jnp.where(length > 0, length, 1.0)

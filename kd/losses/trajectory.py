@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kd.losses import numerics
+
 PyTree = Any
 InnerLoss = Callable[[PyTree, PyTree, PyTree], jax.Array]
 
@@ -213,7 +215,7 @@ def tesla_grads(
         )
         moved, velocity = _velocity(momentum, velocity, gradient)
         from_synthetic = jax.tree.map(jnp.add, from_synthetic, images)
-        from_step_size -= _dot(direction, moved)
+        from_step_size -= numerics.tree_dot(direction, moved)
         return (_descend(params, step_size, moved), velocity, from_synthetic, from_step_size), None
 
     zeros = jax.tree.map(jnp.zeros_like, synthetic), jnp.zeros((), value.dtype)
@@ -286,17 +288,8 @@ def _descend(params: PyTree, step_size: jax.Array, direction: PyTree) -> PyTree:
 
 
 def _squared_distance(a: PyTree, b: PyTree) -> jax.Array:
-    difference = jax.tree.map(lambda x, y: _accumulated(x) - _accumulated(y), a, b)
-    return _dot(difference, difference)
-
-
-def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    parts = jax.tree.map(lambda x, y: jnp.sum(_accumulated(x) * _accumulated(y)), a, b)
-    return sum(jax.tree.leaves(parts), start=jnp.float32(0.0))
-
-
-def _accumulated(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    difference = jax.tree.map(lambda x, y: numerics.wide(x) - numerics.wide(y), a, b)
+    return numerics.tree_dot(difference, difference)
 
 
 def _length(steps: PyTree) -> int:
