@@ -1,6 +1,6 @@
 """Certainty of many positions at once, learnt from one's own right answers (arXiv:2509.26488).
 
-    python -m kd.claims dparallel            about 10 minutes on two cores
+    python -m kd.claims dparallel
 
 Running sums of digits (`kd.data.builders.running_sums`), whose base becomes certain of one sum
 after another. Bases learn the sums from one step to the next or, of about half of all seeds, not in

@@ -14,7 +14,9 @@ its solutions, made once of a noise for each example; a student of one step that
 (`full`). The report has PSNR and the Frechet distance of patches: what is near on the average is
 not what looks right, and neither number alone says which is better.
 
-`cpu` takes a few minutes.
+`cpu` takes a minute and a half. With seed 0 the teacher has 19.99 dB and a Frechet distance of .53
+in fifteen steps; in one `reg` has 20.30 and .57, `full` 20.29 and .77: as in the claim, what comes
+to the solutions does not bring the distance down here.
 
 The other variants have the paper's teacher, rates, weights, steps and warm-up, and batches of 8 a
 GPU; ResShift's rate for the teacher. Their data are written beforehand by

@@ -15,9 +15,9 @@ from noise. Records are generated with groups drawn apart, a classifier learns f
 asked of real test records. The report has its accuracy on the biased outcome and on the merit,
 demographic parity and equalised odds (ratios, 1 is fair), and the same of real training records.
 
-`cpu` takes two minutes. With seed 0 the parity ratio is .24 on real records, .59 with beta = 0, .88
-with beta = 1e3, .95 of its student and .24 of the control; accuracy on the biased outcome falls
-from .87 to .66 while that on the merit rises from .66 (control) to .90.
+`cpu` takes four minutes on two cores that others use. With seed 0 the parity ratio is .24 on real
+records, .59 with beta = 0, .88 with beta = 1e3, .95 of its student and .24 of the control; accuracy
+on the biased outcome falls from .87 to .66 while that on the merit rises from .66 (control) to .90.
 
 After a comma stands the sensitive column, 'sex' or 'race'. Files lie in `--data_dir`:
 `adult/adult.data`, `adult/adult.test`, `compas/compas-scores-two-years.csv`.
@@ -42,7 +42,7 @@ def get_config(argument: str = 'adult'):
 
 
 def cpu(name, sensitive):
-    """Two minutes on two cores."""
+    """Minutes on two cores."""
     del name
     return recipe(
         of='biased', sensitive=sensitive, latent=4, beta=1e3, batch_size=256, steps=(2_500, 1_500),

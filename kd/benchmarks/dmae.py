@@ -10,7 +10,7 @@ the released loop runs although it uses neither output.
 | 75 % hidden | target | found |
 |---|---|---|
 | over the whole encoder, all patches, and the decoder | at most .35 | .17 |
-| over the released loop | at most .60 | .55 |
+| over the released loop | at most .60 | .56 |
 """
 
 from __future__ import annotations

@@ -264,7 +264,11 @@ def k_center(features: ArrayLike, taken: ArrayLike, count: int) -> jax.Array:
         return jnp.sum(jnp.square(features - point), -1)
 
     def nearest(distance, i):
-        return jnp.where(taken[i], jnp.minimum(distance, to(features[i])), distance), None
+        # Distances are computed to what is taken alone.
+        def closer():
+            return jnp.minimum(distance, to(features[i]))
+
+        return jax.lax.cond(taken[i], closer, lambda: distance), None
 
     # Infinite where nothing is taken yet.
     begun = jnp.full(len(features), jnp.inf, features.dtype)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from kd.context import Context, Probe
 from kd.data.transforms import standardised
 from kd.errors import UserError
 from kd.evaluators.fairness import demographic_parity_ratio, equalized_odds_ratio
 from kd.evaluators.fidelity import density_coverage
+from kd.evaluators.ranking import roc_auc
 from kd.methods.tabular.fair_data import VAE
 from kd.models.tabular import LatentStudent, TabularVAE
 from kd.network import Network
@@ -66,7 +66,8 @@ def classified(
 def group_auc(train: np.ndarray, of: np.ndarray, test: np.ndarray, member: np.ndarray) -> float:
     """How well logistic regression tells groups by latents: the area under the ROC curve.
 
-    .5 for not at all. With more than two groups the mean of one against the rest.
+    .5 for not at all, NaN where all are of one group. With more than two groups the mean of one
+    against the rest, over groups that occur.
 
     Args:
       train, test: latents [N, D], [M, D].
@@ -75,9 +76,9 @@ def group_auc(train: np.ndarray, of: np.ndarray, test: np.ndarray, member: np.nd
     regression = LogisticRegression(max_iter=300).fit(train, of)
     scores = regression.predict_proba(test)
     if scores.shape[1] == 2:
-        return float(roc_auc_score(member, scores[:, 1]))
+        return roc_auc(scores[:, 1], member == regression.classes_[1])
     areas = [
-        roc_auc_score(member == group, scores[:, i])
+        roc_auc(scores[:, i], member == group)
         for i, group in enumerate(regression.classes_)
         if 0 < (member == group).sum() < len(member)
     ]

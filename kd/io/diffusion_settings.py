@@ -263,16 +263,20 @@ _AUTOENCODER_FIXED = {
 }  # fmt: skip
 
 
-def autoencoder(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
-    """What `AutoencoderKL` takes, of the settings of the class of the same name."""
-    del tensors
+def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The blocks of every level of an autoencoder, which is the one kind there is."""
     levels = len(config.get('block_out_channels', (64,)))
-    kinds = dict(
+    return dict(
         down_block_types=('DownEncoderBlock2D',) * levels,
         up_block_types=('UpDecoderBlock2D',) * levels,
     )
+
+
+def autoencoder(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `AutoencoderKL` takes, of the settings of the class of the same name."""
+    del tensors
     read = settings(
-        config, where, 'AutoencoderKL', _AUTOENCODER, _AUTOENCODER_FIXED | kinds,
+        config, where, 'AutoencoderKL', _AUTOENCODER, _AUTOENCODER_FIXED | _levels(config),
         ('sample_size', *_UNUSED),
     )  # fmt: skip
     if read['use_quant_conv'] != read['use_post_quant_conv']:
@@ -308,13 +312,8 @@ _VQ_FIXED = {
 def vq(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
     """What `AutoencoderKL` with a codebook takes, of the settings of `VQModel`."""
     del tensors
-    levels = len(config.get('block_out_channels', (64,)))
-    kinds = dict(
-        down_block_types=('DownEncoderBlock2D',) * levels,
-        up_block_types=('UpDecoderBlock2D',) * levels,
-    )
     read = settings(
-        config, where, 'AutoencoderKL', _VQ, _VQ_FIXED | kinds, ('sample_size', *_UNUSED)
+        config, where, 'AutoencoderKL', _VQ, _VQ_FIXED | _levels(config), ('sample_size', *_UNUSED)
     )
     if read['vq_embed_dim'] not in (None, read['latent_channels']):
         raise UserError(f'{where}: AutoencoderKL has codes of as many numbers as latents have.')

