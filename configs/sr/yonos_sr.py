@@ -12,6 +12,10 @@ the image itself and by the first denoiser, which is told more of it (and x8 by 
 tuned to what the one call of the last denoiser leaves. The report has PSNR and a Frechet distance
 of details, which is no FID, by steps of DDIM.
 
+`cpu` takes 75 s. With seed 0, x4 in one call has 18.33 dB and a distance of .50 learnt from images,
+17.59 dB and .31 from the denoiser of x2, and 19.84 dB and 1.18 with the decoder that was tuned by
+L1; x2 itself has 17.82 dB and .09. In four calls the two of x4 differ by .16 dB and .02.
+
 `x4` and `x8` have the networks of Stable Diffusion 2.1 (the paper's version is not known) with as
 many channels again for the small image, latents of 64 x 64 x 4 and the decoder of its autoencoder.
 Batches, rates, steps, weights of times, v-prediction with no signal at the end, a text that is

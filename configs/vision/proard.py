@@ -32,6 +32,10 @@ over classes. It holds 5,000 images out, on which the released code trains, and 
 checkpoint, which the released code chooses by test accuracy. Strides of the stem for 32 pixels,
 and batch size and dropout of the first stage are ours. Not run by us. All numbers of `cpu` are
 ours.
+
+`cpu` takes a minute and a half. With seed 0, parts drawn at random are right in .14 of clean and
+.01 of attacked images before any phase; in .31 and .09, .68 and .30, .92 and .63 after the three;
+and in .92 and .64 without phases: as in the card, the order is not what does it here.
 """
 
 from kd import config as kd_config
