@@ -7,7 +7,8 @@ timed in turns, the least of each counts; bytes are those of the safetensors fil
 the whole network are reported beside it: they drop nothing, and take the whole one's time.
 
 Targets: at 33 % of the blocks dropped at least 1.35 times faster; in four bits at most .27 of the
-bytes in 16.
+bytes in 16. On one of two cores, which others used too, this command measured 1.66, .95 with gates
+of zero, and .268.
 """
 
 from __future__ import annotations

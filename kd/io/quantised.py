@@ -32,7 +32,8 @@ def save(file: Path, tree: PyTree) -> int:
     """Writes a tree of `kd.models.quantise.quantise_tree`; returns the bytes of the file.
 
     Raises:
-      UserError: as of `kd.io.safetensors.save`.
+      UserError: numbers that are not finite, as of weights that no float16 is as large as; and as
+        of `kd.io.safetensors.save`.
     """
     arrays: dict[str, Any] = {}
     kinds: dict[str, Any] = {}
@@ -44,6 +45,9 @@ def save(file: Path, tree: PyTree) -> int:
             kinds[name] = [list(x.shape), x.block, x.levels]
         else:
             arrays[name] = x
+        held = x.scales if quantise.is_packed(x) else x
+        if not np.isfinite(held).all():
+            raise UserError(f"{file}: '{name}' has numbers that are not finite in float16.")
     safetensors.save(file, arrays, {_KIND: json.dumps(kinds)})
     return file.stat().st_size
 

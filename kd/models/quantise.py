@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd.errors import UserError
+from kd.errors import UserError, one_line
 from kd.state import PyTree, path_name
 
 __all__ = [
@@ -73,7 +73,8 @@ def quantise(w: jax.Array, *, block: int = 64, levels: Levels = 'nf4') -> Quanti
       levels: which ones, of `LEVELS`.
 
     Raises:
-      ValueError: other levels, an odd block.
+      ValueError: other levels, an odd block; weights that no float16 is as large as. Inside of a
+        compiled function these have scales that are not finite, which no file takes.
     """
     if levels not in LEVELS or block < 2 or block % 2:
         raise ValueError(
@@ -83,7 +84,7 @@ def quantise(w: jax.Array, *, block: int = 64, levels: Levels = 'nf4') -> Quanti
     rows = jnp.asarray(w, jnp.float32).reshape(-1)
     size = rows.size
     rows = jnp.pad(rows, (0, -size % block)).reshape(-1, block)
-    scales = jnp.max(jnp.abs(rows), axis=1).astype(jnp.float16)
+    scales = _halved(jnp.max(jnp.abs(rows), axis=1))
     wide = scales.astype(jnp.float32)[:, None]
     at = jnp.asarray(LEVELS[levels], jnp.float32)
     relative = rows / jnp.where(wide > 0, wide, 1.0)
@@ -114,13 +115,15 @@ def quantise_tree(
       block, levels: as of `quantise`.
 
     Raises:
-      UserError: no leaf is found.
+      UserError: no leaf is found, or one has numbers that no float16 is as large as.
     """
 
     def leaf(path: tuple, x: Any) -> Any:
-        if x.ndim > 1 and re.search(rules, path_name(path)):
-            return quantise(x, block=block, levels=levels)
-        return x.astype(jnp.float16) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        name = path_name(path)
+        with one_line(f'quantise: {name}'):
+            if x.ndim > 1 and re.search(rules, name):
+                return quantise(x, block=block, levels=levels)
+            return _halved(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     made = jax.tree_util.tree_map_with_path(leaf, params)
     if not any(is_packed(x) for x in jax.tree.leaves(made, is_leaf=is_packed)):
@@ -153,3 +156,11 @@ def bits_per_weight(tree: PyTree) -> float:
 def is_packed(x: Any) -> bool:
     """Whether a leaf is `Quantised`."""
     return isinstance(x, Quantised)
+
+
+def _halved(x: Any) -> jax.Array:
+    half = jnp.asarray(x).astype(jnp.float16)
+    if not isinstance(half, jax.core.Tracer) and not np.isfinite(half).all():
+        greatest = float(jnp.max(jnp.abs(x)))
+        raise ValueError(f'float16 goes to 65,504, and the greatest number here is {greatest:,g}.')
+    return half

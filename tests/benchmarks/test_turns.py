@@ -3,6 +3,7 @@ the answers."""
 
 import argparse
 import os
+import subprocess
 import sys
 
 import pytest
@@ -102,3 +103,9 @@ def test_without_a_peer_one_line_says_so(capsys):
         assert set(workers) == {'kd'}
         assert peer == 'peer'
     assert capsys.readouterr().out.count('\n') == 1
+
+
+def test_the_other_side_needs_python_alone():
+    """Neither jax nor numpy are where the peers are, and nothing of kd asks for them there."""
+    asked = f'import sys; sys.path.insert(0, {str(turns.ROOT)!r}); import kd.benchmarks.turns'
+    subprocess.run([sys.executable, '-I', '-S', '-c', asked], check=True)

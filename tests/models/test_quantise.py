@@ -60,6 +60,25 @@ def test_bits_are_those_of_the_arrays_held():
         quantise.quantise_tree({'a': {'kernel': W}}, 'up')
 
 
+@pytest.mark.parametrize('at', [65_504.0, 7e4, np.nan])
+@pytest.mark.parametrize('name', ['kernel', 'bias'])
+def test_numbers_that_no_float16_is_as_large_as_are_refused(at, name, tmp_path):
+    tree = {'up': {'kernel': W.copy(), 'bias': W[0].copy()}}
+    tree['up'][name][..., 3] = at
+    file = tmp_path / 'x.safetensors'
+    compiled = jax.jit(quantise.quantise_tree)(tree)
+    if at == 65_504.0:
+        there = quantise.dequantised(quantise.quantise_tree(tree))['up'][name]
+        np.testing.assert_array_equal(there[..., 3], at)
+        assert quantised.save(file, compiled)
+        return
+    with pytest.raises(UserError, match=f'quantise: up/{name}: float16 goes to 65,504, and the'):
+        quantise.quantise_tree(tree)
+    with pytest.raises(UserError, match=f"x.safetensors: 'up/{name}' has numbers that are not fin"):
+        quantised.save(file, compiled)
+    assert not file.exists()
+
+
 def test_a_file_of_four_bits_is_a_quarter_of_sixteen_and_reads_back(tmp_path):
     module = DiT(patch=2, width=256, depth=3, heads=4)
     inputs = jnp.zeros(1), jnp.ones(1), jnp.zeros((1, 8, 8, 1))
