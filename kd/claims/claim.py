@@ -163,7 +163,7 @@ def redraw(name: str, *, output: Path = RESULTS) -> None:
     if not file.is_file():
         raise UserError(f"{file} is not there: 'python -m kd.claims {name}' measures the claim.")
     arms = json.loads(file.read_text())['arms']
-    measured = {
+    measured: dict[str, Any] = {
         arm: {metric: np.asarray(found['values']) for metric, found in metrics.items()}
         for arm, metrics in arms.items()
     }
