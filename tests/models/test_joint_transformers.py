@@ -17,7 +17,7 @@ from latent_cases import (
 from kd.models import wan
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
-NAMES = ('sd3', 'sd35', 'flux', 'qwen', 'wan')
+NAMES = ('sd3', 'sd35', 'flux', 'qwen', 'lumina2', 'z_image', 'wan')
 
 
 @pytest.mark.parametrize('name', NAMES)
