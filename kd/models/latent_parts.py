@@ -99,6 +99,7 @@ class Attention(nn.Module):
       projected: what is found is projected.
       groups: heads of keys and values, which divide the others; None for as many.
       out_bias: of the projection of what is found.
+      keeps: keys and values of x are given back too.
       fused: by a fused kernel where there is one.
       dtype: compute type.
     """
@@ -111,6 +112,7 @@ class Attention(nn.Module):
     projected: bool = True
     groups: int | None = None
     out_bias: bool = True
+    keeps: bool = False
     fused: bool = False
     dtype: Dtype = jnp.float32
 
@@ -121,14 +123,18 @@ class Attention(nn.Module):
         text: jax.Array | None = None,
         mask: jax.Array | None = None,
         turned: tuple[jax.Array, jax.Array] | None = None,
+        memory: tuple[jax.Array, jax.Array] | None = None,
     ) -> Any:
         """[B, N, D], and with `joint` 'both' what the text [B, M, D] finds.
+
+        With `keeps` also keys and values [B, N, heads, D / heads], rotated.
 
         Args:
           x: tokens.
           text: others.
           mask: as of `attend`.
           turned: cosines and sines of the rotations of (text and) tokens, see `kd.models.rope`.
+          memory: keys and values [B, S, heads, D / heads] of tokens before, as they were kept.
         """
         seen = x if text is None or self.joint != 'none' else text
         sources = ((x, 'to_q'), (seen, 'to_k'), (seen, 'to_v'))
@@ -140,6 +146,9 @@ class Attention(nn.Module):
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
         if turned is not None:
             q, k = (rotate(y, turned, paired=True) for y in (q, k))
+        own = k, v
+        if memory is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(memory, own, strict=True))
         y = attend(q, k, v, mask=mask, fused=self.fused)
         y = y.reshape(*y.shape[:2], -1)
         length = y.shape[1] - x.shape[1]
@@ -149,7 +158,7 @@ class Attention(nn.Module):
                 x.shape[-1], use_bias=self.out_bias, dtype=self.dtype, name='to_out_0'
             )(found)  # fmt: skip
         if self.joint != 'both':
-            return found
+            return (found, own) if self.keeps else found
         return found, nn.Dense(x.shape[-1], dtype=self.dtype, name='to_add_out')(y[:, :length])
 
     def _heads(self, sources, *norms):
