@@ -113,7 +113,7 @@ class _Condition(nn.Module):
     """(condition [B, time], text [B, M, size])."""
 
     size: int
-    time: tuple[int, int]
+    time: tuple[int, ...]
     epsilon: float
     dtype: Dtype
 
@@ -265,9 +265,8 @@ class NextDiT(nn.Module):
         if self.filled:
             fill = jnp.broadcast_to(self._fill('x_pad_token'), (len(pixels), missing, self.width))
             pixels = jnp.concatenate([pixels, fill], axis=1)
-        row, column = (jnp.asarray(np.pad(x, (0, missing), constant_values=-1)) for x in
-                       (row, column))  # fmt: skip
-        return pixels, row, column
+        filled = (np.pad(x, (0, missing), constant_values=-1) for x in (row, column))
+        return pixels, *map(jnp.asarray, filled)
 
     def _fill(self, name: str) -> jax.Array:
         fill = self.param(name, nn.initializers.normal(0.02), (1, self.width), jnp.float32)

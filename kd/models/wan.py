@@ -221,10 +221,11 @@ class Wan(nn.Module):
         """Memory with that of a clean block, at its time of no noise."""
         kept = self(t, x, memory=memory, number=number, keeps=True, **told)
         start = number * kept[0].shape[2]
-        return tuple(
+        keys, values = (
             jax.lax.dynamic_update_slice_in_dim(whole, own.astype(whole.dtype), start, axis=2)
             for whole, own in zip(memory, kept, strict=True)
         )
+        return keys, values
 
     def empty(self, z: jax.Array) -> Memory:
         """Before the first block of videos like z: zeros [depth, B, tokens, heads, D / heads]."""

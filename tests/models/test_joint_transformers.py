@@ -7,6 +7,7 @@ import latent_cases
 import numpy as np
 import pytest
 from latent_cases import (
+    FRAMES,
     TEXT,
     TIMES,
     VIDEO,
@@ -87,3 +88,20 @@ def test_blocks_with_a_memory_say_what_the_whole_says_of_clean_blocks_before():
         )
     with pytest.raises(ValueError, match='makes no videos of 3 frames block by block'):
         inner.empty(VIDEO)
+
+
+def test_a_picture_is_a_video_of_one_frame():
+    module, variables = module_of('wan_autoencoder'), variables_of('wan_autoencoder')
+
+    @jax.jit
+    def asked(variables, frames):
+        both, first = (module.apply(variables, x, method='encode')[0] for x in (
+            frames, frames[:, :1]
+        ))  # fmt: skip
+        shown = (module.apply(variables, x, method='decode') for x in (both, both[:, :1]))
+        return both, first, *shown, module.unscaled(module.scaled(both))
+
+    both, first, videos, pictures, again = asked(variables, FRAMES[:1, :5])
+    np.testing.assert_allclose(first, both[:, :1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pictures, videos[:, :1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again, both, rtol=1e-4, atol=1e-5)

@@ -133,17 +133,6 @@ def test_a_text_may_be_followed_by_anything():
         np.testing.assert_allclose(other, said(name), rtol=1e-5, atol=1e-5)
 
 
-def test_a_picture_is_a_video_of_one_frame():
-    module, variables = module_of('wan_autoencoder'), variables_of('wan_autoencoder')
-    both = module.apply(variables, FRAMES, method='encode')[0]
-    first = module.apply(variables, FRAMES[:, :1], method='encode')[0]
-    np.testing.assert_allclose(first, both[:, :1], rtol=1e-4, atol=1e-5)
-    videos = module.apply(variables, both, method='decode')
-    pictures = module.apply(variables, both[:, :1], method='decode')
-    np.testing.assert_allclose(pictures, videos[:, :1], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(module.unscaled(module.scaled(both)), both, rtol=1e-4, atol=1e-6)
-
-
 def test_latents_are_scaled_and_old_names_are_read(tmp_path):
     module = autoencoder_kl.preset('sd3')
     latents = numbers((2, 3), 0)
