@@ -7,6 +7,16 @@ import os
 import resource
 from pathlib import Path
 
+# A worker has one core. Threads of BLAS wait for one another by spinning, which costs an eigh of
+# 64 x 64 fifty times its work; XLA's older emitters of loops compile in half of the time, and one
+# piece of a program in three quarters of that of many. NumPy reads this where it is imported, XLA
+# where it first computes, and what tests start as processes of their own inherits it.
+os.environ['OPENBLAS_NUM_THREADS'] = os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['XLA_FLAGS'] = (
+    '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 '
+    + os.environ.get('XLA_FLAGS', '')
+)
+
 import budget
 import jax
 import pytest
@@ -14,9 +24,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Bytes of a worker from which on it forgets after each test.
 FULL = 1.6e9
-
-# The older emitters of loops compile in three quarters of the time.
-os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false ' + os.environ.get('XLA_FLAGS', '')
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
