@@ -5,6 +5,9 @@
     python -m kd.restore --network=kd.models.imdn.IMDN --scale=4 --weights=IMDN_x4.safetensors \\
         --input=low.png --output=high.png
     python -m kd.restore --run=runs/imdn/imdn --input=low.png --output=high.png
+    python -m kd.restore --run=runs/oftsr/student --average=slow --time=0.9 --pictures=Set5
+    python -m kd.restore --run=runs/tad_sr/full --average=slow --autoencoder=hf:VQ_F4 --scale=4 \\
+        --input=low.png --output=high.png
     python -m kd.restore --scale=4 --pictures=Set5
 
 The pictures of a folder are made small by MATLAB's bicubic, restored and compared; the last line is
@@ -12,6 +15,12 @@ the mean of each one's PSNR and SSIM. Without a network it is bicubic enlargemen
 `--weights` are safetensors with the names of the authors' PyTorch (see `kd.io.torch_weights` for
 how files of PyTorch become such), `--run` is a finished stage. Pictures of any size are taken,
 large ones by tiles that overlap; attention, which looks at a whole picture, then sees a tile.
+
+A stage of `kd.methods.sr` may be a student of one call too, or what taught it (OFTSR, YONOS-SR,
+TAD-SR): `--steps` is then its calls, `--time` that of OFTSR's student, `--seed` of the noise; tiles
+have the size of its images, and pictures of a folder are made small as its data were. Grey networks
+restore the colours one by one. Stages of latents are told their `--autoencoder` and the `--scale`,
+and pictures are then made small by MATLAB's bicubic again, not as the network learnt it.
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,23 +42,19 @@ from kd.data import pictures as pictures_lib
 from kd.data.patches import degraded, to_unit
 from kd.errors import UserError, one_line
 from kd.evaluators import restoration as scores
+from kd.evaluators import restorers
 from kd.evaluators.restoration import Restore
+from kd.evaluators.restorers import Restorer
 from kd.io import finished, safetensors, torch_weights
 from kd.io.progress import Progress, say
 from kd.network import from_linen, parameter_count
 from kd.sampling import tiles
 from kd.state import PyTree
 
+# Of what is trained on pairs of pictures.
+_METHOD = 'sr.restoration.restoration'
 # Sides of the picture by which variables are given their shapes.
 _SIDE = 16
-
-
-class Restorer(NamedTuple):
-    """A network that is at hand; None for bicubic enlargement."""
-
-    module: nn.Module | None
-    variables: PyTree
-    scale: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,17 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError('Give --pictures, a folder to be scored, or --input, a picture.')
     scores.named(arguments.protocol)
     restorer = load(arguments)
-    restore = restoring(restorer, arguments.tile)
     if arguments.input:
-        _enlarge(restore, arguments.input, arguments.output)
+        _enlarge(restorer.restore, arguments.input, arguments.output)
         return 0
     shown = pictures_lib.in_folder(arguments.pictures)
     progress = Progress('restore', start=0, total=len(shown))
     found = []
     for i, (name, picture) in enumerate(shown.items(), 1):
-        low, target = map(to_unit, degraded(picture, restorer.scale))
+        low, target = map(to_unit, restorer.degraded(picture))
         one = scores.score(
-            restore(low[None])[0], target, scale=restorer.scale, protocol=arguments.protocol
+            restorer.restore(low[None])[0],
+            target,
+            scale=restorer.scale,
+            protocol=arguments.protocol,
         )
         print(f'{name}: {one.psnr:.2f} dB, {one.ssim:.4f}', flush=True)
         found.append(one)
@@ -92,6 +99,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--weights', **path, help='safetensors with names of PyTorch')
     parser.add_argument('--run', **path, help='a finished stage, in place of network and weights')
     parser.add_argument('--average', default='final', help="of --run: 'final' or its name")
+    parser.add_argument('--steps', type=int, default=1, help='calls of a stage of few steps')
+    parser.add_argument('--time', type=float, default=0.5, help='fidelity at 0, realism at 1')
+    parser.add_argument('--autoencoder', default='', metavar='hf:DIR', help='of latents')
+    parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--pictures', **path, help='a folder, to be scored')
     parser.add_argument('--protocol', default='matlab', help=', '.join(scores.PROTOCOLS))
     parser.add_argument('--input', **path, help='a picture')
@@ -112,6 +123,8 @@ def load(arguments: argparse.Namespace) -> Restorer:
         if arguments.network or arguments.weights:
             raise UserError('--run has its network and weights; leave --network and --weights out.')
         module = _of_stage(arguments.run)
+        if module is None:
+            return _of_few_steps(arguments)
         variables = safetensors.stage_variables(arguments.run, arguments.average)
     elif arguments.network:
         if not arguments.weights:
@@ -134,8 +147,23 @@ def load(arguments: argparse.Namespace) -> Restorer:
             'Give --scale, a whole number.'
         )  # fmt: skip
     if module is not None:
-        say('restore', f'{type(module).__name__}, {parameter_count(variables):,} parameters')
-    return Restorer(module, variables, scale)
+        _say(module, variables)
+    restore = restoring(module, variables, scale, arguments.tile)
+    return Restorer(restore, scale, lambda picture: degraded(picture, scale), variables)
+
+
+def _say(module: nn.Module, variables: PyTree) -> None:
+    say('restore', f'{type(module).__name__}, {parameter_count(variables):,} parameters')
+
+
+def _of_few_steps(arguments: argparse.Namespace) -> Restorer:
+    if arguments.steps < 1 or arguments.seed < 0 or not 0 <= arguments.time <= 1:
+        raise UserError('--steps is from 1, --seed from 0, and --time between 0 and 1.')
+    asked = restorers.Asked(
+        arguments.scale, arguments.average, arguments.steps, arguments.time,
+        arguments.autoencoder, arguments.seed,
+    )  # fmt: skip
+    return restorers.of_stage(arguments.run, asked)
 
 
 def _named(arguments: argparse.Namespace) -> nn.Module:
@@ -151,30 +179,31 @@ def _named(arguments: argparse.Namespace) -> nn.Module:
     return config_lib.build({'name': arguments.network, **given}, where='--network')
 
 
-def _of_stage(directory: Path) -> nn.Module:
+def _of_stage(directory: Path) -> nn.Module | None:
+    """The network of a stage that takes low pictures alone; None of another kind."""
     file = directory.parent / 'config.json'
     if finished.read_done(directory) is None or not file.is_file():
         raise UserError(f"--run='{directory}' is not the directory of a finished stage.")
     recipe = config_lib.parse(
         config_lib.to_plain(files.read_json(file, 'manifest.json beside it holds it too'))
     )
-    module = config_lib.build(recipe.stages[directory.name].network, where='network')
-    if not hasattr(module, 'scale'):
-        raise UserError(f'{directory} has no network of super-resolution.')
-    return module
+    stage = recipe.stages[directory.name]
+    if not stage.method['name'].endswith(_METHOD):
+        return None
+    return config_lib.build(stage.network, where='network')
 
 
-def restoring(restorer: Restorer, tile: int) -> Restore:
+def restoring(module: nn.Module | None, variables: PyTree, scale: int, tile: int) -> Restore:
     """(low [1, h, w, 3]) -> [1, scale h, scale w, 3] on the host, both in [-1, 1], of any size.
 
     Args:
-      restorer: a network, or none.
+      module, variables: a network; None for bicubic enlargement.
+      scale: by which it enlarges.
       tile: larger pictures are restored by parts of this side.
     """
-    module, scale = restorer.module, restorer.scale
     if module is None:
         return scores.bicubic(scale)
-    apply = jax.jit(lambda low: module.apply(restorer.variables, low))
+    apply = jax.jit(lambda low: module.apply(variables, low))
     multiple = getattr(module, 'multiple', 1)
 
     def whole(low: Any) -> np.ndarray:

@@ -91,7 +91,9 @@ class Run:
 @pytest.fixture(scope='module')
 def context():
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['kd.main', 'kd.training.loop', 'kd.reports.classification'])
+    context.set_forkserver_preload(
+        ['kd.main', 'kd.training.loop', 'kd.reports.classification', 'clu.metric_writers']
+    )
     return context
 
 

@@ -17,8 +17,11 @@ number of examples. The sampling stages have no optimiser: a step is an image of
 `cpu` takes a minute of one core. With seed 0 the exact W1 within classes is .44 by guidance alone,
 .40 with transport in the paper's window, .24 with late transport, .26 with soft labels besides, and
 .19 for random real points; the label of the nearest point is right for 93, 93, 97, 99.6 and 99.7 %.
-`digits` was traced and not measured; its pull, window and soft labels, by deviations of the noise,
-are ours and not tuned.
+`digits` takes two minutes of one core. Its pictures are digits of their classes, and the pull does
+nothing for them: with seed 0 W1 within classes is 3.53 by guidance alone and by DMGD, 3.51 for
+random real digits; the label of the nearest digit is right for 88, 86 and 88 %, and a perceptron
+that learns from 100 has 84.7, 82.9 and 86.1 % on test digits (95.2 from all 1,200). Pull, window
+and soft labels, by deviations of the noise, are ours and not tuned.
 
 Full scale: `/models/dit_xl2_256` is the directory of `facebook/DiT-XL-2-256` of `diffusers`, with
 its `transformer` and `vae`. Data are folders `imagenette_256`, `imagewoof_256` and `imagenet_256`

@@ -20,8 +20,8 @@ where the teacher's have 3.6. With modulations in four bits too its error was tw
 
 The paper has 500,000 images of YE-POP and reports a GenEval of .62 for SD 3.5 Large Turbo with 30 %
 less in four bits, where the whole one has .71, and 3.24 GB for 15.8. Its optimiser, rate, batches
-and steps are not known: all of these are ours, as are the times, drawn as SD 3 was trained, and
-what is dropped in a recipe that is only traced. The large ones were not run by us.
+and steps are not known: all of these are ours, and what is dropped in a recipe that is only traced.
+Times are the four at which the teachers are asked. The large ones were not run by us.
 """
 
 from pathlib import Path
@@ -42,6 +42,12 @@ LATE = {
         f'{BLOCK}_36/attention',
     ),
     'flux_schnell': tuple(f'{SINGLE}_{i}' for i in range(12, 38)),
+}
+# At which the teachers are asked in four steps, as schedulers of `diffusers` have them: that of
+# Stable Diffusion moves its grid towards noise by 3, and then once more.
+LEVELS = {
+    'sd35_large': (1.0, 0.8577, 0.6022, 0.0089),
+    'flux_schnell': (1.0, 0.75, 0.5, 0.25),
 }
 # What the folder of embedded texts holds of an example.
 FIELDS = {
@@ -129,7 +135,7 @@ def large(of, folder, encoder):
         frozen_sharding=SHARDING,
         mesh=dict(data=-1, fsdp=16),
     )
-    law = dict(name='kd.sampling.times.logit_normal')
+    law = dict(name='kd.sampling.times.among', levels=LEVELS[of])
     config.sensitivity = kd_config.stage(
         teacher='teacher',
         method=dict(name='kd.methods.cache.nothing'),

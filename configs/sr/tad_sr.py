@@ -128,7 +128,7 @@ def recipe(
         report=dict(
             name='kd.reports.comparison.comparison',
             rows=rows,
-            metrics=(*metrics, ('patches/psnr_low', 'PSNR of the low patches, dB')),
+            metrics=(*metrics, ('patches/low_psnr', 'PSNR of the low patches, dB')),
             curves=(metrics[0], metrics[2]),
         ),
         **parallel,

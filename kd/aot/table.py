@@ -127,6 +127,10 @@ ROWS = (
     Row('configs/lm/llava_mod.py', 'pd', (), (_V5P_64,)),
     Row('configs/vision/dmae.py', 'student', (), (_V5P_64,)),
     Row('configs/vision/dmae.py', 'tuned', (), (_V5P_64,)),
+    # Diffusion transformers of 8 and 20 billion parameters, and what is left of them.
+    Row('configs/diffusion/hierarchical_prune.py', 'student', (), ('v5p:4x4x4',)),
+    Row('configs/diffusion/ppcl.py', 'depth', (), ('v5p:4x4x4',)),
+    Row('configs/diffusion/ppcl.py', 'width', (), ('v5p:4x4x4',)),
     Row('configs/rl/srpo.py', 'student', (), (_V5P_64,)),
     Row('configs/rl/sd_zero.py', 'sd_zero', (), (_V5P_64,)),
     *(

@@ -5,42 +5,27 @@ metrics = {'psnr_1': ..., 'frechet_1': ..., 'psnr_at_0.50': ..., 'frechet_at_0.5
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from kd import figures
 from kd.context import Context, Probe
-from kd.data.patches import LOW
 from kd.errors import UserError
-from kd.evaluators import distribution
-from kd.evaluators.flow_samples import advance_of
+from kd.evaluators import distribution, ways
 from kd.evaluators.restoration import psnr_together
-from kd.evaluators.restored import first
+from kd.evaluators.restored import probe
 from kd.evaluators.samples import check_weights
-from kd.losses.rectified import vp_mix
 from kd.methods.sr.oftsr import SHARE
 from kd.ranges import Count, Fraction, Seed
-from kd.sampling import denoiser as denoisers
-from kd.sampling import diffusion
-from kd.sampling import times as sampling_times
-from kd.sampling.flow import draw_noise, time_grid
-from kd.sampling.velocity import fields_of, velocity_function
 from kd.state import PyTree, State
 
-# Examples shown in a figure.
-_SHOWN = 8
 # Of the squares whose details are compared.
 _SIDE = 8
 # (images [N, H, W, C]) -> what is left of them
 Lowered = Callable[[Any], np.ndarray]
-# (state, variables, fields [B, ...] by name, noise [B, ...]) -> images [B, ...]
-Way = Callable[[State, PyTree, Mapping[str, jax.Array], jax.Array], jax.Array]
 
 
 def restored(
@@ -75,33 +60,11 @@ def restored(
       UserError: no such average, or other data.
     """
     network, share = context.network, context.config.method.get('share', SHARE)
-    advance = jax.jit(advance_of(network, 'euler', 1.0))
-
-    @jax.jit
-    def one_call(variables, x0, label, told, t):
-        vfn = velocity_function(network, variables, label, told=told)
-        then = jnp.full(len(x0), t)
-        return x0 + vfn(then, then, x0)
-
-    def way(of: Callable[..., jax.Array]) -> Way:
-        def restore(state, variables, part, noise):
-            x0 = vp_mix(part[LOW], noise, share)
-            return of(variables, x0, part.get('label'), fields_of(network, part))
-
-        return restore
-
-    def euler(n):
-        def run(variables, x, label, told):
-            for s, t in itertools.pairwise(time_grid(n)):
-                x = advance(variables, s, t, x, label, told)
-            return x
-
-        return run
-
-    ways = {f'{n}': way(euler(n)) for n in steps}
-    ways |= {f'at_{t:.2f}': way(lambda v, x, a, b, t=t: one_call(v, x, a, b, t)) for t in times}
+    by = {f'{n}': ways.of_flow(network, share=share, steps=n) for n in steps}
+    by |= {f'at_{t:.2f}': ways.of_one_call(network, share=share, time=t) for t in times}
     told = getattr(network.module, 'conditions', ())
-    return _probe(context, ways, told, weights, samples, batch, components, seed)
+    settings = dict(weights=weights, samples=samples, batch=batch, seed=seed)
+    return _probe(context, by, components, told=told, **settings)
 
 
 def denoised(
@@ -129,71 +92,36 @@ def denoised(
     Raises:
       UserError: no such average, or other data.
     """
-    network = context.network
-    asked = context.teacher if decoded else network
-    denoiser = denoisers.of_network(asked, context.trained_by.get('teacher') if decoded else None)
-    path = denoiser.schedule
+    asked = context.teacher if decoded else context.network
+    by = {
+        f'{n}': ways.of_denoiser(
+            asked,
+            steps=n,
+            trained_by=context.trained_by.get('teacher') if decoded else None,
+            mend=context.network if decoded else None,
+        )
+        for n in steps
+    }
 
-    def way(n: int) -> Way:
-        grid = sampling_times.grid(sampling_times.even(path), n, last=1 / n)
+    def variables_of(state: State, own: PyTree) -> PyTree:
+        return {'of': state.frozen['teacher'], 'mend': own} if decoded else own
 
-        @jax.jit
-        def sampled(variables, own, told, noise):
-            x = path.mix(jnp.zeros_like(noise), noise, jnp.float32(path.high))
-            bound = denoiser.bind(variables, told)
-            # Unrolled: convolutions in loops are slow on CPU.
-            made = diffusion.sample(path, bound, x, grid, jax.random.key(0), unroll=True)
-            return network.apply(own, made).logits if decoded else made
-
-        def restore(state, variables, part, noise):
-            told = denoisers.conditions(asked, part)
-            of = state.frozen['teacher'] if decoded else variables
-            return sampled(of, variables, told, noise)
-
-        return restore
-
-    ways = {f'{n}': way(n) for n in steps}
     told = getattr(asked.module, 'conditions', ())
-    return _probe(context, ways, told, weights, samples, batch, components, seed)
+    settings = dict(weights=weights, samples=samples, batch=batch, seed=seed)
+    return _probe(context, by, components, told=told, variables_of=variables_of, **settings)
 
 
-def _probe(
-    context: Context,
-    ways: Mapping[str, Way],
-    told: Iterable[str],
-    weights: str,
-    samples: int,
-    batch: int,
-    components: int,
-    seed: int,
-) -> Probe:
-    """Of ways to restore, by the names of their metrics."""
-    check_weights(context, weights)
-    lowered, names = lowering(context), dict.fromkeys(['input', LOW, *told])
-
-    def run(state: State, batches: Iterable[dict[str, jax.Array]]) -> Mapping[str, float | Figure]:
-        variables = state.variables(None if weights == 'final' else weights)
-        shown = first(batches, names, samples)
-        made: dict[str, list[np.ndarray]] = {name: [] for name in ways}
-        for at in range(0, len(shown['input']), batch):
-            part = {name: jnp.asarray(x[at : at + batch]) for name, x in shown.items()}
-            shape = part['input'].shape
-            noise = draw_noise(jax.random.key(seed), shape[0], shape[1:], first=at)
-            for name, restore in ways.items():
-                made[name].append(np.asarray(restore(state, variables, part, noise)))
-        images = {name: np.concatenate(parts) for name, parts in made.items()}
-        found = compared(images | {'low': shown[LOW]}, shown['input'], lowered, components)
-        scores = {
-            'low_' + metric if name == 'low' else f'{metric}_{name}': value
-            for name, values in found.items()
-            for metric, value in values.items()
-        }
-        pages = {'images': page(context, {'low': shown[LOW], **images, 'original': shown['input']})}
-        if len(found) > 2:
-            pages['curve'] = curve(found)
-        return scores | pages
-
-    return Probe(run)
+def _probe(context: Context, by: Mapping[str, ways.Way], components: int, **settings: Any) -> Probe:
+    """The probe of these ways, whose metrics are of details; see `kd.evaluators.restored.probe`."""
+    check_weights(context, settings['weights'])
+    lowered = lowering(context)
+    return probe(
+        context,
+        by,
+        lambda images, real: compared(images, real, lowered, components),
+        figures_of=lambda found: {'curve': curve(found)} if len(found) > 2 else {},
+        **settings,
+    )
 
 
 def lowering(context: Context) -> Lowered:
@@ -257,14 +185,6 @@ def squares(images: np.ndarray, side: int) -> np.ndarray:
     cut = images[:, : down * side, : right * side].astype(np.float64)
     parts = cut.reshape(count, down, side, right, side, channels).swapaxes(2, 3)
     return parts.reshape(count * down * right, -1)
-
-
-def page(context: Context, rows: Mapping[str, np.ndarray]) -> Figure:
-    """Some examples, a row of each kind."""
-    images = np.concatenate([x[:_SHOWN] for x in rows.values()])
-    captions = [title.replace('at_', 't = ') for title in rows for _ in range(_SHOWN)]
-    shown = np.clip(context.source('train').to_pixels(images), -1, 1)
-    return figures.image_page(shown, captions, columns=_SHOWN)
 
 
 def curve(found: Mapping[str, Mapping[str, float]]) -> Figure:

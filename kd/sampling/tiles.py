@@ -72,7 +72,7 @@ def tiled(
     than overlap / 2 and takes no statistics of the whole does not see that there are tiles.
 
     Args:
-      fn: [1, h, w, C] to [1, scale h, scale w, C].
+      fn: [1, h, w, C] to [1, scale h, scale w, D].
       x: [1, H, W, C], on the host.
       scale: of `fn`.
       tile: largest side of a tile.
@@ -80,21 +80,23 @@ def tiled(
       said: is told how many tiles are done, of `count`.
 
     Returns:
-      [1, scale H, scale W, C].
+      [1, scale H, scale W, D].
 
     Raises:
       ValueError: tiles of no more than their overlap.
     """
     if tile <= overlap:
         raise ValueError(f'tile={tile} must be larger than overlap={overlap}')
-    height, width, channels = x.shape[1:]
+    height, width = x.shape[1:3]
     rows, columns = list(_spans(height, tile, overlap)), list(_spans(width, tile, overlap))
-    found = np.empty((1, scale * height, scale * width, channels), np.float32)
-    done = 0
+    found, done = np.empty(0), 0
     for top, first_row, last_row in rows:
         for left, first, last in columns:
             part = x[:, top : top + tile, left : left + tile]
             out = np.asarray(fn(jnp.asarray(part)))
+            if not done:
+                shape = (1, scale * height, scale * width, out.shape[-1])
+                found = np.empty(shape, np.float32)
             found[:, scale * first_row : scale * last_row, scale * first : scale * last] = out[
                 :,
                 scale * (first_row - top) : scale * (last_row - top),

@@ -14,6 +14,7 @@ from kd.data.context import SourceContext
 from kd.data.latents import latents
 from kd.data.patches import to_unit
 from kd.errors import UserError
+from kd.io.coder import coder
 from kd.process import entry
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -80,10 +81,37 @@ def test_low_pictures_may_keep_their_size_and_latents_be_of_an_encoder():
     np.testing.assert_array_equal(found['anchor'], found['low'][:, ::4, ::4, :2])
 
 
+def test_pictures_of_a_cascade_are_each_made_of_the_one_before(folder, tmp_path):
+    shapes = dict(input=(32, 32, 3), low=(32, 32, 3), image=(32, 32, 3))
+    context = SourceContext('train', Recipe(stages={}, data={}, data_dir=str(tmp_path)))
+    batches = {}
+    for scale in (2, 4, 8):
+        more = ('--nested', f'--scale={scale}', '--name=none')
+        assert started(folder, tmp_path / f'x{scale}' / 'train', *more) == 0
+        fields = shapes if scale == 2 else {**shapes, 'easier': (32, 32, 3)}
+        source = latents(context, path=f'x{scale}', encoder='none', fields=fields)
+        batches[scale] = source.fetch(np.arange(5))
+    crop = batches[2]['image']
+    key, left = jax.random.key(0), {}
+    left[2] = np.stack([worse(jax.random.fold_in(key, i), x, 2) for i, x in enumerate(crop)])
+    for scale in (4, 8):
+        small = left[scale // 2].astype(np.float64)
+        left[scale] = resample.resize(small, (32 // scale, 32 // scale), 'torch_antialias')
+    for scale, batch in batches.items():
+        np.testing.assert_array_equal(batch['image'], crop)
+        np.testing.assert_array_equal(batch['input'], crop)
+        told = {'low': scale, 'easier': scale // 2} if scale > 2 else {'low': 2}
+        for name, of in told.items():
+            large = resample.resize(left[of].astype(np.float64), (32, 32), 'torch')
+            np.testing.assert_allclose(batch[name], large, atol=1e-5)
+
+
 def test_what_cannot_be_made_is_told(folder, tmp_path, capsys):
     for more, words in (
         (['--size=30', '--scale=4'], '--size=30 must be a multiple of --scale=4'),
         (['--size=64'], '--size=64: 100 pictures, drawn by lot, are all smaller'),
+        (['--nested', '--size=36', '--scale=6'], '--nested is of scales 2, 4, 8, got --scale=6'),
+        (['--nested', '--keep'], '--nested is of scales 2, 4, 8, got --scale=4, and without'),
         (['--seed=-1'], '--seed=-1 must be a whole number from 0'),
         (['--batch=0'], '--count, --size, --scale and --batch are whole numbers from 1'),
     ):
@@ -93,4 +121,4 @@ def test_what_cannot_be_made_is_told(folder, tmp_path, capsys):
     assert started(tmp_path / 'none', tmp_path / 'x') == 2
     assert 'has no pictures of .png' in capsys.readouterr().err
     with pytest.raises(UserError, match='absent'):
-        degrade.encoder(f'hf:{tmp_path / "absent"}', 1, 32)
+        coder(f'hf:{tmp_path / "absent"}', 32)

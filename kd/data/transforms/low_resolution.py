@@ -31,7 +31,11 @@ Up = Literal['repeat', 'matlab', 'torch_antialias', 'torch']
 
 
 class LowResolution(sources.Derived):
-    """A source of images and of what is left of them; see `low_resolution`."""
+    """A source of images and of what is left of them; see `low_resolution`.
+
+    Attributes:
+      scales, down, up: as of `low_resolution`.
+    """
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class LowResolution(sources.Derived):
                 f'data.source.noise={noise:g} is of one scale: of {tuple(scales)} the smaller '
                 'images would not be made of the larger ones, which have noise of their own.'
             )
-        self._options = tuple(scales), down, up
+        self.scales, self.down, self.up = tuple(scales), down, up
         self._noise, self._seed = noise, seed
         self._names = (EASIER, LOW) if len(scales) > 1 else (LOW,)
         super().__init__(source, dict.fromkeys(self._names, image))
@@ -75,13 +79,13 @@ class LowResolution(sources.Derived):
             rngs = [np.random.default_rng([self._seed, int(i)]) for i in indices]
             shape = self.spec['input'].shape
             noise = self._noise * np.stack([rng.standard_normal(shape) for rng in rngs])
-        found = lowered(batch['input'], *self._options, noise)
+        found = lowered(batch['input'], self.scales, self.down, self.up, noise)
         named = zip(self._names, found[-len(self._names) :], strict=True)
         return {**batch, **{name: x.astype(np.float32) for name, x in named}}
 
     def lowered(self, images: Any) -> np.ndarray:
         """What would be left of images [B, H, W, C], at their size and without noise."""
-        return lowered(np.asarray(images), *self._options)[-1].astype(np.float32)
+        return lowered(np.asarray(images), self.scales, self.down, self.up)[-1].astype(np.float32)
 
 
 def low_resolution(
