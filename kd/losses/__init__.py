@@ -21,6 +21,7 @@ What a teacher says, and how far the student is from it:
 | `relation` | DIST, MLKD, RKD, PKT, CCKD, ICKD: across classes, examples and channels |
 | `feature` | FitNets, attention transfer, similarity-preserving, CKA; capture from Flax |
 | `feature_maps` | FSP, NST, AB, OFD, factor transfer, ReviewKD, VID, CWD |
+| `singular` | KDSVD, of the singular vectors of maps |
 | `pixel` | pixels of hidden patches |
 | `train_free` | scores of untrained students |
 | `contrastive` | InfoNCE within a batch, CRD with its bank |

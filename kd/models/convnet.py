@@ -10,8 +10,6 @@ from kd.models import layers
 from kd.ranges import Count
 
 MNIST = (28, 28, 1)
-# None is `nn.Conv`'s own choice, `lax.conv_general_dilated`.
-CONVS = {'direct': None, 'matmul': layers.matmul_conv}
 
 
 class ConvBlock(nn.Module):
@@ -31,7 +29,7 @@ class ConvBlock(nn.Module):
             (3,) * axes,
             padding=self.padding,
             dtype=self.dtype,
-            conv_general_dilated=CONVS[self.conv],
+            conv_general_dilated=layers.CONVS[self.conv],
             kernel_init=layers.torch_kernel_init,
             bias_init=layers.torch_bias_init(3**axes * x.shape[-1]),
             name='conv',
@@ -71,7 +69,7 @@ class ConvNet(nn.Module):
 
     def __post_init__(self):
         layers.check_choice('norm', self.norm, layers.NORMS)
-        layers.check_choice('conv', self.conv, tuple(CONVS))
+        layers.check_choice('conv', self.conv, tuple(layers.CONVS))
         super().__post_init__()
 
     @nn.compact

@@ -38,12 +38,19 @@ def norm(kind: str, *, train: bool, dtype: Any, name: str) -> Callable[[jax.Arra
 
 
 def conv(
-    width: int, size: int, stride: int = 1, *, groups: int = 1, dtype: Any, name: str
+    width: int,
+    size: int,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    form: str = 'direct',
+    dtype: Any,
+    name: str,
 ) -> nn.Conv:
     """A convolution without bias, padded by size // 2 on every side, as in PyTorch.
 
     (With stride 2 on an even side, 'SAME' would pad only at the end.) As many groups as channels
-    make it depthwise.
+    make it depthwise. `form` is one of `CONVS`.
     """
     return nn.Conv(
         width,
@@ -53,6 +60,7 @@ def conv(
         feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
+        conv_general_dilated=CONVS[form],
         kernel_init=he_init,
         name=name,
     )
@@ -172,6 +180,10 @@ def pixel_unshuffle(x: jax.Array, scale: int) -> jax.Array:
     return x.reshape(*lead, height // scale, width // scale, -1)
 
 
+# None is `nn.Conv`'s own choice, `lax.conv_general_dilated`.
+CONVS = {'direct': None, 'matmul': matmul_conv}
+
+
 class Features(nn.Module):
     """The identity. It gives an activation a name that `capture_intermediates` can find."""
 
@@ -204,6 +216,12 @@ def classifier(x: jax.Array, num_classes: int) -> jax.Array:
         bias_init=torch_bias_init(x.shape[-1]),
         name='head',
     )(x)
+
+
+def pooled_classifier(x: jax.Array, num_classes: int) -> jax.Array:
+    """Names maps [B, *positions, C] 'map', and is the `classifier` of their mean over positions."""
+    x = Features(name='map')(x)
+    return classifier(x.mean(axis=tuple(range(1, x.ndim - 1))), num_classes)
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

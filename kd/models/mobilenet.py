@@ -26,39 +26,45 @@ class InvertedResidual(nn.Module):
     """x + norm(project(a(norm(depthwise(a(norm(expand(x)))))))), with a = ReLU6.
 
     1x1, depthwise 3x3 and 1x1 convolutions; no activation at the end. The sum is left out where the
-    shape changes, the expansion where its factor is 1.
+    shape changes, the expansion where its factor is 1; `benchmark` is that of `MobileNetV2`.
     """
 
     expansion: int
     width: int
     stride: int
     dtype: Any
+    benchmark: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         options = dict(train=train, dtype=self.dtype)
+        relu = nn.relu if self.benchmark else nn.relu6
         y, inner = x, self.expansion * x.shape[-1]
-        if self.expansion != 1:
-            y = nn.relu6(layers.conv_norm(y, inner, 1, name='expand', **options))
+        if self.expansion != 1 or self.benchmark:
+            y = relu(layers.conv_norm(y, inner, 1, name='expand', **options))
         y = layers.conv_norm(y, inner, 3, self.stride, groups=inner, name='depthwise', **options)
-        y = layers.conv_norm(nn.relu6(y), self.width, 1, name='project', **options)
+        y = layers.conv_norm(relu(y), self.width, 1, name='project', **options)
         return x + y if x.shape == y.shape else y
 
 
 class MobileNetV2(nn.Module):
     """A 3x3 convolution, 17 inverted residuals, a 1x1 convolution, average pooling, a linear head.
 
-    3,504,872 parameters with 1000 classes.
+    3,504,872 parameters with 1000 classes; 812,836 with 100 at half width and stem `benchmark`.
 
     Attributes:
       num_classes: number of logits.
       width: factor of all channels, rounded to multiples of 8; the last layer has at least 1280.
       stem: `imagenet` reduces the resolution 32 times. `cifar`, for small images, leaves out the
         first two strides (of the stem and of the stage with 24 channels) and reduces it 8 times.
+        `benchmark` is the network of the benchmark of Tian et al. (arXiv:1910.10699) and of
+        mdistiller, for 32 pixels: only the stage with 24 channels has no stride, which reduces it
+        16 times; channels are cut to integers and not rounded to multiples of 8; the first block
+        has its 1x1 convolution in spite of a factor of 1; ReLU stands for ReLU6.
       dropout: of the pooled features; needs the 'dropout' key and acts only with train=True.
       dtype: compute type, head excepted.
 
-    Features: `stem`, `block0`, ..., `block16`, `last`, and `features`, the pooled output.
+    Features: `stem`, `block0`, ..., `block16`, `last`, `map`, and `features`, its mean.
     """
 
     num_classes: Count = 1000
@@ -68,7 +74,7 @@ class MobileNetV2(nn.Module):
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        layers.check_choice('stem', self.stem, layers.STEMS)
+        layers.check_choice('stem', self.stem, (*layers.STEMS, 'benchmark'))
         super().__post_init__()
 
     @nn.compact
@@ -76,18 +82,23 @@ class MobileNetV2(nn.Module):
         """Images [B, H, W, C] to float32 logits [B, num_classes]; ValueError for other ranks."""
         layers.check_rank('MobileNetV2', x, {4: 'images [B, H, W, C]'})
         options = dict(train=train, dtype=self.dtype)
-        spared = 0 if self.stem == 'imagenet' else 2  # Strides that are left out.
-        first = layers.divisible(STEM_WIDTH * self.width)
-        x = x.astype(self.dtype)
-        x = nn.relu6(layers.conv_norm(x, first, 3, 1 if spared else 2, name='stem', **options))
+        benchmark = self.stem == 'benchmark'
+        relu, rounded = (nn.relu, int) if benchmark else (nn.relu6, layers.divisible)
+        spared = {'imagenet': (), 'cifar': ('stem', 1), 'benchmark': (1,)}[self.stem]  # Strides.
+        x, stride = x.astype(self.dtype), 1 if 'stem' in spared else 2
+        first = rounded(STEM_WIDTH * self.width)
+        x = relu(layers.conv_norm(x, first, 3, stride, name='stem', **options))
         number = 0
         for stage, (expansion, width, blocks, stride) in enumerate(STAGES):
-            width = layers.divisible(width * self.width)
+            width = rounded(width * self.width)
             for i in range(blocks):
-                step = stride if i == 0 and stage >= spared else 1
-                block = InvertedResidual(expansion, width, step, self.dtype, name=f'block{number}')
+                step = stride if i == 0 and stage not in spared else 1
+                block = InvertedResidual(
+                    expansion, width, step, self.dtype, benchmark, name=f'block{number}'
+                )
                 x, number = block(x, train), number + 1
-        last = layers.divisible(LAST_WIDTH * max(1.0, self.width))
-        x = nn.relu6(layers.conv_norm(x, last, 1, name='last', **options)).mean(axis=(1, 2))
+        last = rounded(LAST_WIDTH * max(1.0, self.width))
+        x = relu(layers.conv_norm(x, last, 1, name='last', **options))
+        x = layers.Features(name='map')(x).mean(axis=(1, 2))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return layers.classifier(x, self.num_classes)

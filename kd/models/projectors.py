@@ -2,7 +2,8 @@
 
 They are a part of a state of their own, which is neither evaluated nor exported with the student.
 Each takes features [B, ..., C] and `train`; `width`, where it is left out of a config's block, is
-that of the teacher's features. `kd.methods.vision.feature_kd` resizes positions itself.
+that of the teacher's features. `kd.methods.vision.feature_kd` resizes positions itself. `conv` is
+of the 3x3 convolutions, as of `kd.models.convnet.ConvNet`: `matmul` for training in a loop on CPU.
 """
 
 from __future__ import annotations
@@ -47,18 +48,42 @@ class ConvNorm(nn.Module):
       size: of the kernel.
       norm: of `kd.models.layers.norm`.
       relu: whether to end in one: only where the teacher's features are after theirs.
+      conv: see the module.
     """
 
     width: Count
     size: Count = 1
     norm: str = 'batch'
     relu: bool = False
+    conv: str = 'direct'
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = _conv(self.width, self.size, name='conv')(x)
+        x = _conv(self.width, self.size, self.conv, name='conv')(x)
         x = layers.norm(self.norm, train=train, dtype=jnp.float32, name='norm')(x)
         return nn.relu(x) if self.relu else x
+
+
+class Pair(nn.Module):
+    """KDSVD's and FSP's: a linear map of the channels of each of two layers, in one pair.
+
+    Attributes:
+      widths: channels that leave, of each; left out of a config's block, those of the teacher's.
+    """
+
+    widths: tuple[Count, Count]
+
+    @nn.compact
+    def __call__(
+        self, first: jax.Array, second: jax.Array, *, train: bool = False
+    ) -> tuple[tuple[jax.Array, jax.Array]]:
+        del train
+        return (
+            (
+                nn.Dense(self.widths[0], use_bias=False, name='first')(first),
+                nn.Dense(self.widths[1], use_bias=False, name='second')(second),
+            ),
+        )
 
 
 class Bottleneck(nn.Module):
@@ -68,6 +93,7 @@ class Bottleneck(nn.Module):
       width: channels that leave.
       factor: by which the two inner ones are narrower.
       norm: of `kd.models.layers.norm`.
+      conv: see the module.
 
     Source: Chen et al. 2022 (SimKD), arXiv 2203.14001.
     """
@@ -75,12 +101,13 @@ class Bottleneck(nn.Module):
     width: Count
     factor: Count = 2
     norm: str = 'batch'
+    conv: str = 'direct'
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         inner = max(self.width // self.factor, 1)
         for i, (width, size) in enumerate(((inner, 1), (inner, 3), (self.width, 1))):
-            x = _conv(width, size, name=f'conv{i}')(x)
+            x = _conv(width, size, self.conv, name=f'conv{i}')(x)
             x = layers.norm(self.norm, train=train, dtype=jnp.float32, name=f'norm{i}')(x)
             x = nn.relu(x)
         return x
@@ -137,12 +164,14 @@ class Masked(nn.Module):
     Attributes:
       width: channels that leave.
       hidden: the share of positions set to 0 in training; drawn anew by the key of the step.
+      conv: see the module.
 
     Source: Yang et al. 2022 (MGD), arXiv 2205.01529.
     """
 
     width: Count
     hidden: Fraction = 0.5
+    conv: str = 'direct'
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -151,8 +180,9 @@ class Masked(nn.Module):
             shape = (*x.shape[:-1], 1)
             kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.hidden, shape)
             x = jnp.where(kept, x, 0.0)
-        x = nn.relu(nn.Conv(self.width, (3, 3), name='conv0')(x))
-        return nn.Conv(self.width, (3, 3), name='conv1')(x)
+        form = layers.CONVS[self.conv]
+        x = nn.Conv(self.width, (3, 3), conv_general_dilated=form, name='conv0')(x)
+        return nn.Conv(self.width, (3, 3), conv_general_dilated=form, name='conv1')(nn.relu(x))
 
 
 class Fusion(nn.Module):
@@ -167,6 +197,7 @@ class Fusion(nn.Module):
       width: channels that leave.
       middle: channels in which the levels are fused.
       norm: of `kd.models.layers.norm`.
+      conv: see the module.
 
     Source: Chen et al. 2021 (ReviewKD), arXiv 2104.09044, attention based fusion.
     """
@@ -174,22 +205,23 @@ class Fusion(nn.Module):
     width: Count
     middle: Count = 64
     norm: str = 'batch'
+    conv: str = 'direct'
 
     @nn.compact
     def __call__(self, x: jax.Array, deeper: jax.Array, *, train: bool = False) -> jax.Array:
         def brought(x, size, width, name):
-            x = _conv(width, size, name=f'{name}_conv')(x)
+            x = _conv(width, size, self.conv, name=f'{name}_conv')(x)
             return layers.norm(self.norm, train=train, dtype=jnp.float32, name=f'{name}_norm')(x)
 
         x, y = brought(x, 1, self.middle, 'own'), brought(deeper, 1, self.middle, 'deeper')
         y = feature_maps.pooled(y, x.shape[1:-1])
-        weights = nn.sigmoid(nn.Conv(2, (1, 1), name='attention')(jnp.concatenate([x, y], -1)))
+        weights = nn.sigmoid(nn.Dense(2, name='attention')(jnp.concatenate([x, y], -1)))
         x = x * weights[..., :1] + y * weights[..., 1:]
         return brought(x, 3, self.width, 'out')
 
 
-def _conv(width: int, size: int, *, name: str) -> nn.Module:
+def _conv(width: int, size: int, form: str, *, name: str) -> nn.Module:
     """A convolution without bias; one of size 1 as a product of matrices, fast also in a loop."""
     if size == 1:
         return nn.Dense(width, use_bias=False, kernel_init=layers.he_init, name=name)
-    return layers.conv(width, size, dtype=jnp.float32, name=name)
+    return layers.conv(width, size, form=form, dtype=jnp.float32, name=name)

@@ -135,16 +135,19 @@ class ResNet(nn.Module):
       depth: 8, 14, 20, 32, 44, 56, 110, ...: 6n + 2.
       num_classes: number of logits.
       widen: factor of the stages' channels.
+      stem_width: channels of the stem; 32 in the ResNet-8x4 and -32x4 of distillation papers.
       blocks: of each stage, where they are not n each; then `depth` counts for nothing.
       norm: `batch` (with collection 'batch_stats'), `group`, `instance` or `none`.
       dtype: compute type, head excepted.
 
-    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage3`, and `features`, the pooled output.
+    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage3`, `map`, the last one, and
+      `features`, its mean.
     """
 
     depth: Count = 20
     num_classes: Count = 10
     widen: Count = 1
+    stem_width: Count = CIFAR_WIDTHS[0]
     blocks: tuple[Count, Count, Count] | None = None
     norm: str = 'batch'
     dtype: Any = jnp.float32
@@ -158,13 +161,13 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Images [B, H, W, C] to float32 logits [B, num_classes]; ValueError for other ranks."""
         layers.check_rank('ResNet', x, {4: 'images [B, H, W, C]'})
-        x = layers.conv(CIFAR_WIDTHS[0], 3, dtype=self.dtype, name='stem')(x.astype(self.dtype))
+        x = layers.conv(self.stem_width, 3, dtype=self.dtype, name='stem')(x.astype(self.dtype))
         x = layers.norm(self.norm, train=train, dtype=self.dtype, name='stem_norm')(x)
         x = nn.relu(x)
         blocks = self.blocks or ((self.depth - 2) // 6,) * 3
         widths = [width * self.widen for width in CIFAR_WIDTHS]
         x = _stages(x, BasicBlock, blocks, widths, self.norm, self.dtype, train)
-        return layers.classifier(x.mean(axis=(1, 2)), self.num_classes)
+        return layers.pooled_classifier(x, self.num_classes)
 
 
 IMAGENET_BLOCKS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
@@ -193,7 +196,8 @@ class ImageNetResNet(nn.Module):
       norm: `batch` (with collection 'batch_stats'), `group`, `instance` or `none`.
       dtype: compute type, head excepted.
 
-    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage4`, and `features`, the pooled output.
+    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage4`, `map`, the last one, and
+      `features`, its mean.
     """
 
     depth: Count = 18
@@ -222,7 +226,7 @@ class ImageNetResNet(nn.Module):
         x = layers.max_pool(x) if large else x
         block, blocks = IMAGENET_BLOCKS[self.depth]
         x = _stages(x, block, blocks, IMAGENET_WIDTHS, self.norm, self.dtype, train)
-        return layers.classifier(x.mean(axis=(1, 2)), self.num_classes)
+        return layers.pooled_classifier(x, self.num_classes)
 
 
 class WideResNet(nn.Module):
@@ -238,7 +242,8 @@ class WideResNet(nn.Module):
       norm: `batch` (with collection 'batch_stats'), `group`, `instance` or `none`.
       dtype: compute type, head excepted.
 
-    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage3`, and `features`, the pooled output.
+    Features: `stem`, `stage1`, `stage1/block0`, ..., `stage3`, `map`, the last one, and
+      `features`, its mean.
     """
 
     depth: Count = 16
@@ -261,7 +266,7 @@ class WideResNet(nn.Module):
         widths = [width * self.widen for width in CIFAR_WIDTHS]
         x = _stages(x, PreactBlock, [blocks] * 3, widths, self.norm, self.dtype, train)
         x = layers.norm(self.norm, train=train, dtype=self.dtype, name='final_norm')(x)
-        return layers.classifier(nn.relu(x).mean(axis=(1, 2)), self.num_classes)
+        return layers.pooled_classifier(nn.relu(x), self.num_classes)
 
 
 def _check_depth(network: str, depth: int, rest: int) -> None:

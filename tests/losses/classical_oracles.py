@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from kd.losses import classification, contrastive, feature_maps, numerics, relation
+from kd.losses import classification, contrastive, feature_maps, numerics, relation, singular
 
 B, V = 8, 6
 GENERATOR = np.random.default_rng(11)
@@ -132,6 +132,25 @@ def cwd(s, t):
     return np.mean(np.sum(np.exp(p) * (p - q), axis=1), axis=-1)
 
 
+def svd(s, t):
+    """Of the first singular vector of maps and of their squares."""
+
+    def directions(s, t):
+        u = np.linalg.svd(t)[2][0]
+        u = u * np.sign(u[np.argmax(np.abs(u))])
+        rows = np.linalg.svd(s, full_matrices=False)[2]
+        cosine = rows @ u
+        best = np.argmax(np.abs(cosine))
+        return rows[best] * np.sign(cosine[best]), u
+
+    values = []
+    for a, b in zip(maps(s), maps(t), strict=True):
+        (v_s, v_t), (w_s, w_t) = directions(a, b), directions(a**2, b**2)
+        near = lambda v, w: np.exp(-((v[:, None] - w) ** 2) / 8)  # noqa: E731
+        values.append(np.sum((near(v_s, w_s) - near(v_t, w_t)) ** 2))
+    return np.array(values)
+
+
 def nce(s, t):
     logits = unit(s) @ unit(t).T / 0.5
     return -np.diagonal(log_softmax(logits))
@@ -222,6 +241,10 @@ CLASSICAL = {
         vid,
     ),
     'channel_distributions': (on_maps(feature_maps.channel_distributions), cwd),
+    'singular_vectors': (
+        lambda s, t: singular.singular_vectors((maps(s), maps(s) ** 2), (maps(t), maps(t) ** 2)),
+        svd,
+    ),
     'info_nce': (partial(contrastive.info_nce, temperature=0.5), nce),
     'crd': (crd_loss, crd),
     'standardised_kl': (partial(classification.standardised_kl, temperature=1.0), lskd),

@@ -1,6 +1,7 @@
-"""ResNets for ImageNet, MobileNetV2, EfficientNet and ShuffleNet: published sizes, NumPy blocks."""
+"""ResNets, MobileNetV2, EfficientNet, ShuffleNets and VGG: published sizes, NumPy blocks."""
 
 import functools
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -9,11 +10,19 @@ import numpy as np
 import pytest
 from scipy import ndimage, special
 
+from kd import config as kd_config
 from kd.models import layers
 from kd.models.efficientnet import EfficientNet, MBConv, SqueezeExcitation
 from kd.models.mobilenet import InvertedResidual, MobileNetV2
 from kd.models.resnet import BottleneckBlock, ImageNetResNet
-from kd.models.shufflenet import ShuffleNet, ShuffleUnit, channel_shuffle
+from kd.models.shufflenet import (
+    ShuffleNet,
+    ShuffleNetV2,
+    ShuffleUnit,
+    ShuffleUnitV2,
+    channel_shuffle,
+)
+from kd.models.vgg import VGG, Stage
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -22,7 +31,9 @@ SMALL = {
     'MobileNetV2': MobileNetV2(10, stem='cifar'),
     'EfficientNet': EfficientNet(10, stem='cifar'),
     'ShuffleNet': ShuffleNet(10, stem='cifar'),
+    'ShuffleNetV2': ShuffleNetV2(10, stem='cifar'),
 }
+CONFIG = Path(__file__).parents[2] / 'configs' / 'vision' / 'classical.py'
 IMAGES = np.random.default_rng(0).normal(size=(2, 6, 6, 8))
 X = jnp.asarray(IMAGES, jnp.float32)
 
@@ -58,6 +69,8 @@ def count(module, side):
         (ImageNetResNet(101), 44_549_160),
         (MobileNetV2(), 3_504_872),
         (MobileNetV2(width=0.5), 1_968_680),
+        (ShuffleNetV2(size=0.5), 1_366_792),
+        (ShuffleNetV2(), 2_278_604),
         (EfficientNet(), 5_288_548),
         (EfficientNet(depth=1.1), 7_794_184),
         (EfficientNet(width=1.1, depth=1.2), 9_109_994),
@@ -66,6 +79,27 @@ def count(module, side):
 )
 def test_parameter_counts_with_1000_classes_are_those_of_torchvision(module, expected):
     assert count(module, 224) == expected
+
+
+def test_the_networks_of_the_cifar_pairs_have_the_published_counts():
+    """With 100 classes: those of the networks of mdistiller and of the benchmark before it."""
+    published = {
+        'res20': 278_324, 'res32': 472_756, 'res56': 861_620, 'res110': 1_736_564,
+        'res8x4': 1_233_540, 'res32x4': 7_433_860,
+        'wrn16x2': 703_284, 'wrn40x1': 569_780, 'wrn40x2': 2_255_156,
+        'vgg8': 3_965_028, 'vgg13': 9_462_180, 'res50': 23_705_252,
+        'mobile': 812_836, 'shuffle1': 949_258, 'shuffle2': 1_355_528,
+    }  # fmt: skip
+    config = kd_config.load_module(CONFIG)
+    pairs = [pair for name, pair in config.PAIRS.items() if name != 'digits']
+    assert len(pairs) == len(set(pairs)) == 13
+    assert {name for pair in pairs for name in pair} == set(published)
+    for name, expected in published.items():
+        block, _ = config.NETWORKS[name]
+        module = kd_config.build({**block, 'num_classes': 100}, where=name)
+        assert count(module, 32) == expected, name
+        if name in config.MAP_WIDTHS:
+            assert shapes(module, 32)[1]['map'][-1] == config.MAP_WIDTHS[name]
 
 
 def shuffle_net_size(groups, width, classes):
@@ -115,6 +149,10 @@ def test_parameter_counts_of_small_images_differ_by_stem_and_head_alone():
         (SMALL['EfficientNet'], 32, {'stem': 1, 'block1': 2, 'block5': 8, 'last': 16}),
         (ShuffleNet(), 224, {'stem': 2, 'block0': 8, 'block4': 16, 'block12': 32}),
         (SMALL['ShuffleNet'], 32, {'stem': 1, 'block0': 2, 'block4': 4, 'block15': 8}),
+        (SMALL['ShuffleNetV2'], 32, {'stem': 1, 'block0': 2, 'block4': 4, 'last': 8}),
+        (MobileNetV2(stem='benchmark'), 32, {'stem': 2, 'block2': 2, 'block5': 4, 'map': 16}),
+        (VGG(8), 32, {'stage1': 1, 'stage2': 2, 'stage3': 4, 'stage5': 8}),
+        (VGG(13), 64, {'stage1': 1, 'stage3': 4, 'stage4': 8, 'map': 16}),
     ],
 )
 def test_every_part_has_its_stride(module, side, strides):
@@ -124,7 +162,10 @@ def test_every_part_has_its_stride(module, side, strides):
 
 
 def test_the_last_channels_are_those_of_the_papers():
-    wanted = {'ResNet': 512, 'MobileNetV2': 1280, 'EfficientNet': 1280, 'ShuffleNet': 800}
+    wanted = {
+        'ResNet': 512, 'MobileNetV2': 1280, 'EfficientNet': 1280, 'ShuffleNet': 800,
+        'ShuffleNetV2': 1024,
+    }  # fmt: skip
     found = {name: shapes(module, 32)[1] for name, module in SMALL.items()}
     assert {name: parts['features'][-1] for name, parts in found.items()} == wanted
     assert shapes(ImageNetResNet(101), 224)[1]['features'] == (1, 2048)
@@ -208,13 +249,16 @@ def test_depthwise_convolution_is_a_correlation_per_channel(stride):
         np.testing.assert_allclose(out, depthwise(IMAGES, kernel, stride), atol=1e-5)
 
 
-@pytest.mark.parametrize(('expansion', 'stride', 'width'), [(6, 1, 8), (6, 2, 8), (1, 1, 5)])
-def test_inverted_residual_equals_numpy(expansion, stride, width):
-    p, s, out = randomised(InvertedResidual(expansion, width, stride, jnp.float32))
-    y = IMAGES
-    if expansion > 1:
-        y = relu6(batch_norm(p, s, 'expand', pointwise(y, p['expand']['kernel'])))
-    y = relu6(batch_norm(p, s, 'depthwise', depthwise(y, p['depthwise']['kernel'], stride)))
+@pytest.mark.parametrize(
+    ('expansion', 'stride', 'width', 'benchmark'),
+    [(6, 1, 8, False), (6, 2, 8, False), (1, 1, 5, False), (1, 1, 5, True)],
+)
+def test_inverted_residual_equals_numpy(expansion, stride, width, benchmark):
+    p, s, out = randomised(InvertedResidual(expansion, width, stride, jnp.float32, benchmark))
+    y, relu = IMAGES, (lambda x: np.maximum(x, 0)) if benchmark else relu6
+    if expansion > 1 or benchmark:
+        y = relu(batch_norm(p, s, 'expand', pointwise(y, p['expand']['kernel'])))
+    y = relu(batch_norm(p, s, 'depthwise', depthwise(y, p['depthwise']['kernel'], stride)))
     y = batch_norm(p, s, 'project', pointwise(y, p['project']['kernel']))
     expected = IMAGES + y if (stride, width) == (1, 8) else y
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
@@ -247,6 +291,40 @@ def test_shuffle_unit_equals_numpy(stride, width):
         average = depthwise(IMAGES, np.full((3, 3, 1, 8), 1 / 9), 2)
         expected = np.maximum(np.concatenate([y, average], -1), 0)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('stride', 'width'), [(1, 8), (2, 12)])
+def test_shuffle_unit_of_the_second_form_equals_numpy(stride, width):
+    p, s, out = randomised(ShuffleUnitV2(width, stride, jnp.float32))
+
+    def unit(name, x, relu=True, groups=0):
+        kernel = p[name]['kernel']
+        y = depthwise(x, kernel, stride) if groups else pointwise(x, kernel)
+        y = batch_norm(p, s, name, y)
+        return np.maximum(y, 0) if relu else y
+
+    beside, y = (IMAGES[..., :4], IMAGES[..., 4:]) if stride == 1 else (IMAGES, IMAGES)
+    if stride == 2:
+        beside = unit('beside', unit('beside_depthwise', beside, relu=False, groups=1))
+    y = unit('restore', unit('depthwise', unit('reduce', y), relu=False, groups=1))
+    # The halves in turn.
+    expected = np.stack([beside, y], -1).reshape(*y.shape[:-1], width)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stage_of_vgg_equals_numpy():
+    p, s, out = randomised(Stage(2, 5, 'batch', jnp.float32))
+    y = IMAGES
+    for i in range(2):
+        kernel, given = p[f'conv{i}']['kernel'], y
+        y = sum(
+            depthwise(np.repeat(given[..., c : c + 1], 5, -1), kernel[:, :, c : c + 1])
+            for c in range(given.shape[-1])
+        )
+        q, t = p[f'norm{i}'], s[f'norm{i}']
+        y = (y + p[f'conv{i}']['bias'] - t['mean']) / np.sqrt(t['var'] + 1e-5)
+        y = np.maximum(y * q['scale'] + q['bias'], 0)
+    np.testing.assert_allclose(out, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('stride', [1, 2])

@@ -78,10 +78,11 @@ def feature_kd(
     labels); further keys are its keywords. `student` and `teacher` name captured features (see
     `kd.network.feature_names`) or 'logits'; several at once in a tuple, which the loss then gets;
     `teacher`, left out, is as `student`. `projector` is the block of a module of the student's
-    features (of several, as arguments), whose `width` is filled in from the teacher's; where it
-    returns a tuple, so is the loss called. `resize` pools the positions of 'student' or 'teacher'
-    to the other's, or those of the 'larger'. A term of weight 0 is left out with its projector, and
-    without terms and soft weight the run is that of `supervised`, bit for bit.
+    features (of several, as arguments), whose `width` (`widths`, of several) is filled in from
+    the teacher's; where it returns a tuple, so is the loss called. `resize` pools the positions of
+    'student' or 'teacher' to the other's, or those of the 'larger'. A term of weight 0 is left out
+    with its projector, and without terms and soft weight the run is that of `supervised`, bit for
+    bit.
 
     Projectors are the part `projectors` of the state, the stage's result is `network` alone.
 
@@ -264,6 +265,8 @@ def _projector(context, block, student, teacher, resize, where) -> Network:
     target = _shape(context.teacher, teacher[0])
     if 'width' in inspect.signature(factory).parameters:
         block.setdefault('width', target.shape[-1])
+    if 'widths' in inspect.signature(factory).parameters:
+        block.setdefault('widths', tuple(_shape(context.teacher, x).shape[-1] for x in teacher))
     shapes = [_shape(context.network, name) for name in student]
     if resize == 'student':
         shapes = [
