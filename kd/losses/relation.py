@@ -30,7 +30,9 @@ def inter_class_correlation(
     """DIST, within an example: 1 - corr_v(q_bv, p_bv), Pearson over the outcomes.
 
     A student may match the teacher's probabilities up to a positive scale and a shift. T^2, with
-    which the paper's code multiplies, is not applied.
+    which the paper's code multiplies, is not applied. DIST+ adds such a term over the channels of
+    features; in torchdistill 1.1.5 (`DISTPlusLoss`) it is the correlation itself that is added, 1
+    where both sides agree and -1 where they are opposite, which rewards disagreement.
 
     Args:
       student_logits, teacher_logits: [B, V]; -inf marks an outcome impossible (probability 0).

@@ -26,7 +26,7 @@ def reversed_gradient(x: jax.Array, scale: jax.typing.ArrayLike) -> jax.Array:
 
     `scale` gets no gradient.
     """
-    scale = jax.lax.stop_gradient(scale)
+    scale = jax.lax.stop_gradient(jnp.asarray(scale))
     return jax.lax.stop_gradient((1 + scale) * x) - scale * x
 
 
