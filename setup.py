@@ -8,7 +8,6 @@ from setuptools import find_packages, setup
 REQUIREMENTS = [
     'absl-py>=2.3.1',
     'array_record>=0.8.3',
-    'clu>=0.0.12',
     'diffrax>=0.7.2',
     'einops>=0.8',
     'etils[epath,epy]>=1.15',
@@ -26,9 +25,8 @@ REQUIREMENTS = [
     'safetensors>=0.5',
     'scikit-learn>=1.6',
     'scipy>=1.15',
-    # clu.metric_writers imports both without depending on either.
     'tensorboard>=2.20',
-    # tensorflow-cpu has wheels for x86 alone.
+    # tfds makes its copies with it; tensorflow-cpu has wheels for x86 alone.
     'tensorflow-cpu>=2.20; platform_machine == "x86_64" or platform_machine == "AMD64"',
     'tensorflow>=2.20; platform_machine != "x86_64" and platform_machine != "AMD64"',
     'tensorflow-datasets>=4.9.10',

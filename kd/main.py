@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
-    # TensorFlow writes TensorBoard events and tfds copies, and would have much to say of itself.
+    # TensorFlow makes tfds copies, and would have much to say of itself.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     known, assignments = parse(sys.argv[1:] if argv is None else argv)

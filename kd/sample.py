@@ -253,11 +253,13 @@ def _of_causal(network, block, steps: int, times: tuple[float, ...], guidance: f
         raise UserError(f'this generator has {len(own.times)} times; --steps is that or fewer.')
 
     def draw(variables, label, key, shape):
-        del label
         noise_key, key = jax.random.split(key)
-        grid = causal.times_of_blocks(own.times, steps or len(own.times), shape[1])
+        blocks = shape[1] // own.causal.frames
+        grid = causal.times_of_blocks(own.times, steps or len(own.times), blocks)
         z = jax.random.normal(noise_key, shape)
-        return causal.causal_sample(own.causal, variables, grid, z, key, step=own.step)
+        return causal.causal_sample(
+            own.causal, variables, grid, z, key, _condition(label), step=own.step
+        )
 
     return draw
 

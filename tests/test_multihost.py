@@ -91,9 +91,7 @@ class Run:
 @pytest.fixture(scope='module')
 def context():
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(
-        ['kd.main', 'kd.training.loop', 'kd.reports.classification', 'clu.metric_writers']
-    )
+    context.set_forkserver_preload(['kd.main', 'kd.training.loop', 'kd.reports.classification'])
     return context
 
 

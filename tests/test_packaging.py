@@ -17,7 +17,7 @@ import kd
 SETUP = Path(__file__).parent.parent / 'setup.py'
 DISTRIBUTIONS = metadata.packages_distributions()
 # Required, since others import them without saying so.
-OF_OTHERS = {'importlib-resources', 'tensorboard', 'tensorflow', 'tensorflow-cpu'}
+OF_OTHERS = {'importlib-resources', 'tensorflow', 'tensorflow-cpu'}
 
 
 @pytest.fixture

@@ -300,5 +300,6 @@ def draw(measured):
             rows[f'{title}: {WAYS.get(way, "four bits")}'] = found['error']
     figures.dots(right, rows)
     right.set(xlabel='error of the velocity after recovery', xscale='log')
+    right.xaxis.set_minor_formatter('')
     right.tick_params(axis='y', labelsize=7)
     return figure

@@ -259,5 +259,5 @@ def draw(measured):
         figures.dots(axis, {'influence': areas['aif'], 'confidence': areas['confidence']})
         axis.axvline(0.5, color='black', linestyle='--', linewidth=1)
         axis.set_title(NAMES[setting], fontsize=9)
-        axis.set_xlabel('area: a low weight tells a wrong output')
+        axis.set_xlabel('area: weights tell what is wrong')
     return figure

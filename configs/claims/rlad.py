@@ -69,7 +69,7 @@ SETTINGS = {
 
 def get_claim(smoke: bool = False) -> Claim:
     """The claim; `smoke` takes one step on few answers, and a shallow, untrained base."""
-    runs, steps = (3, {6: 1, 2: 1}) if smoke else (3, {6: 80, 2: 80})
+    runs, steps = (3, {6: 1, 2: 1}) if smoke else (5, {6: 80, 2: 80})
     return Claim(
         paper='RLAD 2026, arXiv:2602.22495',
         statement='A teacher in the clipped ratio keeps policy gradients on their way where a KL '

@@ -205,7 +205,7 @@ def draw(measured):
     shown = (
         ('variance_end', 'variance of the gradient'),
         ('psnr_1', 'PSNR in one step, dB'),
-        ('frechet_1', 'Frechet distance of details, one step'),
+        ('frechet_1', 'Frechet distance, one step'),
     )
     for axis, (metric, label) in zip(axes, shown, strict=True):
         rows = {TITLES[arm]: x[metric] for arm, x in measured.items() if metric in x}

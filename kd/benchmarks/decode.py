@@ -20,6 +20,7 @@ Measured on a core of an EPYC 9004 that others used too: 1.76 (1.68-1.83), 1.43 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import tempfile
@@ -139,6 +140,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'SmolLM2 is left out: name its file by --weights or {weights_lib.VARIABLE}.')
     if not cases:
         raise UserError(f"no case begins with '{options.only}'.")
+    found, agreements, peer = compare(
+        [case._replace(new=options.new or case.new) for case in cases], options
+    )
+    print(turns.table(found, peer))
+    for each in agreements:
+        print(f'Greedy answers agree in {100 * each:.1f} % of their tokens.')
+    if options.json:
+        record = [each._asdict() | {'ratios': each.ratios()} for each in found]
+        files.write_json(options.json, {'peer': peer, 'cases': record, 'agreement': agreements})
+    missed = any(each.missed() for each in found)
+    return int(missed or any(each < AGREEMENT for each in agreements))
+
+
+def rows(options: argparse.Namespace) -> list[turns.Row]:
+    """Its ratios: see `kd.benchmarks.__main__`."""
+    if not options.peers:
+        return []
+    found, agreements, peer = compare(
+        [c for c in CASES if options.weights or c.model == 'toy'], options
+    )
+    if any(each < AGREEMENT for each in agreements):
+        raise UserError(f'greedy answers differ: {agreements}')
+    return [each.row(peer) for each in found]
+
+
+def compare(
+    cases: Sequence[Case], options: argparse.Namespace
+) -> tuple[list[turns.Comparison], list[float], str]:
+    """Rates of all cases, the shares of greedy tokens that agree, and the peer's name."""
     found, agreements = [], []
     models = {'toy': TOY} | ({SMOLLM2: options.weights} if options.weights else {})
     with (
@@ -149,21 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: weights_lib.write(Path(folder) / name, model) for name, model in models.items()
         }
         for case in cases:
-            case = case._replace(new=options.new or case.new)
             compared, agreement = measure(
                 case, workers, directories[case.model], options.weights, options.rounds
             )
             found.append(compared)
             agreements += [] if agreement is None else [agreement]
             print(turns.table([compared], peer).splitlines()[-1], file=sys.stderr, flush=True)
-    print(turns.table(found, peer))
-    for each in agreements:
-        print(f'Greedy answers agree in {100 * each:.1f} % of their tokens.')
-    if options.json:
-        record = [each._asdict() | {'ratios': each.ratios()} for each in found]
-        files.write_json(options.json, {'peer': peer, 'cases': record, 'agreement': agreements})
-    missed = any(each.missed() for each in found)
-    return int(missed or any(each < AGREEMENT for each in agreements))
+    return found, agreements, peer
 
 
 if __name__ == '__main__':

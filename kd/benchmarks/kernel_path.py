@@ -21,14 +21,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sklearn
 from sklearn.kernel_ridge import KernelRidge
 
 from kd import process
+from kd.benchmarks import turns
+from kd.errors import UserError
 from kd.theory import kernel_regression as kr
 
 TARGET = 100.0
@@ -125,6 +129,29 @@ def measure(grid: Grid, chains: int) -> dict[str, float]:
         'batched': min(together) * rows * grid.steps,
         'deviation': deviation,
     }
+
+
+def rows(options: argparse.Namespace) -> list[turns.Row]:
+    """Its ratio to a refit per point: see `kd.benchmarks.__main__`."""
+    with jax.enable_x64(True):
+        grid = make_grid(1000, 200, 20, 50, 50)
+        alphas, lam = grid.alphas[25:26], grid.lams[25]
+        apart = np.max(np.abs(ours(grid)[25, 25] - refitted(grid, alphas, lam)[0][0]))
+        if apart > TOLERANCE:
+            raise UserError(f'predictions differ by {apart:.1e}.')
+        took = turns.seconds(
+            {'kd': partial(ours, grid), 'peer': partial(refitted, grid, alphas, lam)},
+            options.rounds,
+        )
+    chains = grid.alphas.size * grid.lams.size
+    theirs = [chains * each for each in took['peer']]
+    return [
+        turns.Row(
+            f'{chains * grid.steps:,} predictors, n = 1,000; the peer is timed on one of '
+            f'{chains:,} chains', f'scikit-learn {sklearn.__version__}',
+            turns.over(theirs, took['kd']), TARGET, 'speed', least=True,
+        )
+    ]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ same stage in the same process, so a busy machine slows both.
 
 | step | target |
 |---|---|
-| 20 ms | at least 0.95 |
-| 2 ms | at least 0.85 |
+| 25 ms | at least 0.95 |
+| 2 ms | at least 0.90 |
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from kd import config as kd_config
 from kd import process
+from kd.benchmarks import turns
 from kd.io import checkpoints
 from kd.parallel import mesh as mesh_lib
 from kd.training import loop
 from kd.training import step as step_lib
 from kd.training.stage import Stage, prepare
 
-TARGETS = {'20 ms': (20.0, 0.95), '2 ms': (2.0, 0.85)}
+TARGETS = {'25 ms': (25.0, 0.95), '2 ms': (2.0, 0.9)}
 BATCH = 64
 
 
@@ -90,8 +92,8 @@ def calibrate(milliseconds: float) -> int:
         width = int(width * min(max((milliseconds / took) ** 0.5, 1.1), 2.0))
 
 
-def measure(milliseconds: float, rounds: int, steps: int) -> dict[str, float]:
-    """Medians over rounds in which loop and bare step take turns."""
+def measure(milliseconds: float, rounds: int, steps: int) -> dict[str, Any]:
+    """Medians over rounds in which loop and bare step take turns, and the ratio of each round."""
     width = calibrate(milliseconds)
     stage = prepare(recipe(width, steps), 'student', mesh_lib.make_mesh({'data': 1}))
     pairs = []
@@ -106,7 +108,18 @@ def measure(milliseconds: float, rounds: int, steps: int) -> dict[str, float]:
         'bare_ms': 1000 * statistics.median(pair[0] for pair in pairs),
         'loop_ms': 1000 * statistics.median(pair[1] for pair in pairs),
         'ratio': statistics.median(ratios),
+        'ratios': ratios,
     }
+
+
+def rows(options: argparse.Namespace) -> list[turns.Row]:
+    """Its ratios: see `kd.benchmarks.__main__`."""
+    found = []
+    for name, (milliseconds, target) in TARGETS.items():
+        row = measure(milliseconds, options.rounds, max(int(2000 / milliseconds), 20))
+        work = f'training of an MLP of width {row["width"]}, steps of {name}'
+        found.append(turns.Row(work, 'the bare step', row['ratios'], target, 'speed', least=True))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -367,6 +367,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(late))
 
 
+def rows(options: Any) -> list[turns.Row]:
+    """Its ratio to torch: see `kd.benchmarks.__main__`."""
+    found = against_torch(options, [])
+    if not found:
+        return []
+    work = 'cycle of five critic moves, UNet of 16 x 16 x 4, batch 8'
+    return [turns.Row(work, f'DMD2 written plainly, {found["peer"]}', found['ratios'], PEER)]
+
+
 def against_torch(options: Any, late: list[str]) -> dict[str, Any]:
     """The cycle of a UNet of diffusers beside torch's; adds to `late` what misses its target."""
     if not options.peers:
@@ -387,7 +396,7 @@ def against_torch(options: Any, late: list[str]) -> dict[str, Any]:
         askers = {name: partial(worker.ask, 'step') for name, worker in workers.items()}
         answers = turns.take_turns(askers, options.rounds)
     seconds = {name: [each['cpu_s'] for each in of[1:]] for name, of in answers.items()}
-    ratios = [a / b for a, b in zip(seconds['kd'], seconds['peer'], strict=True)]
+    ratios = turns.over(seconds['kd'], seconds['peer'])
     print(
         f'CPU seconds of a cycle of five critic moves, UNet of {given["shape"]}, batch 8: kd '
         f'{turns.middle(seconds["kd"], 2)}, {peer} {turns.middle(seconds["peer"], 2)}, ratio '

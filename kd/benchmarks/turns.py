@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,11 +133,52 @@ def cpu_seconds(work: Callable[[], Any], calls: int = 1) -> tuple[float, Any]:
     return (time.process_time() - began) / calls, found
 
 
+def seconds(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of a call in each round, of functions of this process that take turns."""
+    askers = {name: partial(cpu_seconds, work, calls) for name, work in functions.items()}
+    answers = take_turns(askers, rounds)
+    return {name: [took for took, _ in of[1:]] for name, of in answers.items()}
+
+
+def over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Ours over theirs in each round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
 def peak_mib() -> float:
     """The most memory that this process has held; that of its parent does not count."""
     told = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())
     assert told is not None
     return int(told[1]) / 1024
+
+
+class Row(NamedTuple):
+    """A ratio to a peer, as `kd.benchmarks.page` tells it.
+
+    Attributes:
+      work: what both sides do.
+      peer: whom it is compared with, and the version.
+      ratios: ours over the peer's, one for each round.
+      target: of their median; NaN where there is none.
+      of: what the ratio is of: 'CPU time', 'memory', 'speed', ...
+      least: whether the ratio is to be at least the target, and not at most.
+      reason: why it misses, if it does; told only then.
+    """
+
+    work: str
+    peer: str
+    ratios: list[float]
+    target: float
+    of: str = 'CPU time'
+    least: bool = False
+    reason: str = ''
+
+    def missed(self) -> bool:
+        """Whether the median is on the wrong side of the target."""
+        ratio = statistics.median(self.ratios)
+        return ratio < self.target if self.least else ratio > self.target
 
 
 class Comparison(NamedTuple):
@@ -156,6 +198,10 @@ class Comparison(NamedTuple):
     def ratios(self) -> list[float]:
         """Ours over theirs, in each round."""
         return [a / b for a, b in zip(self.ours, self.theirs, strict=False)]
+
+    def row(self, peer: str, of: str = 'tokens per CPU second') -> Row:
+        """The ratios alone."""
+        return Row(self.work, peer, self.ratios(), self.target, of, least=True)
 
     def missed(self) -> bool:
         """Whether there is a ratio, and it is below its target."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.claims import results
-from kd.claims.claim import names, run, text
+from kd.claims.claim import names, redraw, run, text
 from kd.process import command, path_argument
 
 
@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='where tfds data lies; default: TFDS_DATA_DIR, then ~/tensorflow_datasets',
     )  # fmt: skip
     parser.add_argument('--output', type=path_argument, help='where results go; default: results/')
+    parser.add_argument(
+        '--draw', action='store_true', help='only draw the figure anew from what was measured'
+    )
     parser.add_argument('--list', action='store_true', help='all claims, as without a name')
     arguments = parser.parse_args(argv)
     if arguments.data_dir:
@@ -45,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f'{name:32s} {results.verdict(name, measured)}')
     for name in arguments.names:
         default = Path('runs/claims') if arguments.smoke else results.RESULTS
-        print(text(run(name, smoke=arguments.smoke, output=arguments.output or default)))
+        output = arguments.output or default
+        if arguments.draw:
+            redraw(name, output=output)
+        else:
+            print(text(run(name, smoke=arguments.smoke, output=output)))
     return 0
 
 

@@ -10,6 +10,7 @@ a claim is a paired difference over seeds, with a 95 % t interval. The verdict i
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,20 @@ def run(name: str, *, smoke: bool = False, output: Path = RESULTS) -> dict[str, 
     files.write_json(output / f'{name}.json', result)
     claim.draw(measured).savefig(output / f'{name}.png')
     return result
+
+
+def redraw(name: str, *, output: Path = RESULTS) -> None:
+    """Draws `NAME.png` anew from `NAME.json`; raises `UserError` where nothing was measured."""
+    file = output / f'{name}.json'
+    claim = load(name)
+    if not file.is_file():
+        raise UserError(f"{file} is not there: 'python -m kd.claims {name}' measures the claim.")
+    arms = json.loads(file.read_text())['arms']
+    measured: dict[str, Any] = {
+        arm: {metric: np.asarray(found['values']) for metric, found in metrics.items()}
+        for arm, metrics in arms.items()
+    }
+    claim.draw(measured).savefig(output / f'{name}.png')
 
 
 def text(result: Mapping[str, Any]) -> str:

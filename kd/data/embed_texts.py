@@ -14,6 +14,9 @@ does without: pip install -e '.[peers]'.
 | flux | 512, 4096 | 768 | T5, and CLIP for pooled |
 | pixart | 120, 4096 and mask | | T5 |
 | wan | 512, 4096 | | UMT5, zeros after the end of a text |
+| lumina2 | 256, 2304 and mask | | Gemma 2, its last layer but one, after an instruction |
+| z_image | 512, 2560 and mask | | Qwen 3, its last layer but one, as a question |
+| qwen_image | 1024, 3584 and mask | | Qwen 2.5 VL, after an instruction that is cut off |
 
 Beside them is the empty text, `null_text`, `null_pooled` and `null_mask`, for guidance.
 """
@@ -21,20 +24,29 @@ Beside them is the empty text, `null_text`, `null_pooled` and `null_mask`, for g
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
 from kd import files
-from kd.data.latents import MANIFEST, file_of
+from kd.data import latents
 from kd.errors import UserError
 from kd.process import command, path_argument
 from kd.sampling.denoiser import NULL
 
-PER_FILE = 1_024
+# What texts stand in, as pipelines of diffusers have it; of the last the first tokens are cut off.
+LUMINA2 = (
+    'You are an assistant designed to generate superior images with the superior degree of '
+    'image-text alignment based on textual prompts or user prompts. <Prompt Start> '
+)
+QUESTION = '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n'
+QWEN_IMAGE = (
+    '<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, '
+    'quantity, text, spatial relationships of the objects and background:<|im_end|>\n'
+)
+CUT = 34
 
 
 class Said(NamedTuple):
@@ -90,6 +102,25 @@ def _wan(texts: Sequence[str], first: Encoder) -> dict[str, np.ndarray]:
     return {'text': np.where(said.mask[..., None], said.last, 0)}
 
 
+def _lumina2(texts: Sequence[str], first: Encoder) -> dict[str, np.ndarray]:
+    # The empty text stands for no instruction either.
+    return _before([LUMINA2 + text if text else text for text in texts], first, 256)
+
+
+def _z_image(texts: Sequence[str], first: Encoder) -> dict[str, np.ndarray]:
+    return _before([QUESTION.format(text) for text in texts], first, 512)
+
+
+def _before(texts: Sequence[str], first: Encoder, length: int) -> dict[str, np.ndarray]:
+    said = first(texts, length, True)
+    return {'text': said.before, 'mask': said.mask}
+
+
+def _qwen_image(texts: Sequence[str], first: Encoder) -> dict[str, np.ndarray]:
+    said = first([QWEN_IMAGE + QUESTION.format(text) for text in texts], 1_024 + CUT, True)
+    return {'text': said.last[:, CUT:], 'mask': said.mask[:, CUT:]}
+
+
 def _pooled(said: Said) -> np.ndarray:
     if said.pooled is None:
         raise UserError('an encoder of pooled texts has none; is it the right directory?')
@@ -105,13 +136,16 @@ ENCODERS: dict[str, tuple[int, Callable[..., dict[str, np.ndarray]]]] = {
     'flux': (2, _flux),
     'pixart': (1, _pixart),
     'wan': (1, _wan),
+    'lumina2': (1, _lumina2),
+    'z_image': (1, _z_image),
+    'qwen_image': (1, _qwen_image),
 }
 
 
 def write(
     folder: Path, of: str, encoders: Sequence[Encoder], texts: Sequence[str], *, batch: int = 16
 ) -> dict[str, Any]:
-    """Writes the embeddings of texts, in files of `PER_FILE`; returns the manifest.
+    """Writes the embeddings of texts, in files of `latents.PER_FILE`; returns the manifest.
 
     Args:
       folder: of a split.
@@ -122,26 +156,14 @@ def write(
     """
     made = ENCODERS[of][1]
     null = {f'{NULL}{name}': x[0] for name, x in made([''], *encoders).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes: dict[str, list[int]] = {}
-    for start in range(0, len(texts), PER_FILE):
-        some = texts[start : start + PER_FILE]
-        parts = [made(some[i : i + batch], *encoders) for i in range(0, len(some), batch)]
-        tensors = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        shapes = {name: list(x.shape[1:]) for name, x in tensors.items()}
-        with files.replacing(file_of(folder, start // PER_FILE)) as partial:
-            safetensors.numpy.save_file(_plain(tensors | null), partial)
-    shapes |= {name: list(x.shape) for name, x in null.items()}
-    manifest = dict(encoder=of, examples=len(texts), per_file=PER_FILE, fields=shapes)
-    files.write_json(folder / MANIFEST, manifest)
-    return manifest
 
+    def parts() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(texts), latents.PER_FILE):
+            some = texts[start : start + latents.PER_FILE]
+            said = [made(some[i : i + batch], *encoders) for i in range(0, len(some), batch)]
+            yield {name: np.concatenate([each[name] for each in said]) for name in said[0]}
 
-def _plain(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        name: np.ascontiguousarray(x, bool if x.dtype == bool else np.float32)
-        for name, x in tensors.items()
-    }
+    return latents.write(folder, len(texts), parts(), null, encoder=of)
 
 
 def load(model: Path, of: str, device: str) -> list[Encoder]:
@@ -164,7 +186,9 @@ def load(model: Path, of: str, device: str) -> list[Encoder]:
             raise UserError(f'{place} has no config.json: it is no text encoder of diffusers.')
         kind = files.read_json(place / 'config.json', 'fetch it again')['architectures'][0]
         network = getattr(transformers, kind).from_pretrained(place).to(device).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model / f'tokenizer{suffix}')
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model / f'tokenizer{suffix}', padding_side='right'
+        )
 
         def encode(texts: Sequence[str], length: int | None, masked: bool) -> Said:
             tokens = tokenizer(
@@ -180,8 +204,9 @@ def load(model: Path, of: str, device: str) -> list[Encoder]:
             def array(x: Any) -> np.ndarray:
                 return x.float().cpu().numpy()
 
+            last = getattr(said, 'last_hidden_state', None)
             return Said(
-                array(said.last_hidden_state),
+                array(said.hidden_states[-1] if last is None else last),
                 array(said.hidden_states[-2]),
                 None if pooled is None else array(pooled),
                 tokens.attention_mask.bool().cpu().numpy(),

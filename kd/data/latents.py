@@ -1,4 +1,6 @@
-"""Embeddings of texts, and latents of their images, as `kd.data.embed_texts` writes them.
+"""Embeddings of texts, and latents of their images.
+
+`kd.data.embed_texts` and `kd.data.embed_images` write them, each beside the other's.
 
 data = dict(
     source=dict(
@@ -8,36 +10,86 @@ data = dict(
     train='train')
 
 PATH/train/manifest.json        {"encoder": "sdxl", "per_file": 1024, "examples": 2500, ...}
-PATH/train/00002.safetensors    the examples from 2048 on: text [452, 77, 2048], ...
+PATH/train/00002.safetensors    the examples from 2048 on: text [452, 77, 2048], input, ...
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from kd import files
 from kd.data import catalogue, sources
 from kd.data.context import SourceContext
 from kd.data.sources import Batch, DataError
-from kd.io import safetensors
+from kd.io import safetensors as safetensors_lib
 from kd.ranges import Count
 from kd.sampling.denoiser import NULL
 
-__all__ = ['MANIFEST', 'file_of', 'latents']
+__all__ = ['MANIFEST', 'PER_FILE', 'file_of', 'latents', 'write']
 
-MANIFEST = 'manifest.json'
+MANIFEST, PER_FILE = 'manifest.json', 1_024
 _AGAIN = 'write it again with python -m kd.data.embed_texts'
 
 
 def file_of(folder: Path, number: int) -> Path:
     """The file of the examples from number S .. number S + S - 1."""
     return folder / f'{number:05d}.safetensors'
+
+
+def write(
+    folder: Path,
+    examples: int,
+    parts: Iterable[Mapping[str, np.ndarray]],
+    shared: Mapping[str, np.ndarray] | None = None,
+    **said: Any,
+) -> dict[str, Any]:
+    """Writes fields of examples, beside those of other names that are there; the manifest.
+
+    Args:
+      folder: of a split.
+      examples: how many.
+      parts: fields [n, ...] of `PER_FILE` examples after another.
+      shared: fields [...] that all have alike.
+      **said: more of the manifest, such as the encoder.
+
+    Raises:
+      DataError: there is another number of examples already.
+    """
+    before: dict[str, Any] = dict(fields={}, per_file=PER_FILE, examples=examples)
+    if (folder / MANIFEST).is_file():
+        before = files.read_json(folder / MANIFEST, _AGAIN)
+    if (before['examples'], before['per_file']) != (examples, PER_FILE):
+        raise DataError(
+            f'{folder} has {before["examples"]} examples, {before["per_file"]} a file, and these '
+            f'are {examples}, {PER_FILE} a file; they must be those of each other.'
+        )
+    shared, fields = shared or {}, {name: list(x.shape) for name, x in (shared or {}).items()}
+    for number, part in enumerate(parts):
+        fields |= {name: list(x.shape[1:]) for name, x in part.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        own, file = _plain({**part, **shared}), file_of(folder, number)
+        if kept := set(before['fields']) - set(own):
+            there = safetensors_lib.load(file)
+            own |= {name: there[name].read() for name in kept}
+        with files.replacing(file) as partial:
+            safetensors.numpy.save_file(own, partial)
+    manifest = {**before, **said, 'fields': {**before['fields'], **fields}}
+    files.write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _plain(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        name: np.ascontiguousarray(x, bool if x.dtype == bool else np.float32)
+        for name, x in tensors.items()
+    }
 
 
 def latents(
@@ -89,7 +141,7 @@ def _manifest(
     folder: Path, encoder: str, spec: Mapping[str, Any], constants: Mapping[str, Any]
 ) -> dict[str, Any]:
     manifest = files.read_json(folder / MANIFEST, _AGAIN)
-    if manifest['encoder'] != encoder:
+    if manifest.get('encoder', encoder) != encoder:
         raise DataError(
             f"{folder} holds texts as '{manifest['encoder']}' says them, and the recipe wants "
             f"'{encoder}'; {_AGAIN} --encoder={encoder}."
@@ -117,7 +169,7 @@ def _read(
     numbers, places = np.divmod(rows, manifest['per_file'])
     for number in np.unique(numbers):
         at = np.flatnonzero(numbers == number)
-        tensors = safetensors.load(file_of(folder, int(number)))
+        tensors = safetensors_lib.load(file_of(folder, int(number)))
         for name in set(spec) - set(constants):
             if name.startswith(NULL):
                 batch[name][at] = tensors[name].read()

@@ -31,7 +31,7 @@ def causal_samples(
     Args:
       context: the stage; its method has `times`.
       steps: calls for a frame, each a row of metrics.
-      whole: frames that take all calls at every row; (0,) is first-frame enhancement.
+      whole: blocks that take all calls at every row; (0,) is first-frame enhancement.
       weights, samples, batch, support, classifier, feature, inception, seed: as of
         `kd.evaluators.flow_samples.flow_samples`.
     """
@@ -41,20 +41,21 @@ def causal_samples(
     own = causal.generator(
         context.network, block['times'], block.get('step', 'restart'), where=where
     )
-    frames, count = context.spec['input'].shape[0], len(own.times)
-    if max(steps) > count or max(whole, default=0) >= frames:
+    blocks, count = context.spec['input'].shape[0] // own.causal.frames, len(own.times)
+    if max(steps) > count or max(whole, default=0) >= blocks:
         raise UserError(
-            f'{where}: steps={tuple(steps)} of {count} times, whole={tuple(whole)} of {frames} '
-            'frames: there are fewer.'
+            f'{where}: steps={tuple(steps)} of {count} times, whole={tuple(whole)} of {blocks} '
+            'blocks of frames: there are fewer.'
         )
 
     def draw(n: int) -> Draw:
-        grid = causal.times_of_blocks(own.times, n, frames, whole=whole)
+        grid = causal.times_of_blocks(own.times, n, blocks, whole=whole)
 
         @jax.jit
         def made(variables, z, condition, key):
-            del condition
-            return causal.causal_sample(own.causal, variables, grid, z, key, step=own.step)
+            return causal.causal_sample(
+                own.causal, variables, grid, z, key, condition, step=own.step
+            )  # fmt: skip
 
         return made
 

@@ -25,7 +25,9 @@ from kd.io.torch_weights import LEAVES, Find, Part, kernel_axes
 from kd.models.unet_conditional import SIZES
 
 # Lists of modules that a network holds as one with a leading axis, all or those from an index.
-STACKED = re.compile(r'((?:single_)?transformer_blocks|blocks)(?:_from_(\d+))?')
+STACKED = re.compile(
+    r'((?:single_)?transformer_blocks|blocks|layers|(?:noise|context)_refiner)(?:_from_(\d+))?'
+)
 # `linear_1` and its like have their index in their name.
 _INDEX = re.compile(r'(?<!linear)(?<!proj_out)_(\d+)$')
 _LEVEL = re.compile(r'^(enc|dec)_')
@@ -41,6 +43,20 @@ QWEN = (
     (r'\.ff\.', '.img_mlp.'),
     (r'^context_embedder', 'txt_in'),
     (r'^x_embedder', 'img_in'),
+)
+# What Z-Image calls the modules of `kd.models.next_dit`.
+Z_IMAGE = (
+    (r'^time_caption_embed\.timestep_embedder\.linear_1', 't_embedder.mlp.0'),
+    (r'^time_caption_embed\.timestep_embedder\.linear_2', 't_embedder.mlp.2'),
+    (r'^time_caption_embed\.caption', 'cap'),
+    (r'^x_embedder', 'all_x_embedder.2-1'),
+    (r'^norm_out\.linear_1', 'all_final_layer.2-1.adaLN_modulation.1'),
+    (r'^norm_out\.linear_2', 'all_final_layer.2-1.linear'),
+    (r'\.attn\.', '.attention.'),
+    (r'\.norm1\.linear', '.adaLN_modulation.0'),
+    (r'\.norm1(\.norm)?\.', '.attention_norm1.'),
+    (r'\.norm2\.', '.attention_norm2.'),
+    (r'feed_forward\.linear_', 'feed_forward.w'),
 )
 # What autoencoders of old files call their layers of attention.
 _OLD = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}

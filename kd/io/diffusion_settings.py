@@ -1,4 +1,4 @@
-"""What `config.json` says of transformers of latents and of their autoencoders."""
+"""What `config.json` says of transformers of latents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PIXART = {
     'use_additional_conditions': None,
 }
 _PIXART_FIXED = {**_DIT_FIXED, 'norm_type': 'ada_norm_single'}
-_UNUSED = ('upcast_attention', 'force_upcast')
+UNUSED = ('upcast_attention', 'force_upcast')
 
 
 def dit(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def dit(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
       UserError: a setting that the network does not have.
     """
     del tensors
-    read = settings(config, where, 'LatentDiT', _DIT, _DIT_FIXED, _UNUSED)
+    read = settings(config, where, 'LatentDiT', _DIT, _DIT_FIXED, UNUSED)
     return dict(
         num_classes=read['num_embeds_ada_norm'],
         grid=read['sample_size'] // read['patch_size'],
@@ -58,7 +58,7 @@ def dit(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
 def pixart(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
     """The same of `PixArtTransformer2DModel`."""
     del tensors
-    read = settings(config, where, 'LatentDiT', _PIXART, _PIXART_FIXED, _UNUSED)
+    read = settings(config, where, 'LatentDiT', _PIXART, _PIXART_FIXED, UNUSED)
     width = read['num_attention_heads'] * read['attention_head_dim']
     if not read['caption_channels'] or read['cross_attention_dim'] != width:
         raise UserError(
@@ -212,6 +212,85 @@ def _joint(read: Mapping[str, Any], where: Any, patch: int) -> dict[str, Any]:
     )
 
 
+_LUMINA = {
+    'patch_size': 2,
+    'in_channels': 16,
+    'out_channels': None,
+    'hidden_size': 2_304,
+    'num_layers': 26,
+    'num_refiner_layers': 2,
+    'num_attention_heads': 24,
+    'num_kv_heads': 8,
+    'multiple_of': 256,
+    'ffn_dim_multiplier': None,
+    'norm_eps': 1e-5,
+    'axes_dim_rope': (32, 32, 32),
+    'cap_feat_dim': 1_024,
+}
+_Z_IMAGE = {
+    'all_patch_size': (2,),
+    'all_f_patch_size': (1,),
+    'dim': 3_840,
+    'n_layers': 30,
+    'n_refiner_layers': 2,
+    'n_heads': 30,
+    'norm_eps': 1e-5,
+    'cap_feat_dim': 2_560,
+    'rope_theta': 256.0,
+    't_scale': 1_000.0,
+    'axes_dims': (32, 48, 48),
+}
+# Places for which released code makes tables, and what it does not read.
+_PLACES = ('axes_lens', 'sample_size', 'n_kv_heads', 'in_channels')
+
+
+def lumina2(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `NextDiT` takes, of the settings of `Lumina2Transformer2DModel`."""
+    del tensors
+    read = settings(config, where, 'NextDiT', _LUMINA, {'scaling_factor': 1.0}, _PLACES)
+    if read['patch_size'] != 2 or read['out_channels'] not in (None, read['in_channels']):
+        raise UserError(f'{where}: NextDiT has patch_size=2 and as many channels out as in.')
+    width, step = read['hidden_size'], read['multiple_of']
+    units = int((read['ffn_dim_multiplier'] or 1) * 4 * width)
+    return dict(
+        width=width,
+        depth=read['num_layers'],
+        heads=read['num_attention_heads'],
+        refiners=read['num_refiner_layers'],
+        groups=read['num_kv_heads'] or read['num_attention_heads'],
+        hidden=step * -(-units // step),
+        context=read['cap_feat_dim'],
+        time=(min(width, 1_024),) * 2,
+        axes=read['axes_dim_rope'],
+        epsilon=read['norm_eps'],
+    )
+
+
+def z_image(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
+    """What `NextDiT` takes, of the settings of `ZImageTransformer2DModel`."""
+    del tensors
+    read = settings(config, where, 'NextDiT', _Z_IMAGE, {'qk_norm': True}, _PLACES)
+    if read['all_patch_size'] != (2,) or read['all_f_patch_size'] != (1,):
+        raise UserError(f'{where}: NextDiT has patches of 2x2 pixels of one image alone.')
+    width = read['dim']
+    return dict(
+        width=width,
+        depth=read['n_layers'],
+        heads=read['n_heads'],
+        refiners=read['n_refiner_layers'],
+        groups=read['n_heads'],
+        hidden=int(width / 3 * 8),
+        context=read['cap_feat_dim'],
+        time=(1_024, min(width, 256)),
+        clock=read['t_scale'],
+        activated=False,
+        filled=32,
+        axes=read['axes_dims'],
+        theta=read['rope_theta'],
+        epsilon=read['norm_eps'],
+    )
+
+
 _WAN = {
     'patch_size': (1, 2, 2),
     'num_attention_heads': 40,
@@ -245,83 +324,4 @@ def wan(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
         patch=read['patch_size'],
         context=read['text_dim'],
         epsilon=read['eps'],
-    )
-
-
-_AUTOENCODER = {
-    'block_out_channels': (64,),
-    'layers_per_block': 1,
-    'latent_channels': 4,
-    'norm_num_groups': 32,
-    'scaling_factor': 0.18215,
-    'shift_factor': None,
-    'use_quant_conv': True,
-    'use_post_quant_conv': True,
-}
-_AUTOENCODER_FIXED = {
-    'in_channels': 3, 'out_channels': 3, 'act_fn': 'silu', 'mid_block_add_attention': True
-}  # fmt: skip
-
-
-def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The blocks of every level of an autoencoder, which is the one kind there is."""
-    levels = len(config.get('block_out_channels', (64,)))
-    return dict(
-        down_block_types=('DownEncoderBlock2D',) * levels,
-        up_block_types=('UpDecoderBlock2D',) * levels,
-    )
-
-
-def autoencoder(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
-    """What `AutoencoderKL` takes, of the settings of the class of the same name."""
-    del tensors
-    read = settings(
-        config, where, 'AutoencoderKL', _AUTOENCODER, _AUTOENCODER_FIXED | _levels(config),
-        ('sample_size', *_UNUSED),
-    )  # fmt: skip
-    if read['use_quant_conv'] != read['use_post_quant_conv']:
-        raise UserError(
-            f'{where}: AutoencoderKL has both of quant_conv and post_quant_conv or none.'
-        )
-    return dict(
-        channels=read['block_out_channels'],
-        blocks=read['layers_per_block'],
-        latent=read['latent_channels'],
-        groups=read['norm_num_groups'],
-        scale=read['scaling_factor'],
-        shift=read['shift_factor'] or 0.0,
-        moments=read['use_quant_conv'],
-    )
-
-
-_VQ = {
-    'block_out_channels': (64,),
-    'layers_per_block': 1,
-    'latent_channels': 3,
-    'num_vq_embeddings': 256,
-    'norm_num_groups': 32,
-    'scaling_factor': 0.18215,
-    'vq_embed_dim': None,
-}
-_VQ_FIXED = {
-    'in_channels': 3, 'out_channels': 3, 'act_fn': 'silu', 'norm_type': 'group',
-    'mid_block_add_attention': True, 'lookup_from_codebook': False,
-}  # fmt: skip
-
-
-def vq(config: Mapping[str, Any], tensors: Any, where: Any) -> dict[str, Any]:
-    """What `AutoencoderKL` with a codebook takes, of the settings of `VQModel`."""
-    del tensors
-    read = settings(
-        config, where, 'AutoencoderKL', _VQ, _VQ_FIXED | _levels(config), ('sample_size', *_UNUSED)
-    )
-    if read['vq_embed_dim'] not in (None, read['latent_channels']):
-        raise UserError(f'{where}: AutoencoderKL has codes of as many numbers as latents have.')
-    return dict(
-        channels=read['block_out_channels'],
-        blocks=read['layers_per_block'],
-        latent=read['latent_channels'],
-        groups=read['norm_num_groups'],
-        scale=read['scaling_factor'],
-        codes=read['num_vq_embeddings'],
     )

@@ -22,6 +22,7 @@ import flax.linen as nn
 from kd import files
 from kd.errors import UserError, did_you_mean
 from kd.io import (
+    autoencoder_settings,
     clip_names,
     decoder_names,
     diffusion_names,
@@ -35,6 +36,7 @@ from kd.io import (
 from kd.io.decoder_names import Names
 from kd.io.torch_weights import Find, Tensor
 from kd.models.autoencoder_kl import AutoencoderKL
+from kd.models.autoencoder_wan import WanAutoencoder
 from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
 from kd.models.denoiser import Denoised
@@ -42,6 +44,7 @@ from kd.models.edm import DhariwalUNet, SongUNet
 from kd.models.latent_dit import LatentDiT
 from kd.models.masked_autoencoder import Encoder
 from kd.models.mmdit import MMDiT
+from kd.models.next_dit import NextDiT
 from kd.models.unet_conditional import UNetConditional
 from kd.models.wan import Wan
 from kd.references import split_foreign
@@ -101,6 +104,7 @@ _CLIP = Family(
 )
 
 _DIT = ('heads', 'grid', 'stretch', 'epsilon')
+_NEXT = ('heads', 'axes', 'theta', 'clock', 'activated', 'epsilon')
 
 
 def _latent(network: Any, arguments: Any, *unseen: str) -> Family:
@@ -138,11 +142,22 @@ FAMILIES: dict[str, dict[str, Family]] = {
             partial(diffusion_names.find, renames=diffusion_names.QWEN),
             ('heads', 'axes', 'centred'),
         ),
+        'Lumina2Transformer2DModel': _latent(NextDiT, diffusion_settings.lumina2, *_NEXT),
+        'ZImageTransformer2DModel': Family(
+            NextDiT,
+            diffusion_settings.z_image,
+            partial(diffusion_names.find, renames=diffusion_names.Z_IMAGE),
+            _NEXT,
+        ),
         'WanTransformer3DModel': _latent(Wan, diffusion_settings.wan, 'heads', 'epsilon'),
         'AutoencoderKL': _latent(
-            AutoencoderKL, diffusion_settings.autoencoder, 'groups', 'scale', 'shift'
+            AutoencoderKL, autoencoder_settings.autoencoder, 'groups', 'scale', 'shift'
         ),
-        'VQModel': _latent(AutoencoderKL, diffusion_settings.vq, 'groups', 'scale'),
+        **dict.fromkeys(
+            ('AutoencoderKLWan', 'AutoencoderKLQwenImage'),
+            _latent(WanAutoencoder, autoencoder_settings.wan_autoencoder, 'mean', 'deviation'),
+        ),
+        'VQModel': _latent(AutoencoderKL, autoencoder_settings.vq, 'groups', 'scale'),
     },
     'gguf': {
         name: _decoder(names, gguf_decoders.arguments) for name, names in decoder_names.GGUF.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -17,9 +16,9 @@ from typing import Any
 import jax
 
 from kd import config as config_lib
-from kd import files, process
+from kd import files
 from kd.errors import UserError
-from kd.io import manifest
+from kd.io import events, manifest
 
 log = logging.getLogger('kd')
 
@@ -123,14 +122,8 @@ class MetricLog:
         self._file = directory / 'metrics.jsonl'
         kept = [line for line in read_metrics(directory) if line['step'] <= resume_step]
         files.write_whole(self._file, ''.join(files.json_text(line) + '\n' for line in kept))
-        # Imports TensorFlow, which takes seconds: only where something is written.
-        with process.active().nothing_to_lose():
-            from clu import metric_writers
-
-        self._writer = metric_writers.SummaryWriter(str(directory / 'tensorboard'))
-        # TensorFlow's first write takes most of a second: here, and not between two steps.
-        with self._undisturbed():
-            self._writer.write_texts(resume_step, {'stage': directory.name})
+        self._events = events.EventFile(directory / 'tensorboard')
+        self._events.text(resume_step, 'stage', directory.name)
         self._stream = self._file.open('a')
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -139,19 +132,13 @@ class MetricLog:
         with files.naming(self._file):
             self._stream.write(files.json_text({'step': step, **scalars}) + '\n')
             self._stream.flush()
-        with self._undisturbed():
-            self._writer.write_scalars(step, dict(scalars))
-
-    def _undisturbed(self) -> contextlib.AbstractContextManager[None]:
-        """Within, a signal is only noted: what its handler raises in TensorFlow is a crash."""
-        return process.active().deferred()
+        self._events.scalars(step, scalars)
 
     def close(self) -> None:
         if not self._writes:
             return
         self._stream.close()
-        self._writer.flush()
-        self._writer.close()
+        self._events.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

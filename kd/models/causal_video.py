@@ -63,21 +63,31 @@ class CausalVideo(nn.Module):
         del train
         numbers = jnp.arange(self.frames)
         before = jnp.tril(jnp.ones((self.frames, self.frames), bool), -1)
-        return self._said(t, x, numbers, self.remember(clean, numbers), before)
+        return self._said(t, x, numbers, self._remembered(clean, numbers), before)
 
-    def remember(self, x: jax.Array, number: jax.Array) -> jax.Array:
+    @property
+    def causal(self) -> int:
+        """Frames of a block."""
+        return 1
+
+    def remember(self, x: jax.Array, memory: jax.Array, number: jax.Array) -> jax.Array:
+        """Memory [B, F, 2 width] with that of the clean frame `number` [B, 1, d]."""
+        said = self._remembered(x, number[None]).astype(memory.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(memory, said, number, axis=1)
+
+    def empty(self, z: jax.Array) -> jax.Array:
+        """Memory [B, F, 2 width] before the first frame of videos like z [B, F, d]."""
+        return jnp.zeros((len(z), self.frames, 2 * self.width))
+
+    def say(self, t: jax.Array, x: jax.Array, memory: jax.Array, number: jax.Array) -> jax.Array:
+        """Of frame `number` [B, 1, d] noised at t [B], told of memory [B, F, 2 width] before it."""
+        before = (jnp.arange(self.frames) < number)[None]
+        return self._said(t[:, None], x, number[None], memory, before)
+
+    def _remembered(self, x, number):
         """Keys and values [B, F', 2 width] of clean frames [B, F', d] of these numbers [F']."""
         still = jnp.full(x.shape[:-1], self.schedule.low, x.dtype)
         return self.memory(self._features(still, x, number))
-
-    def empty(self, rows: int) -> jax.Array:
-        """Memory [B, F, 2 width] before the first frame."""
-        return jnp.zeros((rows, self.frames, 2 * self.width))
-
-    def say(self, t: jax.Array, x: jax.Array, memory: jax.Array, number: jax.Array) -> jax.Array:
-        """Of frame `number` [B, d] noised at t [B], told of memory [B, F, 2 width] before it."""
-        before = (jnp.arange(self.frames) < number)[None]
-        return self._said(t[:, None], x[:, None], number[None], memory, before)[:, 0]
 
     def _features(self, t, x, number):
         told = self.schedule.condition(t)

@@ -56,6 +56,11 @@ class Denoised(nn.Module):
         """Whether F says something about variances too."""
         return self.precondition == 'none' and getattr(self.inner, 'variance', False)
 
+    @property
+    def causal(self) -> int:
+        """Frames of a block of videos that F makes block by block; 0 for none."""
+        return getattr(self.inner, 'causal', 0)
+
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
 
@@ -86,6 +91,19 @@ class Denoised(nn.Module):
         raw, share = jnp.split(both, 2, axis=-1)
         x0 = self.answered(raw, t, x)
         return jnp.concatenate([x0, 0.5 * (share + 1).astype(x0.dtype)], axis=-1)
+
+    def say(self, t: jax.Array, x: jax.Array, memory: Any, number: jax.Array, **told) -> jax.Array:
+        """E[x0 | x_t] of block `number` [B, causal, ...], of a causal F with its memory."""
+        return self.answered(self.inner.say(*self.asked(t, x), memory, number, **told), t, x)
+
+    def remember(self, x: jax.Array, memory: Any, number: jax.Array, **told) -> Any:
+        """Memory with that of a clean block [B, causal, ...]."""
+        still = jnp.full(x.shape[:1], self.schedule.low, x.dtype)
+        return self.inner.remember(*self.asked(still, x), memory, number, **told)
+
+    def empty(self, z: jax.Array) -> Any:
+        """Memory before the first block of videos like z [B, T, ...]."""
+        return self.inner.empty(z)
 
     def asked(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         """What F is given: what it is told of the noise, once or twice, and its input."""

@@ -22,10 +22,11 @@ __all__ = [
 
 # For `sharding` of a recipe, of stacked blocks: 'tensor' cuts heads and hidden units, 'fsdp' the
 # rest.
+_STACKED = r'(blocks(_from_\d+)?|layers|_refiner)'
 SHARDING = (
-    (r'blocks(_from_\d+)?/.*(to_[qkv]|add_[qkv]_proj|proj|proj_mlp|linear)/kernel$',
+    (_STACKED + r'/.*(to_[qkv]|add_[qkv]_proj|proj|proj_mlp|linear(_[13])?)/kernel$',
      (None, 'fsdp', 'tensor')),
-    (r'blocks(_from_\d+)?/.*(to_out_0|to_add_out|net_2|proj_out)/kernel$',
+    (_STACKED + r'/.*(to_out_0|to_add_out|net_2|proj_out|linear_2)/kernel$',
      (None, 'tensor', 'fsdp')),
     (r'(kernel|embedding|pos_embed)$', 'fsdp'),
 )  # fmt: skip
@@ -47,15 +48,16 @@ def timestep_features(
 
 
 class Embedder(nn.Module):
-    """Two layers, [..., any] -> [..., size]."""
+    """Two layers, [..., any] -> [..., size], with as many units between them unless told."""
 
     size: int
     dtype: Dtype
     activation: Literal['silu', 'gelu'] = 'silu'
+    hidden: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.size, dtype=self.dtype, name='linear_1')(x)
+        x = nn.Dense(self.hidden or self.size, dtype=self.dtype, name='linear_1')(x)
         x = nn.silu(x) if self.activation == 'silu' else nn.gelu(x)
         return nn.Dense(self.size, dtype=self.dtype, name='linear_2')(x)
 
@@ -95,6 +97,9 @@ class Attention(nn.Module):
       joint: 'both', a text with projections of its own is attended to and attends; or 'first', the
         same, and what it finds is left.
       projected: what is found is projected.
+      groups: heads of keys and values, which divide the others; None for as many.
+      out_bias: of the projection of what is found.
+      keeps: keys and values of x are given back too.
       fused: by a fused kernel where there is one.
       dtype: compute type.
     """
@@ -105,6 +110,9 @@ class Attention(nn.Module):
     epsilon: float = 1e-6
     joint: Literal['none', 'both', 'first'] = 'none'
     projected: bool = True
+    groups: int | None = None
+    out_bias: bool = True
+    keeps: bool = False
     fused: bool = False
     dtype: Dtype = jnp.float32
 
@@ -115,14 +123,18 @@ class Attention(nn.Module):
         text: jax.Array | None = None,
         mask: jax.Array | None = None,
         turned: tuple[jax.Array, jax.Array] | None = None,
+        memory: tuple[jax.Array, jax.Array] | None = None,
     ) -> Any:
         """[B, N, D], and with `joint` 'both' what the text [B, M, D] finds.
+
+        With `keeps` also keys and values [B, N, heads, D / heads], rotated.
 
         Args:
           x: tokens.
           text: others.
           mask: as of `attend`.
           turned: cosines and sines of the rotations of (text and) tokens, see `kd.models.rope`.
+          memory: keys and values [B, S, heads, D / heads] of tokens before, as they were kept.
         """
         seen = x if text is None or self.joint != 'none' else text
         sources = ((x, 'to_q'), (seen, 'to_k'), (seen, 'to_v'))
@@ -134,23 +146,29 @@ class Attention(nn.Module):
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in both)
         if turned is not None:
             q, k = (rotate(y, turned, paired=True) for y in (q, k))
+        own = k, v
+        if memory is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(memory, own, strict=True))
         y = attend(q, k, v, mask=mask, fused=self.fused)
         y = y.reshape(*y.shape[:2], -1)
         length = y.shape[1] - x.shape[1]
         found = y[:, length:]
         if self.projected:
-            found = nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out_0')(found)
+            found = nn.Dense(
+                x.shape[-1], use_bias=self.out_bias, dtype=self.dtype, name='to_out_0'
+            )(found)  # fmt: skip
         if self.joint != 'both':
-            return found
+            return (found, own) if self.keeps else found
         return found, nn.Dense(x.shape[-1], dtype=self.dtype, name='to_add_out')(y[:, :length])
 
     def _heads(self, sources, *norms):
-        size, out = sources[0][0].shape[-1], []
+        size, out = sources[0][0].shape[-1] // self.heads, []
         for i, (x, name) in enumerate(sources):
-            y = nn.Dense(size, use_bias=self.bias, dtype=self.dtype, name=name)(x)
+            heads = self.groups or self.heads if i else self.heads
+            y = nn.Dense(heads * size, use_bias=self.bias, dtype=self.dtype, name=name)(x)
             if self.norm == 'all' and i < 2:
                 y = nn.RMSNorm(epsilon=self.epsilon, dtype=self.dtype, name=norms[i])(y)
-            y = y.reshape(*y.shape[:2], self.heads, size // self.heads)
+            y = y.reshape(*y.shape[:2], heads, size)
             if self.norm == 'head' and i < 2:
                 y = nn.RMSNorm(epsilon=self.epsilon, dtype=self.dtype, name=norms[i])(y)
             out.append(y)

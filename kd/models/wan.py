@@ -35,13 +35,18 @@ from kd.ranges import Count, Positive, Size
 __all__ = ['PRESETS', 'SHARDING', 'Wan', 'preset']
 
 SHARDING = latent_parts.SHARDING
+# Keys and values of the tokens of all blocks, those not made yet zeros.
+Memory = tuple[jax.Array, jax.Array]
 
 
 class Block(nn.Module):
-    """Attention, attention to the text and a feed-forward layer, told [B, 1 or N, 6, D]; (x, None).
+    """Attention, attention to the text and a feed-forward layer, told [B, 1 or N, 6, D].
+
+    (x, None), or (x, (keys, values) of the attention) of one that keeps them.
 
     Attributes:
       heads, hidden, epsilon, fused, dtype: of `Wan`.
+      keeps: see above.
     """
 
     heads: int
@@ -49,25 +54,29 @@ class Block(nn.Module):
     epsilon: float
     fused: bool
     dtype: Dtype
+    keeps: bool = False
 
     @nn.compact
-    def __call__(self, x, shared, text, seen, turned):
+    def __call__(self, x, shared, text, seen, turned, memory=None):
         size, dtype = x.shape[-1], self.dtype
         table = self.param('scale_shift_table', nn.initializers.normal(size**-0.5), (1, 6, size))
         own = table.astype(dtype) + shared
         shift, scale, gate, shift_ff, scale_ff, gate_ff = (own[..., i, :] for i in range(6))
 
-        def attention(name: str) -> Attention:
+        def attention(name: str, keeps: bool = False) -> Attention:
             return Attention(
-                self.heads, True, 'all', self.epsilon, fused=self.fused, dtype=dtype, name=name
-            )
+                self.heads, True, 'all', self.epsilon, fused=self.fused, dtype=dtype, keeps=keeps,
+                name=name,
+            )  # fmt: skip
 
         y = modulated(layer_norm(x, self.epsilon, dtype), shift, scale)
-        x = x + gate * attention('attn1')(y, None, seen, turned)
+        found = attention('attn1', self.keeps)(y, None, seen, turned, memory)
+        found, kept = found if self.keeps else (found, None)
+        x = x + gate * found
         y = nn.LayerNorm(epsilon=self.epsilon, dtype=dtype, name='norm2')(x)
         x = x + attention('attn2')(y, text)
         y = modulated(layer_norm(x, self.epsilon, dtype), shift_ff, scale_ff)
-        return x + gate_ff * FeedForward('gelu', dtype, self.hidden, name='ffn')(y), None
+        return x + gate_ff * FeedForward('gelu', dtype, self.hidden, name='ffn')(y), kept
 
 
 class _Condition(nn.Module):
@@ -87,6 +96,10 @@ class _Condition(nn.Module):
 
 class Wan(nn.Module):
     """F(t, x, text) like x, for latents of videos x [B, T, H, W, C]; defaults are the 1.3B's.
+
+    One that is causal also says of a block of frames alone what it says of it in the whole, told of
+    the keys and values of the clean blocks before (`say`, `remember`, `empty`, as
+    `kd.sampling.causal` asks for).
 
     Attributes:
       width, depth, heads, hidden: of the transformer; units between the feed-forward layers.
@@ -128,8 +141,11 @@ class Wan(nn.Module):
         *,
         text: jax.Array | None = None,
         train: bool = False,
-    ) -> jax.Array:
-        """F [B, T, H, W, C].
+        memory: Memory | None = None,
+        number: jax.Array | None = None,
+        keeps: bool = False,
+    ) -> Any:
+        """F [B, T, H, W, C], or with `keeps` keys and values of its tokens, as of `empty`.
 
         Args:
           t: what it is told of the noise, 1000 times a time in [0, 1]: [B], or [B, T / patch] for
@@ -137,6 +153,9 @@ class Wan(nn.Module):
           x: noised latents.
           text: [B, M, context], as the text encoder says it, with zeros after its end.
           train: nothing here depends on it.
+          memory: of the blocks before, of which x is one.
+          number: int32, of the block.
+          keeps: see above.
 
         Raises:
           ValueError: an input that is missing, or of another size.
@@ -158,9 +177,15 @@ class Wan(nn.Module):
                     f'Wan: times of {t.shape[1]} frames of latents, there are {frames}.'
                 )
             shared, condition = (jnp.repeat(z, area, axis=1) for z in (shared, condition))
-        y = stacked(Block, self.depth, self.remat, 4)(
-            self.heads, self.hidden, self.epsilon, self.fused, dtype, name='blocks'
-        )(y, shared, text, self._seen(frames, area), self._turned(sides))[0]
+        blocks = stacked(Block, self.depth, self.remat, 4, gated=memory is not None)(
+            self.heads, self.hidden, self.epsilon, self.fused, dtype, keeps, name='blocks'
+        )
+        if memory is None:
+            y, kept = blocks(y, shared, text, self._seen(frames, area), self._turned(sides))
+        else:
+            y, kept = blocks(y, shared, text, *self._after(memory, number, sides), memory)
+        if keeps:
+            return kept
         start = nn.initializers.normal(self.width**-0.5)
         table = self.param('scale_shift_table', start, (1, 2, self.width)).astype(dtype)
         last = table + condition[:, :, None]
@@ -174,6 +199,44 @@ class Wan(nn.Module):
             return None
         block = np.repeat(np.arange(frames) // self.causal, area)
         return jnp.asarray(block[:, None] >= block)[None, None]
+
+    def _after(self, memory, number, sides):
+        """(which are seen, [1, 1, 1, S + N], rotations) of a block that comes after others."""
+        tokens, slots = sides[0] * sides[1] * sides[2], memory[0].shape[2]
+        start = number * tokens
+        seen = jnp.concatenate([jnp.arange(slots) < start, jnp.ones(tokens, bool)])
+        turned = (
+            jax.lax.dynamic_slice_in_dim(x, start, tokens, axis=1)
+            for x in self._turned([slots // (sides[1] * sides[2]), *sides[1:]])
+        )
+        return seen[None, None, None], tuple(turned)
+
+    def say(self, t: jax.Array, x: jax.Array, memory: Memory, number: jax.Array, **told) -> Any:
+        """F of block `number`, [B, causal, H, W, C], told of the clean ones before it."""
+        return self(t, x, memory=memory, number=number, **told)
+
+    def remember(
+        self, t: jax.Array, x: jax.Array, memory: Memory, number: jax.Array, **told
+    ) -> Memory:
+        """Memory with that of a clean block, at its time of no noise."""
+        kept = self(t, x, memory=memory, number=number, keeps=True, **told)
+        start = number * kept[0].shape[2]
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(whole, own.astype(whole.dtype), start, axis=2)
+            for whole, own in zip(memory, kept, strict=True)
+        )
+        return keys, values
+
+    def empty(self, z: jax.Array) -> Memory:
+        """Before the first block of videos like z: zeros [depth, B, tokens, heads, D / heads]."""
+        if not self.causal or z.shape[1] % self.causal or self.patch[0] != 1:
+            raise ValueError(
+                f'Wan with causal={self.causal} and patches of {self.patch[0]} frames makes no '
+                f'videos of {z.shape[1]} frames block by block.'
+            )
+        sides = sides_of(self, z, tuple(self.patch))
+        shape = (self.depth, len(z), int(np.prod(sides)), self.heads, self.width // self.heads)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
     def _turned(self, sides: list[int]) -> tuple[jax.Array, jax.Array]:
         size = self.width // self.heads

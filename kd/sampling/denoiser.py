@@ -80,7 +80,7 @@ def of_network(network: Network, trained_by: Mapping[str, Any] | None = None) ->
       UserError: a network that is neither.
     """
     module: Any = network.module
-    if hasattr(module, 'remember'):
+    if getattr(module, 'causal', 0) and len(network.inputs) == 3:
         raise UserError(
             f'{type(module).__name__} makes videos frame by frame, and denoises none as a whole: '
             'take a method, a probe and a teacher of videos (kd.methods.diffusion.asd_video).'

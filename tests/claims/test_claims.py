@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image, ImageChops, ImageStat
 
 from kd.claims import claim as claims
 from kd.claims.__main__ import main
 from kd.claims.claim import Check
+from kd.errors import UserError
 from kd.papers import index
 from kd.process import entry
 
@@ -112,3 +114,17 @@ def test_without_a_name_the_claims_are_listed_with_their_verdicts(arguments, cap
 def _verdict(name):
     file = ROOT / 'results' / f'{name}.json'
     return json.loads(file.read_text())['verdict'] if file.exists() else 'not measured'
+
+
+def test_a_figure_is_drawn_anew_from_what_was_measured(tmp_path):
+    (tmp_path / 'taid.json').write_bytes(Path('results/taid.json').read_bytes())
+    assert main(['taid', '--draw', f'--output={tmp_path}']) == 0
+    with Image.open(tmp_path / 'taid.png') as new, Image.open('results/taid.png') as old:
+        assert new.size == old.size
+        difference = ImageChops.difference(new.convert('RGB'), old.convert('RGB'))
+        assert ImageStat.Stat(difference).mean == pytest.approx([0, 0, 0], abs=2)
+
+
+def test_a_figure_of_what_was_not_measured_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r'python -m kd\.claims taid'):
+        main(['taid', '--draw', f'--output={tmp_path}'])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kd.config import Recipe
-from kd.data import catalogue, embed_texts
+from kd.data import catalogue, embed_images, embed_texts
+from kd.data import latents as latents_lib
 from kd.data.context import SourceContext
 from kd.data.embed_texts import Said
 from kd.data.latents import latents
@@ -60,6 +61,21 @@ def test_encoders_are_put_together_as_their_networks_take_them():
     assert masked['mask'].sum(1).tolist() == [2, 4]
     cut = embedded('wan', third)['text']
     assert cut.any(-1).sum(1).tolist() == [2, 4]
+    for of, start in (('lumina2', 'You are an assistant'), ('z_image', '<|im_start|>user')):
+        asked = []
+
+        def first(texts, length, masked, asked=asked):
+            asked += texts
+            return third(['abcd', 'ab'], length, masked)
+
+        found = embedded(of, first)
+        assert asked[0].startswith(start)
+        assert found['mask'].sum(1).tolist() == [4, 2]
+        np.testing.assert_allclose(found['text'][:, 0, 0], [14, 12])
+    long = embedded('qwen_image', third)
+    # 34 tokens of the instruction are cut off.
+    assert long['text'].shape == (2, 1_024, 8)
+    np.testing.assert_allclose(long['text'][0, 1, 0] - long['text'][0, 0, 0], 0.01, rtol=1e-2)
     with pytest.raises(UserError, match='pooled texts has none; is it the right directory'):
         embedded('sdxl', small, third)
 
@@ -71,11 +87,9 @@ CONSTANTS = {'input': 0.5}
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
     folder, texts = tmp_path_factory.mktemp('texts'), ['x' * n for n in range(1, 8)]
-    embed_texts.PER_FILE, before = 3, embed_texts.PER_FILE
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents_lib, 'PER_FILE', 3)
         embed_texts.write(folder / 'train', 'sdxl', [encoder(2, 3), encoder(4, 3)], texts, batch=2)
-    finally:
-        embed_texts.PER_FILE = before
     return folder
 
 
@@ -170,3 +184,98 @@ def test_a_pipeline_of_diffusers_says_the_same(tmp_path):
     said = np.load(tmp_path / 'said.npz')
     for name in ('text', 'pooled'):
         np.testing.assert_allclose(found[name], said[name], rtol=1e-5, atol=1e-6)
+
+
+# Pictures
+
+
+@pytest.fixture(scope='module')
+def autoencoders(tmp_path_factory):
+    """A folder with two autoencoders of diffusers."""
+    folder = tmp_path_factory.mktemp('autoencoders')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend('tests/models')
+        import latent_cases
+
+        for name in ('autoencoder', 'wan_autoencoder', 'sd3'):
+            latent_cases.write(name, folder / name)
+        yield folder, latent_cases
+
+
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 255, (*shape, 3), dtype=np.uint8)
+
+
+def test_latents_are_those_of_the_pictures_and_lie_beside_the_texts(autoencoders, tmp_path):
+    folder, cases = autoencoders
+    for i in range(5):
+        np.save(tmp_path / f'{i}.npy', drawn(i, 8, 12))
+    split = tmp_path / 'data' / 'train'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents_lib, 'PER_FILE', 3)
+        embed_texts.write(
+            split, 'sdxl', [encoder(2, 3), encoder(4, 3)], ['x' * n for n in range(5)]
+        )
+        (tmp_path / 'list.txt').write_text('\n'.join(f'{i}.npy' for i in (4, 3, 2, 1, 0)))
+        arguments = [f'--model={folder / "autoencoder"}', '--size=8x12', f'--to={split}']
+        embed_images.main([str(tmp_path / 'list.txt'), *arguments, '--batch=2'])
+        (tmp_path / 'list.txt').write_text('4.npy')
+        with pytest.raises(DataError, match=r'has 5 examples, 3 a file, and these are 1, 3 a file'):
+            embed_images.main([str(tmp_path / 'list.txt'), *arguments])
+    found = opened(
+        tmp_path / 'data', fields=FIELDS | {'input': (4, 6, 4)}, constants={}
+    ).fetch([4, 0])  # fmt: skip
+    np.testing.assert_allclose(found['text'][:, 0, 0], [14, 10])
+    module, variables = cases.module_of('autoencoder'), cases.variables_of('autoencoder')
+    pixels = np.stack([drawn(i, 8, 12) for i in (0, 4)]) / np.float32(127.5) - 1
+    mean = module.apply(variables, pixels, method='encode')[0]
+    np.testing.assert_allclose(found['input'], 0.18215 * mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_video_is_a_folder_of_frames_or_an_array(autoencoders, tmp_path):
+    folder, cases = autoencoders
+    frames = drawn(0, 6, 4, 8)
+    (tmp_path / 'videos' / 'a').mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        np.save(tmp_path / 'videos' / 'a' / f'{i:03d}.npy', frame)
+    np.save(tmp_path / 'videos' / 'b.npy', frames[::-1])
+    embed_images.main([
+        str(tmp_path / 'videos'), f'--model={folder / "wan_autoencoder"}', '--size=4x8',
+        '--frames=5', f'--to={tmp_path / "data" / "train"}',
+    ])  # fmt: skip
+    found = opened(tmp_path / 'data', fields={'input': (2, 1, 2, 4)}, constants={}).fetch([0, 1])
+    module, variables = cases.module_of('wan_autoencoder'), cases.variables_of('wan_autoencoder')
+    both = np.stack([frames[:5], frames[:0:-1]]) / np.float32(127.5) - 1
+    mean = np.asarray(module.apply(variables, both, method='encode')[0])
+    wanted = (mean - [0.1, 0.2, 0.3, 0.4]) / [1, 2, 3, 4]
+    np.testing.assert_allclose(found['input'], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_cover_their_size_and_are_cut_in_the_middle():
+    rows = np.repeat(np.arange(40, dtype=np.uint8)[:, None, None], 10, 1).repeat(3, 2)
+    np.testing.assert_array_equal(embed_images.fitted(rows, (20, 10)), rows[10:30])
+    # Twice as wide, twice as high, of which the middle half.
+    wide = embed_images.fitted(rows, (20, 20))
+    assert wide.shape == (20, 20, 3)
+    np.testing.assert_allclose(wide[:, 0, 0], np.repeat(np.arange(15, 25), 2), atol=1)
+
+
+def test_pictures_that_do_not_fit_are_told(autoencoders, tmp_path):
+    folder, _ = autoencoders
+    np.save(tmp_path / 'a.npy', drawn(0, 6, 4, 8))
+
+    def told(match, *more, model='wan_autoencoder', size='4x8'):
+        with pytest.raises((DataError, UserError), match=match):
+            embed_images.main([
+                str(tmp_path), f'--model={folder / model}', f'--size={size}', *more,
+                f'--to={tmp_path / "data"}',
+            ])  # fmt: skip
+
+    told(r'a.npy has 6 frames, and --frames=9', '--frames=9')
+    told(r'is uint8 \[6, 4, 8, 3\], and a picture is uint8')
+    told('is a AutoencoderKL, of pictures; leave out --frames', '--frames=5', model='autoencoder')
+    told('is a MMDiT and no autoencoder', '--frames=5', model='sd3')
+    told('sides divisible by 4', '--frames=5', size='4x6')
+    (tmp_path / 'list.txt').write_text('nothing.png')
+    with pytest.raises(DataError, match=r'names .*nothing\.png, which is not there'):
+        embed_images.listed(tmp_path / 'list.txt')

@@ -26,9 +26,13 @@ for i, (method, result, names) in enumerate(json.loads((folder / 'calls.json').r
         if last == 'img_shapes':
             value = value.tolist()
         place[last] = value
+    for name, value in arguments.items():
+        if isinstance(value, dict) and all(map(str.isdigit, value)):
+            arguments[name] = list(value.values())
     with torch.no_grad():
         said = getattr(model, method)(**arguments)
     for each in result.split('.'):
         said = getattr(said, each)
+    said = torch.stack(said) if isinstance(said, list) else said
     outputs[str(i)] = said.numpy()
 np.savez(folder / 'outputs.npz', **outputs)

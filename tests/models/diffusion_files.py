@@ -83,7 +83,7 @@ def said(folder, *calls):
     Args:
       folder: as of `write`.
       *calls: (what is called, 'forward' or a method; what of its result, 'sample'; arguments).
-        Arrays are float32, int64 or bool; a dot in a name is a mapping.
+        Arrays are float32, int64 or bool; a dot in a name is a mapping, or with numbers a list.
     """
     listed, arrays = [], {}
     for i, (method, result, arguments) in enumerate(calls):

@@ -13,6 +13,7 @@ TEXT, TIMES = numbers((2, 5, 6), 1), np.array([7.0, 901.0], np.float32)
 POOLED, SCALE = numbers((2, 10), 2), np.array([1.0, 3.5], np.float32)
 MASK = np.array([[True, True, False, False, False], [True] * 5])
 SIZE = np.array([[512, 300, 512 / 300], [1024, 1024, 1]], np.float32)
+FRAMES = numbers((2, 9, 4, 8, 3), 7)
 X, VIDEO = numbers((2, 8, 12, 4), 7), numbers((2, 3, 4, 6, 4), 7)
 SQUARE, IMAGES = X[:, :, :8], numbers((2, 8, 12, 3), 7)
 
@@ -41,6 +42,15 @@ CONFIGS = {
         _class_name='QwenImageTransformer2DModel', num_layers=2, in_channels=16, out_channels=4,
         joint_attention_dim=6, axes_dims_rope=[2, 4, 6], **_HEADS,
     ),
+    'lumina2': dict(
+        _class_name='Lumina2Transformer2DModel', in_channels=4, hidden_size=24, num_layers=2,
+        num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=8,
+        ffn_dim_multiplier=0.4, axes_dim_rope=[2, 4, 6], cap_feat_dim=6,
+    ),
+    'z_image': dict(
+        _class_name='ZImageTransformer2DModel', in_channels=4, dim=24, n_layers=2,
+        n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=6, axes_dims=[2, 4, 6],
+    ),
     'wan': dict(
         _class_name='WanTransformer3DModel', in_channels=4, out_channels=4, text_dim=6, ffn_dim=20,
         num_layers=2, **_HEADS,
@@ -48,6 +58,11 @@ CONFIGS = {
     'autoencoder': dict(
         _class_name='AutoencoderKL', block_out_channels=[8, 16], norm_num_groups=4,
         down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
+    ),
+    'wan_autoencoder': dict(
+        _class_name='AutoencoderKLWan', base_dim=8, z_dim=4, dim_mult=[1, 2, 2],
+        num_res_blocks=1, temperal_downsample=[True, True], latents_mean=[0.1, 0.2, 0.3, 0.4],
+        latents_std=[1.0, 2.0, 3.0, 4.0],
     ),
     'vq': dict(
         _class_name='VQModel', block_out_channels=[8, 16], norm_num_groups=4, num_vq_embeddings=20,
@@ -62,12 +77,16 @@ INPUTS = {
     'sd35': ((TIMES, X), JOINT),
     'flux': ((TIMES, X), JOINT | dict(guidance=SCALE)),
     'qwen': ((TIMES, X), dict(text=TEXT, mask=MASK)),
+    'lumina2': ((TIMES, X), dict(text=TEXT, mask=MASK)),
+    'z_image': ((TIMES, X), dict(text=TEXT, mask=MASK)),
     'wan': ((TIMES, VIDEO), dict(text=TEXT)),
     'autoencoder': ((IMAGES,), {}),
+    'wan_autoencoder': ((FRAMES,), {}),
     'vq': ((IMAGES,), {}),
 }
 ENCODED = {
     'autoencoder': ('latent_dist.mean', 'latent_dist.logvar'),
+    'wan_autoencoder': ('latent_dist.mean', 'latent_dist.logvar'),
     'vq': ('latents',),
 }
 # Sum, sum of squares and one entry of what diffusers 0.42.1 says of the same weights.
@@ -78,6 +97,9 @@ KNOWN = {
     'sd35': (96.68792, 5113.535867, 3.001695),
     'flux': (2036.338011, 16200.797459, 6.612652),
     'qwen': (450.651378, 2946.574852, 0.485858),
+    'lumina2': (-498.536454, 2909.57254, -1.275592),
+    'z_image': (-366.914464, 76461.926511, 2.060912),
+    'wan_autoencoder': (640.517781, 306.314532, 0.477578),
     'wan': (-61.22234, 4574.302149, -3.368743),
     'autoencoder': (319.647979, 469.963357, 0.033934),
     'vq': (492.550294, 705.909957, 0.575023),
@@ -133,7 +155,8 @@ def check_anew(name, folder):
     """Diffusers is asked, and everything compared."""
     write(name, folder)
     channels_first = {
-        key: np.moveaxis(x, -1, 1) for key, x in dict(x=X, video=VIDEO, image=IMAGES).items()
+        key: np.moveaxis(x, -1, 1)
+        for key, x in dict(x=X, video=VIDEO, image=IMAGES, frames=FRAMES).items()
     }
     x, text = channels_first['x'], {'encoder_hidden_states': TEXT}
     joint = {'hidden_states': x, 'timestep': TIMES, 'pooled_projections': POOLED, **text}
@@ -160,21 +183,35 @@ def check_anew(name, folder):
             'hidden_states': packed, 'timestep': TIMES / 1_000, **text,
             'encoder_hidden_states_mask': MASK, 'img_shapes': np.array([[[1, 4, 6]]] * 2),
         },
+        'lumina2': {
+            'hidden_states': x, 'timestep': 1 - TIMES / 1_000, **text,
+            'encoder_attention_mask': MASK,
+        },
+        'z_image': {
+            't': 1 - TIMES / 1_000, **{f'x.{i}': each[:, None] for i, each in enumerate(x)},
+            **{f'cap_feats.{i}': TEXT[i, MASK[i]] for i in range(2)},
+        },
         'wan': {'hidden_states': channels_first['video'], 'timestep': TIMES, **text},
         'autoencoder': {'sample': channels_first['image']},
+        'wan_autoencoder': {'sample': channels_first['frames']},
         'vq': {'sample': channels_first['image']},
     }  # fmt: skip
     wanted, *more = diffusion_files.said(
         folder,
         ('forward', 'sample', calls[name]),
-        *(('encode', part, {'x': channels_first['image']}) for part in ENCODED.get(name, ())),
+        *(('encode', part, {'x': calls[name]['sample']}) for part in ENCODED.get(name, ())),
     )
     for moment, part in enumerate(more):
-        found = module_of(name).apply(variables_of(name), IMAGES, method='encode')[moment]
+        found = module_of(name).apply(variables_of(name), *INPUTS[name][0], method='encode')[moment]
         np.testing.assert_allclose(found, np.moveaxis(part, 1, -1), rtol=1e-4, atol=1e-4)
     if name in ('flux', 'qwen'):
         wanted = wanted.reshape(2, 4, 6, 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(X.shape)
     else:
         wanted = np.moveaxis(wanted, 1, -1)
+    if name == 'z_image':
+        wanted = wanted[:, 0]
+    if name in ('lumina2', 'z_image'):
+        # As released they say x0 - eps.
+        wanted = -wanted
     found = said(name)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())

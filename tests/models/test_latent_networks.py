@@ -9,6 +9,7 @@ from diffusion_files import numbers
 from jax.sharding import PartitionSpec
 from latent_cases import (
     CONFIGS,
+    FRAMES,
     IMAGES,
     INPUTS,
     MASK,
@@ -24,13 +25,21 @@ from latent_cases import (
 
 from kd.errors import UserError
 from kd.io import pretrained
-from kd.models import autoencoder_kl, latent_dit, latent_parts, mmdit, wan
+from kd.models import (
+    autoencoder_kl,
+    autoencoder_wan,
+    latent_dit,
+    latent_parts,
+    mmdit,
+    next_dit,
+    wan,
+)
 from kd.network import parameter_count
 from kd.parallel.mesh import make_mesh
 from kd.parallel.sharding import tree_shardings
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
-NAMES = ('dit', 'pixart', 'autoencoder', 'vq')
+NAMES = ('dit', 'pixart', 'autoencoder', 'wan_autoencoder', 'vq')
 
 
 @pytest.mark.parametrize(
@@ -42,6 +51,8 @@ NAMES = ('dit', 'pixart', 'autoencoder', 'vq')
         (mmdit.preset, 'sd35_large', (64, 64, 16), 8_057),
         (mmdit.preset, 'flux_dev', (64, 64, 16), 11_901),
         (mmdit.preset, 'qwen_image', (64, 64, 16), 20_430),
+        (next_dit.preset, 'lumina2', (64, 64, 16), 2_610),
+        (next_dit.preset, 'z_image', (64, 64, 16), 6_155),
         (wan.preset, 'wan21_1_3b', (5, 32, 32, 16), 1_419),
         (wan.preset, 'wan21_14b', (5, 32, 32, 16), 14_288),
     ],
@@ -52,10 +63,18 @@ def test_presets_have_the_published_numbers_of_parameters(made, of, shape, milli
 
 
 @pytest.mark.parametrize(
-    ('of', 'thousands'), [('sdxl', 83_654), ('flux', 83_820), ('vq_f4', 55_323)]
+    ('made', 'of', 'shape', 'thousands'),
+    [
+        (autoencoder_kl.preset, 'sdxl', (64, 64, 3), 83_654),
+        (autoencoder_kl.preset, 'flux', (64, 64, 3), 83_820),
+        (autoencoder_kl.preset, 'vq_f4', (64, 64, 3), 55_323),
+        (autoencoder_wan.preset, 'wan21', (5, 64, 64, 3), 126_893),
+        # Of a picture there are the same.
+        (autoencoder_wan.preset, 'qwen_image', (1, 64, 64, 3), 126_893),
+    ],
 )
-def test_autoencoders_have_the_published_numbers_of_parameters(of, thousands):
-    shapes = diffusion_files.abstract(autoencoder_kl.preset(of), (1, 64, 64, 3))
+def test_autoencoders_have_the_published_numbers_of_parameters(made, of, shape, thousands):
+    shapes = diffusion_files.abstract(made(of), (1, *shape))
     assert round(parameter_count(shapes) / 1e3) == thousands
 
 
@@ -76,6 +95,7 @@ def test_diffusers_says_so(name, tmp_path):
         (latent_dit.preset, 'pixart_alpha_512', (64, 64, 4)),
         (mmdit.preset, 'sd35_medium', (64, 64, 16)),
         (mmdit.preset, 'flux_dev', (64, 64, 16)),
+        (next_dit.preset, 'z_image', (64, 64, 16)),
         (wan.preset, 'wan21_14b', (5, 32, 32, 16)),
     ],
 )
@@ -87,7 +107,7 @@ def test_parameters_lie_on_all_devices(made, of, shape):
     share = sum(jax.tree.leaves(held)) / sum(x.size for x in jax.tree.leaves(shapes))
     # Of eight; norms and biases lie whole, and what is outside of blocks over four alone.
     assert 1 / 8 < share < 1 / 7
-    inner = next(path for path in lying['params'] if 'blocks' in path)
+    inner = next(path for path in lying['params'] if 'blocks' in path or path == 'layers')
     specs = {x.spec for x in jax.tree.leaves(lying['params'][inner])}
     assert {PartitionSpec(None, 'fsdp', 'tensor'), PartitionSpec(None, 'tensor', 'fsdp')} < specs
 
@@ -105,6 +125,12 @@ def test_variances_are_further_channels():
 def test_what_a_mask_hides_is_not_seen():
     other = said('pixart', text=TEXT + 3 * ~MASK[..., None])
     np.testing.assert_array_equal(other, said('pixart'))
+
+
+def test_a_text_may_be_followed_by_anything():
+    for name in ('lumina2', 'z_image'):
+        other = said(name, text=TEXT + 3 * ~MASK[..., None])
+        np.testing.assert_allclose(other, said(name), rtol=1e-5, atol=1e-5)
 
 
 def test_latents_are_scaled_and_old_names_are_read(tmp_path):
@@ -176,6 +202,9 @@ def test_published_descriptions_are_those_of_presets(of, described, tmp_path):
         ('sd35', dict(dual_attention_layers=[1]), 'attends twice in its first blocks'),
         ('flux', dict(patch_size=2), 'MMDiT has patch_size=1'),
         ('qwen', dict(out_channels=16), 'a quarter of its in_channels out'),
+        ('lumina2', dict(out_channels=8), 'NextDiT has patch_size=2 and as many channels'),
+        ('z_image', dict(all_patch_size=[2, 4]), 'patches of 2x2 pixels of one image alone'),
+        ('wan_autoencoder', dict(is_residual=True), 'is_residual=True is more than WanAuto'),
         ('wan', dict(image_dim=1_280), 'image_dim=1280 is more than Wan knows'),
         ('autoencoder', dict(use_quant_conv=False), 'both of quant_conv and post_quant_conv'),
         ('vq', dict(vq_embed_dim=4), 'codes of as many numbers as latents have'),
@@ -194,6 +223,8 @@ def test_settings_that_networks_do_not_have_are_told(name, described, words, tmp
         ('sd3', (TIMES, X[:, :7]), {}, 'patches of 2x2 got 7x12; the sides must be divisible'),
         ('sd3', (TIMES, np.zeros((2, 8, 16, 4))), {}, 'knows 7 places along a side, got 8'),
         ('flux', (), dict(guidance=None), "'guidance' was missing"),
+        ('z_image', (), dict(text=np.zeros((2, 5, 7))), "'text' has 7 features, expected 6"),
+        ('wan_autoencoder', (FRAMES[:, :4],), {}, 'one frame and a multiple of 4, with sides'),
         ('wan', (np.zeros((2, 4)), VIDEO), {}, 'times of 4 frames of latents, there are 3'),
         ('autoencoder', (IMAGES[:, :7],), {}, 'image sides divisible by 2, got 7x12'),
     ],

@@ -4,7 +4,7 @@ import diffusion_files
 import pytest
 
 from kd.io import pretrained
-from kd.models import autoencoder_kl, mmdit, unet_conditional, wan
+from kd.models import autoencoder_kl, autoencoder_wan, mmdit, next_dit, unet_conditional, wan
 
 _HEADS = dict(attention_head_dim=128, num_attention_heads=24)
 _VAE = dict(
@@ -73,6 +73,32 @@ CASES = {
             in_channels=16, num_attention_heads=12, num_layers=30, out_channels=16,
             patch_size=[1, 2, 2], qk_norm='rms_norm_across_heads', rope_max_seq_len=1024,
             text_dim=4096,
+        ),
+    ),
+    'lumina2': (
+        next_dit.preset('lumina2'),
+        dict(
+            _class_name='Lumina2Transformer2DModel', axes_dim_rope=[32, 32, 32],
+            axes_lens=[300, 512, 512], cap_feat_dim=2304, ffn_dim_multiplier=None,
+            hidden_size=2304, in_channels=16, multiple_of=256, norm_eps=1e-5,
+            num_attention_heads=24, num_kv_heads=8, num_layers=26, num_refiner_layers=2,
+            out_channels=None, patch_size=2, sample_size=128, scaling_factor=1.0,
+        ),
+    ),
+    'z_image': (
+        next_dit.preset('z_image'),
+        dict(
+            _class_name='ZImageTransformer2DModel', all_f_patch_size=[1], all_patch_size=[2],
+            axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512], cap_feat_dim=2560, dim=3840,
+            in_channels=16, n_heads=30, n_kv_heads=30, n_layers=30, n_refiner_layers=2,
+            norm_eps=1e-5, qk_norm=True, rope_theta=256.0, t_scale=1000.0,
+        ),
+    ),
+    'wan autoencoder': (
+        autoencoder_wan.preset('wan21'),
+        dict(
+            _class_name='AutoencoderKLWan', attn_scales=[], base_dim=96, dim_mult=[1, 2, 4, 4],
+            dropout=0.0, num_res_blocks=2, temperal_downsample=[False, True, True], z_dim=16,
         ),
     ),
     'sdxl autoencoder': (

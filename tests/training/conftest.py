@@ -11,9 +11,7 @@ from runs import RECIPES, Command
 def processes():
     """Starts `kd.main` in fresh processes whose imports were paid for once."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(
-        ['kd.main', 'kd.training.loop', 'kd.reports.classification', 'clu.metric_writers']
-    )
+    context.set_forkserver_preload(['kd.main', 'kd.training.loop', 'kd.reports.classification'])
     sys.path.insert(0, str(RECIPES))
     yield context
     sys.path.remove(str(RECIPES))

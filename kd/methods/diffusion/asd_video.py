@@ -29,6 +29,7 @@ from kd.metrics import mean
 from kd.network import Network, from_linen, output_shape
 from kd.ranges import Count, Finite, Fraction, NonNegative, Positive
 from kd.sampling import causal
+from kd.sampling import denoiser as denoisers
 from kd.sampling import times as times_lib
 from kd.sampling.causal import CausalGenerator
 from kd.sampling.denoiser import Denoiser
@@ -78,6 +79,7 @@ def asd_video(
     critic_between: tuple[Fraction, Fraction] = (0.02, 0.98),
     denoising: Weight = 'flow',
     step: Literal['restart', 'ddim', 'ancestral'] = 'restart',
+    critic: str = TEACHER,
 ) -> Method:
     """Towards One-step Causal Video Generation (2025, arXiv:2511.01419); with weight 0 Self-Forcing
     (2506.08009).
@@ -93,9 +95,9 @@ def asd_video(
     there, each sample of a pair has a time of noise of its own.
 
     Args:
-      context: the stage; its network is causal (`kd.models.causal_video`), its teacher a denoiser
-        of whole videos, as which the critic begins, `result='generator'`. The generator begins as
-        `references.start`.
+      context: the stage; its network is causal (`kd.models.causal_video`, or a causal
+        `kd.models.wan` in a denoiser), its teacher a denoiser of whole videos,
+        `result='generator'`. The generator begins as `references.start`.
       times, optimizer, clock, guidance, updates, between, critic_between, step: as of
         `kd.methods.diffusion.dmd.dmd`; `optimizer` is the discriminator's too.
       discriminator: block of a network with as many logits as there are times.
@@ -103,6 +105,7 @@ def asd_video(
       penalty, scale: see `Adversary`; lambda = 600 and .05 of the paper.
       together: a pair has one time of noise.
       denoising: weight of the critic's loss.
+      critic: a reference that the critic begins as, for one smaller than the teacher.
     """
     where = f'{context.stage}.method'
     student = causal.generator(context.network, times, step, where=where)
@@ -118,12 +121,15 @@ def asd_video(
         network = _judge(context, discriminator, len(student.times), where)
         tx = context.optimizer(**optimizer)
         adversary = Adversary(network, tx, law, weight, penalty, scale, together)
-    critic = common.critic(
+    tracking = common.critic(
         context, optimizer, times_lib.uniform(measure, *critic_between), weight=denoising,
-        updates=updates, sample='fresh', start=TEACHER,
+        updates=updates, sample='fresh', start=critic,
     )  # fmt: skip
+    if critic in context.references:
+        of = context.references[critic]
+        tracking = tracking._replace(network=of, denoiser=denoisers.of_network(of))
     matched = common.matching(law, guidance)
-    return self_distilled(context, student, teacher, critic, matched, adversary)
+    return self_distilled(context, student, teacher, tracking, matched, adversary)
 
 
 def _judge(context: Context, block: Mapping[str, Any] | None, logits: int, where: str) -> Network:
@@ -172,7 +178,9 @@ def fooled(adversary: Adversary, student: CausalGenerator, path: Schedule) -> Te
         number, last = student.exit(views.level), len(student.times) - 1
         variables = views.state.variables(part=GENERATOR)
         ahead = jnp.minimum(number[0] + adversary.beyond, last)
-        more = jax.lax.stop_gradient(student.made(variables, roll_key, views.x.shape, ahead).x)
+        more = jax.lax.stop_gradient(
+            student.made(variables, views.condition, roll_key, views.x.shape, ahead).x
+        )
         params = views.state.params[DISCRIMINATOR]
         seen = noised(adversary, path, (views.x, more), noise_key)
         few, many = (_one(adversary, params, x, number) for x in seen)
@@ -188,9 +196,9 @@ def told_apart(adversary: Adversary, student: CausalGenerator, path: Schedule) -
         keys = jax.random.split(key, 6)
         shape = batch['input'].shape
         number = jax.random.randint(keys[0], (), 0, len(student.times) - 1)
-        variables = state.variables(part=GENERATOR)
+        variables, told = state.variables(part=GENERATOR), student.causal.conditions(batch)
         pair = tuple(
-            jax.lax.stop_gradient(student.made(variables, k, shape, n).x)
+            jax.lax.stop_gradient(student.made(variables, told, k, shape, n).x)
             for k, n in ((keys[1], number), (keys[2], number + adversary.beyond))
         )
         numbers = jnp.full(shape[0], number)
