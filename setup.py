@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 REQUIREMENTS = [
     'absl-py>=2.3.1',
     'array_record>=0.8.3',
+    'clu>=0.0.12',
     'diffrax>=0.7.2',
     'einops>=0.8',
     'etils[epath,epy]>=1.15',

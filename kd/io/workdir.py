@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from clu import parameter_overview
 
 from kd import config as config_lib
 from kd import files
 from kd.errors import UserError
 from kd.io import events, manifest
+from kd.state import PyTree
 
 log = logging.getLogger('kd')
 
@@ -139,6 +141,17 @@ class MetricLog:
             return
         self._stream.close()
         self._events.close()
+
+
+def write_overview(directory: Path, params: PyTree) -> None:
+    """Writes `parameters.txt`, what is trained: names, shapes, types, numbers, and how the mesh has
+    them.
+
+    Of several processes only the first writes.
+    """
+    if jax.process_index() == 0:
+        table = parameter_overview.get_parameter_overview(params, include_stats='sharding')
+        files.write_whole(directory / 'parameters.txt', table + '\n')
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

@@ -24,7 +24,7 @@ from kd.context import ReportContext
 from kd.errors import Preempted
 from kd.io import checkpoints, finished
 from kd.io.progress import Progress, doing, say
-from kd.io.workdir import MetricLog, Workdir, read_metrics
+from kd.io.workdir import MetricLog, Workdir, read_metrics, write_overview
 from kd.parallel import distributed
 from kd.parallel import mesh as mesh_lib
 from kd.training import ending, nonfinite, reuse, watch
@@ -195,6 +195,7 @@ class Loop:
 
     def run(self) -> None:
         steps = self.stage.config.steps
+        write_overview(self.directory, self.state.params)
         self.log = MetricLog(self.directory, resume_step=self.start)
         self.progress = Progress(self.name, start=self.start, total=steps)
         profile = self._profile()
