@@ -2,15 +2,17 @@
 
 `kd.data.embed_texts` and `kd.data.embed_images` write them, each beside the other's.
 
-data = dict(
-    source=dict(
-        name='kd.data.latents.latents', path='sdxl', encoder='sdxl',
-        fields=dict(input=(128, 128, 4), text=(77, 2_048), pooled=(1_280,), size=(6,)),
-        constants=dict(size=(1_024, 1_024, 0, 0, 1_024, 1_024), input=0.0)),
-    train='train')
+What a recipe says, and what lies in PATH:
 
-PATH/train/manifest.json        {"encoder": "sdxl", "per_file": 1024, "examples": 2500, ...}
-PATH/train/00002.safetensors    the examples from 2048 on: text [452, 77, 2048], input, ...
+    data = dict(
+        source=dict(
+            name='kd.data.latents.latents', path='sdxl', encoder='sdxl',
+            fields=dict(input=(128, 128, 4), text=(77, 2_048), pooled=(1_280,), size=(6,)),
+            constants=dict(size=(1_024, 1_024, 0, 0, 1_024, 1_024), input=0.0)),
+        train='train')
+
+    PATH/train/manifest.json        {"encoder": "sdxl", "per_file": 1024, "examples": 2500, ...}
+    PATH/train/00002.safetensors    the examples from 2048 on: text [452, 77, 2048], input, ...
 """
 
 from __future__ import annotations

@@ -82,8 +82,7 @@ def log_mixture(log_a: jax.Array, log_b: jax.Array, weight: float) -> jax.Array:
     """log(weight a + (1 - weight) b) from log a and log b, elementwise; -inf where both are.
 
     Formed by logaddexp: the logarithm of the mixed probabilities would underflow in float32 where
-      both lie below
-    e^-87. `weight` is a Python number in [0, 1].
+    both lie below e^-87. `weight` is a Python number in [0, 1].
     """
     if weight in (0, 1):
         return log_a if weight == 1 else log_b

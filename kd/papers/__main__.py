@@ -72,7 +72,7 @@ def shown(paper: Paper, measured: Mapping[str, Result]) -> list[str]:
         f'  {paper.line}',
     ]
     for title, part in (
-        ('Recipes', _recipes(paper)),
+        ('Recipes', recipes(paper)),
         ('Claim', _claim(paper, measured)),
         ('Theorems', [f'python -m kd.theory.verify {paper.slug}'] if paper.theorems else []),
         ('Methods', paper.methods),
@@ -85,7 +85,7 @@ def shown(paper: Paper, measured: Mapping[str, Result]) -> list[str]:
     return lines
 
 
-def _recipes(paper: Paper) -> Iterator[str]:
+def recipes(paper: Paper) -> Iterator[str]:
     """A command per recipe, each with a work directory of its own, and the steps of its stages."""
     # Configs may import JAX, which takes seconds: the list of papers goes without.
     with active().nothing_to_lose():

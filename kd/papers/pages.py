@@ -1,4 +1,4 @@
-"""What is made of the index and of the results: the README's table and two pages under docs/."""
+"""What is made of the index and of the results: tables of the README, and pages under docs/."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from kd.claims import results
 from kd.claims.results import Result
 from kd.errors import UserError
-from kd.papers import index
+from kd.papers import families, index
+from kd.papers.families import FAMILIES
 from kd.papers.index import Paper
 
-BEGIN, END = '<!-- papers: begin -->', '<!-- papers: end -->'
 _MADE = '<!-- Made by `python -m kd.papers --readme`. -->'
 
 
@@ -28,40 +28,73 @@ def made(root: Path = Path()) -> dict[Path, str]:
     papers, measured = index.load(root), results.measured(root)
     readme, docs = root / 'README.md', root / 'docs'
     return {
-        readme: with_table(readme.read_text(encoding='utf-8'), table(papers, measured)),
+        readme: with_tables(
+            readme.read_text(encoding='utf-8'),
+            {'families': can_do(), 'papers': at_a_glance(papers, measured)},
+        ),
+        docs / 'papers.md': papers_page(papers, measured),
         docs / 'recipes.md': recipes_page(papers, root),
         docs / 'claims.md': claims_page(papers, measured),
     }
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README with the table between its two markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f'README.md needs the lines {BEGIN} and {END}.')
-    return f'{before}{BEGIN}\n{table}\n{END}{after}'
+def with_tables(readme: str, tables: Mapping[str, str]) -> str:
+    """The README with each table between its two markers."""
+    for name, table in tables.items():
+        begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+        before, found, rest = readme.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise UserError(f'README.md needs the lines {begin} and {end}.')
+        readme = f'{before}{begin}\n{table}\n{end}{after}'
+    return readme
 
 
-def table(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> str:
-    """A row per paper with a claim; the others are named below."""
-    lines = ['| paper | says that | recipe | verdict |', '|---|---|---|---|']
-    others = []
-    for paper in papers.values():
-        if not paper.claim:
-            others.append(f'[{paper.slug}]({paper.url})')
-            continue
-        verdict = results.verdict(paper.claim_name, measured)
-        if paper.claim_name in measured:
-            held = results.held(measured[paper.claim_name])
-            verdict = f'[{verdict}](results/{paper.claim_name}.json), {held}'
-        lines.append(
-            f'| [{paper.slug}]({paper.url}), {paper.cited} | {paper.line} '
-            f'| {_links(paper.config_files)} | {verdict} |'
-        )
+def can_do() -> str:
+    """What one can do with each family, and a command that does it in minutes."""
+    lines = ['| family | what you can do | in minutes on two cores |', '|---|---|---|']
+    for family in FAMILIES.values():
+        lines.append(f'| {family.title} | {family.line} | `{family.command}` |')
+    return '\n'.join(lines)
+
+
+def at_a_glance(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> str:
+    """How many papers are reproduced, and which of each family are."""
+    lines = [families.counted(papers.values(), measured), '']
+    lines += [f'| family | {" | ".join(families.VERDICTS)} |', '|---' * 5 + '|']
+    for name, family in FAMILIES.items():
+        by_verdict: dict[str, list[str]] = {verdict: [] for verdict in families.VERDICTS}
+        for paper in families.of(papers.values(), name):
+            if paper.claim:
+                verdict = results.verdict(paper.claim_name, measured)
+                by_verdict[verdict].append(f'[{paper.slug}]({paper.url})')
+        cells = [', '.join(slugs) for slugs in by_verdict.values()]
+        lines.append(f'| {" | ".join([family.title, *cells])} |')
+    others = [f'[{paper.slug}]({paper.url})' for paper in papers.values() if not paper.claim]
     if others:
         lines += ['', f'Besides, without a claim of their own: {", ".join(others)}.']
     return '\n'.join(lines)
+
+
+def papers_page(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> str:
+    """docs/papers.md: a row per paper, by family."""
+    lines = ['# Papers', '', _MADE, '', families.counted(papers.values(), measured)]
+    for name, family in FAMILIES.items():
+        lines += ['', f'## {family.title}', '']
+        lines += ['| paper | says that | recipe | verdict, checks that hold |', '|---|---|---|---|']
+        lines += [_row(paper, measured) for paper in families.of(papers.values(), name)]
+    return '\n'.join(lines) + '\n'
+
+
+def _row(paper: Paper, measured: Mapping[str, Result]) -> str:
+    told = families.told(paper, measured)
+    if paper.claim_name in measured:
+        verdict, _, held = told.rpartition(', ')
+        told = f'[{verdict}](../results/{paper.claim_name}.json), {held}'
+    return (
+        f'| [{paper.slug}]({paper.url}), {paper.cited} | {paper.line} '
+        f'| {_links(paper.config_files, "../")} | {told} |'
+    )
 
 
 def recipes_page(papers: Mapping[str, Paper], root: Path = Path()) -> str:

@@ -12,7 +12,7 @@ from kd import config as kd_config
 from kd.claims import claim as claims
 from kd.claims import results
 from kd.errors import UserError
-from kd.papers import citations, index, pages
+from kd.papers import citations, families, index, pages
 from kd.papers.__main__ import main
 from kd.process import entry
 from kd.theory import verify
@@ -132,7 +132,7 @@ def _modules_of_methods():
                 yield '.'.join(file.relative_to(ROOT).with_suffix('').parts)
 
 
-@pytest.mark.parametrize('file', ['README.md', 'docs/recipes.md', 'docs/claims.md'])
+@pytest.mark.parametrize('file', ['README.md', 'docs/papers.md', 'docs/recipes.md', 'docs/claims.md'])
 def test_readme_and_pages_are_what_the_command_writes(file):
     made = pages.made(ROOT)[ROOT / file]
     assert made == (ROOT / file).read_text(), 'run python -m kd.papers --readme'
@@ -149,18 +149,38 @@ def test_a_row_of_each_kind(tmp_path):
     )
     papers = index.load(tmp_path)
     held = {'verdict': results.REPRODUCED, 'checks': [{'verdict': results.REPRODUCED}] * 3}
-    assert pages.table(papers, {'one': held}).splitlines()[2:] == [
+    assert pages.papers_page(papers, {'one': held}).splitlines()[4:13] == [
+        'Papers with a claim: 2. Of these are 1 reproduced, 0 inconclusive, 0 not reproduced at '
+        'this scale, 1 not measured.',
+        '',
+        '## Classifiers',
+        '',
+        '| paper | says that | recipe | verdict, checks that hold |',
+        '|---|---|---|---|',
         '| [one](https://arxiv.org/abs/2001.00001), Ada et al. 2020 | it works '
-        '| [vision/a](configs/vision/a.py), [b](configs/vision/b.py) '
-        '| [reproduced](results/one.json), 3 of 3 |',
+        '| [vision/a](../configs/vision/a.py), [b](../configs/vision/b.py) '
+        '| [reproduced](../results/one.json), 3 of 3 |',
         '| [two](https://arxiv.org/abs/2001.00001), Ada and Bob 2020 | it works |  '
         '| not measured |',
-        '',
-        'Besides, without a claim of their own: [three](https://arxiv.org/abs/2001.00001).',
+        '| [three](https://arxiv.org/abs/2001.00001), 2020 | it works |  | no claim of its own |',
     ]
-    assert papers['three'].cited == '2020'
-    with pytest.raises(UserError, match='needs the lines <!-- papers: begin --> and'):
-        pages.with_table(f'{pages.END}\n{pages.BEGIN}', '')
+    glance = pages.at_a_glance(papers, {'one': held}).splitlines()
+    assert glance[4] == (
+        '| Classifiers | [one](https://arxiv.org/abs/2001.00001) |  |  '
+        '| [two](https://arxiv.org/abs/2001.00001) |'
+    )
+    assert glance[-1] == (
+        'Besides, without a claim of their own: [three](https://arxiv.org/abs/2001.00001).'
+    )
+    with pytest.raises(UserError, match='needs the lines <!-- x: begin --> and <!-- x: end -->'):
+        pages.with_tables('<!-- x: end -->\n<!-- x: begin -->', {'x': ''})
+
+
+def test_every_family_is_told_and_its_command_is_a_recipe():
+    assert {paper.family for paper in PAPERS.values()} == set(families.FAMILIES)
+    recipes = {recipe for paper in PAPERS.values() for recipe in paper.recipes(ROOT)}
+    for family in families.FAMILIES.values():
+        assert family.command.partition('--config=')[2].split()[0] in recipes
 
 
 def test_variants_are_read_without_running_a_config(tmp_path):

@@ -1,8 +1,8 @@
 """Images beside what is left of them at a lower resolution, at their own size: `input` and `low`.
 
-data=dict(source=dict(name='kd.data.transforms.low_resolution.low_resolution', scales=(4,),
-                      of=dict(name='kd.data.patches.crops', of='china_flower', size=8)),
-          train='train', validation='test')
+    data=dict(source=dict(name='kd.data.transforms.low_resolution.low_resolution', scales=(4,),
+                          of=dict(name='kd.data.patches.crops', of='china_flower', size=8)),
+              train='train', validation='test')
 
 A flow or a diffusion model of restoration is told `low`, as further channels of its input.
 """

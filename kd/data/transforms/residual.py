@@ -1,8 +1,8 @@
 """Images less the pictures that they are restored from: what residual shifting is a diffusion of.
 
-data=dict(source=dict(name='kd.data.transforms.residual.residual', of=dict(
-              name='kd.data.transforms.low_resolution.low_resolution', ...)),
-          train='train', validation='test')
+    data=dict(source=dict(name='kd.data.transforms.residual.residual', of=dict(
+                  name='kd.data.transforms.low_resolution.low_resolution', ...)),
+              train='train', validation='test')
 
 `kd.losses.schedule.residual_shift` noises them, `kd.models.shifted` says what they are.
 """

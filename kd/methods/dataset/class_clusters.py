@@ -1,9 +1,11 @@
 """A stage that writes every class of a data set as a few weighted points, for later stages.
 
-config.clusters = stage(
-    method=dict(name='kd.methods.cache.nothing'), steps=1, batch_size=64,
-    writers={'clusters': dict(
-        name='kd.methods.dataset.class_clusters.class_clusters', clusters=10)})
+In a recipe:
+
+    config.clusters = stage(
+        method=dict(name='kd.methods.cache.nothing'), steps=1, batch_size=64,
+        writers={'clusters': dict(
+            name='kd.methods.dataset.class_clusters.class_clusters', clusters=10)})
 """
 
 from __future__ import annotations
