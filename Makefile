@@ -15,13 +15,13 @@ LOWEST_TESTS := tests/test_packaging.py tests/test_config.py tests/test_figures.
 	tests/losses/test_divergence.py tests/models/test_dit.py tests/sampling/test_flow_sampling.py \
 	tests/theory/test_kernel_regression.py tests/training
 
-.PHONY: quickstart test test-all test-lowest lint format clean
+.PHONY: quickstart test test-all test-lowest docs lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kd needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[test,colab]'
+	$(BIN)/pip install --quiet --editable '.[test,colab,docs]'
 	touch $@
 
 quickstart: $(VENV)/.installed
@@ -45,6 +45,10 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) -m 'not slow' -o filterwarnings= --disable-warnings \
 		$(LOWEST_TESTS)
 
+# The site, docs/_build/index.html; a link that leads nowhere is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +60,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(LOWEST) docs/_build docs/made .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

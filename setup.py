@@ -68,6 +68,8 @@ EXTRAS = {
         'sqlalchemy>=2.1',
         'xmanager>=0.8.5',
     ],
+    # The site of `make docs`.
+    'docs': ['myst-nb>=1.4', 'sphinx>=9.0', 'sphinx-book-theme>=1.4'],
     'colab': [*LANGUAGE_MODELS, 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
     # What kd.benchmarks measures against, for a Python of its own: see kd/benchmarks/peers.
     'peers': ['diffusers>=0.35', 'torch>=2.13', 'transformers>=5.24', 'trl>=1.16'],

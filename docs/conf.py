@@ -20,11 +20,16 @@ project_copyright = author
 html_title = 'kd'
 
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.linkcode', 'myst_nb']
-exclude_patterns = ['_build', *(f'made/{name}.md' for name in ('families', 'theorems', 'compiled'))]
+exclude_patterns = [
+    '_build',
+    'papers.md',
+    *(f'made/{name}.md' for name in ('families', 'theorems', 'compiled')),
+]
 
 # Docstrings: see docs/docstrings.py.
 autodoc_member_order = 'bysource'
 autodoc_default_options = {'members': True, 'special-members': '__call__'}
+autodoc_inherit_docstrings = False
 add_module_names = False
 toc_object_entries_show_parents = 'hide'
 napoleon_numpy_docstring = False
@@ -41,6 +46,8 @@ myst_enable_extensions = ['colon_fence', 'deflist']
 myst_heading_anchors = 3
 nb_execution_mode = 'off'
 
+highlight_language = 'none'
+
 html_theme = 'sphinx_book_theme'
 html_theme_options = {
     'repository_url': links.REPOSITORY,
@@ -50,6 +57,7 @@ html_theme_options = {
     'show_navbar_depth': 1,
     'collapse_navigation': True,
     'navigation_with_keys': False,
+    'navbar_persistent': [],
 }
 html_static_path = ['static']
 html_css_files = ['kd.css']
@@ -67,9 +75,15 @@ def setup(app):
     site_pages.write(HERE.parent, HERE / 'made')
     app.connect('autodoc-process-docstring', _docstring, priority=400)
     app.connect('autodoc-process-signature', lambda *told: docstrings.signature(told[3]))
+    app.connect('autodoc-skip-member', _skipped)
     app.connect('source-read', links.rewrite)
     app.connect('missing-reference', links.missing)
 
 
 def _docstring(app, what, name, thing, options, lines):
     lines[:] = docstrings.restructured(lines)
+
+
+def _skipped(app, what, name, thing, skip, options):
+    """Fields of named tuples, which their class tells; what Sphinx skips otherwise."""
+    return True if type(thing).__name__ == '_tuplegetter' else None

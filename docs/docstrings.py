@@ -2,8 +2,9 @@
 
 They are written to be read in an editor: `names` in single backticks, equations and commands as
 indented blocks, lists and tables of Markdown, and sections of Google's style, which
-`sphinx.ext.napoleon` knows. `restructured` makes all but these sections reStructuredText. Signatures
-are shown as they stand in the source, so that a type goes by the name that its author gave it.
+`sphinx.ext.napoleon` knows. `restructured` makes all but these sections reStructuredText.
+Signatures are shown as they stand in the source, so that a type goes by the name that its author
+gave it.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _items(lines: Sequence[str]) -> list[str]:
     """What stands indented below a line that ends in a colon, as a list."""
     first = len(lines[0]) - len(lines[0].lstrip())
     return [
-        f'- {line[first:]}' if line[first:first + 1].strip() else f'  {line[first:].lstrip()}'
+        f'- {line[first:]}' if line[first : first + 1].strip() else f'  {line[first:].lstrip()}'
         for line in lines
     ]
 
@@ -152,7 +153,7 @@ def _escaped(text: str) -> str:
         code = part.strip('`')
         before = '' if not made or made[-1] in ' \n([{"\'/-:<' else '\\ '
         following = parts[i + 1][:1]
-        after = '\\ ' if following.isalnum() or following in '_`(*' and following else ''
+        after = '\\ ' if following.isalnum() or (following in '_`(*' and following) else ''
         role = f':py:obj:`{code}`' if _NAME.fullmatch(code) else f'``{code}``'
         made += f'{before}{role}{after}'
     return made

@@ -14,9 +14,9 @@ from kd.claims import results
 from kd.claims.results import Result
 from kd.papers import __main__ as commands
 from kd.papers import citations, families, index
+from kd.papers.index import Paper
 from kd.papers.pages import short
 from kd.theory import verify
-from kd.papers.index import Paper
 
 
 def write(root: Path, made: Path) -> None:
@@ -65,9 +65,10 @@ def compiled(page: str) -> str:
     rows = [line.split(' | ') for line in page.splitlines() if re.match(r'\| \S+\.py', line)]
     verdicts = [row[-2].split(',')[0].split(':')[0] for row in rows]
     fit, open_ = verdicts.count('fits'), verdicts.count('uncertain')
+    refused = len(rows) - fit - open_
     return (
-        f'{len(rows)} training steps of full-scale recipes are compiled for slices of 4 to 512 TPU '
-        f'chips: {fit} fit into memory, {open_} may, {len(rows) - fit - open_} the compiler refuses. '
+        f'{len(rows)} training steps of full-scale recipes are compiled for slices of 4 to 512 '
+        f'chips of TPUs: {fit} fit into memory, {open_} may, {refused} the compiler refuses. '
         'What they hold and exchange is exact, their times are lower bounds, and none was run.\n'
         'Behind it: [the table](aot.md), and [what it says about scaling](scaling.md).\n'
     )
@@ -119,7 +120,13 @@ def papers_page(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> 
                 f'| {families.told(paper, measured)} |'
             )
         lines.append('')
-    lines += ['```{toctree}', ':hidden:', '', *(f'papers/{slug}' for slug in papers), '```']
+    lines += [
+        '```{toctree}',
+        ':hidden:',
+        '',
+        *(f'{slug} <papers/{slug}>' for slug in papers),
+        '```',
+    ]
     return '\n'.join(lines) + '\n'
 
 
@@ -257,7 +264,9 @@ def _told(where: str) -> tuple[str, list[str]]:
         node = next(child for child in _body(node) if getattr(child, 'name', None) == name)
     docstring = ast.get_docstring(node) or ''  # type: ignore[arg-type]
     before = docstring.partition('Args:')[0].split('\n\n')
-    equations = [line for block in before if block.startswith('    ') for line in [*block.split('\n'), '']]
+    equations = [
+        line for block in before if block.startswith('    ') for line in [*block.split('\n'), '']
+    ]
     return re.sub(r'\s+', ' ', before[0]), equations
 
 
@@ -314,4 +323,3 @@ def api_pages(package: Path) -> Iterator[tuple[str, str]]:
 def _cell(text: str) -> str:
     """Text for a cell of a table of Markdown."""
     return re.sub(r'\s+', ' ', text).replace('|', '\\|').replace('$', '\\$').replace('*', '\\*')
-

@@ -34,13 +34,13 @@ def test_a_notebook_that_fails_says_where_and_settings_must_exist(tmp_path):
 
 
 def test_the_gallery_shows_every_notebook_and_stays_small():
-    readme = (ROOT / 'README.md').read_text()
+    page = (ROOT / 'docs' / 'notebooks.md').read_text()
     assert [path.stem for path in NOTEBOOKS] == list(gallery.FIGURES)
     for name in gallery.FIGURES:
         file = gallery.GALLERY / f'{name}.png'
         assert 5_000 < file.stat().st_size < 150_000
-        assert f'docs/gallery/{name}.png' in readme
-        assert f'colabs/{name}.ipynb' in readme
+        assert f'(gallery/{name}.png)' in page
+        assert f'(../colabs/{name}.ipynb)' in page
 
 
 def test_the_install_cell_clones_where_the_notebook_came_alone(tmp_path, monkeypatch):

@@ -69,17 +69,18 @@ def test_the_quickstart_recipe_starts_and_writes_what_the_readme_lists(tmp_path)
         # A student's checkpoint holds no teacher.
         saved = sum(f.stat().st_size for f in (run / stage / 'checkpoints').rglob('*'))
         assert saved < 1_500_000
-    _loads_as_the_readme_says(run / 'student', lines[-1]['validation/accuracy'])
+    _loads_as_the_quickstart_says(run / 'student', lines[-1]['validation/accuracy'])
 
 
-def _loads_as_the_readme_says(stage, accuracy):
-    """The README's Python gives the network of the stage, and so does the file it exports."""
-    code = re.search(r'```python\n(from pathlib.*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
-    assert 'runs/mine/student' in code
+def _loads_as_the_quickstart_says(stage, accuracy):
+    """The page's Python gives the network of the stage, and so does the file it exports."""
+    page = (ROOT / 'docs' / 'quickstart.md').read_text()
+    code = re.search(r'```python\n(from pathlib.*?)```', page, re.S)[1]
+    assert 'runs/quickstart/student' in code
     data = catalogue.load('digits', 'train[80%:]')
     rows = data.fetch(np.arange(len(data)))
     names = {'images': rows['input']}
-    exec(code.replace('runs/mine/student', str(stage)), names)
+    exec(code.replace('runs/quickstart/student', str(stage)), names)
     right = np.asarray(names['logits']).argmax(-1) == rows['label']
     assert right.mean() == pytest.approx(accuracy, abs=1e-6)
 

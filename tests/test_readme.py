@@ -1,4 +1,4 @@
-"""What the README promises in passing: its lines of Python run, its commands do not clash."""
+"""What README and pages promise in passing: lines of Python run, commands do not clash."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,9 @@ import pytest
 from kd.losses import divergence
 from kd.losses.signal import Dense
 
-README = (Path(__file__).parents[1] / 'README.md').read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+PAGES = [README, *(file.read_text() for file in sorted((ROOT / 'docs').glob('*.md')))]
 LINES = re.findall(r'`(from kd\S* import [^`]*)`', README)
 
 
@@ -40,9 +42,10 @@ def test_there_are_such_lines():
 
 def test_no_work_directory_is_given_to_two_recipes():
     commands = re.findall(
-        r'--config=(\S+)[^`]*?--workdir=(\S+?)(?=[\s`])([^`]*)', README.replace('\\\n', '')
+        r'--config=(\S+)[^`]*?--workdir=(\S+?)(?=[\s`])([^`]*)',
+        '\n'.join(PAGES).replace('\\\n', ''),
     )
-    assert len(commands) >= 5
+    assert len(commands) >= 15
     given: dict[str, set[tuple]] = {}
     for config, workdir, rest in commands:
         given.setdefault(workdir, set()).add((config, *re.findall(r'--config\.\S+', rest)))

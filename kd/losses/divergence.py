@@ -117,9 +117,9 @@ def generalized_jsd(
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
     The ends are a convention: as it stands the divergence vanishes at both (divided by beta it
-    tends to the forward KL, divided by 1 - beta to the reverse KL), so beta = 0 returns exactly `forward_kl` and beta = 1
-    exactly `reverse_kl`, and the scale jumps there. In between it is at most the entropy of (beta,
-    1 - beta): log 2 at 1/2.
+    tends to the forward KL, divided by 1 - beta to the reverse KL), so beta = 0 returns exactly
+    `forward_kl` and beta = 1 exactly `reverse_kl`, and the scale jumps there. In between it is at
+    most the entropy of (beta, 1 - beta): log 2 at 1/2.
 
     Args:
       beta: Python number in [0, 1]; the weight of the teacher. Others: see the module.

@@ -51,7 +51,7 @@ FAMILIES = {
     'flow': Family(
         'Flow maps',
         'one network learns a flow and its jumps, and generates in one step or two',
-        _run('flow/checkerboard'),
+        _run('flow/checkerboard', 'cpu,lsd'),
     ),
     'diffusion': Family(
         'Diffusion in few steps',
@@ -101,7 +101,8 @@ def told(paper: Paper, measured: Mapping[str, Result]) -> str:
 
 
 def counted(papers: Iterable[Paper], measured: Mapping[str, Result]) -> str:
-    """'Of 56 papers with a claim 16 are reproduced, ...': how all of them stand, in a sentence."""
+    """'Of 5 papers with a claim 3 are reproduced, 1 ...': how all of them stand, in a sentence."""
     verdicts = [results.verdict(p.claim_name, measured) for p in papers if p.claim]
-    parts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in VERDICTS)
-    return f'Papers with a claim: {len(verdicts)}. Of these are {parts}.'
+    first, *others = (f'{verdicts.count(verdict)}' for verdict in VERDICTS)
+    parts = (f'{count} {verdict}' for count, verdict in zip(others, VERDICTS[1:], strict=True))
+    return f'Of {len(verdicts)} papers with a claim {first} are {VERDICTS[0]}, {", ".join(parts)}.'

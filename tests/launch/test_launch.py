@@ -221,9 +221,9 @@ def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
 
 
 def _documented():
-    """Commands of the README that start a launcher."""
-    readme = (ROOT / 'README.md').read_text()
-    return re.findall(r'^  `((?:python |sbatch .*|docker build -f )?launch/.*)`$', readme, re.M)
+    """Commands of the page that start a launcher."""
+    page = (ROOT / 'docs' / 'scale.md').read_text()
+    return re.findall(r'^  `((?:python |sbatch .*|docker build -f )?launch/.*)`$', page, re.M)
 
 
 def test_every_launcher_is_documented():

@@ -132,7 +132,9 @@ def _modules_of_methods():
                 yield '.'.join(file.relative_to(ROOT).with_suffix('').parts)
 
 
-@pytest.mark.parametrize('file', ['README.md', 'docs/papers.md', 'docs/recipes.md', 'docs/claims.md'])
+@pytest.mark.parametrize(
+    'file', ['README.md', 'docs/papers.md', 'docs/recipes.md', 'docs/claims.md']
+)
 def test_readme_and_pages_are_what_the_command_writes(file):
     made = pages.made(ROOT)[ROOT / file]
     assert made == (ROOT / file).read_text(), 'run python -m kd.papers --readme'
@@ -150,8 +152,8 @@ def test_a_row_of_each_kind(tmp_path):
     papers = index.load(tmp_path)
     held = {'verdict': results.REPRODUCED, 'checks': [{'verdict': results.REPRODUCED}] * 3}
     assert pages.papers_page(papers, {'one': held}).splitlines()[4:13] == [
-        'Papers with a claim: 2. Of these are 1 reproduced, 0 inconclusive, 0 not reproduced at '
-        'this scale, 1 not measured.',
+        'Of 2 papers with a claim 1 are reproduced, 0 inconclusive, 0 not reproduced at this '
+        'scale, 1 not measured.',
         '',
         '## Classifiers',
         '',

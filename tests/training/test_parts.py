@@ -1,4 +1,4 @@
-"""A method with parts beside the network, from the README to what later stages and exports see."""
+"""A method with parts beside the network, from its page to what later stages and exports see."""
 
 import re
 from pathlib import Path
@@ -41,9 +41,10 @@ def going_on(context):
 
 @pytest.fixture(scope='module', autouse=True)
 def mine(tmp_path_factory):
-    """A folder on the path with the README's `hints.py` as it stands, and a method that goes on."""
+    """A folder on the path with the page's `hints.py` as it stands, and a method that goes on."""
     folder = tmp_path_factory.mktemp('mine')
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    page = (ROOT / 'docs' / 'add_method.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', page, re.S)
     [code] = [block for block in blocks if 'def hint_kd' in block]
     (folder / 'hints.py').write_text(code)
     (folder / 'going_on.py').write_text(GOING_ON)
