@@ -200,12 +200,33 @@ class Moe(nn.Module):
         """[B, T, width] to the same; 0 for tokens that found no slot or are outside `where`."""
         found = routed(self.router(x), _experts(self.of), where)
         # Slots and choices that are none lie one past the end.
-        rows, experts, slots = found.tokens.shape
-        pick = jax.vmap(lambda of, at: of.at[at].get(mode='fill', fill_value=0))
-        taken = layout.lying(pick(x.astype(self.of.dtype), found.tokens), 'rows', 'features')
-        out = self.experts(taken).reshape(rows, experts * slots, -1)
-        chosen = layout.lying(pick(out, found.slots), 'rows')
-        return (found.weights[..., None].astype(chosen.dtype) * chosen).sum(2)
+        taken = _pick(x.astype(self.of.dtype), found.tokens)
+        out = self.experts(layout.lying(taken, 'rows', 'features'))
+        return _combined(out, found)
+
+
+def _combined(out: jax.Array, found: Routing) -> jax.Array:
+    """What the experts say [B, E, C, width], added up for each token, [B, T, width].
+
+    Devices that share the experts add up what theirs say of a token before it moves: once, and not
+    for each of its k experts.
+    """
+    rows, experts, slots, width = out.shape
+    parts = layout.parts(experts, 'features')
+    size = experts * slots // parts
+    own = found.slots[:, None] - size * jnp.arange(parts)[:, None, None]
+    # A negative index would count from the end.
+    own = layout.lying(jnp.where(own < 0, size, own), 'rows', 'features')
+    held = layout.lying(out.reshape(rows, parts, size, width), 'rows', 'features')
+    chosen = jax.vmap(_pick)(held, own)
+    weights = found.weights[:, None, ..., None].astype(chosen.dtype)
+    added = layout.lying((weights * chosen).sum(3), 'rows', 'features')
+    return layout.lying(added.sum(1), 'rows')
+
+
+def _pick(of: jax.Array, at: jax.Array) -> jax.Array:
+    """[B, n, width] at int [B, ...]; 0 for what is past the end."""
+    return jax.vmap(lambda of, at: of.at[at].get(mode='fill', fill_value=0))(of, at)
 
 
 def routed(

@@ -47,9 +47,7 @@ def inside(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
 
 def shards(count: int) -> int:
     """Over how many devices `count` rows lie; 1 where they do not divide, or outside of a mesh."""
-    mesh = _mesh()
-    ways = _ways(mesh, 'rows') if mesh else 1
-    return 1 if count % ways else ways
+    return parts(count, 'rows')
 
 
 def lying(x: jax.Array, *names: Name) -> jax.Array:
@@ -104,6 +102,14 @@ def divides(size: int, name: str) -> bool:
     """Whether so many lie evenly on the devices of a name; outside of a mesh they do."""
     mesh = _mesh()
     return mesh is None or size % _ways(mesh, name) == 0
+
+
+def parts(size: int, name: str) -> int:
+    """In how many equal parts so many lie over the devices of a name: 1 where they do not divide,
+    or outside of a mesh."""
+    mesh = _mesh()
+    ways = _ways(mesh, name) if mesh else 1
+    return 1 if size % ways else ways
 
 
 def by_device(

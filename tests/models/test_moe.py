@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from kd import export
+from kd.aot import hlo
 from kd.claims import seeds
 from kd.losses import routing
 from kd.methods.lm import common
@@ -17,6 +18,7 @@ from kd.methods.lm.distillation import distillation
 from kd.models import moe
 from kd.models.decoder import SHARDING, Decoder, init_cache
 from kd.network import from_linen
+from kd.parallel import layout
 from kd.parallel.mesh import make_mesh
 from kd.parallel.sharding import tree_shardings
 
@@ -253,6 +255,26 @@ def test_experts_lie_over_an_axis():
     variables = drawn(sparse)
     spread = jax.device_put(variables, found)
     np.testing.assert_allclose(logits(sparse, spread), logits(sparse, variables), atol=1e-5)
+
+
+def test_a_token_moves_once_between_devices_that_share_its_experts():
+    of = network(dict(count=4, top_k=3, every=1)).module.architecture
+    layer, mesh = moe.Moe(of), make_mesh({'data': 1, 'fsdp': 1, 'tensor': 2}, jax.devices()[:2])
+    x = jax.random.normal(jax.random.key(1), (2, T, D))
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+
+    def over_devices(variables, x):
+        with layout.inside(mesh):
+            return layer.apply(variables, x)
+
+    spread = jax.device_put(variables, tree_shardings(variables, SHARDING, mesh))
+    x_there = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    program = jax.jit(over_devices).lower(spread, x_there).compile()
+    np.testing.assert_allclose(
+        program(spread, x_there), jax.jit(layer.apply)(variables, x), atol=1e-6
+    )
+    moved = [each for each in hlo.collectives(program.as_text()) if each.kind != 'all-gather']
+    assert [(each.times, each.bytes) for each in moved] == [(1, 2 * T * D * 4)]
 
 
 def test_what_cannot_be_is_told(tmp_path):
