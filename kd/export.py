@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from kd import callables, files, process
 from kd import config as config_lib
-from kd import files, process
 from kd.errors import UserError
 from kd.io import decoder_names, hf_decoders, peft, pretrained, safetensors
 from kd.io.torch_weights import Part
@@ -181,7 +181,7 @@ def stage_decoder(directory: Path, variables: Mapping[str, Any]) -> Decoder:
     if not block or (embedding is None and not beside):
         raise UserError(f'{where} is no kd.models.decoder.Decoder; export it by kd.io.safetensors.')
     # The vocabulary, where the block left it to the data; adapters do not know it.
-    takes = inspect.signature(config_lib.resolve(block['name'])).parameters
+    takes = inspect.signature(callables.resolve(block['name'])).parameters
     if embedding is not None and 'num_classes' in takes:
         block.setdefault('num_classes', embedding.shape[0])
     decoder = config_lib.build(block, where=where)

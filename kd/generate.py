@@ -26,6 +26,7 @@ from kd import export, files, process
 from kd.errors import UserError
 from kd.io import pretrained, safetensors
 from kd.models.decoder import Decoder
+from kd.parallel.sharding import floating
 from kd.references import is_foreign
 from kd.sampling.autoregressive import sampler
 from kd.text import templates
@@ -37,9 +38,12 @@ def load(weights: str, dtype: str = '') -> tuple[Decoder, Any, str]:
     """The decoder of `--weights`, its variables, and a reference to its tokenizer ('' for none).
 
     Raises:
-      UserError: nothing there, or no decoder.
+      UserError: nothing there, no decoder, or no type.
     """
-    changes = {'dtype': dtype, 'param_dtype': dtype} if dtype else {}
+    changes = {}
+    if dtype:
+        floating(dtype, '--dtype')
+        changes = {'dtype': dtype, 'param_dtype': dtype}
     if is_foreign(weights):
         described = pretrained.describe(weights)
         module = pretrained.network(weights, **changes)
@@ -77,6 +81,28 @@ def _abstract(decoder: Decoder) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     tree = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def tokenizer_of(given: str, own: str, weights: str, decoder: Decoder) -> Tokenizer:
+    """The tokenizer of a network.
+
+    Args:
+      given: of `--tokenizer`, '' for its own.
+      own: a reference to what it has been trained with, '' if that is not known.
+      weights: of `--weights`.
+      decoder: the network.
+
+    Raises:
+      UserError: none is named; another one than that of files that bring theirs, or with more
+        tokens than the network has.
+    """
+    if not (given or own):
+        raise UserError(f"{weights} names no tokenizer; give --tokenizer='hf:DIR'.")
+    tokenizer = tokenizers.load(given or own)
+    if given and own and is_foreign(weights):
+        tokenizers.check_same(tokenizer, tokenizers.load(own), where='--tokenizer')
+    tokenizers.shared_size(tokenizer, decoder.num_classes)
+    return tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool, decoder: Decoder) -> np.ndarray:
@@ -128,10 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: argparse.Namespace) -> int:
     decoder, variables, reference = load(arguments.weights, arguments.dtype)
-    reference = arguments.tokenizer or reference
-    if not reference:
-        raise UserError(f"{arguments.weights} names no tokenizer; give --tokenizer='hf:DIR'.")
-    tokenizer = tokenizers.load(reference)
+    tokenizer = tokenizer_of(arguments.tokenizer, reference, arguments.weights, decoder)
     ids = prompt_ids(tokenizer, arguments.prompt, chat=arguments.chat, decoder=decoder)
     room = decoder.max_length - len(ids)
     draw = sampler(
@@ -140,7 +163,9 @@ def _answer(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
-        stop=[token for token in tokenizer.stop if token < decoder.num_classes],
+        stop=tokenizer.stop,
+        # What pads a vocabulary is no text.
+        forbidden=range(tokenizer.size, decoder.num_classes),
     )
     prompt, mask = jnp.asarray(ids)[None], jnp.ones((1, len(ids)), bool)
     key = jax.random.key(arguments.seed)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd import bases, files
+from kd import bases, callables, files
 from kd import config as config_lib
 from kd.config import Block, Recipe
 from kd.errors import UserError, did_you_mean, one_line
@@ -61,7 +61,7 @@ def build_network(
     if not block:
         return None
     block, spec = found.resolved(block, locate, where), _seen(source)
-    factory = config_lib.resolve(block.get('name', ''))
+    factory = callables.resolve(block.get('name', ''))
     if 'num_classes' in inspect.signature(factory).parameters:
         given = block.setdefault('num_classes', source.num_classes)
         _check_classes(given, source.num_classes, spec, where)

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from kd.config import ConfigDict, resolve
+from kd.callables import resolve
+from kd.config import ConfigDict
 from kd.errors import UserError, did_you_mean
 
 

@@ -36,8 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd import callables, files, process
 from kd import config as config_lib
-from kd import files, process
 from kd.data import pictures as pictures_lib
 from kd.data.patches import degraded, to_unit
 from kd.errors import UserError, one_line
@@ -173,7 +173,7 @@ def _named(arguments: argparse.Namespace) -> nn.Module:
         raise UserError(f'--arguments must be JSON: {error}.') from error
     if not isinstance(given, dict):
         raise UserError(f'--arguments must be an object, got {given!r}.')
-    factory = config_lib.resolve(arguments.network)
+    factory = callables.resolve(arguments.network)
     if arguments.scale and getattr(factory, 'enlarges', True):
         given.setdefault('scale', arguments.scale)
     return config_lib.build({'name': arguments.network, **given}, where='--network')

@@ -20,9 +20,9 @@ from kd import figures
 from kd.claims import chain_world, seeds
 from kd.claims.claim import Check, Claim
 from kd.data.builders import chain, symbols
-from kd.methods.lm import common as lm
+from kd.methods.lm import answering
 from kd.methods.lm.distillation import distillation
-from kd.methods.rl import common, sd_zero, self_teacher
+from kd.methods.rl import common, scoring, sd_zero, self_teacher
 from kd.methods.rl.grpo import grpo
 from kd.metrics import mean_interval
 
@@ -362,7 +362,7 @@ def _own(network):
 
 def _rows(said, width=WIDTH):
     """Prompts and answers as text."""
-    text = lm.answered(
+    text = answering.answered(
         {name: said[name] for name in ('input', 'prompt_mask')}, said['tokens'], said['mask']
     )
     room = width - text['input'].shape[1]
@@ -422,9 +422,9 @@ def _located(network):
     def of_run(params, asked):
         variables = {'params': params}
         batch = answered(params, asked, jax.random.key(2027))
-        found = common.answer_losses(
+        found = scoring.answer_losses(
             network, variables, batch, draw, lambda said: (compare(said), ()), chunk=8_192,
-            teacher=common.hidden(network, variables, again(batch)), train=False,
+            teacher=scoring.hidden(network, variables, again(batch)), train=False,
         )  # fmt: skip
         return sd_zero.localisation(found.losses, batch, batch['response'])
 

@@ -23,7 +23,7 @@ from kd.claims.claim import Check, Claim
 from kd.data import chains
 from kd.data.builders import arithmetic, chain, symbols
 from kd.evaluators.agreement import entropy
-from kd.methods.lm import common
+from kd.methods.lm import answering
 from kd.methods.lm.distillation import distillation
 from kd.methods.lm.tsd_kd import tsd_kd
 from kd.models.decoders import preset
@@ -230,7 +230,7 @@ def entropies(network, params, data):
     @jax.jit
     @jax.vmap
     def of_run(params, tokens, mask):
-        rows = common.answered(data, tokens, mask)
+        rows = answering.answered(data, tokens, mask)
         logits = network.apply({'params': params}, rows['input']).logits
         each = entropy(logits)
         begins = data['prompt_mask'].sum(1)[:, None] - 1 + jnp.arange(LENGTH)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kd import callables
 from kd import config as config_lib
 from kd.config import Recipe
 from kd.data import sources
@@ -146,7 +147,7 @@ def written(
     for block in recipe.stages[stage].writers.values():
         split = recipe.data[block.get('split', 'train')]
         source = load(split)
-        spec = columns.spec_of(config_lib.resolve(block['name']), source)
+        spec = columns.spec_of(callables.resolve(block['name']), source)
         if spec is None:
             continue
         if locate is None:

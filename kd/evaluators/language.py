@@ -12,7 +12,7 @@ from kd.evaluators.agreement import entropy, top_1_agreement
 from kd.losses import classification, divergence, signal
 from kd.losses.signal import Dense, HiddenHead, TeacherSignal
 from kd.method import Batch
-from kd.methods.lm import common
+from kd.methods.lm import answering, common
 from kd.metrics import Mean, divide, mean
 from kd.network import Network
 from kd.ranges import Count
@@ -32,7 +32,7 @@ def language(context: Context, *, weights: str = 'final', chunk: Count = 256) ->
     network, compare = context.network, context.optional_teacher is not None
 
     def update(state, batch) -> dict[str, Mean]:
-        batch = common.as_text(batch)
+        batch = answering.as_text(batch)
         variables = state.variables(None if weights == 'final' else weights)
         teacher = common.teacher_signal(context, state, batch) if compare else None
         return token_metrics(network, variables, batch, teacher=teacher, chunk=chunk)

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from kd import config as config_lib
-from kd import figures
+from kd import callables, figures
 from kd.context import Context, Probe
 from kd.errors import UserError
 from kd.evaluators import distribution, fidelity, generation
@@ -60,7 +59,7 @@ def probe(
             f'{sorted(context.references)}.'
         )
     shape = context.spec['input'].shape
-    inside = config_lib.resolve(support) if support else None
+    inside = callables.resolve(support) if support else None
     judges = _judges(context, classifier, feature, inception)
     # Of the split, which no step changes: computed at the first evaluation.
     moments: dict[str, distribution.Moments] = {}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd import config as config_lib
+from kd import callables
 from kd.context import Context, Probe
 from kd.methods.rl import common
 from kd.ranges import Count, Keywords, Seed
@@ -80,7 +80,7 @@ def _first(batches, count: int) -> dict[str, np.ndarray]:
 
 def _decoder(context: Context, symbols: str) -> _Decode:
     if symbols:
-        known = config_lib.resolve(symbols)
+        known = callables.resolve(symbols)
         return lambda ids: ' '.join(known[i] for i in ids)
     tokenizer = getattr(context.source('train'), 'tokenizer', None)
     if tokenizer is None:

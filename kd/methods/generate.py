@@ -31,7 +31,7 @@ from kd.io import answers, checksums
 from kd.io.progress import say
 from kd.method import Batch
 from kd.methods import batches
-from kd.methods.lm import common
+from kd.methods.lm import answering
 from kd.models.decoder import Decoder
 from kd.parallel import distributed
 from kd.ranges import Count, NonNegative, Positive, Size
@@ -84,7 +84,7 @@ def responses(
             "a source of text has them with layout='prompts'."
         )
     outcomes = source.num_classes or decoder.num_classes
-    draw = common.drawing(
+    draw = answering.drawing(
         decoder, lambda: source, outcomes, max_new=max_new, temperature=temperature, top_p=top_p,
         top_k=top_k, stop=stop, forbidden=forbidden, block=block,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def _answerer(context: Context, who: str) -> Decoder:
             f"{context.stage}: there is no '{who}' to answer; the stage has "
             f'{", ".join([*there, *context.references]) or "no network at all"}.'
         )
-    return common.needed_decoder(context, found, who)
+    return answering.needed_decoder(context, found, who)
 
 
 def _rows(

@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kd import config
+from kd import callables, config
 from kd.errors import UserError
 from kd.parallel import layout
 from kd.ranges import Count, Positive
@@ -116,7 +116,7 @@ def lora(
       UserError: a network that can have none, or an expression that is none.
     """
     block = dict(base)
-    takes = inspect.signature(config.resolve(block.get('name', ''))).parameters
+    takes = inspect.signature(callables.resolve(block.get('name', ''))).parameters
     if num_classes is not None and 'num_classes' in takes:
         block.setdefault('num_classes', num_classes)
     module = config.build(block, where='base')

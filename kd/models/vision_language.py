@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kd import config
+from kd import callables, config
 from kd.errors import UserError
 from kd.models.clip import ClipVision
 from kd.models.decoder import Decoder
@@ -154,7 +154,7 @@ def vision_decoder(
       ValueError: blocks of other networks.
     """
     block = dict(language)
-    takes = inspect.signature(config.resolve(block.get('name', ''))).parameters
+    takes = inspect.signature(callables.resolve(block.get('name', ''))).parameters
     if num_classes is not None and 'num_classes' in takes:
         block.setdefault('num_classes', num_classes)
     decoder = config.build(block, where='language')

@@ -72,7 +72,7 @@ def rollout(tree: Any, prefix: str = '', *, rules: Rules, mesh: Mesh, dtype: str
       UserError: as `tree_shardings`, or a type that there is not.
     """
     if dtype:
-        wanted = _floating(dtype)
+        wanted = floating(dtype, 'rollout_dtype')
         tree = jax.tree.map(
             lambda x: x.astype(wanted) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
         )
@@ -80,13 +80,18 @@ def rollout(tree: Any, prefix: str = '', *, rules: Rules, mesh: Mesh, dtype: str
     return jax.lax.with_sharding_constraint(tree, shardings[prefix] if prefix else shardings)
 
 
-def _floating(name: str) -> jnp.dtype:
+def floating(name: str, of: str) -> jnp.dtype:
+    """The floating-point type of a name, such as 'bfloat16'; `of` is what is given by it.
+
+    Raises:
+      UserError: no such type.
+    """
     try:
         dtype = jnp.dtype(name)
     except TypeError:
         dtype = jnp.dtype(bool)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise UserError(f"rollout_dtype='{name}' is no floating-point type such as 'bfloat16'.")
+        raise UserError(f"{of}='{name}' is no floating-point type such as 'bfloat16'.")
     return dtype
 
 

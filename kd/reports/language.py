@@ -17,7 +17,7 @@ from kd.errors import UserError
 from kd.evaluators import language as metrics
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
-from kd.methods.lm import common
+from kd.methods.lm import answering, common
 from kd.network import Network, parameter_count
 from kd.networks import trained_network
 from kd.parallel import mesh as mesh_lib
@@ -122,7 +122,7 @@ def _measured(
 
     @jax.jit
     def sums_of(variables, theirs, batch):
-        batch = common.as_text(batch)
+        batch = answering.as_text(batch)
         said = common.said_by(teacher.network, theirs, batch) if teacher else None
         return metrics.token_metrics(one.network, variables, batch, teacher=said)
 

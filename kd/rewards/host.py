@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
-from kd import config as config_lib
+from kd import callables
 from kd.errors import UserError
 from kd.method import Batch
 from kd.parallel.mesh import BATCH_AXES
@@ -76,7 +76,7 @@ def host(
     Raises:
       UserError: no such function, or a number out of range.
     """
-    config_lib.resolve(function)
+    callables.resolve(function)
     if limit <= 0 or workers < 1:
         raise UserError(f'a verifier needs limit > 0 and workers >= 1, got {limit} and {workers}.')
     names, pool = tuple(fields), Pool(function, limit, workers)

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from kd import config as config_lib
-from kd import files, ranges
+from kd import callables, files, ranges
 from kd.config import Recipe
 from kd.data.context import splits
 from kd.errors import UserError, did_you_mean, one_line
@@ -77,7 +76,7 @@ def check_report(recipe: Recipe) -> None:
     """Raises `UserError` for a report that could not be made, before anything is trained."""
     if not recipe.report:
         return
-    function, arguments = config_lib.named(recipe.report, where='report')
+    function, arguments = callables.named(recipe.report, where='report')
     with one_line('report'):
         inspect.signature(function).bind(None, **arguments)
     hints = ranges.hints(function)
@@ -104,7 +103,7 @@ def _check_blocks(value: Any, where: str) -> None:
     """Looks at the blocks inside an argument, such as those of networks."""
     if isinstance(value, Mapping):
         if '.' in str(value.get('name', '')):
-            config_lib.named(value, where=where)
+            callables.named(value, where=where)
         for key, item in value.items():
             _check_blocks(item, f'{where}.{key}')
 

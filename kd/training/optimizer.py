@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kd.config import check_arguments
+from kd.callables import check_arguments
 from kd.errors import UserError, did_you_mean
 from kd.ranges import Count, Decay, Finite, Fraction, NonNegative, Size, check_value, held
 from kd.state import path_name

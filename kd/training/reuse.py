@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kd import files
-from kd.config import Recipe, first_difference, resolve
+from kd.callables import resolve
+from kd.config import Recipe, first_difference
 from kd.errors import UserError, did_you_mean
 from kd.io import finished
 from kd.io.workdir import Workdir

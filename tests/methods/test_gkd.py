@@ -17,7 +17,7 @@ from kd.data.sources import Source
 from kd.errors import UserError
 from kd.losses import divergence
 from kd.method import with_nonfinite_guard
-from kd.methods.lm import common
+from kd.methods.lm import answering
 from kd.methods.lm.distillation import distillation
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -59,7 +59,7 @@ def test_means_over_sequences_are_those_by_hand_for_any_micro_batches(
     network, prompts, state, mode
 ):
     constant = 5.0 if mode == 'constant' else None
-    batch = {n: np.array(x) for n, x in jax.jit(common.as_text)(prompts).items()}
+    batch = {n: np.array(x) for n, x in jax.jit(answering.as_text)(prompts).items()}
     # A row without a token that counts is no sequence.
     batch['response_mask'][1] = False
     lengths = batch['response_mask'].sum(1)
@@ -91,7 +91,7 @@ def test_means_over_sequences_are_those_by_hand_for_any_micro_batches(
 
 
 def test_with_no_sequence_at_all_there_is_no_step_and_no_nan(network, prompts, state):
-    batch = {n: np.array(x) for n, x in common.as_text(prompts).items()}
+    batch = {n: np.array(x) for n, x in answering.as_text(prompts).items()}
     batch['response_mask'][:] = False
     method = with_nonfinite_guard(distillation(context(network), mean_over='sequence_mean'), 'skip')
     begun = jax.jit(method.init)(jax.random.key(0), state.frozen)
@@ -107,8 +107,8 @@ def test_a_share_of_steps_is_of_the_students_answers_the_others_of_the_datas(
     made = context(network)
     mixed = jax.jit(distillation(made, on_policy=0.5, rollout=ROLLOUT).step)
     plain = jax.jit(distillation(made).step)
-    answer = jax.jit(common.on_policy(made, share=1.0, **ROLLOUT))
-    of_data = jax.jit(common.as_text)(prompts)
+    answer = jax.jit(answering.on_policy(made, share=1.0, **ROLLOUT))
+    of_data = jax.jit(answering.as_text)(prompts)
     own = 0
     for number in range(10):
         now = state.replace(step=jnp.int32(number))

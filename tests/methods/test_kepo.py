@@ -27,7 +27,7 @@ from scipy import special
 
 from kd.errors import UserError
 from kd.losses import policy
-from kd.methods.rl import common, hints
+from kd.methods.rl import common, hints, scoring
 from kd.methods.rl import kepo as of_kepo
 from kd.methods.rl.grpo import grpo
 from kd.methods.rl.hints import Hints
@@ -243,7 +243,7 @@ def test_hints_open_prompts_and_stay_out_of_them(network, batch, step):
     # No sign of a hint is left in a prompt, and what is scored is what follows the plain one.
     np.testing.assert_array_equal(made['input'], np.repeat(batch['input'], G, axis=0))
     plain = log_probs(network, sharp(network, 1), made)[0]
-    scored = common.score(network, sharp(network, 1), made, draw, chunk=64).log_probs
+    scored = scoring.score(network, sharp(network, 1), made, draw, chunk=64).log_probs
     np.testing.assert_allclose(scored, plain, atol=1e-4)
     own = ~made['injected']
     np.testing.assert_allclose(made['sampler_log_probs'][own], plain[own], atol=1e-4)

@@ -14,7 +14,7 @@ from kd.data.sources import Source
 from kd.errors import UserError
 from kd.losses import classification
 from kd.method import with_collect
-from kd.methods.lm import common
+from kd.methods.lm import answering
 from kd.methods.lm.distillation import distillation
 from kd.models.structured import BottleneckLM
 from kd.network import from_linen
@@ -78,7 +78,7 @@ def own(network):
 
 
 def collected(context, **options):
-    return jax.jit(common.on_policy(context, max_new=R, stop=(EOS,), **options))
+    return jax.jit(answering.on_policy(context, max_new=R, stop=(EOS,), **options))
 
 
 def answers(found):
@@ -170,7 +170,7 @@ def test_a_method_learns_from_what_was_sampled(network, batch, state):
     made = context(network)
     method = with_collect(
         distillation(made, soft_weight=0.0),
-        common.on_policy(made, max_new=R, stop=(EOS,), temperature=0.0),
+        answering.on_policy(made, max_new=R, stop=(EOS,), temperature=0.0),
     )
     step = jax.jit(method.step)
     now, before = step(state, batch)
@@ -187,11 +187,11 @@ def test_a_method_learns_from_what_was_sampled(network, batch, state):
 def test_what_cannot_be_sampled_is_told(network):
     table = from_linen(BottleneckLM(num_classes=V), jax.ShapeDtypeStruct((1, P), jnp.int32))
     with pytest.raises(UserError, match=r'stage: .*the network is BottleneckLM\.$'):
-        common.on_policy(context(table), max_new=R)
+        answering.on_policy(context(table), max_new=R)
     with pytest.raises(UserError, match=r"the data has no 'prompt_mask'; .*layout='prompts'"):
-        common.on_policy(context(network, spec={'input': SPEC['input']}), max_new=R)
+        answering.on_policy(context(network, spec={'input': SPEC['input']}), max_new=R)
     prompts = {name: SPEC[name] for name in ('input', 'prompt_mask')}
     with pytest.raises(UserError, match=r"the data has no 'response'"):
-        common.on_policy(context(network, spec=prompts), max_new=R, share=0.5)
+        answering.on_policy(context(network, spec=prompts), max_new=R, share=0.5)
     with pytest.raises(UserError, match=r'the teacher is BottleneckLM'):
-        common.on_policy(context(network, table), max_new=R, share=0.5, other='teacher')
+        answering.on_policy(context(network, table), max_new=R, share=0.5, other='teacher')

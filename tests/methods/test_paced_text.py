@@ -15,7 +15,7 @@ from kd.claims import seeds
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.losses import divergence
-from kd.methods.lm import common
+from kd.methods.lm import answering
 from kd.methods.lm.distillation import distillation
 from kd.methods.lm.paced import paced_text
 from kd.sampling.autoregressive import sampler
@@ -66,7 +66,7 @@ def close(first, second, atol=1e-6):
 def test_a_step_is_that_of_the_weighted_means_over_answers_for_any_micro_batches(
     network, batch, state
 ):
-    text = common.as_text(batch)
+    text = answering.as_text(batch)
 
     def objective(params):
         logits = network.apply({'params': params}, text['input']).logits
@@ -98,7 +98,7 @@ def test_a_step_is_that_of_the_weighted_means_over_answers_for_any_micro_batches
 
 def test_uniform_weights_are_a_mean_over_sequences(network, batch, state):
     ours = jax.jit(paced_text(context(network), weighting='uniform').step)(state, batch)[0]
-    rows = {**common.as_text(batch)}
+    rows = {**answering.as_text(batch)}
     method = distillation(context(network), mean_over='sequence_mean')
     close(ours.params, jax.jit(method.step)(state, rows)[0].params)
 

@@ -9,7 +9,7 @@ from scipy import special
 
 from kd.data.builders import push as world
 from kd.errors import UserError
-from kd.methods.rl import common
+from kd.methods.rl import common, scoring
 from kd.methods.rl.grpo import grpo
 from kd.rewards.push import push
 from kd.state import State
@@ -78,7 +78,7 @@ def test_what_the_environment_says_is_read_and_has_no_loss(network, played):
     def slope(tokens, weight):
         def loss(params):
             batch = {**made, 'tokens': tokens}
-            found = common.answer_losses(
+            found = scoring.answer_losses(
                 network, {'params': params}, batch, draw,
                 lambda said, weight: (weight * said.log_p, said.entropy),
                 per_token={'weight': weight}, chunk=32,

@@ -17,7 +17,7 @@ from answering import (
     sharp,
 )
 
-from kd.methods.rl import common
+from kd.methods.rl import common, scoring
 from kd.state import State
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -81,7 +81,7 @@ def test_scores_are_those_of_rows_without_padding_and_of_the_sampler(network, an
         ('mask', (0, 2)),
     ):
         wide[name] = np.pad(made[name], ((0, 0), side))
-    found = jax.jit(lambda b: common.score(network, variables, b, draw))(wide)
+    found = jax.jit(lambda b: scoring.score(network, variables, b, draw))(wide)
     np.testing.assert_allclose(found.log_probs[:, :R], wanted, atol=1e-4)
     np.testing.assert_allclose(found.entropy[:, :R], entropy, atol=1e-4)
     assert not found.log_probs[:, R:].any()
@@ -92,13 +92,13 @@ def test_a_self_teacher_reads_more_and_its_scores_stay_in_place(network, answers
     rng = np.random.default_rng(4)
     there = np.arange(3) < rng.integers(0, 4, 16)[:, None]
     block = np.where(there, rng.integers(3, V, there.shape), 0)
-    told = common.with_prompt(made, (block, there), (made['input'], made['prompt_mask']))
+    told = scoring.with_prompt(made, (block, there), (made['input'], made['prompt_mask']))
     told = jax.tree.map(np.asarray, told)
     row = int(np.flatnonzero(there.sum(1) == 2)[0])
     wanted = [*block[row][:2], *made['input'][row][made['prompt_mask'][row]]]
     assert told['input'][row][told['prompt_mask'][row]].tolist() == wanted
     assert told['prompt_mask'][row].argmax() == P + 3 - len(wanted)
-    found = jax.jit(lambda b: common.score(network, variables, b, draw))(told)
+    found = jax.jit(lambda b: scoring.score(network, variables, b, draw))(told)
     wanted = log_probs(network, variables, told, 0.6)[0]
     np.testing.assert_allclose(found.log_probs, wanted, atol=1e-4)
     assert np.abs(wanted - made['old_log_probs']).max() > 0.1

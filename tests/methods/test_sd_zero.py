@@ -11,6 +11,7 @@ import pytest
 from answering import EOS, SAMPLING, SPEC, V, context, decoder, prompts, sharp
 from scipy import special
 
+from kd import callables
 from kd import config as config_lib
 from kd.data import generated, revisions
 from kd.data.context import SourceContext
@@ -268,7 +269,7 @@ def value(metrics, name):
 
 def test_the_policy_stands_first_in_the_divergence_of_the_paper():
     policy, teacher = np.log([0.5, 0.5, 1e-12]), np.log(np.ones(3) / 3)
-    reverse = config_lib.resolve(Comparison().divergence)
+    reverse = callables.resolve(Comparison().divergence)
     assert float(reverse(policy, teacher)) == pytest.approx(np.log(1.5), abs=1e-4)
     assert float(divergence.forward_kl(policy, teacher)) > 8
 

@@ -8,7 +8,7 @@ from answering import EOS, SAMPLING, P, R, V, context, decoder, prompts, sharp
 from scipy import special
 
 from kd.errors import UserError
-from kd.methods.rl import common, self_teacher
+from kd.methods.rl import common, scoring, self_teacher
 from kd.methods.rl.self_teacher import Comparison
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -126,9 +126,9 @@ def test_divergences_are_those_of_the_laws_that_answers_are_drawn_from(network, 
 
     @jax.jit
     def found(student, teacher):
-        return common.answer_losses(
+        return scoring.answer_losses(
             network, student, batch, draw, lambda said: (compare(said), ()), chunk=5,
-            teacher=common.hidden(network, teacher, asked),
+            teacher=scoring.hidden(network, teacher, asked),
         ).losses  # fmt: skip
 
     log_q, log_p = laws(network, student, batch, batch), laws(network, teacher, batch, asked)
@@ -147,9 +147,9 @@ def test_a_teacher_with_the_same_prompt_and_weights_has_nothing_to_say(network, 
     compare = self_teacher.comparison(draw, Comparison())
 
     def loss(student, teacher, asked):
-        found = common.answer_losses(
+        found = scoring.answer_losses(
             network, student, batch, draw, lambda said: (compare(said), ()), chunk=5,
-            teacher=common.hidden(network, teacher, asked),
+            teacher=scoring.hidden(network, teacher, asked),
         )  # fmt: skip
         return found.losses.sum()
 
@@ -181,7 +181,7 @@ def test_what_a_teacher_says_is_scored_in_the_same_pass_where_it_is_asked(networ
             network, variables, asked, draw, where=scored, chunk=5, parts=2
         )
         teacher = self_teacher.with_head(network, variables, hidden)
-        return scores, teacher.logits(), common.score(network, variables, asked, draw)
+        return scores, teacher.logits(), scoring.score(network, variables, asked, draw)
 
     # Of two parts one is left out if the other has all that is asked for.
     for scored, left_out in (([1, 0, 1, 1], 0), ([0, 0, 1, 0], 2), ([0, 0, 0, 0], 4)):

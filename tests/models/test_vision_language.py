@@ -8,7 +8,7 @@ from scipy import special
 
 from kd.claims import seeds
 from kd.errors import UserError
-from kd.methods.lm import common
+from kd.methods.lm import answering
 from kd.models.decoder import Decoder
 from kd.models.vision_language import splice, vision_decoder
 from kd.networks import build_network
@@ -105,4 +105,4 @@ def test_what_cannot_be_is_told(network):
     with pytest.raises(ValueError, match=r'not by a Decoder and a Decoder'):
         vision_decoder(V, language=LANGUAGE, vision=LANGUAGE, image_token=3)
     with pytest.raises(UserError, match=r"takes the fields \['input', 'image'\]; take answers"):
-        common.needed_decoder(seeds.context(network=network), network, 'network')
+        answering.needed_decoder(seeds.context(network=network), network, 'network')

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kd import callables
 from kd import config as kd_config
 from kd.claims import claim as claims
 from kd.claims import results
@@ -79,13 +80,13 @@ def started(arguments):
 def test_an_entry_is_true(slug):
     paper = PAPERS[slug]
     for path in (*paper.methods, *paper.losses):
-        assert callable(kd_config.resolve(path))
+        assert callable(callables.resolve(path))
     for path in paper.methods:
         assert path.startswith((f'kd.methods.{paper.family}.', f'kd.methods.{slug}.'))
     for file in (*paper.config_files, *paper.tests, *filter(None, [paper.claim])):
         assert (ROOT / file).is_file()
     for path in paper.theorems:
-        stated = kd_config.resolve(f'{path}.PAPER')
+        stated = callables.resolve(f'{path}.PAPER')
         assert (stated.slug, stated.title, stated.arxiv) == (slug, paper.title, paper.arxiv)
     assert 20 < len(paper.line) <= 90
     assert paper.line[-1] != '.'

@@ -14,18 +14,18 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import numpy as np
 
-from kd import config as config_lib
+from kd import callables
 from kd.context import Context
 from kd.errors import UserError
 from kd.losses import aggregate, classification, outcomes
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start
-from kd.methods.lm import common
+from kd.methods.lm import answering, common
 from kd.methods.teacher import is_cached
 from kd.metrics import mean
 from kd.ranges import Count, Fraction, Keywords, Positive, Size
 
-_Rollout = Annotated[Mapping[str, Any], Keywords(common.on_policy, ('context', 'share'))]
+_Rollout = Annotated[Mapping[str, Any], Keywords(answering.on_policy, ('context', 'share'))]
 
 
 def distillation(
@@ -66,8 +66,8 @@ def distillation(
         Its denominators are those of the whole batch, whatever the micro-batches.
       constant: of the mode of this name.
       on_policy: lambda.
-      rollout: keywords of `kd.methods.lm.common.on_policy`: `max_new`, `temperature`, ...; None for
-        data that are text.
+      rollout: keywords of `kd.methods.lm.answering.on_policy`: `max_new`, `temperature`, ...; None
+        for data that are text.
       blocks: of `references.start`, a deeper decoder, those that the student begins with, one for
         each of its own; () where it is as deep.
       chunk: tokens at a time where logits are not formed whole.
@@ -76,11 +76,11 @@ def distillation(
 
     Raises:
       UserError: a share of answers without `rollout`, or of text that a teacher has spoken of
-        before; and what `common.on_policy` raises.
+        before; and what `answering.on_policy` raises.
     """
     network = context.network
-    soft_loss = config_lib.resolve(divergence)
-    config_lib.check_arguments(soft_loss, divergence_arguments, where=f'method ({divergence})')
+    soft_loss = callables.resolve(divergence)
+    callables.check_arguments(soft_loss, divergence_arguments, where=f'method ({divergence})')
 
     collect = _collect(context, mean_over, constant, on_policy, rollout)
 
@@ -132,7 +132,7 @@ def _collect(context, mean_over, constant, on_policy, rollout):
                 'own text, and answers are other text; give the stage the teacher and data of '
                 'prompts.'
             )
-        answer = common.on_policy(context, share=on_policy, **rollout)
+        answer = answering.on_policy(context, share=on_policy, **rollout)
     # Raises where they do not fit, before there is a batch.
     aggregate.weights(np.ones((1, 1), bool), mean_over, constant=constant)
     if answer is None and mean_over == 'token_mean':

@@ -19,7 +19,7 @@ from kd.errors import UserError
 from kd.losses import classification, divergence, signal
 from kd.method import Batch, Loss, Method, Objective, with_collect
 from kd.methods import start
-from kd.methods.lm import common
+from kd.methods.lm import answering, common
 from kd.methods.privacy import privately
 from kd.metrics import mean
 from kd.ranges import Count, Decay, Fraction, Positive, Size
@@ -167,7 +167,7 @@ def continuations(
         name: jax.ShapeDtypeStruct((size,), mask if name.endswith('mask') else tokens)
         for name, size in sizes.items()
     }
-    collect = common.on_policy(
+    collect = answering.on_policy(
         dataclasses.replace(context, spec=cut), max_new=length - prompt, share=on_policy,
         temperature=temperature, stop=stop,
     )  # fmt: skip

@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kd import config as kd_config
+from kd import callables
 from kd.context import Context
 from kd.data.generated import PASS_RATE
 from kd.errors import UserError
 from kd.losses import check_micro_batches, outcomes
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start, teacher
-from kd.methods.lm import common
+from kd.methods.lm import answering, common
 from kd.methods.rl import common as rl
 from kd.metrics import mean, scalar
 from kd.ranges import Count, Keywords, NonNegative
@@ -73,9 +73,9 @@ def paced(
     if rollouts < 1:
         raise UserError(f'rollouts must be at least 1, got {rollouts}.')
     network = context.classifier
-    of_position = kd_config.resolve(divergence)
+    of_position = callables.resolve(divergence)
     check_micro_batches(of_position, micro_batches)
-    kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
+    callables.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
 
     def collect(state, batch, key):
         if PASS_RATE not in batch:
@@ -179,8 +179,8 @@ def paced_text(
       UserError: neither pass rates nor what they would be measured by.
     """
     weigh = _weighing(weighting, a, b, normalise)
-    network, of_position = context.network, kd_config.resolve(divergence)
-    kd_config.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
+    network, of_position = context.network, callables.resolve(divergence)
+    callables.check_arguments(of_position, divergence_arguments, where=f'method ({divergence})')
     rated = PASS_RATE in context.spec
     draw, judge, count = None, None, 1
     if not rated and not reward:
@@ -204,8 +204,8 @@ def paced_text(
                 right = judged(judge(said.tokens, said.mask, asked))[0] >= 0.5
                 rate = competence.pass_rate(right.reshape(-1, count))
             if answers == 'student':
-                batch = common.answered(batch, said.tokens[::count], said.mask[::count])
-        batch = common.aggregated(common.as_text(batch), 'sequence_mean')
+                batch = answering.answered(batch, said.tokens[::count], said.mask[::count])
+        batch = common.aggregated(answering.as_text(batch), 'sequence_mean')
         weights = weigh(rate)
         counted = weights['weight'][:, None]
         batch[common.TOKEN_WEIGHT] *= counted

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd import config as config_lib
+from kd import callables
 from kd.context import Context
 from kd.data.transforms.anchored import ANCHOR
 from kd.errors import UserError
@@ -130,11 +130,9 @@ def preference(
       trainable: regular expression to be found in the path of a leaf that is trained; '' for all.
       **loss_arguments: further keywords of the loss (`alpha` of redi, `beta` of dpo, ...).
     """
-    network, of_pairs = context.network, config_lib.resolve(loss)
+    network, of_pairs = context.network, callables.resolve(loss)
     takes = [name for name in _OF_PAIR if name in inspect.signature(of_pairs).parameters]
-    config_lib.check_arguments(
-        of_pairs, loss_arguments, where=f'method ({loss})', reserved=_OF_PAIR
-    )
+    callables.check_arguments(of_pairs, loss_arguments, where=f'method ({loss})', reserved=_OF_PAIR)
     anchored = ANCHOR in takes
     compared_with_batch = BASELINE in takes
     given = ANCHOR in context.spec

@@ -19,12 +19,14 @@ from kd.context import Context
 from kd.losses import aggregate, divergence, signal, token
 from kd.method import Method, Objective, minimize, with_collect
 from kd.methods import start
-from kd.methods.lm import common
+from kd.methods.lm import answering, common
 from kd.metrics import mean
 from kd.ranges import Count, Fraction, Keywords, NonNegative, Positive
 
 # Weights of the tokens in the three terms, fields of a batch.
 DIRECT, OPENER, UNCERTAIN = 'direct_weight', 'opener_weight', 'uncertain_weight'
+
+_Rollout = Annotated[Mapping[str, Any] | None, Keywords(answering.on_policy, ('context',))]
 
 
 def tsd_kd(
@@ -39,7 +41,7 @@ def tsd_kd(
     opener: Fraction = 0.1,
     entropy_weight: NonNegative = 1.0,
     uncertain: Fraction = 0.1,
-    rollout: Annotated[Mapping[str, Any] | None, Keywords(common.on_policy, ('context',))] = None,
+    rollout: _Rollout = None,
     chunk: Count = 256,
     micro_batches: Count = 1,
 ) -> Method:
@@ -68,13 +70,13 @@ def tsd_kd(
       ranking: 'reversed' ranks against the teacher, as the released code's sum over prefixes does.
       candidates: how many of the student's best tokens are ranked.
       opener, uncertain: shares. (The released code takes the most certain 10 % out, so .9.)
-      rollout: keywords of `kd.methods.lm.common.on_policy`, by which answers are sampled; None
+      rollout: keywords of `kd.methods.lm.answering.on_policy`, by which answers are sampled; None
         learns from the text in the batch.
       chunk: tokens at a time where logits are not formed whole.
       micro_batches: parts over which gradients are accumulated.
     """
     network = context.network
-    sample = common.on_policy(context, **rollout) if rollout is not None else None
+    sample = answering.on_policy(context, **rollout) if rollout is not None else None
 
     def collect(state, batch, key):
         if sample is not None:

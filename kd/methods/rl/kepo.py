@@ -18,7 +18,7 @@ from kd.losses import aggregate, policy
 from kd.losses.aggregate import Mode
 from kd.losses.policy import KL
 from kd.method import Batch, Method
-from kd.methods.rl import common, hints, self_teacher, surrogate
+from kd.methods.rl import common, hints, scoring, self_teacher, surrogate
 from kd.methods.rl.hints import Hints
 from kd.methods.rl.self_teacher import Comparison
 from kd.methods.rl.surrogate import REFERENCE, Pull, Surrogate, Term
@@ -93,7 +93,7 @@ def kepo(
             aggregation=aggregation,
         )  # fmt: skip
         if correction and hint is not None:
-            own = common.score(
+            own = scoring.score(
                 context.network, state.variables(), batch, draw, chunk=chunk, parts=micro_batches
             )
             batch['weight'] *= hints.corrected(batch, own.log_probs)[:, None]
@@ -140,7 +140,7 @@ def learner(
         return Term(policy.log_ratio(said.log_p, old), added, apart, aux)
 
     def teacher(state, batch):
-        return common.hidden(context.teacher, state.frozen[TEACHER], batch)
+        return scoring.hidden(context.teacher, state.frozen[TEACHER], batch)
 
     def further(batch: Batch) -> Metrics:
         known = ('gate', 'injected', 'unsolved')

@@ -19,7 +19,7 @@ from kd.losses import policy
 from kd.losses.aggregate import Mode
 from kd.losses.policy import Advantage
 from kd.method import Batch, Method
-from kd.methods.rl import common, self_teacher, surrogate
+from kd.methods.rl import common, scoring, self_teacher, surrogate
 from kd.methods.rl.self_teacher import Comparison
 from kd.methods.rl.surrogate import Number, Surrogate, Term
 from kd.ranges import Count, Keywords, Positive
@@ -86,14 +86,14 @@ def pi_distill(
     answer = common.answered(context, draw, common.of_block(context, reward), group=config.group)
 
     def score(state: State, batch: Batch) -> jax.Array:
-        said = common.score(
+        said = scoring.score(
             context.network, state.variables(), batch, draw, chunk=chunk, parts=micro_batches
         )
         return said.log_probs
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
         made = answer(state, told(batch), key)
-        untold = {**made, **common.prompts_of(batch, len(made['tokens']))}
+        untold = {**made, **scoring.prompts_of(batch, len(made['tokens']))}
         of_teacher = made['sampler_log_probs'] if old == 'sampler' else score(state, made)
         of_student = score(state, untold)
         weight, rewards = surrogate.number(beta, state), made['rewards']
@@ -173,14 +173,14 @@ def opsd(
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
         made = roll(state, batch, key)
-        said = common.score(
+        said = scoring.score(
             context.network, state.variables(), told(made), draw, chunk=chunk, parts=micro_batches
         )
         weight = surrogate.number(beta, state)
         return {**made, 'other': said.log_probs, 'beta': jnp.full(made['rewards'].shape, weight)}
 
     def teacher(state: State, batch: Batch):
-        found = common.hidden(context.network, state.variables(), told(batch))
+        found = scoring.hidden(context.network, state.variables(), told(batch))
         return jax.lax.stop_gradient(found)
 
     def term(said, old, given):
@@ -197,7 +197,7 @@ def opsd(
 
 def told(batch: Batch) -> Batch:
     """The batch with what the expert says behind its prompts."""
-    return common.with_prompt(
+    return scoring.with_prompt(
         batch, (batch['input'], batch['prompt_mask']), (batch[TOLD], batch[THERE])
     )
 

@@ -21,7 +21,7 @@ from kd.losses import aggregate, classification
 from kd.method import Batch, Method, Objective, minimize, with_collect
 from kd.methods import start
 from kd.methods.lm import common as lm
-from kd.methods.rl import common, self_teacher, watched
+from kd.methods.rl import common, scoring, self_teacher, watched
 from kd.methods.rl.self_teacher import Comparison, Piece
 from kd.metrics import Metrics, mean
 from kd.ranges import Count, Keywords, NonNegative
@@ -149,10 +149,10 @@ def sd_zero(
         return weight * distance, (distance, said.entropy)
 
     def loss(params, state, batch, key) -> Objective:
-        found = common.answer_losses(
+        found = scoring.answer_losses(
             network, state.variables(params=params), batch, draw, of_token,
             per_token={'weight': batch['weight']}, key=key, chunk=chunk,
-            teacher=common.hidden(teacher, state.frozen['teacher'], again(batch)),
+            teacher=scoring.hidden(teacher, state.frozen['teacher'], again(batch)),
         )  # fmt: skip
         distance, entropy = found.aux
         metrics = watched.metrics(batch, entropy)

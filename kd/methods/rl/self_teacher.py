@@ -7,8 +7,8 @@
         return weight * distance, {'distance': distance}
 
     asked = with_block(batch, tokens_of(23, rows), without_end(batch), tokens_of(5, rows), after=1)
-    teacher = common.hidden(network, variables_of_the_teacher, asked)
-    common.answer_losses(network, variables, batch, draw, of_token, per_token=..., teacher=teacher)
+    teacher = scoring.hidden(network, variables_of_the_teacher, asked)
+    scoring.answer_losses(network, variables, batch, draw, of_token, per_token=..., teacher=teacher)
 
 Logits of both exist a slab of tokens at a time, and nothing flows to the teacher. The R positions
 that predict an answer are counted from the end of both texts, so that what either says of a token
@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd import config as config_lib
+from kd import callables
 from kd.losses import outcomes, sequence, signal
 from kd.losses.signal import HiddenHead
 from kd.method import Batch
 from kd.method.single import joined, split
-from kd.methods.rl import common
+from kd.methods.rl import scoring
 from kd.models.decoder import head_of
 from kd.network import Network
 from kd.ranges import Size
@@ -62,8 +62,8 @@ class Comparison:
     rest: signal.Rest = 'tail'
 
 
-def comparison(draw: Draws, how: Comparison) -> Callable[[common.Said], jax.Array]:
-    """`compare(said) -> [n]` nats, for the loss of `kd.methods.rl.common.answer_losses`.
+def comparison(draw: Draws, how: Comparison) -> Callable[[scoring.Said], jax.Array]:
+    """`compare(said) -> [n]` nats, for the loss of `kd.methods.rl.scoring.answer_losses`.
 
     Between the laws that answers are drawn from: of the sampler's temperature, over the tokens that
     it allows and that both networks have.
@@ -71,11 +71,11 @@ def comparison(draw: Draws, how: Comparison) -> Callable[[common.Said], jax.Arra
     Raises:
       UserError: an argument that the divergence does not have.
     """
-    measure = config_lib.resolve(how.divergence)
+    measure = callables.resolve(how.divergence)
     arguments = dict(how.arguments)
-    config_lib.check_arguments(measure, arguments, where=f'method ({how.divergence})')
+    callables.check_arguments(measure, arguments, where=f'method ({how.divergence})')
 
-    def compare(said: common.Said) -> jax.Array:
+    def compare(said: scoring.Said) -> jax.Array:
         assert said.teacher is not None, 'a comparison needs a teacher'
         logits, teacher = signal.cut(said.logits, said.teacher)
         allowed, told = draw.allowed(logits.shape[-1]), teacher.logits
@@ -105,7 +105,7 @@ def heard(
     where: jax.Array | None = None,
     chunk: int = 256,
     parts: int = 1,
-) -> tuple[jax.Array, common.Scores]:
+) -> tuple[jax.Array, scoring.Scores]:
     """Hidden states [B, R, D] of a teacher at the tokens of answers, and its scores of them.
 
     One forward pass, for a method whose loss compares with the teacher and whose `collect` needs
@@ -125,20 +125,20 @@ def heard(
     answered = {name: batch[name] for name in names if name in batch}
     answered['where'] = jnp.ones(len(batch['mask']), bool) if where is None else where
 
-    def of_part(part: Batch) -> tuple[jax.Array, common.Scores]:
-        said = common.hidden(network, variables, part)
+    def of_part(part: Batch) -> tuple[jax.Array, scoring.Scores]:
+        said = scoring.hidden(network, variables, part)
         valid = part['mask'] & part['where'][:, None]
         scores = sequence.token_log_probs(
             said.hidden.reshape(valid.size, -1), said.head, part['tokens'].reshape(-1),
             temperature=draw.temperature, valid=valid.reshape(-1), chunk=chunk, tied=said.tied,
             where=draw.allowed(said.head.shape[-1]),
         )  # fmt: skip
-        return said.hidden, common.Scores(*(x.reshape(valid.shape) for x in scores))
+        return said.hidden, scoring.Scores(*(x.reshape(valid.shape) for x in scores))
 
     if parts == 1:
         return of_part(answered)
 
-    def if_any(part: Batch) -> tuple[jax.Array, common.Scores]:
+    def if_any(part: Batch) -> tuple[jax.Array, scoring.Scores]:
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, part))
         return jax.lax.cond(part['where'].any(), of_part, lambda _: nothing, part)
 
@@ -169,10 +169,10 @@ def with_block(batch: Batch, *pieces: Piece, after: int | None = None) -> Batch:
     """
     tokens, mask = batch['input'], jnp.asarray(batch['prompt_mask'], bool)
     if after is None:
-        return common.with_prompt(batch, (tokens, mask), *pieces)
+        return scoring.with_prompt(batch, (tokens, mask), *pieces)
     stay = after if after >= 0 else mask.sum(1, keepdims=True) + after
     first = mask & (jnp.cumsum(mask, axis=1) <= stay)
-    made = common.with_prompt(batch, (tokens, first), *pieces, (tokens, mask & ~first))
+    made = scoring.with_prompt(batch, (tokens, first), *pieces, (tokens, mask & ~first))
     # Of the two copies of a prompt one is padding, now on the left.
     width = tokens.shape[1]
     return {**made, **{name: made[name][:, width:] for name in ('input', 'prompt_mask')}}

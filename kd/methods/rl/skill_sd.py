@@ -21,7 +21,7 @@ from kd.losses.aggregate import Mode
 from kd.losses.policy import Advantage
 from kd.method import Batch, Method
 from kd.methods.rl import bank as banks
-from kd.methods.rl import common, surrogate
+from kd.methods.rl import common, scoring, surrogate
 from kd.methods.rl.surrogate import Number, Surrogate, Term
 from kd.ranges import Count, Keywords, NonNegative, Positive
 from kd.rewards.reward import Summary
@@ -137,7 +137,7 @@ def with_skill(batch: Batch) -> Batch:
     """The batch with the skills behind its prompts, where there are any."""
     skill = batch['skill']
     there = jnp.broadcast_to(batch['told'][:, None], skill.shape)
-    return common.with_prompt(batch, (batch['input'], batch['prompt_mask']), (skill, there))
+    return scoring.with_prompt(batch, (batch['input'], batch['prompt_mask']), (skill, there))
 
 
 def drawn_weights(batch: Batch) -> jax.Array:
@@ -175,7 +175,7 @@ def _acting(answer: common.Collect, acts: Acts, teacher: str) -> common.Collect:
             return answer(state, with_skill(batch), key)
         variables = _teacher(state, teacher)
         made = answer(state.with_params(variables['params']), with_skill(batch), key)
-        return {**made, **common.prompts_of(batch, len(made['tokens']))}
+        return {**made, **scoring.prompts_of(batch, len(made['tokens']))}
 
     return collect
 
@@ -186,7 +186,7 @@ def _scores(
     """Log-probabilities of answers: of the teacher, and of the old policy where it is asked."""
 
     def of(variables: PyTree, asked: Batch) -> jax.Array:
-        return common.score(
+        return scoring.score(
             context.network, variables, asked, draw, chunk=how.chunk, parts=how.micro_batches
         ).log_probs
 

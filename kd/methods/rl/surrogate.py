@@ -24,7 +24,7 @@ from kd.losses import policy
 from kd.losses.signal import HiddenHead
 from kd.method import Batch, Method, Objective, minimize, repeat, with_collect, with_memory
 from kd.methods import start
-from kd.methods.rl import common, watched
+from kd.methods.rl import common, scoring, watched
 from kd.metrics import Mean, Metrics, mean
 from kd.network import Network
 from kd.ranges import Count, NonNegative, Positive
@@ -105,7 +105,7 @@ def method(
     context: Context,
     draw: Draws,
     collect: Callable[[State, Batch, jax.Array], Any],
-    term: Callable[[common.Said, jax.Array, dict[str, jax.Array]], Term],
+    term: Callable[[scoring.Said, jax.Array, dict[str, jax.Array]], Term],
     *,
     group: Count,
     how: Surrogate,
@@ -144,7 +144,7 @@ def method(
         if how.updates > 1:
             given['old'] = batch['old_log_probs' if how.recomputed else 'sampler_log_probs']
         given |= {name: batch[name] for name in fields}
-        found = common.answer_losses(
+        found = scoring.answer_losses(
             network, state.variables(params=params), batch, draw, of_token, per_token=given,
             teacher=teacher(state, batch) if teacher else None, key=key, chunk=how.chunk,
         )  # fmt: skip
@@ -206,7 +206,7 @@ def scored(
     def with_scores(state: State, batch: Batch, key: jax.Array) -> Batch:
         batch = collect(state, batch, key)
         for name, other in others.items():
-            said = common.score(
+            said = scoring.score(
                 other, state.frozen[name], batch, draw, chunk=how.chunk, parts=how.micro_batches
             )
             batch[field_of(name)] = said.log_probs
@@ -216,7 +216,7 @@ def scored(
 
 
 def pulled(
-    said: common.Said, given: Mapping[str, jax.Array], *pulls: Pull
+    said: scoring.Said, given: Mapping[str, jax.Array], *pulls: Pull
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of the weighted estimates, and {'kl_to_NAME': k1}, of those that are `given`."""
     added, aux = jnp.zeros_like(said.log_p), {}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kd import callables
 from kd import config as config_lib
 from kd.context import Context
 from kd.data.transforms import augment
@@ -209,8 +210,8 @@ def _term(context: Context, block: Any, where: str, micro_batches: int) -> Term 
         raise UserError(
             f"{where}.resize must be '', 'student', 'teacher' or 'larger', got {resize!r}."
         )
-    loss = config_lib.resolve(block['loss'])
-    config_lib.check_arguments(loss, arguments, where=where)
+    loss = callables.resolve(block['loss'])
+    callables.check_arguments(loss, arguments, where=where)
     check_micro_batches(loss, micro_batches)
     if not weight:
         return None
@@ -261,7 +262,7 @@ def _projector(context, block, student, teacher, resize, where) -> Network:
     """The module of a block for the shapes of these features."""
     where = f'{where}.projector'
     block = dict(block)
-    factory = config_lib.resolve(block.get('name', ''))
+    factory = callables.resolve(block.get('name', ''))
     target = _shape(context.teacher, teacher[0])
     if 'width' in inspect.signature(factory).parameters:
         block.setdefault('width', target.shape[-1])

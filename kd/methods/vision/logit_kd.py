@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from kd import config as config_lib
+from kd import callables
 from kd.context import Context
 from kd.data.transforms import augment
 from kd.errors import UserError
@@ -47,9 +47,9 @@ def logit_kd(
     network = context.classifier
     if not 0.0 <= soft_weight <= 1.0:
         raise UserError(f'soft_weight must lie in [0, 1], got {soft_weight}.')
-    soft_loss = config_lib.resolve(divergence)
+    soft_loss = callables.resolve(divergence)
     check_micro_batches(soft_loss, micro_batches)
-    config_lib.check_arguments(soft_loss, divergence_arguments, where=f'method ({divergence})')
+    callables.check_arguments(soft_loss, divergence_arguments, where=f'method ({divergence})')
 
     def loss(params, state, batch, key) -> Objective:
         augment_key, dropout_key = jax.random.split(key)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd import config as config_lib
+from kd import callables
 from kd.context import Context
 from kd.data.transforms import augment
 from kd.errors import UserError
@@ -119,7 +119,7 @@ def autoencoder(
     _, height, width, channels = network.inputs[0].shape
     grid = height // encoder.patch, width // encoder.patch
     where = f'{context.stage}.method.decoder'
-    config_lib.check_arguments(Decoder, decoder or {}, where=where, reserved=('grid', 'outputs'))
+    callables.check_arguments(Decoder, decoder or {}, where=where, reserved=('grid', 'outputs'))
     try:
         module = Decoder(grid=grid, outputs=encoder.patch**2 * channels, **(decoder or {}))
     except ValueError as error:
