@@ -40,6 +40,7 @@ def group_advantage(
     *,
     ddof: int = 0,
     epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """How much better an answer is than those to the same prompt; no gradient.
 
@@ -49,7 +50,9 @@ def group_advantage(
     | dr_grpo | R - mean | Dr. GRPO, arXiv:2503.20783 |
     | rloo | R - mean of the other G - 1 = G / (G - 1) (R - mean) | arXiv:2402.14740 |
 
-    A group whose rewards are equal is dead: exactly 0, whatever rounding would leave of it.
+    A group whose rewards are equal is dead: exactly 0, whatever rounding would leave of it. An
+    answer that has no reward, for which `where` is False, has 0 and is no part of its group, which
+    is that much smaller.
 
     Args:
       rewards: [B], or [..., B].
@@ -58,6 +61,7 @@ def group_advantage(
       ddof: what the variance divides by, G - ddof. Papers have 0; verl, TRL and torch's `std` 1,
         which makes advantages 7 % smaller at G = 8. For 'grpo' alone.
       epsilon: 1e-6 in verl, 1e-4 in TRL.
+      where: bool like the rewards, those that there are; None for all.
 
     Returns:
       [B].
@@ -67,24 +71,30 @@ def group_advantage(
     """
     if ddof not in (0, 1):
         raise ValueError(f'ddof is 0 or 1, got {ddof}.')
-    grouped = _grouped(rewards, group)
-    centred = grouped - jnp.mean(grouped, axis=-1, keepdims=True)
+    grouped, counted = _grouped(rewards, group), _counted(where, rewards, group)
+    count = jnp.sum(counted, axis=-1, keepdims=True, dtype=grouped.dtype)
+    total = jnp.sum(jnp.where(counted, grouped, 0.0), axis=-1, keepdims=True)
+    centred = jnp.where(counted, grouped - total / jnp.maximum(count, 1), 0.0)
     if kind == 'grpo':
-        variance = jnp.sum(centred**2, axis=-1, keepdims=True) / (group - ddof)
+        squares = jnp.sum(centred**2, axis=-1, keepdims=True)
+        variance = squares / jnp.maximum(count - ddof, 1)
         advantage = centred / (jnp.sqrt(variance) + epsilon)
     elif kind == 'dr_grpo':
         advantage = centred
     elif kind == 'rloo':
-        advantage = group / (group - 1) * centred
+        advantage = count / jnp.maximum(count - 1, 1) * centred
     else:
         raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', got {kind!r}.")
-    alive = ~_equal(grouped)[..., None]
+    alive = ~_equal(grouped, counted)[..., None]
     return jnp.where(alive, advantage, 0.0).reshape(jnp.shape(rewards))
 
 
-def dead_groups(rewards: ArrayLike, group: int) -> jax.Array:
-    """Whether all answers of a group have one reward: it teaches nothing. [B] -> bool [B / G]."""
-    return _equal(_grouped(rewards, group))
+def dead_groups(rewards: ArrayLike, group: int, *, where: ArrayLike | None = None) -> jax.Array:
+    """Whether all answers of a group have one reward: it teaches nothing. [B] -> bool [B / G].
+
+    Arguments as of `group_advantage`; so is a group in which fewer than two have any.
+    """
+    return _equal(_grouped(rewards, group), _counted(where, rewards, group))
 
 
 def sibling_index(
@@ -329,5 +339,13 @@ def _grouped(rewards: ArrayLike, group: int) -> jax.Array:
     return rewards.reshape(*rewards.shape[:-1], -1, group)
 
 
-def _equal(grouped: jax.Array) -> jax.Array:
-    return jnp.all(grouped == grouped[..., :1], axis=-1)
+def _counted(where: ArrayLike | None, rewards: ArrayLike, group: int) -> jax.Array:
+    """`where` as `_grouped` has the rewards."""
+    found = jnp.ones(jnp.shape(rewards), bool) if where is None else jnp.asarray(where)
+    return found.reshape(*found.shape[:-1], -1, group)
+
+
+def _equal(grouped: jax.Array, counted: jax.Array) -> jax.Array:
+    """Whether what counts is all the same, [..., B / G]."""
+    least = jnp.where(counted, grouped, jnp.inf).min(-1)
+    return least >= jnp.where(counted, grouped, -jnp.inf).max(-1)

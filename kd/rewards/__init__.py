@@ -18,7 +18,8 @@ Worlds that answer turn by turn are environments (`kd.sampling.environment`): `k
 `kd.rewards.sokoban` have one each, beside the rewards of what was done in it.
 
 An answer that cannot be judged (a verifier hangs, raises or dies) has the reward NaN, which
-`kd.rewards.reward.judged` turns into 0 and counts.
+`kd.rewards.reward.judged` counts and turns into 0: it is no part of its group, and nothing is
+learnt from it.
 
 Programs that a model writes are never run by Python: a verifier reads answers, as text. What asks
 for their results needs an interpreter that can do nothing else, as those of the small worlds are;

@@ -31,6 +31,7 @@ KEYS = 'reward_keys'
 
 
 def judged(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rewards float32 [B] with 0 in place of NaN, and which had no verdict, bool [B]."""
-    failed = jnp.isnan(rewards)
+    """Rewards float32 [B] with 0 for those that are not finite, and which these are, bool [B]: that
+    is no verdict."""
+    failed = ~jnp.isfinite(rewards)
     return jnp.where(failed, 0.0, rewards).astype(jnp.float32), failed

@@ -152,6 +152,24 @@ class TestAdvantages:
         assert policy.dead_groups(rewards, 7).tolist() == [True] * 4
         assert policy.dead_groups(self.REWARDS, 4).tolist() == [False] * 3 + [True]
 
+    @pytest.mark.parametrize(
+        ('kind', 'ddof'), [('grpo', 0), ('grpo', 1), ('dr_grpo', 0), ('rloo', 0)]
+    )
+    def test_an_answer_without_a_reward_is_as_if_it_had_not_been_given(self, kind, ddof):
+        rewards = np.array([0, 1, 1, 0, 0.5, 2, -1, 9, 0, 9, 9, 9, 9, 9, 9, 9, 1, 9, 1, 0])
+        where = rewards != 9
+        where[-1] = False
+        found = np.asarray(policy.group_advantage(rewards, 4, kind, ddof=ddof, where=where))
+        for row in (0, 1):
+            there = np.arange(4 * row, 4 * row + 4)[where[4 * row : 4 * row + 4]]
+            alone = policy.group_advantage(rewards[there], len(there), kind, ddof=ddof)
+            np.testing.assert_allclose(found[there], alone, rtol=1e-6)
+        assert (found[~where] == 0).all()
+        # One alone has nobody to be compared with, and two that are equal are dead.
+        assert (found[8:] == 0).all()
+        dead = policy.dead_groups(rewards, 4, where=where)
+        assert dead.tolist() == [False, False, True, True, True]
+
     def test_groups_that_do_not_fit_are_refused(self):
         with pytest.raises(ValueError, match=r'rewards \(6,\) do not divide into groups of 4'):
             policy.group_advantage(np.zeros(6), 4)

@@ -20,10 +20,12 @@ SAMPLING = dict(group=G, max_new=R, stop=(EOS,), forbidden=(0, 1))
 
 
 def verdicts(context):
-    """1 where the first token is even; what a batch says of itself where it is forced."""
+    """1 where the first token is even; what a batch says of itself where it is forced; nothing of
+    answers that begin with what it calls unreadable."""
 
     def reward(tokens, mask, batch):
         drawn = jnp.where(tokens[:, 0] % 2, 0.0, 1.0)
+        drawn = jnp.where(tokens[:, 0] == batch['unreadable'], jnp.nan, drawn)
         return jnp.where(batch['forced'], batch['verdict'], drawn)
 
     return reward
@@ -59,6 +61,7 @@ def prompts():
         'prompt_mask': mask,
         'forced': np.zeros(4, bool),
         'verdict': np.zeros(4, np.float32),
+        'unreadable': np.full(4, -1),
     }
 
 

@@ -66,8 +66,14 @@ def beside(teacher, reference=None):
     return {'teacher': teacher, 'reference': teacher if reference is None else reference}
 
 
-def test_a_step_is_reinforce_with_advantages_of_the_group(network, batch, plain):
-    """The gradient at rho = 1 is that of -mean_i mean_t A_i log p_it, by a plain forward pass."""
+@pytest.mark.parametrize('unreadable', [False, True])
+def test_a_step_is_reinforce_with_advantages_of_the_group(network, batch, plain, unreadable):
+    """The gradient at rho = 1 is that of -mean_i mean_t A_i log p_it, by a plain forward pass.
+
+    An answer that a verifier could not judge is as if it had not been given.
+    """
+    if unreadable:
+        batch = {**batch, 'unreadable': np.array([5, 4, 7, 10])}
     before, after, metrics = plain(batch)
     # What the step has sampled, by its own key.
     of = context(network)
@@ -75,9 +81,15 @@ def test_a_step_is_reinforce_with_advantages_of_the_group(network, batch, plain)
     key = jax.random.fold_in(before.step_key(), zlib.crc32(b'collect'))
     rows = {name: np.repeat(x, G, axis=0) for name, x in batch.items()}
     said = jax.jit(draw)(before.variables(), rows['input'], rows['prompt_mask'], key)
-    rewards = (np.asarray(said.tokens)[:, 0] % 2 == 0).astype(float).reshape(4, G)
-    centred = rewards - rewards.mean(1, keepdims=True)
-    advantage = (centred / (rewards.std(1, keepdims=True) + 1e-6)).reshape(-1)
+    first = np.asarray(said.tokens)[:, 0]
+    judged, rewards = first != rows['unreadable'], (first % 2 == 0).astype(float)
+    assert judged.all() or (unreadable and judged.any())
+    advantage, dead = np.zeros(4 * G), np.ones(4 * G, bool)
+    for group in np.split(np.arange(4 * G), 4):
+        of = group[judged[group]]
+        if len(of) and np.ptp(rewards[of]):
+            advantage[of] = (rewards[of] - rewards[of].mean()) / (rewards[of].std() + 1e-6)
+            dead[group] = False
 
     @jax.jit
     @jax.grad
@@ -90,15 +102,17 @@ def test_a_step_is_reinforce_with_advantages_of_the_group(network, batch, plain)
         log_q = jax.nn.log_softmax(logits.at[..., :2].set(-jnp.inf))
         log_p = jnp.take_along_axis(log_q, said.tokens[..., None], -1)[..., 0]
         log_p = jnp.where(said.mask, log_p, 0)
-        return -(advantage * log_p.sum(1) / said.mask.sum(1)).mean()
+        each = advantage * log_p.sum(1) / said.mask.sum(1)
+        return -jnp.where(judged, each, 0).sum() / judged.sum()
 
     wanted = slope(before.params['network'])
     moved = jax.tree.map(lambda x, y: (x - y) / LR, before.params, after.params)['network']
     close(moved, wanted)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted)) > 1e-2
     lengths = np.asarray(said.mask).sum(1)
-    assert value(metrics, 'reward') == pytest.approx(rewards.mean())
-    assert value(metrics, 'dead_groups') == pytest.approx((np.ptp(rewards, axis=1) == 0).mean())
+    assert value(metrics, 'reward') == pytest.approx(np.where(judged, rewards, 0).mean())
+    assert value(metrics, 'unjudged') == pytest.approx(1 - judged.mean())
+    assert value(metrics, 'dead_groups') == pytest.approx(dead.mean())
     assert value(metrics, 'length') == pytest.approx(lengths.mean())
     assert value(metrics, 'truncated') == pytest.approx(np.asarray(said.truncated).mean())
     assert value(metrics, 'sampling/fill') == pytest.approx(lengths.mean() / lengths.max())
@@ -159,6 +173,11 @@ def test_dead_groups_learn_from_a_teacher_and_not_from_one_that_is_the_student(
     close(before.params, after.params, atol=1e-5)
     _, _, metrics = many(right, frozen=beside(sharp(network, 7), same))
     assert value(metrics, 'grad_norm') > 0
+    # Of what nobody could judge nothing is learnt, from a teacher either.
+    before, after, metrics = many(forced(batch, np.nan), frozen=beside(sharp(network, 7), same))
+    assert value(metrics, 'unjudged') == 1
+    assert value(metrics, 'loss') == value(metrics, 'grad_norm') == 0
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     # A reference that is perturbed says something else too.
     _, _, moved = many(right, frozen=beside(same, jax.tree.map(lambda x: x + 0.1, same)))
     assert value(moved, 'loss') > 1e-5

@@ -165,6 +165,7 @@ class TestHints:
 def test_two_right_answers_of_eight_have_these_advantages():
     """A dead group has none, and no gradient; with two right ones it has."""
     batch = {'mask': np.ones((8, 3), bool), 'rewards': np.zeros(8, np.float32)}
+    batch['unjudged'] = np.zeros(8, bool)
     dead = common.valued(batch, 8, ddof=1, epsilon=1e-4)
     assert not np.asarray(dead['advantage']).any()
     batch['rewards'][[2, 5]] = 1

@@ -112,7 +112,8 @@ def test_tokens_that_a_teacher_lacks_are_never_said(network):
 
 def test_groups_of_equal_rewards_may_be_left_out_of_what_is_averaged_over():
     mask = np.arange(R) < np.array([4, 1, 2, 3, 4, 4])[:, None]
-    batch = {'mask': mask, 'rewards': np.array([1, 0, 1, 1, 0, 1], np.float32)}
+    rewards = np.array([1, 0, 1, 1, 0, 1], np.float32)
+    batch = {'mask': mask, 'rewards': rewards, 'unjudged': np.zeros(6, bool)}
     losses = np.random.default_rng(0).normal(size=mask.shape)
     for mode, wanted in (
         ('sequence_mean', np.mean([losses[i][mask[i]].mean() for i in (0, 1, 4, 5)])),

@@ -91,9 +91,9 @@ def test_processes_are_others_and_as_many_as_asked_for():
 
 
 def test_verdicts_that_are_there_stay_as_they_are():
-    rewards, failed = judged(jnp.array([0.5, jnp.nan, -2.0]))
-    assert rewards.tolist() == [0.5, 0, -2]
-    assert failed.tolist() == [False, True, False]
+    rewards, failed = judged(jnp.array([0.5, jnp.nan, -2.0, jnp.inf, -jnp.inf]))
+    assert rewards.tolist() == [0.5, 0, -2, 0, 0]
+    assert failed.tolist() == [False, True, False, True, True]
 
 
 def test_a_verifier_that_is_not_there_is_told():

@@ -201,8 +201,9 @@ def paced_text(
             variables = context.rollout(state.variables())
             said = draw.of(variables, asked, key)
             if judge is not None:
-                right = judged(judge(said.tokens, said.mask, asked))[0] >= 0.5
-                rate = competence.pass_rate(right.reshape(-1, count))
+                rewards, lost = judged(judge(said.tokens, said.mask, asked))
+                right, there = (x.reshape(-1, count) for x in (rewards >= 0.5, ~lost))
+                rate = competence.pass_rate(right, where=there)
             if answers == 'student':
                 batch = answering.answered(batch, said.tokens[::count], said.mask[::count])
         batch = common.aggregated(answering.as_text(batch), 'sequence_mean')

@@ -11,7 +11,8 @@ prompt one after another, and of the fields of their prompts:
 | `sampler_log_probs` [B, R] | as the sampler drew them |
 | `old_log_probs` [B, R] | as the network scores them before the first of several updates |
 | `rewards` [B] | verdicts; 0 where there is none |
-| `advantage` [B], `weight` [B, R] | of the whole batch: no loss computes what it divides by |
+| `advantage` [B], `weight` [B, R] | of the whole batch: no loss computes what it divides by; 0 of
+  an answer that nobody could judge |
 | `truncated`, `unjudged`, `dead` bool [B] | no end; no verdict; a group of equal rewards |
 | `decoded` [B] | tokens that the loop went through |
 
@@ -165,6 +166,9 @@ def valued(
 ) -> Batch:
     """The batch with advantages, weights and dead groups; arguments as of `rollouts`.
 
+    An answer without a verdict is no part of its group, nor of what is averaged over: that a
+    verifier hangs says nothing of it.
+
     `longest` counts the tokens of the longest answer, 0 for all slots.
     """
     mask, values = batch['mask'], batch['rewards']
@@ -172,10 +176,13 @@ def valued(
     if overlong:
         values += policy.overlong_penalty(mask.sum(1), longest, overlong)
     constant = float(longest) if aggregation == 'constant' else None
-    dead = jnp.repeat(policy.dead_groups(values, group), group)
-    counted = mask & ~dead[:, None] if drop_dead else mask
+    there = ~batch['unjudged']
+    dead = jnp.repeat(policy.dead_groups(values, group, where=there), group)
+    counted = mask & (there & ~dead if drop_dead else there)[:, None]
     made = {
-        'advantage': policy.group_advantage(values, group, advantage, ddof=ddof, epsilon=epsilon),
+        'advantage': policy.group_advantage(
+            values, group, advantage, ddof=ddof, epsilon=epsilon, where=there
+        ),
         'dead': dead,
         'weight': aggregate.weights(counted, aggregation, constant=constant),
     }

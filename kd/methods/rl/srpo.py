@@ -237,7 +237,7 @@ def _teacher(
     def hear(state: State, batch: Batch) -> Batch:
         route, rows = routing(state), len(batch['rewards'])
         sibling, available = policy.sibling_index(batch['rewards'], group)
-        routed = route.routed(batch['rewards'] >= 0.5, available)
+        routed = route.routed(batch['rewards'] >= 0.5, available & ~batch['unjudged'])
         answers, ended = self_teacher.without_end(batch)
         block = (
             self_teacher.tokens_of(opening, rows),
@@ -251,7 +251,8 @@ def _teacher(
             self_teacher.with_block(batch, *shown, after=quote.after), draw, where=routed,
             chunk=how.chunk, parts=how.micro_batches,
         )  # fmt: skip
-        weight, teacher_weight = routed_weights(batch['mask'], routed, scores.entropy, route)
+        counted = batch['mask'] & ~batch['unjudged'][:, None]
+        weight, teacher_weight = routed_weights(counted, routed, scores.entropy, route)
         made = {
             'weight': weight,
             'teacher_weight': teacher_weight,

@@ -152,7 +152,9 @@ def method(
         said = metrics(batch, **logged, low=how.low, high=how.high, cap=how.cap or 2.0)
         said |= {name: mean(value, batch['mask']) for name, value in aux.items()}
         said |= further(batch) if further else {}
-        return Objective(mean(found.losses.sum(1)), said, found.mutables)
+        # What nobody could judge is not drawn anywhere either.
+        rows = jnp.where(batch['unjudged'], 0.0, found.losses.sum(1))
+        return Objective(mean(rows), said, found.mutables)
 
     init = start.from_reference(network.init, context)
     one = minimize(loss, context.tx_of(how.updates), init, micro_batches=how.micro_batches)
