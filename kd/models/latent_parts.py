@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from kd.models.attention import attend
+from kd.models.attention import attend, attend_away
 from kd.models.rope import rotate
 
 __all__ = [
@@ -124,6 +124,7 @@ class Attention(nn.Module):
         mask: jax.Array | None = None,
         turned: tuple[jax.Array, jax.Array] | None = None,
         memory: tuple[jax.Array, jax.Array] | None = None,
+        away: tuple[int, jax.Array | float] | None = None,
     ) -> Any:
         """[B, N, D], and with `joint` 'both' what the text [B, M, D] finds.
 
@@ -134,6 +135,8 @@ class Attention(nn.Module):
           text: others.
           mask: as of `attend`.
           turned: cosines and sines of the rotations of (text and) tokens, see `kd.models.rope`.
+          away: (M+, strength) where the text is one of M+ tokens and one that x attends away from,
+            see `attend_away`.
           memory: keys and values [B, S, heads, D / heads] of tokens before, as they were kept.
         """
         seen = x if text is None or self.joint != 'none' else text
@@ -149,7 +152,7 @@ class Attention(nn.Module):
         own = k, v
         if memory is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(memory, own, strict=True))
-        y = attend(q, k, v, mask=mask, fused=self.fused)
+        y = self._found(q, k, v, mask, away)
         y = y.reshape(*y.shape[:2], -1)
         length = y.shape[1] - x.shape[1]
         found = y[:, length:]
@@ -160,6 +163,15 @@ class Attention(nn.Module):
         if self.joint != 'both':
             return (found, own) if self.keeps else found
         return found, nn.Dense(x.shape[-1], dtype=self.dtype, name='to_add_out')(y[:, :length])
+
+    def _found(self, q, k, v, mask, away):
+        if away is None:
+            return attend(q, k, v, mask=mask, fused=self.fused)
+        count, strength = away
+        parts = slice(count), slice(count, None)
+        positive, negative = ((k[:, part], v[:, part]) for part in parts)
+        masks = tuple(None if mask is None else mask[..., part] for part in parts)
+        return attend_away(q, positive, negative, strength, masks=masks, fused=self.fused)
 
     def _heads(self, sources, *norms):
         size, out = sources[0][0].shape[-1] // self.heads, []

@@ -9,7 +9,7 @@ import pytest
 from kd.claims import seeds
 from kd.data.builders import mixtures
 from kd.errors import UserError
-from kd.losses.schedule import edm
+from kd.losses.schedule import discrete, edm
 from kd.methods.diffusion.critic import GENERATOR
 from kd.methods.diffusion.distribution_matching import Views
 from kd.methods.diffusion.snoopi import drawn, snoopi
@@ -17,9 +17,11 @@ from kd.models import adapters
 from kd.models.adapters import Adapter
 from kd.models.attention import attend, attend_away
 from kd.models.denoiser import Denoised
+from kd.models.latent_dit import LatentDiT
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
 from kd.sampling import denoiser, times
+from kd.sampling import negative as negative_lib
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -203,3 +205,61 @@ def test_padding_of_either_text_says_nothing(texts):
     )
     found = attend_away(query, padded(positive), padded(negative), 0.7, masks=masks)
     np.testing.assert_allclose(found, attend_away(query, positive, negative, 0.7), atol=1e-6)
+
+
+# Attention away from a text, in networks
+
+
+def test_networks_attend_away_from_a_negative_text():
+    """Of one text against itself nothing but the bias of the projection is left at strength 1."""
+    module = LatentDiT(
+        width=24, depth=2, heads=2, num_classes=None, context=6, masked=True, variance=False,
+        grid=4, epsilon=1e-6,
+    )  # fmt: skip
+    wrapped = Denoised(module, discrete('linear', 1e-4, 0.02), 'eps')
+    network = from_linen(
+        wrapped, *wrapped.example_inputs({'input': jax.ShapeDtypeStruct((8, 8, 4), jnp.float32)})
+    )
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32),
+        jax.eval_shape(network.init, KEY),
+    )
+    x, t = rng.normal(size=(2, 8, 8, 4)).astype(np.float32), jnp.asarray([999.0, 300.0])
+    text = rng.normal(size=(2, 5, 6)).astype(np.float32)
+    mask = np.arange(5) < np.array([[3], [5]])
+    told, own = {'text': text, 'mask': mask}, denoiser.of_network(network)
+
+    @jax.jit
+    def said(variables, strength, negative):
+        made = negative_lib.away(own, negative, strength)
+        return made.apply(variables, x, t, told).x0
+
+    plain = own.apply(variables, x, t, told).x0
+    np.testing.assert_allclose(said(variables, jnp.zeros(2), told), plain, rtol=1e-4, atol=1e-4)
+    blind = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if 'attn2' in str(path) and 'to_out_0' in str(path)
+        and 'kernel' in str(path) else x,
+        variables,
+    )  # fmt: skip
+    wanted = own.apply(blind, x, t, told).x0
+    np.testing.assert_allclose(said(variables, jnp.ones(2), told), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(wanted - plain).max() > 0.01
+    # Another length, one for all, each row its own strength; what a mask hides is not seen.
+    other = {'text': rng.normal(size=(1, 7, 6)), 'mask': np.arange(7)[None] < 4}
+    hidden = {**other, 'text': other['text'] + 9 * ~other['mask'][..., None]}
+    found = said(variables, jnp.asarray([0.0, 0.5]), other)
+    np.testing.assert_allclose(found, said(variables, jnp.asarray([0.0, 0.5]), hidden), atol=1e-4)
+    np.testing.assert_allclose(found[0], plain[0], rtol=1e-4, atol=1e-4)
+    assert np.abs(found[1] - plain[1]).max() > 0.01
+
+
+def test_a_network_without_attention_to_a_text_is_told():
+    def apply(variables, x, t, condition, **how):
+        return x
+
+    own = denoiser.Denoiser(PATH, apply)
+    with pytest.raises(ValueError, match='no attention to its text alone'):
+        negative_lib.away(own, {'text': np.ones((1, 2, 3))}, 0.5).apply(
+            {}, jnp.ones((1, 4)), jnp.ones(1), {'text': np.ones((1, 2, 3))}
+        )

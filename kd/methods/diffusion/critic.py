@@ -173,8 +173,11 @@ def begun(
 ) -> dict[str, PyTree]:
     """Variables of generator and critic."""
     keys = jax.random.split(key, 3)
-    own, fake = context.network.init(keys[0]), critic.network.init(keys[1])
-    own = _begun(context, GENERATOR, own, beginning(frozen))
+    fake = critic.network.init(keys[1])
+    if adapters.adapter_of(context.network.module) is None:
+        own = _begun(context, GENERATOR, context.network.init(keys[0]), beginning(frozen))
+    else:
+        own = start.from_reference(context.network.init, context)(keys[0], frozen)
     fake = _begun(context, FAKE, fake, critic.beginning(frozen), critic.start)
     if critic.adapter is not None:
         fake = {'params': adapters.drawn(keys[1], fake['params'], critic.adapter)}
