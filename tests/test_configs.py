@@ -50,6 +50,8 @@ LARGE = (
         'latent.py:sdxl',
         'latent.py:sd15',
     ),
+    *('latent.py:snoopi,sd15', 'latent.py:snoopi,sd21', 'flash_dmd.py:sdxl'),
+    *('decoupled_dmd.py:sdxl', 'decoupled_dmd.py:z_image', 'phased_dmd.py:qwen_image'),
     *('infer_ufc.py:cifar10,ipc=10', 'infer_ufc.py:tiny,ipc=10,dynamic'),
     *('tad_sr.py:imagenet256_realesrgan', 'tad_sr.py:ffhq'),
     *('distil.py:smollm2,gsm8k', 'distil.py:smollm2,cached', 'paced.py:qwen3_8b_to_1_7b'),

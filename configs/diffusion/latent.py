@@ -8,10 +8,12 @@
 | sdxl (default) | sdxl/unet | 2,567 M | 999, 749, 499, 249 | 64 A100 of 80 GB |
 | sd15 | sd15/unet | 860 M | 999 | 64 A100 of 80 GB |
 | snoopi,pixart_alpha | pixart/transformer, at 512 pixels | 611 M | 999 | 4 A100 of 40 GB |
+| snoopi,sd15 | sd15/unet | 860 M | 999 | 4 A100 of 40 GB |
+| snoopi,sd21 | sd21/unet, that of 512 pixels, which says noise | 866 M | 999 | 4 A100 of 40 GB |
 
 Teachers are networks of directories of `diffusers`. Beside the texts, folders hold `input`, the
-latents of real images by `kd.models.autoencoder_kl`, scaled, which DMD2's discriminator asks for
-and samples are compared with; `DATA/sdxl/validation` is a split of the same kind.
+latents of real images as `python -m kd.data.embed_images` writes them, which DMD2's discriminator
+asks for and samples are compared with; `DATA/sdxl/validation` is a split of the same kind.
 
 DMD2 as released: guidance 8 and a batch of 128 at 5e-7, five moves of the critic, for SDXL; 1.75
 and 2,048 at 1e-5, ten moves, for Stable Diffusion 1.5; the discriminator reads the middle of the
@@ -19,9 +21,11 @@ network. Both begin without the discriminator's loss in the paper for some time;
 from the start, which is ours. The paper reports an FID of 19.32 for SDXL on 10,000 captions of
 COCO.
 
-SNOOPI: guidance drawn from .5 .. 3, batches of 64 prompts at 1e-6 and 60,000 moves, and a critic of
-adapters of rank 64 at 1e-3; which kernels have them, the size of images and the betas of the
-teacher, from 1e-4 to .02, are ours. The paper reports an HPSv2 of 30.34, and 29.07 for the teacher.
+SNOOPI: guidance drawn from .5 .. 3 and for Stable Diffusion to 4, batches of 64 prompts at 1e-6 and
+60,000 moves (40,000 for 2.1), and a critic of adapters of rank 64 at 1e-3; which kernels have them,
+the size of images and the betas of PixArt, from 1e-4 to .02, are ours. The paper reports an HPSv2
+of 30.34 for PixArt, and 29.07 for the teacher. What a negative text names is left out by attention
+in the finished generator, `kd.sampling.negative.away`.
 
 Nothing of this was run by us; what samples are measured with here are the spread and diversity of
 latents.
@@ -35,7 +39,13 @@ STEPS = (999.0, 749.0, 499.0, 249.0)
 
 def get_config(variant: str = 'sdxl'):
     """The recipe of a variant."""
-    made = {'sdxl': sdxl, 'sd15': sd15, 'snoopi,pixart_alpha': snoopi}
+    made = {
+        'sdxl': sdxl,
+        'sd15': sd15,
+        'snoopi,pixart_alpha': snoopi,
+        'snoopi,sd15': lambda: snoopi_sd('sd15', 768, 60_000),
+        'snoopi,sd21': lambda: snoopi_sd('sd21', 1_024, 40_000),
+    }
     return kd_config.variant(variant, made)()
 
 
@@ -48,7 +58,7 @@ def sdxl():
         method=dmd(times=STEPS, guidance=8.0, gan=5e-3, updates=5, optimizer=adamw(5e-7)),
         fields=dict(text=(77, 2_048), pooled=(1_280,), size=(6,)),
         constants=dict(size=(1_024, 1_024, 0, 0, 1_024, 1_024)),
-        side=128,
+        shape=(128, 128, 4),
         lr=5e-7,
         batch_size=128,
         steps=19_000,
@@ -78,20 +88,39 @@ def snoopi():
             dict(name='kd.models.latent_dit.preset', of='pixart_alpha_512', masked=True),
             dict(kind='linear', start=1e-4, end=0.02),
         ),
-        method=dict(
-            name='kd.methods.diffusion.snoopi.snoopi',
-            times=STEPS[:1],
-            guidance=(0.5, 3.0),
-            optimizer=adamw(1e-3),
-            targets=r'attn\d/(to_q|to_v)/kernel$',
-            rank=64,
-            alpha=128.0,
-        ),
+        method=drawn((0.5, 3.0)),
         fields=dict(text=(120, 4_096), mask=(120,)),
         lr=1e-6,
         batch_size=64,
         steps=60_000,
         folder='transformer',
+    )
+
+
+def snoopi_sd(of, context, steps):
+    """Stable Diffusion 1.5 or 2.1 at 512 pixels in one step."""
+    return recipe(
+        of,
+        label='SNOOPI, 1 step',
+        network=unet(of),
+        method=drawn((0.5, 4.0)),
+        fields=dict(text=(77, context)),
+        lr=1e-6,
+        batch_size=64,
+        steps=steps,
+    )
+
+
+def drawn(guidance):
+    """SNOOPI's method."""
+    return dict(
+        name='kd.methods.diffusion.snoopi.snoopi',
+        times=STEPS[:1],
+        guidance=guidance,
+        optimizer=adamw(1e-3),
+        targets=r'attn\d/(to_q|to_v)/kernel$',
+        rank=64,
+        alpha=128.0,
     )
 
 
@@ -118,46 +147,81 @@ def denoiser(network, schedule):
     )
 
 
-def adamw(lr):
+def flow(network, **more):
+    """One of rectified flow."""
+    return dict(
+        name='kd.models.denoiser.denoiser',
+        network=dict(**network, dtype='bfloat16', remat=True, fused=True),
+        schedule=dict(name='kd.losses.schedule.flow'),
+        kind='flow',
+        **more,
+    )
+
+
+def shifted(steps, shift):
+    """Even times of a flow, moved towards noise."""
+    even = [1 - i / steps for i in range(steps)]
+    return tuple(shift * u / (1 + (shift - 1) * u) for u in even)
+
+
+def adamw(lr, weight_decay=0.01, warmup_steps=500, **more):
     """That of both players."""
-    return dict(name='adamw', lr=lr, b2=0.999, weight_decay=0.01, clip_norm=10.0, warmup_steps=500)
+    return dict(
+        name='adamw', lr=lr, b2=0.999, weight_decay=weight_decay, clip_norm=10.0,
+        warmup_steps=warmup_steps, **more,
+    )  # fmt: skip
 
 
 def recipe(
-    of, *, label, network, method, fields, constants=None, side=64, lr, steps, batch_size,
-    folder='unet',
+    of, *, label, network, method, fields, constants=None, shape=(64, 64, 4), lr, steps, batch_size,
+    folder='unet', weight_decay=0.01,
 ):  # fmt: skip
     """One stage, `generator`."""
+    config = begun(of, ('generator',), fields, constants, shape)
+    config.pretrained = dict(teacher=weights(of, network, folder))
+    config.report.rows = ((label, 'generator'),)
+    config.generator = stage(
+        network=network, teacher='teacher', method=method, steps=steps, batch_size=batch_size,
+        optimizer=adamw(lr, weight_decay=weight_decay),
+    )  # fmt: skip
+    return config
+
+
+def weights(of, network, folder='transformer'):
+    """A network of a directory of diffusers."""
+    return dict(weights=f'hf:/models/{of}/{folder}', network=network)
+
+
+def begun(of, stages, fields, constants=None, shape=(64, 64, 4)):
+    """Data of these fields, and where everything lies."""
     constants = constants or {}
-    nulls = {f'null_{name}': shape for name, shape in fields.items() if name not in constants}
+    nulls = {f'null_{name}': field for name, field in fields.items() if name not in constants}
     source = dict(
         name='kd.data.latents.latents',
         path=of,
         encoder=of,
-        fields=dict(input=(side, side, 4), **fields, **nulls),
+        fields=dict(input=shape, **fields, **nulls),
         constants=constants,
     )
-    config = kd_config.recipe(
-        stages=('generator',),
+    return kd_config.recipe(
+        stages=stages,
         data=dict(source=source, train='train', validation='validation'),
-        pretrained=dict(teacher=dict(weights=f'hf:/models/{of}/{folder}', network=network)),
-        report=dict(name='kd.reports.generation.generation', rows=((label, 'generator'),)),
+        report=dict(name='kd.reports.generation.generation'),
         sharding=SHARDING,
         frozen_sharding=SHARDING,
         mesh=dict(data=-1, fsdp=8),
     )
-    probe = dict(name='kd.evaluators.generator_samples.generator_samples', samples=512, batch=64)
-    config.generator = kd_config.stage(
-        network=network,
+
+
+def stage(*, steps, probe='generator_samples.generator_samples', samples=512, **given):
+    """A generator, of which samples are drawn ten times."""
+    evaluator = dict(name=f'kd.evaluators.{probe}', samples=samples, batch=min(samples, 64))
+    return kd_config.stage(
         result='generator',
-        teacher='teacher',
-        method=method,
-        optimizer=adamw(lr),
-        evaluators={'samples': probe},
+        evaluators={'samples': evaluator} if probe else {},
         steps=steps,
-        batch_size=batch_size,
-        log_every=100,
+        log_every=min(100, steps),
         eval_every=steps // 10,
-        checkpoint_every=steps // 40,
+        checkpoint_every=max(steps // 40, 1),
+        **given,
     )
-    return config

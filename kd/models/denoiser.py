@@ -132,7 +132,7 @@ class Denoised(nn.Module):
         apart = noise - (self.schedule.low if self.precondition == 'edm_shifted' else 0.0)
         return data**2 / (apart**2 + data**2) * clean + apart * data / total * raw
 
-    def _said(self, *given: Any, method: str = '__call__', **told: Any) -> Any:
+    def _said(self, *given: Any, method: Any = '__call__', **told: Any) -> Any:
         """What F says, with its adapters where it has some."""
         if not isinstance(self.adapter, Adapter):
             return getattr(self.inner, method)(*given, **told)

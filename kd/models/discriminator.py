@@ -18,33 +18,40 @@ _SIDE = 4
 
 
 class FeatureHead(nn.Module):
-    """Logits [B] of features: vectors [B, D], tokens [B, N, D] or maps [B, H, W, D].
+    """Logits [B] or [B, n] of vectors [B, D], tokens [B, N, D], maps [B, H, W, D] or videos.
 
-    Maps are halved by convolutions down to four pixels; then, as tokens, pooled; and two layers.
+    Maps are halved by convolutions down to four pixels, those of videos [B, T, H, W, D] with a
+    frame before and after; then, as tokens, pooled; and two layers.
     That of DMD2 (arXiv:2405.14867, appendix) for the bottleneck of a UNet, with a mean in place of
     its last convolution, which has the size of the map.
 
     Attributes:
       width: of its hidden layers.
       groups: of the normalisation of maps.
+      logits: n, one for [B].
       dtype: compute type.
     """
 
     width: Count = 128
     groups: Count = 8
+    logits: Count = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
         layer = 0
-        while x.ndim == 4 and min(x.shape[1:3]) > _SIDE:
-            x = nn.Conv(self.width, (4, 4), 2, dtype=self.dtype, name=f'down{layer}')(x)
+        frames = max(x.ndim - 4, 0)
+        kernel, strides = (3,) * frames + (4, 4), (1,) * frames + (2, 2)
+        while x.ndim > 3 and min(x.shape[-3:-1]) > _SIDE:
+            x = nn.Conv(self.width, kernel, strides, dtype=self.dtype, name=f'down{layer}')(x)
             x = nn.GroupNorm(self.groups, dtype=self.dtype, name=f'norm{layer}')(x)
             x, layer = nn.silu(x), layer + 1
         if x.ndim > 2:
             x = x.mean(tuple(range(1, x.ndim - 1)))
         x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name='hidden')(x))
-        return nn.Dense(1, dtype=self.dtype, name='logit')(x)[:, 0].astype(jnp.float32)
+        said = nn.Dense(self.logits, dtype=self.dtype, name='logit')(x).astype(jnp.float32)
+        return said[:, 0] if self.logits == 1 else said
 
 
 class FourierHead(nn.Module):

@@ -170,8 +170,10 @@ class Attention(nn.Module):
         count, strength = away
         parts = slice(count), slice(count, None)
         positive, negative = ((k[:, part], v[:, part]) for part in parts)
-        masks = tuple(None if mask is None else mask[..., part] for part in parts)
-        return attend_away(q, positive, negative, strength, masks=masks, fused=self.fused)
+        seen, seen_away = (None if mask is None else mask[..., part] for part in parts)
+        return attend_away(
+            q, positive, negative, strength, masks=(seen, seen_away), fused=self.fused
+        )
 
     def _heads(self, sources, *norms):
         size, out = sources[0][0].shape[-1] // self.heads, []

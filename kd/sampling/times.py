@@ -64,6 +64,11 @@ def shifted(clock: Clock, shift: float) -> Clock:
     return Clock(lambda u: clock.at(moved(u, shift)), lambda t: moved(clock.rank(t), 1 / shift))
 
 
+def straight(shift: float = 1.0) -> Clock:
+    """The times of `kd.losses.schedule.flow`, `moved` by a shift, as large models have them."""
+    return Clock(lambda u: moved(u, shift), lambda t: moved(t, 1 / shift))
+
+
 # Laws
 
 

@@ -9,6 +9,7 @@ import pytest
 from kd.claims import seeds
 from kd.data.builders import mixtures
 from kd.errors import UserError
+from kd.evaluators import phase_samples
 from kd.losses import schedule, score_distillation
 from kd.methods.diffusion import phased_dmd as phased
 from kd.methods.diffusion.distribution_matching import Views, noised
@@ -179,3 +180,23 @@ def test_a_phase_begins_as_the_teacher_and_leaves_experts_alone(network):
     jax.tree.map(np.testing.assert_array_equal, moved.frozen['first'], first)
     with pytest.raises(UserError, match=r"before names 'frist', and the stage's references are"):
         phased.phased_dmd(context, before=(('frist', (1.0,)),), **options)
+
+
+def test_samples_go_by_euler_steps_from_expert_to_expert():
+    """Of denoisers that scale what they see, by hand; the last says what is clean."""
+
+    def scaled(factor):
+        def apply(variables, x, t, condition, **how):
+            return denoiser.Prediction(factor * variables * x, {})
+
+        return denoiser.Denoiser(PATH, apply)
+
+    asked = [('a', scaled(0.5), 1.0), ('a', scaled(0.5), 0.9), ('', scaled(0.25), 0.6)]
+    x = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    found = phase_samples.by_phases(asked)({'a': 1.6, '': 3.0}, x, {}, jax.random.key(0))
+    wanted = x
+    for factor, t, to in ((0.8, 1.0, 0.9), (0.8, 0.9, 0.6)):
+        clean = factor * wanted
+        noise = (wanted - (1 - t) * clean) / t
+        wanted = (1 - to) * clean + to * noise
+    np.testing.assert_allclose(found, 0.75 * wanted, rtol=1e-5)

@@ -105,10 +105,11 @@ def check(context: Context, critic: Critic) -> None:
             f"{context.stage}: the critic begins as '{critic.start}', and references are "
             f'{sorted(context.references)}.'
         )
-    if critic.coupling < 1 and critic.adapter is not None:
+    beside = critic.adapter or adapters.adapter_of(context.network.module)
+    if critic.coupling < 1 and beside is not None:
         raise UserError(
-            f'{context.stage}.method.coupling: a critic of adapters is not of the form of the '
-            'generator; take 1.'
+            f'{context.stage}.method.coupling: of adapters critic and generator are not of one '
+            'form; take 1.'
         )
 
 

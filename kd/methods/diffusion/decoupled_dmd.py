@@ -39,6 +39,9 @@ def decoupled_dmd(
     moments: tuple[Finite, Positive] | None = None,
     moments_weight: NonNegative = 1.0,
     over_batch: bool = False,
+    gan: NonNegative = 0.0,
+    gan_critic: NonNegative = 1e-2,
+    feature: str = '',
     updates: Count = 5,
     between: tuple[Fraction, Fraction] = (0.02, 0.98),
     weight: Weight = 'eps',
@@ -69,10 +72,12 @@ def decoupled_dmd(
       moments_weight: of it.
       over_batch: moments are those of each dimension over the batch, for data of few dimensions,
         rather than of an example over its own.
+      gan, gan_critic, feature: as of `kd.methods.diffusion.dmd.dmd`, which the paper has for SDXL.
       between: ranks of the clock between which times lie.
     """
     student, teacher = common.student(context, times, step), common.teacher(context)
     measure = common.clock(clock, teacher)
+    law = times_lib.uniform(measure)
     return distribution_matching(
         context,
         student=student,
@@ -80,11 +85,12 @@ def decoupled_dmd(
         critic=common.critic(
             context,
             optimizer,
-            times_lib.uniform(measure),
+            law,
             weight=weight,
             updates=updates,
             unroll=unroll,
         ),
+        discriminator=common.discriminator(context, feature, law, gan, gan_critic),
         direction=decoupled(measure, levels, guidance, matching, augmentation, between),
         terms=[] if moments is None else [shield(moments, moments_weight, over_batch)],
     )
