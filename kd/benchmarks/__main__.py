@@ -25,7 +25,12 @@ from kd.errors import UserError, did_you_mean
 PAGE = Path('docs/performance.md')
 # Module of kd.benchmarks: what it compares.
 TITLES = {
+    'quickstart': 'the quickstart, from the command to the report',
+    'imports': 'importing the losses',
     'loop': 'the training loop over the bare step',
+    'guard': 'the guard against non-finite steps',
+    'flow_map': 'losses of flow maps',
+    'condensation': 'steps of dataset condensation',
     'decode': 'decoding of language models',
     'distil_step': 'distillation step of a language model',
     'score_distillation': 'a cycle of distribution matching distillation',

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ import jax
 import jax.numpy as jnp
 
 from kd import process
+from kd.benchmarks import turns
+from kd.benchmarks.plain import flow_map as plain
+from kd.errors import UserError
 from kd.losses.flow_map import VelocityFunction, uncertainty_weight
 from kd.losses.flow_map_algorithms import ALGORITHMS, flow_map_errors, get_algorithm
 from kd.losses.interpolant import linear
@@ -39,6 +43,8 @@ from kd.models.velocity_mlp import VelocityMLP
 
 BASELINE = 'flow_matching'
 FLOPS, TIME_OVER_FLOPS, MEMORY = 2.6, 1.25, 2.0
+# Of CPU time over that of the losses written plainly, at most.
+PLAIN = {'mlp': 0.8, 'unet': 0.95}
 
 # Network, shape of an example, batch size: large enough for arithmetic to dominate on two cores.
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
@@ -58,8 +64,14 @@ class Step:
     traces: Callable[[], int]
 
 
-def make_step(algorithm: str, network: nn.Module, shape: tuple[int, ...], batch: int) -> Step:
-    """The step of an algorithm, or of flow matching, on a fixed random batch."""
+def make_step(
+    algorithm: str,
+    network: nn.Module,
+    shape: tuple[int, ...],
+    batch: int,
+    given: Callable[..., jax.Array] | None = None,
+) -> Step:
+    """The step of an algorithm, of flow matching, or of a given loss, on a fixed random batch."""
     keys = jax.random.split(jax.random.key(0), 5)
     x0, x1 = (jax.random.normal(key, (batch, *shape)) for key in keys[:2])
     times, weight = jnp.zeros(1), TimeWeight()
@@ -81,6 +93,8 @@ def make_step(algorithm: str, network: nn.Module, shape: tuple[int, ...], batch:
     def loss(params, teacher, key, x0, x1):
         nonlocal count
         count += 1
+        if given is not None:
+            return given(params, key, x0, x1)
         error, s, t = flow_map_errors(
             key,
             bind(params['network']),
@@ -139,6 +153,40 @@ def measure(
         }
         for name, step in steps.items()
     }
+
+
+def against_plain(
+    algorithm: str, network: nn.Module, shape: tuple[int, ...], batch: int, rounds: int
+) -> list[float]:
+    """CPU seconds of a step over those of the loss written plainly, in each round.
+
+    Raises:
+      UserError: the losses differ.
+    """
+    ours = make_step(algorithm, network, shape, batch)
+    given = functools.partial(plain.loss, algorithm, network, TimeWeight(), int(0.75 * batch))
+    peer = make_step(algorithm, network, shape, batch, given)
+    values = [float(each.run(0)[0]) for each in (ours, peer)]
+    if abs(values[0] - values[1]) > 1e-3 * abs(values[1]):
+        raise UserError(f'{algorithm}: losses of {values[0]} and, written plainly, {values[1]}.')
+    sides = {
+        name: lambda each=each: jax.block_until_ready(each.run(0))
+        for name, each in dict(kd=ours, plain=peer).items()
+    }
+    took = turns.seconds(sides, rounds)
+    return turns.over(took['kd'], took['plain'])
+
+
+def rows(options: argparse.Namespace) -> list[turns.Row]:
+    """Its ratios to the losses written plainly: see `kd.benchmarks.__main__`."""
+    peer, found = f'written plainly, jax {jax.__version__}', []
+    for name, target in PLAIN.items():
+        network, shape, batch = NETWORKS[name]
+        for algorithm in plain.LOSSES:
+            ratios = against_plain(algorithm, network, shape, batch, options.rounds)
+            work = f'{algorithm}, {name}, batch {batch}: loss and gradient'
+            found.append(turns.Row(work, peer, ratios, target))
+    return found
 
 
 def failures(row: dict[str, float]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -133,6 +134,25 @@ def cpu_seconds(work: Callable[[], Any], calls: int = 1) -> tuple[float, Any]:
     return (time.process_time() - began) / calls, found
 
 
+def process_seconds(command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
+    """CPU seconds of a command with all its threads and children, started in the tree's root.
+
+    Raises:
+      UserError: it failed; the message is its last line.
+    """
+    paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
+    own = {'PYTHONPATH': os.pathsep.join(filter(None, paths)), **(environment or {})}
+    began = os.times()
+    done = subprocess.run(
+        command, env=os.environ | own, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    ended = os.times()
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ['it said nothing'])[-1]
+        raise UserError(f'{" ".join(command)}: {last}')
+    return ended.children_user + ended.children_system - began.children_user - began.children_system
+
+
 def seconds(
     functions: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1
 ) -> dict[str, list[float]]:
@@ -149,7 +169,20 @@ def over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 def peak_mib() -> float:
     """The most memory that this process has held; that of its parent does not count."""
-    told = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())
+    return _status_mib('VmHWM')
+
+
+def held_mib(work: Callable[[], Any]) -> tuple[float, Any]:
+    """How much more memory a piece of work held at most than before it, and what came of it."""
+    ctypes.CDLL(None).malloc_trim(0)  # What glibc has of memory that is free.
+    Path('/proc/self/clear_refs').write_text('5')  # The peak begins anew.
+    before = _status_mib('VmRSS')
+    found = work()
+    return _status_mib('VmHWM') - before, found
+
+
+def _status_mib(name: str) -> float:
+    told = re.search(rf'{name}:\s+(\d+) kB', Path('/proc/self/status').read_text())
     assert told is not None
     return int(told[1]) / 1024
 

@@ -54,7 +54,8 @@ class ConvNet(nn.Module):
       num_classes: number of logits.
       norm: `instance`, `group`, `batch` or `none` (see `kd.models.layers.norm`).
       conv: `direct`, or `matmul` for training unrolled in a `lax.scan` on CPU (see
-        `kd.models.layers.matmul_conv`); the parameters and the function are the same.
+        `kd.models.layers.matmul_conv`); the parameters and the function are the same. `auto` is
+        `direct`, and leaves the choice to a method that unrolls (see `in_loops`).
       dtype: compute type of the blocks.
 
     Features: `block0`, ..., and `features`, the flattened output of the last block.
@@ -64,12 +65,12 @@ class ConvNet(nn.Module):
     width: Count = 128
     num_classes: Count = 10
     norm: str = 'instance'
-    conv: str = 'direct'
+    conv: str = 'auto'
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         layers.check_choice('norm', self.norm, layers.NORMS)
-        layers.check_choice('conv', self.conv, tuple(layers.CONVS))
+        layers.check_choice('conv', self.conv, ('auto', *layers.CONVS))
         super().__post_init__()
 
     @nn.compact
@@ -87,7 +88,20 @@ class ConvNet(nn.Module):
             )
         padding = 3 if x.shape[1:] == MNIST else 1
         x = x.astype(self.dtype)
+        conv = 'direct' if self.conv == 'auto' else self.conv
         for i in range(self.depth):
-            options = dict(norm=self.norm, conv=self.conv, dtype=self.dtype, name=f'block{i}')
+            options = dict(norm=self.norm, conv=conv, dtype=self.dtype, name=f'block{i}')
             x = ConvBlock(self.width, 1 if i else padding, **options)(x, train)
         return layers.classifier(x.reshape(x.shape[0], -1), self.num_classes)
+
+
+def in_loops(module: nn.Module, platform: str) -> nn.Module:
+    """A network as it is best run inside of a loop on a platform; others than ConvNets as they are.
+
+    Args:
+      module: a ConvNet whose `conv` is 'auto' gets `matmul` on CPU and `direct` elsewhere.
+      platform: 'cpu', 'gpu' or 'tpu'.
+    """
+    if not isinstance(module, ConvNet) or module.conv != 'auto':
+        return module
+    return module.clone(conv='matmul' if platform == 'cpu' else 'direct')

@@ -85,6 +85,22 @@ def test_classes_are_matched_apart_and_real_gradients_are_constants():
     assert not to_real.any()
 
 
+def test_real_gradients_of_more_classes_take_no_more_memory():
+    """Their activations, [64, 512] of each class, are there for one class at a time."""
+    params = {'w': jnp.ones((4, 512)), 'v': jnp.ones((512, 3))}
+
+    def loss(params, x):
+        return jnp.mean(jnp.square(jnp.tanh(x @ params['w']) @ params['v']))
+
+    def held(classes):
+        matched = lambda *of: gradient_matching.gradient_matching(loss, params, *of).sum()  # noqa: E731
+        sizes = (jnp.ones((classes, n, 4)) for n in (1, 64))
+        return jax.jit(matched).lower(*sizes).compile().memory_analysis().temp_size_in_bytes
+
+    activations = 4 * 64 * 512
+    assert held(9) - held(1) < 8 * activations / 2
+
+
 def test_mean_embedding_distance_is_the_discrepancy_of_a_linear_kernel():
     a, b = RNG.normal(size=(3, 2, 5)), RNG.normal(size=(3, 7, 5))
     kernel = [np.einsum('cid,cjd->cij', x, y).mean((1, 2)) for x, y in ((a, a), (b, b), (a, b))]

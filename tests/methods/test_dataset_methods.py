@@ -23,6 +23,7 @@ from kd.methods.dataset.expert_trajectories import expert_trajectories, flatten
 from kd.methods.dataset.gradient_matching import gradient_matching
 from kd.methods.dataset.mtt import mtt
 from kd.methods.dataset.smooth_experts import smooth_experts
+from kd.models import convnet
 from kd.models.convnet import ConvNet
 from kd.models.mlp import MLP
 from kd.network import from_linen
@@ -392,6 +393,18 @@ def test_distribution_matching_moves_along_the_gradient_of_the_summed_distances(
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_a_convnet_inside_of_a_loop_is_what_its_platform_runs_best(context):
+    net = from_linen(ConvNet(depth=1, width=2), jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32))
+    assert convnet.in_loops(net.module, 'tpu').conv == 'direct'
+    assert convnet.in_loops(net.module.clone(conv='direct'), 'cpu').conv == 'direct'
+    assert common.in_loops(NET, context) is NET
+    here = common.in_loops(net, context)
+    assert (net.module.conv, here.module.conv) == ('auto', 'matmul')
+    variables, x = net.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, *SHAPE))
+    ours, plain = (each.apply(variables, x, train=True).logits for each in (here, net))
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_matching_compares_classes_and_trains_its_network(context):

@@ -16,8 +16,16 @@ from kd.data.distilled import synthetic
 from kd.data.transforms import standardised
 from kd.errors import UserError
 from kd.io import trajectories
-from kd.network import Network
+from kd.models import convnet
+from kd.network import Network, from_linen
 from kd.state import PyTree, State
+
+
+def in_loops(network: Network, context: Context) -> Network:
+    """The same function as it is best computed inside of a loop on the stage's devices."""
+    on = context.mesh.devices.flat[0].platform if context.mesh else jax.default_backend()
+    module = convnet.in_loops(network.module, on)
+    return network if module is network.module else from_linen(module, *network.inputs)
 
 
 def student(context: Context) -> Network:

@@ -55,6 +55,7 @@ def gradient_matching(
       augmentation: families of siamese augmentation, joined by '_'; '' for none.
     """
     net = common.build_network(context, network, where='network') if network else context.network
+    net = common.in_loops(net, context)
     images, labels = common.real_start(context, images_per_class, start)
     names = tuple(augmentation.split('_')) if augmentation else ()
 

@@ -113,7 +113,7 @@ class _Outer:
 
     def __init__(self, context: Context, options: Matching) -> None:
         self.options = options
-        self.network = common.student(context)
+        self.network = common.in_loops(common.student(context), context)
         self.unravel = common.unraveller(self.network)
         self.images, self.hard = common.real_start(
             context,
