@@ -114,6 +114,17 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     }
 
 
+def fed(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, Any]:
+    """A batch as a program takes it that is compiled for arguments of `sharding`.
+
+    On one device of a CPU the arrays as they are, which the program takes in a fraction of the time
+    that `put_batch` needs; else what that returns.
+    """
+    if sharding.num_devices == 1 and sharding.mesh.devices.flat[0].platform == 'cpu':
+        return dict(batch)
+    return put_batch(batch, sharding)
+
+
 class Pace:
     """Keeps the host from running far ahead of several devices of a CPU.
 

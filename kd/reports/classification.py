@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kd import figures, files
@@ -21,7 +20,7 @@ from kd.io import finished
 from kd.io.progress import say
 from kd.io.workdir import read_metrics
 from kd.losses import divergence
-from kd.losses.calibration import confidence_bins, expected_calibration_error
+from kd.losses.calibration import Bins, confidence_bins, expected_calibration_error
 from kd.metrics import mean_interval
 from kd.network import parameter_count
 from kd.networks import trained_network
@@ -178,27 +177,37 @@ def _measure(row: Row, labels: np.ndarray, teacher: Row | None) -> dict[str, Any
 
 
 def _scores(
-    outputs: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
+    logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None
 ) -> dict[str, float]:
-    logits = jnp.asarray(outputs)
-    values: dict[str, Any] = {
+    values, bins = _of_labels(logits, labels)
+    values['ece'] = expected_calibration_error(bins)
+    if reference is not None:
+        values |= _of_teacher(logits, reference)
+    return {name: float(value) for name, value in values.items()}
+
+
+# One program each: operation by operation every one would be compiled.
+@jax.jit
+def _of_labels(logits: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], Bins]:
+    values = {
         'accuracy': metrics.top_k_correct(logits, labels).mean(),
         'nll': metrics.negative_log_likelihood(logits, labels).mean(),
-        'ece': expected_calibration_error(confidence_bins(logits, labels)),
         'brier': calibration.brier_score(logits, labels).mean(),
     }
-    if reference is not None:
-        teacher_logits = jnp.asarray(reference)
-        values |= {
-            'agreement': agreement.top_1_agreement(logits, teacher_logits).mean(),
-            'kl': divergence.forward_kl(logits, teacher_logits).mean(),
-        }
-    return {name: float(value) for name, value in values.items()}
+    return values, confidence_bins(logits, labels)
+
+
+@jax.jit
+def _of_teacher(logits: jax.Array, reference: jax.Array) -> dict[str, Any]:
+    return {
+        'agreement': agreement.top_1_agreement(logits, reference).mean(),
+        'kl': divergence.forward_kl(logits, reference).mean(),
+    }
 
 
 def _bins(row: Row, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Counts over all seeds, and the mean of their calibration errors."""
-    every = [confidence_bins(logits, labels) for logits in row.logits]
+    every = [_of_labels(logits, labels)[1] for logits in row.logits]
     examples, correct = (
         np.sum([np.asarray(part) for part in parts], axis=0)
         for parts in zip(*((bins.examples, bins.correct) for bins in every), strict=True)

@@ -75,7 +75,7 @@ class Evaluation:
             if isinstance(evaluator, Evaluator)
         }
         for split in dict.fromkeys(split for split, _ in summed.values()):
-            for batch in self._batches(split):
+            for batch in self._batches(split, mesh_lib.fed):
                 for name, (of, evaluator) in summed.items():
                     if of != split:
                         continue
@@ -90,10 +90,12 @@ class Evaluation:
             for metric, value in evaluator.finish(jax.device_get(sums[name])).items()
         }
 
-    def _batches(self, split: str) -> Iterator[dict[str, jax.Array]]:
+    def _batches(
+        self, split: str, put: Callable[..., dict[str, Any]] = mesh_lib.put_batch
+    ) -> Iterator[dict[str, Any]]:
         for batch in self.stage.eval_batches(split):
             watch.obey(self.stop)
-            yield mesh_lib.put_batch(batch, self.stage.batch_sharding())
+            yield put(batch, self.stage.batch_sharding())
 
     def _whole(self, split: str) -> Iterator[dict[str, jax.Array]]:
         """The batches of a split for a probe: of several processes each reads all of them."""

@@ -162,7 +162,7 @@ class Loop:
         self.stage, self.saved, self.directory, self.stop = stage, saved, directory, stop
         self.name, self.signals = stage.name, process.active()
         self.evaluation = Evaluation(stage, stop)
-        self.iterator = stage.batches()
+        self.iterator, self.sharding = stage.batches(), stage.batch_sharding()
         abstract, _, window, _ = abstract_arguments(stage)
         self.frozen = stage.frozen
         restored = saved.restore_latest(abstract, window)
@@ -181,7 +181,7 @@ class Loop:
         self.start = self.logged = self.saved_at = int(self.state.step)
         self.train_step, self.pace = make_train_step(stage), mesh_lib.Pace(stage.mesh)
         # Batches on their way to the device, each with the iterator's position before it.
-        self.queue: deque[tuple[Any, dict[str, jax.Array]]] = deque()
+        self.queue: deque[tuple[Any, dict[str, Any]]] = deque()
         # Positions before the batches since `logged`: where to find a batch that went wrong.
         self.positions: list[Any] = []
         self.clock = watch.Clock()
@@ -295,7 +295,7 @@ class Loop:
     def _step(self, *, first: bool) -> None:
         while len(self.queue) <= PREFETCH:
             position = self.iterator.get_state()
-            batch = mesh_lib.put_batch(next(self.iterator), self.stage.batch_sharding())
+            batch = mesh_lib.fed(next(self.iterator), self.sharding)
             self.queue.append((position, batch))
         position, batch = self.queue.popleft()
         self.positions.append(position)

@@ -24,13 +24,13 @@ def repeats(stage: Stage, seeds: Sequence[int]) -> Iterator[State]:
       seeds: from 0 on.
     """
     init, step = step_lib.make_init(stage), step_lib.make_train_step(stage)
-    pace = mesh_lib.Pace(stage.mesh)
+    pace, sharding = mesh_lib.Pace(stage.mesh), stage.batch_sharding()
     window = step_lib.abstract_arguments(stage)[2]
     for seed in seeds:
         one = dataclasses.replace(stage, seed=seed)
         state, sums = init(one.key()), step_lib.zeros(window)
         for batch in itertools.islice(one.batches(), stage.config.steps):
-            batch = mesh_lib.put_batch(batch, stage.batch_sharding())
+            batch = mesh_lib.fed(batch, sharding)
             state, sums = step(state, stage.frozen, sums, batch)
             pace(sums)
         yield state

@@ -19,29 +19,29 @@ from kd.parallel import distributed
 
 
 class Clock:
-    """Training speed, with evaluation, checkpoints and compilation left out."""
+    """Training speed by seconds of `now`, evaluation, checkpoints and compilation left out."""
 
-    def __init__(self) -> None:
-        self.steps, self.seconds = 0, 0.0
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now, self.steps, self.seconds = now, 0, 0.0
         self.began: float | None = None
 
     def start(self) -> None:
-        self.began = time.monotonic()
+        self.began = self.now()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         if self.began is None:
             yield
             return
-        self.seconds += time.monotonic() - self.began
+        self.seconds += self.now() - self.began
         yield
-        self.began = time.monotonic()
+        self.began = self.now()
 
     def speed(self) -> float:
         """Steps per second; NaN before there are any."""
         if self.began is None or not self.steps:
             return math.nan
-        return self.steps / (self.seconds + time.monotonic() - self.began)
+        return self.steps / (self.seconds + self.now() - self.began)
 
 
 class Profile:

@@ -86,6 +86,21 @@ def test_a_batch_must_divide_over_the_devices_that_share_it():
         mesh_lib.check_batch_size(8, mesh, where='student.batch_size', micro_batches=4)
 
 
+def test_one_device_of_a_cpu_is_fed_arrays_as_they_are_and_several_their_parts():
+    rows = np.arange(16, dtype=np.float32).reshape(8, 2)
+    fed = {
+        count: mesh_lib.fed(
+            {'x': rows},
+            mesh_lib.batch_sharding(mesh_lib.make_mesh({'data': count}, jax.devices()[:count])),
+        )['x']
+        for count in (1, 2)
+    }
+    assert fed[1] is rows
+    assert [part.data.tolist() for part in fed[2].addressable_shards] == [
+        rows[:4].tolist(), rows[4:].tolist()
+    ]  # fmt: skip
+
+
 def test_a_batch_is_cut_over_data_and_fsdp_and_copied_over_tensor():
     mesh = make(data=2, fsdp=2, tensor=2)
     rows = np.arange(16).reshape(8, 2)
