@@ -157,7 +157,9 @@ def digits():
         common=dict(guidance=2.0),
         teacher=dict(teacher='teacher', teacher_weights='slow'),
         evaluators={
-            'validation': judged(perceptron, epochs=400, repeats=5, step_sizes=recipes.STEP_SIZES),
+            'validation': recipes.judged(
+                network=perceptron, epochs=400, repeats=5, step_sizes=recipes.STEP_SIZES
+            ),
             'transport': dict(
                 name='kd.evaluators.class_transport.class_transport', split='train', most=30
             ),
@@ -199,7 +201,9 @@ def large(name, ipc):
         encoder='vae',
         source=dict(shape=(32, 32, 4), told=SUBSETS[name]),
         evaluators={
-            'validation': judged(network, repeats=1 if whole else 3, step_sizes=(0.01,), **protocol)
+            'validation': recipes.judged(
+                network=network, repeats=1 if whole else 3, step_sizes=(0.01,), **protocol
+            )
         },
         report=report(network, protocol, (0.01,), 0, repeats=1 if whole else 3),
         pretrained=dict(
@@ -229,14 +233,6 @@ def large(name, ipc):
         mesh=dict(data=-1 if whole else 1),
     )  # fmt: skip
     return config
-
-
-def judged(network, **protocol):
-    """Networks trained on the set of the stage."""
-    return dict(
-        name='kd.evaluators.fresh_training.fresh_training', split='train', network=network,
-        **protocol,
-    )  # fmt: skip
 
 
 def report(network, protocol, step_sizes, full_epochs, repeats=5):

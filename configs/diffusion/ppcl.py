@@ -11,7 +11,10 @@
 Stages: `detect` finds runs that linear maps would do for; in `depth` the first block of each run
 learns to do for all of it, from the teacher's states alone; in `width` linear maps come after these
 blocks and in the place of some MLPs. `cpu` has the teacher of hierarchical_prune, which it trains
-too: with `--config.bases=...` of that recipe it would be the same.
+too: with `--config.bases=...` of that recipe it would be the same. It takes three minutes of one
+core. With seed 0 five runs of two blocks each are found; a block for each leaves 52 % of the
+parameters, an error of .055 and, in 16 steps, a Frechet distance of samples of 17.4, where the
+teacher's is 3.5. A linear map in the place of the first MLP, 46 %, is not enough: .150 and 34.2.
 
 Of Qwen-Image the 13 runs and the three blocks without MLPs are the published ones, as are rates,
 batches of 16 and steps; text runs, in which six spans of blocks share one text, are not there, so

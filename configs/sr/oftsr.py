@@ -26,6 +26,10 @@ DIV2K is as of `configs/sr/imdn.py`. Crops of it are turned from left to right b
 images are not; the paper turns all of them so, and 6 % upside down. Steps of students are in the
 paper's range of 5,000 to 50,000, warm-ups in that of 500 to 1,000, and ImageNet's network has the
 dropout of the other (ours). None was run by us.
+
+Pictures of any size are restored, and folders scored by the protocols of tables, by
+
+    python -m kd.restore --run=runs/oftsr/student --average=slow --time=0.5 --pictures=Set5
 """
 
 from kd import config as kd_config

@@ -27,6 +27,9 @@ GPU; ResShift's rate for the teacher. Their data are written beforehand by
 and so `test`, with `--keep --size=512` of faces: examples of a fixed set, where the paper degrades
 anew in every step. That faces are degraded as other pictures are is ours. We know no weights of the
 networks in a form that is read here, so that the teacher is trained; it was not run by us.
+
+Pictures of any size are restored, and folders scored by the protocols of tables, by
+`python -m kd.restore --run=runs/tad_sr/full --average=slow`.
 """
 
 from kd import config as kd_config

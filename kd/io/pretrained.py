@@ -32,6 +32,7 @@ from kd.io import (
     hf_decoders,
     mae_names,
     torch_weights,
+    vgg_names,
 )
 from kd.io.decoder_names import Names
 from kd.io.torch_weights import Find, Tensor
@@ -46,6 +47,7 @@ from kd.models.masked_autoencoder import Encoder
 from kd.models.mmdit import MMDiT
 from kd.models.next_dit import NextDiT
 from kd.models.unet_conditional import UNetConditional
+from kd.models.vgg_features import VGGFeatures
 from kd.models.wan import Wan
 from kd.references import split_foreign
 
@@ -111,8 +113,8 @@ def _latent(network: Any, arguments: Any, *unseen: str) -> Family:
     return Family(network, arguments, diffusion_names.find, unseen)
 
 
-# By kind of reference, and what names the architecture: `model_type` or `_class_name`,
-# `general.architecture`.
+# By kind of reference, and what names the architecture: `model_type`, `_class_name` or
+# `architecture`, `general.architecture`.
 FAMILIES: dict[str, dict[str, Family]] = {
     'hf': {
         **{name: _decoder(names, _hf) for name, names in decoder_names.HF.items()},
@@ -157,6 +159,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
             ('AutoencoderKLWan', 'AutoencoderKLQwenImage'),
             _latent(WanAutoencoder, autoencoder_settings.wan_autoencoder, 'mean', 'deviation'),
         ),
+        'vgg16': Family(VGGFeatures, vgg_names.arguments, vgg_names.find),
         'VQModel': _latent(AutoencoderKL, autoencoder_settings.vq, 'groups', 'scale'),
     },
     'gguf': {
@@ -314,7 +317,9 @@ def _described_hf(reference: str, directory: Path) -> Description:
     if not file.is_file():
         raise UserError(f'{directory} has no config.json: it is no directory of a model.')
     config = files.read_json(file, 'fetch it again')
-    architecture = _known('hf', config.get('model_type', config.get('_class_name')), file)
+    # Of transformers, of diffusers, of timm.
+    kinds = ('model_type', '_class_name', 'architecture')
+    architecture = _known('hf', next((config[k] for k in kinds if k in config), None), file)
     # That of a whole CLIP is no matter of its tower.
     reads = FAMILIES['hf'][architecture].network is Decoder
     has_tokenizer = reads and (directory / 'tokenizer.json').is_file()

@@ -54,6 +54,36 @@ class FeatureHead(nn.Module):
         return said[:, 0] if self.logits == 1 else said
 
 
+class PatchHead(nn.Module):
+    """Logits [B, n] of images [B, H, W, C], each of a part of it (PatchGAN, arXiv:1611.07004).
+
+    Convolutions of 4x4 pixels, of which all but the last two halve the sides and double the
+    channels, as latent diffusion has them, with group in place of batch normalisation.
+
+    Attributes:
+      width: channels of the first.
+      depth: convolutions that halve.
+      groups: of the normalisation.
+      dtype: compute type.
+    """
+
+    width: Count = 64
+    depth: Count = 3
+    groups: Count = 8
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in range(self.depth + 1):
+            width, stride = self.width * 2 ** min(layer, 3), 2 if layer < self.depth else 1
+            x = nn.Conv(width, (4, 4), stride, dtype=self.dtype, name=f'layer{layer}')(x)
+            if layer:
+                x = nn.GroupNorm(self.groups, dtype=self.dtype, name=f'norm{layer}')(x)
+            x = nn.leaky_relu(x, 0.2)
+        x = nn.Conv(1, (4, 4), dtype=self.dtype, name='logits')(x)
+        return x.reshape(len(x), -1).astype(jnp.float32)
+
+
 class FourierHead(nn.Module):
     """Logits [B] of points: a perceptron on x and on sines and cosines of frozen random directions.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,9 @@ from kd.losses.score_distillation import denoising
 from kd.methods.sr.yonos_sr import decoder_tuning, one_step, part_of, scale_distillation, widened
 from kd.models.autoencoder_kl import AutoencoderKL
 from kd.models.denoiser import Denoised
+from kd.models.discriminator import FourierHead
 from kd.models.edm import SongUNet
+from kd.models.layers import Features
 from kd.models.refiner import LatentDecoder, Refiner
 from kd.models.unet_conditional import UNetConditional
 from kd.models.velocity_mlp import VelocityMLP
@@ -186,6 +189,92 @@ def test_a_decoder_is_tuned_and_the_denoiser_stays():
     np.testing.assert_allclose(metrics['loss'].total / metrics['loss'].count, value, rtol=1e-4)
     moved = jax.tree.map(lambda a, b: a - b, params, after.params['network'])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moved, slope)
+
+
+class _Seen(nn.Module):
+    """Features of images, for distances."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        y = Features(name='one')(nn.relu(nn.Dense(5, name='a')(x)))
+        return Features(name='two')(nn.Dense(3, name='b')(y)).mean((1, 2))
+
+
+def test_a_decoder_is_tuned_by_features_and_against_a_discriminator():
+    refiner, head = Refiner(width=8, depth=1), FourierHead(width=8, frequencies=4)
+    net, seen = (from_linen(module, ONE) for module in (refiner, _Seen()))
+    context = context_of(network=net, teacher=NET, references={'perceptual': seen})
+    block = dict(name='kd.models.discriminator.FourierHead', width=8, frequencies=4)
+    options = dict(perceptual=0.7, features=('one', 'two'), adversarial=0.5, discriminator=block)
+    method = decoder_tuning(context, last='out/kernel', **options)
+    teacher, known = {'params': noisy(2)}, {'params': noisy(4, seen)}
+    frozen = {'teacher': teacher, 'perceptual': known}
+    state = jax.jit(method.init)(jax.random.key(0), frozen)
+    params = noisy(1, net)
+    state = state.replace(params={**state.params, 'network': params})
+    batch = batch_of()
+    after, metrics = jax.jit(method.step)(state, batch)
+
+    def decoded(params, player):
+        key = jax.random.split(jax.random.fold_in(state.step_key(), player))[0]
+        noise, ones = jax.random.normal(key, (B, 4, 4, 1)), jnp.ones(B)
+        z = -MODULE.inner.apply(teacher, ones, ones, noise, low=batch['low'])
+        return refiner.apply({'params': params}, z)
+
+    def of_head(d):
+        fake = decoded(params, 0)
+        real, made = (head.apply({'params': d}, x) for x in (batch['input'], fake))
+        return (jnp.maximum(1 - real, 0) + jnp.maximum(1 + made, 0)).mean()
+
+    def near(params):
+        y = decoded(params, 1)
+        total = jnp.abs(y - batch['input']).mean()
+        one, two = (_layers(known['params'], x) for x in (y, batch['input']))
+        for a, b in zip(one, two, strict=True):
+            a, b = (x / (jnp.sqrt((x * x).sum(-1, keepdims=True) + 1e-24) + 1e-10) for x in (a, b))
+            total = total + 0.7 * jnp.square(a - b).sum(-1).mean()
+        return total
+
+    @jax.jit
+    def by_hand(params):
+        d = state.params['discriminator']
+        down = jax.grad(of_head)(d)
+        moved = jax.tree.map(lambda x, g: x - g, d, down)
+
+        def far(params):
+            return -head.apply({'params': moved}, decoded(params, 1)).mean()
+
+        slopes = [jax.grad(of)(params) for of in (near, far)]
+        sizes = [jnp.linalg.norm(slope['out']['kernel']) for slope in slopes]
+        factor = sizes[0] / (sizes[1] + 1e-4)
+        both = jax.tree.map(lambda a, b: a + 0.5 * factor * b, *slopes)
+        return moved, jax.tree.map(lambda x, g: x - g, params, both), factor
+
+    moved, stepped, factor = by_hand(params)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)  # noqa: E731
+    jax.tree.map(close, after.params['discriminator'], moved)
+    jax.tree.map(close, after.params['network'], stepped)
+    found = metrics['network/balance']
+    np.testing.assert_allclose(found.total / found.count, factor, rtol=1e-3)
+    for options, words in (
+        (
+            dict(perceptual=1.0, features=('none',)),
+            r"features=\('none',\) must be some of the features of",
+        ),
+        (dict(perceptual=1.0, features=()), r'features=\(\) must be some'),
+    ):
+        with pytest.raises(UserError, match=words):
+            decoder_tuning(context, **options)
+    with pytest.raises(UserError, match=r'wants a network, stage\.references\.perceptual'):
+        decoder_tuning(context_of(network=net, teacher=NET), perceptual=1.0, features=('one',))
+    method = decoder_tuning(context, adversarial=1.0, last='none', discriminator=block)
+    with pytest.raises(UserError, match=r"last='none' is none of the decoder's: .*out/kernel"):
+        jax.eval_shape(method.step, jax.eval_shape(method.init, jax.random.key(0), frozen), batch)
+
+
+def _layers(params, x):
+    one = jnp.maximum(x @ params['a']['kernel'] + params['a']['bias'], 0)
+    return one, one @ params['b']['kernel'] + params['b']['bias']
 
 
 def test_channels_that_a_reference_lacks_begin_with_nothing():

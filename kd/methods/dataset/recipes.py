@@ -224,10 +224,9 @@ def matching_stage(
     average: str = '',
 ) -> ConfigDict:
     """The stage that trains the synthetic set; `segment` is (bound of start epochs, M)."""
-    judged = dict(name='kd.evaluators.fresh_training.fresh_training', split='train', **protocol)
-    evaluators = {'validation': judged}
+    evaluators = {'validation': judged(**protocol)}
     if average:
-        evaluators['averaged'] = judged | dict(average=average, images=False)
+        evaluators['averaged'] = judged(average=average, images=False, **protocol)
     return kd_config.stage(
         method=dict(images_per_class=ipc, **method),
         data=segments(data, *segment),
@@ -240,6 +239,11 @@ def matching_stage(
         best='validation/accuracy',
         final='best',
     )
+
+
+def judged(**protocol: Any) -> dict[str, Any]:
+    """The evaluator that trains networks on the set of a stage; arguments are its own."""
+    return dict(name='kd.evaluators.fresh_training.fresh_training', split='train', **protocol)
 
 
 class Schedule(NamedTuple):
@@ -346,13 +350,6 @@ def condensation(
     A batch holds `batch_size` real images of every class. The set has no step size of its own: that
     of the networks that judge it is the best of `step_sizes` on the validation split.
     """
-    judged = dict(
-        name='kd.evaluators.fresh_training.fresh_training',
-        split='train',
-        network=data.network,
-        step_sizes=tuple(step_sizes),
-        **protocol,
-    )
     distilled = kd_config.stage(
         # The network is that of single images, not of the stage's groups of them.
         method=dict(images_per_class=ipc, network=data.network, **method),
@@ -360,7 +357,9 @@ def condensation(
         optimizer=optimizer,
         steps=steps,
         batch_size=batch_size,
-        evaluators={'validation': judged},
+        evaluators={
+            'validation': judged(network=data.network, step_sizes=tuple(step_sizes), **protocol)
+        },
         eval_every=eval_every,
         checkpoint_every=eval_every,
         best='validation/accuracy',

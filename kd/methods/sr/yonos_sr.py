@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,25 @@ from kd.context import Context
 from kd.data.patches import LOW
 from kd.data.transforms.low_resolution import EASIER
 from kd.errors import UserError
+from kd.losses import adversarial as adversarial_lib
 from kd.losses import score_distillation
+from kd.losses.perceptual import feature_distance
 from kd.losses.score_distillation import Weight
-from kd.method import Batch, Method, Objective, minimize
+from kd.method import Batch, Method, Objective, Player, alternate, minimize
+from kd.method.base import call_init
 from kd.methods import start
 from kd.methods.flow.common import mean_square
 from kd.metrics import mean
+from kd.network import Output, feature_names
 from kd.ranges import Count, NonNegative
 from kd.sampling import denoiser as denoisers
 from kd.sampling import diffusion, times
-from kd.state import PyTree, State, path_name
+from kd.state import NETWORK, PyTree, State, path_name
 
 # What decoders are tuned to, where it is another field than `input`.
 IMAGE = 'image'
+# The reference whose features are compared, and the part that tells images apart.
+PERCEPTUAL, DISCRIMINATOR = 'perceptual', 'discriminator'
 
 
 def scale_distillation(
@@ -88,48 +94,205 @@ def scale_distillation(
 
 
 def decoder_tuning(
-    context: Context, *, squared: NonNegative = 0.0, micro_batches: Count = 1
+    context: Context,
+    *,
+    squared: NonNegative = 0.0,
+    perceptual: NonNegative = 0.0,
+    features: tuple[str, ...] = (),
+    adversarial: NonNegative = 0.0,
+    last: str = '',
+    discriminator: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    micro_batches: Count = 1,
 ) -> Method:
     """A decoder learns what the one call of a frozen denoiser leaves to be mended.
 
-        z = sg[mu(eps, low)] at the noisiest time,   loss = mean |Dec(z) - x| + squared mean (.)^2
+        z = sg[mu(eps, low)] at the noisiest time,   y = Dec(z)
+        loss = mean |y - x| + squared mean (y - x)^2 + perceptual d(y, x) - adversarial a D(y)
+
+    with d the distance of features of a frozen network (`kd.losses.perceptual`), and D a
+    discriminator that moves first, by the hinge loss; a is a constant, 1 or, as of latent
+    diffusion, what brings both to one slope in the decoder's last layer, see `balance`.
 
     Args:
       context: the stage; its network takes what the teacher returns, its teacher is the denoiser.
         Images x are the data's `image`, or `input` where they have none. Starts from
         `references.start`, of which parts that the network lacks, an encoder, are left out.
       squared: weight of the squared error (ours).
+      perceptual, features: weight of d, and names of the features of `references.perceptual`.
+      adversarial: weight of D; 0 for none.
+      last: path of the weights whose slopes a is of, 'decoder/conv_out/kernel'; '' for a = 1.
+      discriminator: block of D; None for `kd.models.discriminator.PatchHead`.
+      optimizer: of D, as of a stage; None for the stage's own.
       micro_batches: parts over which gradients are accumulated.
 
-    The paper has a perceptual loss and a discriminator besides.
-
     Raises:
-      UserError: data without what the teacher is told.
+      UserError: data without what the teacher is told; features that are not there.
     """
     network = context.network
     denoise = denoisers.of_network(context.teacher, context.trained_by.get('teacher'))
     _check(context, context.teacher.module, (LOW,))
     wanted = IMAGE if IMAGE in context.spec else 'input'
+    seen = _perceived(context, features) if perceptual else None
 
-    def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
+    def decoded(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Output:
         noise_key, dropout = jax.random.split(key)
         noise = jax.random.normal(noise_key, batch['input'].shape, batch['input'].dtype)
         told = denoisers.conditions(context.teacher, batch)
         z = jax.lax.stop_gradient(one_step(denoise, state.frozen['teacher'], noise, told))
-        variables = state.variables(params=params)
-        output = network.apply(variables, z, train=True, key=dropout)
+        output = network.apply(state.variables(params=params), z, train=True, key=dropout)
         if output.logits.shape != batch[wanted].shape:
             raise UserError(
                 f'{context.stage}.network makes images of {output.logits.shape[1:]}, and the data '
                 f"have '{wanted}' of {batch[wanted].shape[1:]}."
             )
-        away = output.logits - batch[wanted]
+        return output
+
+    def apart(state: State, y: jax.Array, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """(losses [B], metrics) of images and originals."""
+        away = y - x
         error = mean_square(away)
         losses = jnp.abs(away).mean(tuple(range(1, away.ndim))) + squared * error
-        return Objective(mean(losses), {'squared_error': mean(error)}, output.mutables)
+        metrics = {'squared_error': mean(error)}
+        if seen is not None:
+            distance = feature_distance(seen(state, y), seen(state, x))
+            losses, metrics = losses + perceptual * distance, metrics | {'features': mean(distance)}
+        return losses, metrics
+
+    def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
+        output = decoded(params, state, batch, key)
+        losses, metrics = apart(state, output.logits, batch[wanted])
+        return Objective(mean(losses), metrics, output.mutables)
 
     init = start.from_reference(network.init, context, transform=part_of)
-    return minimize(loss, context.tx, init, micro_batches=micro_batches)
+    if not adversarial:
+        return minimize(loss, context.tx, init, micro_batches=micro_batches)
+    head: Any = config_lib.build(
+        discriminator or dict(name='kd.models.discriminator.PatchHead'),
+        where=f'{context.stage}.method.discriminator',
+    )
+    told = Judged(decoded, apart, head, wanted, adversarial, last)
+    example = jnp.zeros((1, *context.spec[wanted].shape), context.spec[wanted].dtype)
+
+    def both(key: jax.Array, frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        own_key, head_key = jax.random.split(key)
+        return {
+            NETWORK: call_init(init, own_key, frozen), DISCRIMINATOR: head.init(head_key, example)
+        }  # fmt: skip
+
+    tx = context.optimizer(**optimizer) if optimizer else context.tx
+    players = {
+        DISCRIMINATOR: Player(told.discriminator, tx, micro_batches=micro_batches),
+        NETWORK: Player(told.decoder, context.tx, micro_batches=micro_batches),
+    }
+    return alternate(players, both)
+
+
+class Judged(NamedTuple):
+    """The two losses of a decoder and of the discriminator that it is to mislead.
+
+    Attributes:
+      decoded, apart: see `decoder_tuning`.
+      head: the discriminator, logits [B] or [B, n] of images.
+      wanted: field of the originals.
+      weight, last: as `adversarial` and `last` there.
+    """
+
+    decoded: Callable[..., Output]
+    apart: Callable[..., tuple[jax.Array, dict[str, Any]]]
+    head: Any
+    wanted: str
+    weight: float
+    last: str
+
+    def discriminator(self, params, state, batch, key) -> Objective:
+        """relu(1 - D(x)) + relu(1 + D(y)), y constant."""
+        y = jax.lax.stop_gradient(self.decoded(state.params[NETWORK], state, batch, key).logits)
+        variables = state.variables(part=DISCRIMINATOR, params=params)
+        real, fake = (self.head.apply(variables, x) for x in (batch[self.wanted], y))
+        losses = adversarial_lib.discriminator_hinge(real, fake)
+        return Objective(mean(losses.reshape(len(y), -1).mean(1)))
+
+    def decoder(self, params, state, batch, key) -> Objective:
+        """That of `decoder_tuning`."""
+        x = batch[self.wanted]
+        output = self.decoded(params, state, batch, key)
+
+        def misled(y: jax.Array) -> jax.Array:
+            logits = self.head.apply(state.variables(part=DISCRIMINATOR), y)
+            return adversarial_lib.generator_hinge(logits).reshape(len(y), -1).mean(1)
+
+        losses, metrics = self.apart(state, output.logits, x)
+        value = misled(output.logits)
+        factor = jnp.float32(1.0)
+        if self.last:
+            factor = balance(
+                lambda params: self.decoded(params, state, batch, key).logits, params, self.last,
+                lambda y: self.apart(state, y, x)[0].mean(), lambda y: misled(y).mean(),
+            )  # fmt: skip
+        losses = losses + self.weight * factor * value
+        metrics |= {'adversarial': mean(value), 'balance': mean(jnp.full(len(x), factor))}
+        return Objective(mean(losses), metrics, output.mutables)
+
+
+def balance(
+    decode: Callable[[PyTree], jax.Array],
+    params: PyTree,
+    last: str,
+    near: Callable[[jax.Array], jax.Array],
+    misled: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """|slope of `near`| / (|slope of `misled`| + 1e-4), at most 1e4, a constant.
+
+    Args:
+      decode: (params) -> images.
+      params: of the decoder.
+      last: path of the leaf by which slopes are taken, 'decoder/conv_out/kernel'.
+      near, misled: (images) -> a number each.
+
+    Raises:
+      UserError: no such leaf.
+
+    Source: Esser et al. 2021, arXiv:2012.09841, eq. 7, and its release.
+    """
+    places = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    if last not in places:
+        raise UserError(f"method.last='{last}' is none of the decoder's: {', '.join(places)}.")
+
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        return decode(
+            jax.tree_util.tree_map_with_path(
+                lambda path, x: leaf if path_name(path) == last else x, params
+            )
+        )
+
+    y, pull = jax.vjp(of_leaf, places[last])
+    sizes = [jnp.linalg.norm(jnp.ravel(pull(jax.grad(of)(y))[0])) for of in (near, misled)]
+    return jax.lax.stop_gradient(jnp.clip(sizes[0] / (sizes[1] + 1e-4), 0.0, 1e4))
+
+
+def _perceived(
+    context: Context, features: tuple[str, ...]
+) -> Callable[[State, jax.Array], list[jax.Array]]:
+    """Features of images by the frozen `references.perceptual`."""
+    if PERCEPTUAL not in context.references:
+        raise UserError(
+            f'{context.stage}.method.perceptual wants a network, {context.stage}.references.'
+            f'{PERCEPTUAL}.'
+        )
+    network = context.references[PERCEPTUAL]
+    known = feature_names(network)
+    if not features or set(features) - set(known):
+        raise UserError(
+            f'{context.stage}.method.features={tuple(features)} must be some of the features of '
+            f'{context.stage}.references.{PERCEPTUAL}, which are {", ".join(known)}.'
+        )
+
+    def seen(state: State, images: jax.Array) -> list[jax.Array]:
+        found = network.apply(state.frozen[PERCEPTUAL], images, capture=features).features
+        return [found[name] for name in features]
+
+    return seen
 
 
 def one_step(
