@@ -189,6 +189,34 @@ def test_a_teacher_moves_by_what_its_labels_did_to_the_student():
     close(after(parts, data)[1], step, rtol=1e-4)
 
 
+def test_the_teacher_learns_from_labelled_images_that_are_augmented_too():
+    """Influences do not: the student moves as without."""
+    image = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
+    net = from_linen(MLP(widths=(3,), num_classes=CLASSES), image)
+    given, rng = context(network=net, teacher=net), np.random.default_rng(3)
+    data = batch() | {
+        name: jnp.asarray(rng.normal(size=(BATCH, 4, 4, 1)), 'f4')
+        for name in ('input', 'labelled_input')
+    }
+    mirrored = {name: data[name][:, :, ::-1] for name in ('input', 'labelled_input')}
+    method = teacher_feedback(given, feedback=0.0, augmentation=(('flip', 1.0),))
+    plain = teacher_feedback(given, feedback=0.0)
+    frozen = {'teacher': net.init(jax.random.key(1))}
+    state = method.init(jax.random.key(0), frozen)
+    flipped, of_both, of_inputs = (
+        jax.jit(of.step)(state, x)[0].params
+        for of, x in (
+            (method, data), (plain, data | mirrored),
+            (plain, data | {'input': mirrored['input']}),
+        )
+    )  # fmt: skip
+    close(flipped['teacher'], of_both['teacher'])
+    close(flipped['network'], of_inputs['network'])
+    apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), of_both, of_inputs)
+    assert max(jax.tree.leaves(apart['teacher'])) > 1e-4
+    assert max(jax.tree.leaves(apart['network'])) > 1e-5
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """One round of the small recipe, with smaller networks and a few steps."""

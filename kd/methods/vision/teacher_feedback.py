@@ -56,7 +56,8 @@ def teacher_feedback(
       sampled: y_i drawn from the teacher's probabilities instead of the most probable class.
       only: regular expression of the student's parameters that influences are taken over.
       teacher_optimizer: of the teacher; None for one like the stage's.
-      augmentation: of the unlabelled inputs, that both see alike.
+      augmentation: of the unlabelled inputs, that both see alike, and of the labelled ones that the
+        teacher learns from; influences are on these as they are.
       micro_batches: of either player.
 
     Raises:
@@ -73,11 +74,12 @@ def teacher_feedback(
         }
 
     def collect(state: State, batch: Batch, key: jax.Array) -> Batch:
-        augment_key, draw_key = jax.random.split(key)
+        augment_key, draw_key, labelled_key = jax.random.split(key, 3)
+        given = labelled(batch)
         batch = augment.augment(augment_key, batch, augmentation, context.num_classes)
         said = net.apply(state.variables(part=TEACHER), *net.of(batch)).logits
         y = jax.random.categorical(draw_key, said) if sampled else said.argmax(-1)
-        params, given = trained(state.params[NETWORK], only or None), labelled(batch)
+        params = trained(state.params[NETWORK], only or None)
 
         def logits(moving, batch):
             whole = merged(moving, state.params[NETWORK])
@@ -102,7 +104,11 @@ def teacher_feedback(
         # Of the whole batch, whatever the micro-batches.
         each = {'residual': residual, 'deviation': jnp.std(found)}
         each = {name: jnp.broadcast_to(x, found.shape) for name, x in each.items()}
-        return {**batch, 'pseudo': y, 'influence': found, 'weight': weights, **each}
+        # What the teacher learns from; the class is what a mixture of labels was.
+        seen = augment.augment(labelled_key, given, augmentation, context.num_classes)
+        seen = {f'{LABELLED}{name}': x for name, x in {**seen, 'class': given['label']}.items()}
+        found_of = {'pseudo': y, 'influence': found, 'weight': weights, **each}
+        return {**batch, **seen, **found_of}
 
     def taught(params, state, batch, key) -> Objective:
         variables = state.variables(part=NETWORK, params=params)
@@ -116,7 +122,7 @@ def teacher_feedback(
         variables = state.variables(part=TEACHER, params=params)
         output = net.apply(variables, *net.of(given), train=True, key=first)
         losses = classification.cross_entropy(output.logits, given['label'])
-        metrics = {'accuracy': mean(output.logits.argmax(-1) == given['label'])}
+        metrics = {'accuracy': mean(output.logits.argmax(-1) == given['class'])}
         if feedback:
             said = net.apply(variables, *net.of(batch), train=True, key=second).logits
             back = influence.teacher_feedback(
