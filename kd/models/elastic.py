@@ -57,14 +57,16 @@ class Group(NamedTuple):
     """Inner channels of a block, which may change places together.
 
     Attributes:
-      block: index in `sizes(arch)['inner']`.
+      block: index in `sizes(arch)[size]`.
       outs: (path, axis) of what makes them, without the collection; those of norms too.
       into: (path, axis) of the kernel that reads them.
+      size: what says how many of them are live.
     """
 
     block: int
     outs: tuple[tuple[str, int], ...]
     into: tuple[str, int]
+    size: str = 'inner'
 
 
 class Elastic(nn.Module):
@@ -220,7 +222,8 @@ def sort_channels(
     """Variables of the same largest network, with inner channels in order of importance.
 
     The importance of a channel is the sum of |kernel| over all that reads it. Of several kernels in
-    a block the last is sorted first.
+    a block the last is sorted first. Channels within a squeeze-and-excitation are put in order too;
+    the release does not keep these within tiers, where networks with these options change.
 
     Args:
       network: elastic.
@@ -233,18 +236,15 @@ def sort_channels(
     """
     module = elastic(network, 'the network')
     space, leaves = module.space(), _by_path(variables)
-    ends = []
-    for option in tiers:
-        arch = {**space.largest(), **_only(space, choice, option)}
-        ends.append([int(n) for n in module.sizes(arch)['inner']])
+    ends = [module.sizes({**space.largest(), **_only(space, choice, option)}) for option in tiers]
     for group in module.groups():
         path, axis = group.into
         kernel = leaves[f'params/{path}']
         others = tuple(i for i in range(kernel.ndim) if i != axis)
         importance = jnp.sum(jnp.abs(kernel), axis=others)
         tier = np.zeros(kernel.shape[axis], np.int32)
-        for counts in ends:
-            tier += np.arange(len(tier)) >= counts[group.block]
+        for sizes in ends:
+            tier += np.arange(len(tier)) >= int(sizes[group.size][group.block])
         order = jnp.lexsort((-importance, jnp.asarray(tier)))
         for name, at in (*group.outs, group.into):
             for collection in ('params', STATISTICS):

@@ -292,4 +292,7 @@ class ElasticMobileNetV3(Elastic):
             outs += [(f'{at}/squeeze/kernel', 0), (f'{at}/excite/kernel', 1)]
             outs += [(f'{at}/excite/bias', 0)]
             made.append(Group(number, tuple(outs), (f'{at}/project/conv/kernel', 2)))
+            if self.stages[number // each][3]:
+                within = ((f'{at}/squeeze/kernel', 1), (f'{at}/squeeze/bias', 0))
+                made.append(Group(number, within, (f'{at}/excite/kernel', 0), 'squeezed'))
         return tuple(made)

@@ -157,13 +157,13 @@ def test_sorting_leaves_the_largest_network_and_the_tiers_as_they_are(case):
             apart = np.abs(forward(found, arch)[0] - logits[option]).max()
             assert (apart < 2e-5 * (1 + np.abs(logits[option]).max())) == (option in same)
     # Channels stand by what reads them.
-    group = network.module.groups()[0]
-    kernel = whole['params']
-    for key in group.into[0].split('/'):
-        kernel = kernel[key]
-    axes = tuple(i for i in range(kernel.ndim) if i != group.into[1])
-    importance = np.abs(kernel).sum(axes)
-    assert (np.diff(importance) <= 1e-5).all()
+    for group in network.module.groups():
+        kernel = whole['params']
+        for key in group.into[0].split('/'):
+            kernel = kernel[key]
+        axes = tuple(i for i in range(kernel.ndim) if i != group.into[1])
+        importance = np.abs(kernel).sum(axes)
+        assert (np.diff(importance) <= 1e-5).all(), group.into[0]
 
 
 def test_multiply_adds_are_those_of_the_kernels(case):
