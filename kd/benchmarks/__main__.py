@@ -35,6 +35,7 @@ TITLES = {
     'distil_step': 'distillation step of a language model',
     'score_distillation': 'a cycle of distribution matching distillation',
     'kernel_path': 'paths of kernel self-distillation',
+    'classical': 'value and gradient of the classical losses',
 }
 
 

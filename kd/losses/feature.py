@@ -121,7 +121,8 @@ def similarity_preserving(
     """(1/B) ||g_s,b - g_t,b||^2 with g_b the b-th row of F F^T scaled to unit length.
 
     Its mean over the batch is the paper's (1/B^2) ||G_s - G_t||_F^2. A statistic of the batch it is
-    given: under pmap or shard_map, of the device's share.
+    given: under pmap or shard_map, of the device's share. torchdistill 1.1.5 (`SPKDLoss`) divides
+    rows by the sum of their sizes, as the 1 in its `normalize(..., 1)` is the order of the norm.
 
     Args:
       student_features: [B, ...]; teacher_features: [B, ...], of any other shape.
