@@ -10,10 +10,11 @@ gave it.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ def signature(thing: Any) -> tuple[str, str | None] | None:
 
     None where the source does not say: what is built in, or made at run time.
     """
-    node = _node(getattr(thing, '__module__', None), getattr(thing, '__qualname__', ''))
+    module = getattr(thing, '__module__', None)
+    node = _node(module, getattr(thing, '__qualname__', ''))
     if isinstance(node, ast.FunctionDef):
-        return _of_function(node)
+        return _of_function(node, module)
     if isinstance(node, ast.ClassDef):
         own = next((child for child in node.body if _is_init(child)), None)
         if own is not None:
-            return _of_function(own)[0], None
+            return _of_function(own, module)[0], None
         if fields := list(_fields(thing)):
             return f'({", ".join(fields)})', None
     return None
@@ -187,9 +189,40 @@ def _node(module: str | None, qualname: str) -> ast.AST | None:
     return node
 
 
-def _of_function(node: ast.FunctionDef) -> tuple[str, str | None]:
-    text = re.sub(r'^(self|cls)(, |$)', '', ast.unparse(node.args))
-    return f'({text})', ast.unparse(node.returns) if node.returns else None
+def _of_function(node: ast.FunctionDef, module: str) -> tuple[str, str | None]:
+    named = _Named(vars(sys.modules[module]))
+    arguments = named.visit(copy.deepcopy(node.args))
+    text = re.sub(r'^(self|cls)(, |$)', '', ast.unparse(arguments))
+    returns = ast.unparse(named.visit(copy.deepcopy(node.returns))) if node.returns else None
+    return f'({text})', returns
+
+
+class _Named(ast.NodeTransformer):
+    """Classes of kd in annotations by their whole name, shown as its last part: `~kd.x.Y`.
+
+    Several modules may have a class of one name.
+    """
+
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        self.names = names
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        if node.annotation is not None:
+            node.annotation = self.visit(node.annotation)
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self._whole(node, self.names.get(node.id))
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        owner = self.names.get(node.value.id) if isinstance(node.value, ast.Name) else None
+        return self._whole(node, getattr(owner, node.attr, None))
+
+    def _whole(self, node: ast.expr, thing: Any) -> ast.expr:
+        if not isinstance(thing, type) or not thing.__module__.startswith('kd.'):
+            return node
+        whole = ast.parse(f'~{thing.__module__}.{thing.__qualname__}', mode='eval')
+        return whole.body
 
 
 def _is_init(node: ast.AST) -> bool:
@@ -200,9 +233,11 @@ def _fields(thing: type) -> Iterator[str]:
     """The annotated fields of a class and of the classes of kd that it is made of."""
     fields: dict[str, str] = {}
     for kind in reversed(thing.__mro__):
+        named = _Named(vars(sys.modules[kind.__module__]))
         for child in getattr(_node(kind.__module__, kind.__qualname__), 'body', []):
             if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
-                name, told = child.target.id, ast.unparse(child.annotation)
+                told = ast.unparse(named.visit(copy.deepcopy(child.annotation)))
+                name = child.target.id
                 if name[0] != '_' and not told.startswith('ClassVar'):
                     default = f' = {ast.unparse(child.value)}' if child.value else ''
                     fields[name] = f'{name}: {told}{default}'

@@ -81,9 +81,10 @@ def tree_page(title: str, pages: str) -> str:
 
 def families_page(papers: Mapping[str, Paper], measured: Mapping[str, Result]) -> str:
     """One figure for each family, for the start page: of the claim of which most has come true."""
-    lines: list[str] = []
+    lines = [families.counted(papers.values(), measured), '']
     for name, family in families.FAMILIES.items():
-        lines += [f'## {family.title}', '', f'{family.line}.', '', '```', family.command, '```', '']
+        line = family.line[0].upper() + family.line[1:]
+        lines += [f'## {family.title}', '', f'{line}.', '', '```', family.command, '```', '']
         if best := shown_for(families.of(papers.values(), name), measured):
             result = measured[best.claim_name]
             lines += [
