@@ -8,6 +8,14 @@ from importlib import metadata
 
 __version__ = '0.1.0'
 
+
+def load(directory, weights='final'):
+    """The network of a finished stage with its weights: `kd.loading.load`."""
+    from kd import loading
+
+    return loading.load(directory, weights)
+
+
 # On CPUs XLA of this jaxlib fuses products into sums, and is wrong where an operand is filled with
 # one number: sum (y - x @ jnp.full((2, 2), 0.1)) ** 2 of 4,096 rows. It is told not to, which costs
 # no time that could be measured. XLA reads this when a process first computes.

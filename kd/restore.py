@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd import callables, files, process
+from kd import callables, files, loading, process
 from kd import config as config_lib
 from kd.data import pictures as pictures_lib
 from kd.data.patches import degraded, to_unit
@@ -45,7 +45,7 @@ from kd.evaluators import restoration as scores
 from kd.evaluators import restorers
 from kd.evaluators.restoration import Restore
 from kd.evaluators.restorers import Restorer
-from kd.io import finished, safetensors, torch_weights
+from kd.io import safetensors, torch_weights
 from kd.io.progress import Progress, say
 from kd.network import from_linen, parameter_count
 from kd.sampling import tiles
@@ -181,13 +181,7 @@ def _named(arguments: argparse.Namespace) -> nn.Module:
 
 def _of_stage(directory: Path) -> nn.Module | None:
     """The network of a stage that takes low pictures alone; None of another kind."""
-    file = directory.parent / 'config.json'
-    if finished.read_done(directory) is None or not file.is_file():
-        raise UserError(f"--run='{directory}' is not the directory of a finished stage.")
-    recipe = config_lib.parse(
-        config_lib.to_plain(files.read_json(file, 'manifest.json beside it holds it too'))
-    )
-    stage = recipe.stages[directory.name]
+    stage = loading.recipe_of(directory).stages[directory.name]
     if not stage.method['name'].endswith(_METHOD):
         return None
     return config_lib.build(stage.network, where='network')

@@ -24,17 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd import config as config_lib
-from kd import files, process
-from kd.data.context import source_loader, splits
+from kd import loading, process
 from kd.data.sources import Source
 from kd.errors import UserError
 from kd.evaluators import generation
 from kd.evaluators.masked_text import written
-from kd.io import finished, safetensors
+from kd.io import safetensors
 from kd.losses.masked_diffusion import schedule
 from kd.network import Network
-from kd.networks import build_network, stage_of
+from kd.networks import stage_of
 from kd.sampling import causal, diffusion, flow, generator, masked, velocity
 from kd.sampling import denoiser as denoisers
 from kd.sampling import times as times_lib
@@ -139,27 +137,9 @@ def load(directory: Path) -> tuple[Network, Source, Mapping[str, Any], Mapping[s
     Raises:
       UserError: no finished stage, or none that trains a network.
     """
-    file = directory.parent / 'config.json'
-    if finished.read_done(directory) is None or not file.is_file():
-        raise UserError(
-            f"--run='{directory}' is not the directory of a finished stage, such as "
-            'runs/few_steps/four.'
-        )
-    recipe = config_lib.parse(
-        config_lib.to_plain(files.read_json(file, 'manifest.json beside it holds it too'))
-    )
-    stage = recipe.stages[directory.name]
-    data = config_lib.data_of(recipe.data, stage.data)
-    split = 'train' if 'train' in splits(data) else splits(data)[0]
-    source = source_loader(data, recipe, directory.parent)(split)
-    network = build_network(
-        stage.network,
-        source,
-        where=f'{directory.name}.network',
-        locate=lambda reference: recipe.locate(reference, directory.parent),
-    )
-    if network is None:
-        raise UserError(f'{directory} trains no network.')
+    found = loading.untrained(directory)
+    network, stage, recipe = found.network, found.stage, found.recipe
+    source = found.source(found.splits[0])
     teacher: Mapping[str, Any] = {}
     if stage.teacher and recipe.foreign(stage.teacher) is None:
         place = recipe.locate(stage.teacher, directory.parent)

@@ -139,6 +139,10 @@ class Source:
         """Images [N, ...] as `fetch` delivers them, around [-1, 1] as they can be shown."""
         return np.asarray(images)
 
+    def from_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Images [N, H, W, C] of the data set, in [-1, 1], as `fetch` delivers them."""
+        return np.asarray(images)
+
     def _gather(self, indices: np.ndarray) -> Batch:
         """`fetch` over a sum of splits: each position is read from the summand it lies in."""
         batch = {
@@ -191,6 +195,10 @@ class Derived(Source):
     def to_pixels(self, images: np.ndarray) -> np.ndarray:
         """As the other source shows them."""
         return self._source.to_pixels(images)
+
+    def from_pixels(self, images: np.ndarray) -> np.ndarray:
+        """As the other source takes them."""
+        return self._source.from_pixels(images)
 
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> str:

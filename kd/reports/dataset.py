@@ -11,16 +11,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from kd import files
+from kd import files, loading
 from kd.context import ReportContext
 from kd.data import sources
 from kd.data.distilled import coreset, export, synthetic
 from kd.data.transforms import standardised
-from kd.errors import UserError
 from kd.evaluators import compensated_set as compensator
 from kd.evaluators import synthetic_set
 from kd.evaluators.fresh_training import Protocol, page, pixels
-from kd.io import finished
 from kd.methods.dataset.common import expert_logits
 from kd.network import Network
 from kd.networks import build_network
@@ -228,14 +226,8 @@ def restore_state(context: ReportContext, name: str) -> State:
     """Variables of a finished stage's result; its optimiser's state stays abstract."""
     workdir = context.workdir
     stage = prepare(context.recipe, name, context.mesh, workdir)
-    abstract = stage.abstract_state()
-    done = finished.read_done(workdir / name)
-    if done is None:
-        raise UserError(f'report: stage {name} of {workdir} is not finished.')
-    parts = {part: getattr(abstract, part) for part in ('params', 'mutables', 'ema')}
-    wanted = {part: tree for part, tree in parts.items() if jax.tree.leaves(tree)}
-    found = finished.restore_variables(workdir / name, done['step'], wanted, f'report ({name})')
-    return abstract.replace(**found, frozen=stage.frozen)
+    _, found = loading.result(stage, workdir / name)
+    return stage.abstract_state().replace(**found, frozen=stage.frozen)
 
 
 def _soft(one: synthetic.SyntheticSet) -> bool:

@@ -36,6 +36,10 @@ class MappedSource(sources.Derived):
         super().__init__(source, {'input': jax.ShapeDtypeStruct(shape, np.float32)}, seen)
         self._transform = transform
 
+    def from_pixels(self, images: np.ndarray) -> np.ndarray:
+        """As `Source.from_pixels`, transformed."""
+        return self._transform(self._source.from_pixels(images))
+
     def fetch(self, indices: Sequence[int] | np.ndarray) -> sources.Batch:
         """As `Source.fetch`, with 'input' transformed."""
         batch = self._source.fetch(indices)
