@@ -75,7 +75,7 @@ def test_the_quickstart_recipe_starts_and_writes_what_the_readme_lists(tmp_path)
 def _loads_as_the_quickstart_says(stage, accuracy):
     """The page's Python gives the network of the stage, and so does the file it exports."""
     page = (ROOT / 'docs' / 'quickstart.md').read_text()
-    code = re.search(r'```python\n(from pathlib.*?)```', page, re.S)[1]
+    code = re.search(r'```python\n(import kd\n.*?)```', page, re.S)[1]
     assert 'runs/quickstart/student' in code
     data = catalogue.load('digits', 'train[80%:]')
     rows = data.fetch(np.arange(len(data)))
@@ -87,8 +87,9 @@ def _loads_as_the_quickstart_says(stage, accuracy):
     exported = stage.parent / 'student.safetensors'
     command = [sys.executable, '-m', 'kd.io.safetensors', str(stage), str(exported)]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-    loaded = safetensors.restore(exported, names['variables'])
-    jax.tree.map(np.testing.assert_array_equal, loaded, names['variables'])
+    variables = names['model'].variables
+    loaded = safetensors.restore(exported, variables)
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
 # (what is wrong, arguments, words of the one line that says so)
