@@ -28,7 +28,7 @@ tokens teach it words and syntax of the manual and nothing of the world: 'Return
 as 'of the list of the list of items', and of France it knows nothing. The others were not run to
 the end by us; their steps, batches and rates are ours.
 
-`cached` keeps of every token the 64 most probable outcomes and the mass of the rest: 388 bytes in
+`cached` keeps of every token the 64 most probable outcomes and the mass of the rest: 260 bytes in
 place of 196,608. No step of a student runs the teacher then.
 
 The larger ones read `/models/NAME`, directories as Hugging Face has them; set
