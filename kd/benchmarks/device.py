@@ -32,7 +32,7 @@ import numpy as np
 
 from kd import process
 from kd.aot import hlo
-from kd.benchmarks import flow_map, fused_divergence, loop, score_distillation
+from kd.benchmarks import distillation_cycle, flow_map, fused_divergence, loop
 from kd.claims import seeds
 from kd.errors import Preempted
 from kd.io import checkpoints
@@ -222,11 +222,11 @@ def _step(work: str, step: Callable[..., Any], state: Any, batch: Any, of: Roofl
 
 def dmd_cycle(sizes: Sizes, of: Roofline) -> Iterator[str]:
     """A cycle of DMD2 with five moves of its critic, of a UNet that reads text."""
-    case = score_distillation.Case(
+    case = distillation_cycle.Case(
         Denoised(sizes.unet, schedule.discrete(), 'eps'), (sizes.pixels, sizes.pixels, 4),
         sizes.images, 999.0, {'text': (8, sizes.unet.context)}, unroll=True,
     )  # fmt: skip
-    made = score_distillation.cycle(case, 5)
+    made = distillation_cycle.cycle(case, 5)
     work = f'DMD cycle, UNet, {sizes.images} x {sizes.pixels} pixels'
     yield _step(work, made.method.step, made.state, made.batch, of)
 

@@ -9,10 +9,10 @@ from kd.benchmarks import loop
 
 def test_the_ratio_is_loop_speed_over_bare_speed(monkeypatch):
     bare, looped = iter([0.010, 0.012, 0.010, 0.010, 0.010, 0.010]), iter([0.011, 0.020, 0.0125])
-    monkeypatch.setattr(loop, 'calibrate', lambda milliseconds: 8)
+    monkeypatch.setattr(loop, 'calibrate', lambda milliseconds, now: 8)
     monkeypatch.setattr(loop, 'prepare', lambda *_: None)
-    monkeypatch.setattr(loop, 'bare', lambda stage, steps: next(bare))
-    monkeypatch.setattr(loop, 'looped', lambda stage, directory: next(looped))
+    monkeypatch.setattr(loop, 'bare', lambda stage, steps, now: next(bare))
+    monkeypatch.setattr(loop, 'looped', lambda stage, directory, now: next(looped))
     row = loop.measure(10.0, rounds=3, steps=1)
     # Per round 1.0, 0.5 and 0.8: the median.
     assert row['ratio'] == pytest.approx(0.8)

@@ -515,7 +515,7 @@ def test_initialisation_has_the_stated_scale(signals):
         ),
         (lambda: ConvNet(2), (1, 64), r'ConvNet takes images \[B, H, W, C\] or signals'),
         (lambda: ConvNet(norm='layer'), None, "norm='layer' must be one of 'instance', 'group'"),
-        (lambda: ConvNet(conv='fft'), None, "conv='fft' must be one of 'direct', 'matmul'"),
+        (lambda: ConvNet(conv='fft'), None, "conv='fft' must be one of 'auto', 'direct', 'matmul'"),
         (lambda: MLP(activation='rellu'), None, "activation='rellu' must be one of 'relu'"),
         (lambda: ResNet(18), None, r'depth=18 must be 6n \+ 2 with n >= 1; the nearest is 20'),
         (lambda: ResNet(2), None, r'depth=2 must be 6n \+ 2 with n >= 1; the nearest is 8'),
