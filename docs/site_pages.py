@@ -169,14 +169,14 @@ def _outcome(paper: Paper, measured: Mapping[str, Result]) -> list[str]:
         f'Verdict: **{result["verdict"]}**, {results.held(result)} checks hold, '
         f'after {results.took(result)} on two cores. {result["setting"]}', '',
         f'```{{image}} ../../../results/{name}.png', f':alt: {result["statement"]}', '```', '',
-        '| check | difference beyond its margin | 95 % interval | seeds | |',
-        '|---|---:|---:|---:|---|',
+        '| check | | difference beyond its margin | 95 % interval | seeds |',
+        '|---|---|---:|---:|---:|',
     ]  # fmt: skip
     for check in result['checks']:
         low, high = check['interval']
         lines.append(
-            f'| {_cell(check["check"])} | {check["difference"]:+.3g} | [{low:+.3g}, {high:+.3g}] '
-            f'| {check["seeds"]} | {check["verdict"]} |'
+            f'| {_cell(check["check"])} | {check["verdict"]} | {check["difference"]:+.3g} '
+            f'| [{low:+.3g}, {high:+.3g}] | {check["seeds"]} |'
         )
     lines += ['', 'A check holds where its interval lies above 0; see {doc}`/verdicts`.', '']
     if result['notes']:

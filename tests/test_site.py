@@ -1,11 +1,14 @@
 """The site of documentation: docstrings as they are shown, pages as they are made, links."""
 
 import ast
+import importlib
 import json
+import pkgutil
 import re
 from pathlib import Path
 
 import docstrings
+import outside
 import pytest
 import site_pages
 
@@ -146,3 +149,20 @@ def test_messages_that_are_explained_are_said():
     for message in messages:
         for part in re.split(r"'?\.\.\.'?|EXTRA|papers.toml", message):
             assert part.strip(" '.") in said, message
+
+
+def test_names_of_other_projects_are_there_and_have_a_page():
+    for short, whole in outside.SHORT.items():
+        assert pkgutil.resolve_name(whole) is not None
+        assert outside.outside(short) == outside.outside(whole)
+    for alias, module in outside.ALIASES.items():
+        assert importlib.import_module(module)
+        assert module in outside.outside(f'{alias}.anything')
+    assert outside.outside('jax.Array') == (
+        'https://docs.jax.dev/en/latest/_autosummary/jax.Array.html'
+    )
+    assert outside.outside('nn.Module').endswith('/flax.linen/module.html#flax.linen.Module')
+    assert outside.outside('optax.GradientTransformation').endswith(
+        'transformations.html#optax.GradientTransformation'
+    )
+    assert outside.outside('kd.errors.UserError') is None
