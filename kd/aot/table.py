@@ -131,6 +131,25 @@ ROWS = (
     Row('configs/diffusion/hierarchical_prune.py', 'student', (), ('v5p:4x4x4',)),
     Row('configs/diffusion/ppcl.py', 'depth', (), ('v5p:4x4x4',)),
     Row('configs/diffusion/ppcl.py', 'width', (), ('v5p:4x4x4',)),
+    # Few steps of large models: transformers, then UNets.
+    *(
+        Row(f'configs/diffusion/{config}', 'generator', (), slices)
+        for config, slices in (
+            ('latent.py:snoopi,pixart_alpha', (_V5P_64,)),
+            ('flash_dmd.py:sd3_medium', (_V5P_64,)),
+            ('decoupled_dmd.py:lumina2', (_V5P_64,)),
+            ('decoupled_dmd.py:z_image', ('v5p:4x4x4',)),
+            ('asd_video.py:wan21_1_3b', ('v5p:4x4x4',)),
+        )
+    ),
+    *(
+        Row(f'configs/diffusion/phased_dmd.py:{of}', 'second', (), ('v5p:4x4x4',))
+        for of in ('wan21_14b', 'qwen_image')
+    ),
+    *(
+        Row(f'configs/diffusion/{config}', 'generator', (), (_V5P_64,), -1.0)
+        for config in ('latent.py:sdxl', 'edm.py:dmd,imagenet64')
+    ),
     Row('configs/rl/srpo.py', 'student', (), (_V5P_64,)),
     Row('configs/rl/sd_zero.py', 'sd_zero', (), (_V5P_64,)),
     *(

@@ -25,6 +25,7 @@ from kd.methods.diffusion.asd_video import (
 from kd.methods.diffusion.distribution_matching import Views
 from kd.models.causal_video import CausalVideo
 from kd.models.denoiser import Denoised
+from kd.models.discriminator import FeatureHead
 from kd.models.mlp import MLP
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
@@ -328,6 +329,15 @@ def test_both_of_a_pair_have_noise_of_their_own_and_one_time_if_together(adversa
         assert abs(np.corrcoef(one[0], two[0])[0, 1]) < 0.03
         # Of nothing but noise the deviation is the time.
         assert (float(one.std() / two.std()) == pytest.approx(1, rel=0.03)) == together
+
+
+def test_a_head_on_videos_has_a_logit_for_each_pair_and_sees_the_order_of_frames():
+    head, x = FeatureHead(width=8, logits=3), jax.random.normal(KEY, (2, 3, 8, 12, 4))
+    variables = jax.jit(head.init)(KEY, x)
+    say = jax.jit(head.apply)
+    assert say(variables, x).shape == (2, 3)
+    assert np.abs(say(variables, x) - say(variables, x[:, ::-1])).max() > 1e-4
+    assert variables['params']['down0']['kernel'].shape == (3, 4, 4, 4, 8)
 
 
 # The method
