@@ -220,7 +220,7 @@ def block_mask(
 
     Args:
       key: typed random key.
-      prompt_length: int [B].
+      prompt_length: int [B]; where it is S or more nothing is hidden.
       length: S.
       block: tokens of a block.
       ratio: see above; 1 hides the whole block.
@@ -238,7 +238,8 @@ def block_mask(
     response = length - first
     count = response // block + 1 if tail else -(-response // block)
     uniform = jax.random.uniform(places, first.shape)
-    number = jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
+    # A row without a response has no block, and its prompt is none.
+    number = jnp.clip((uniform * count).astype(jnp.int32), 0, jnp.maximum(count - 1, 0))
     begin, at = first + number * block, jnp.arange(length)
     inside = (at >= begin) & (at < begin + block)
     hidden = jax.random.uniform(coins, inside.shape) < (1 - 1e-3) * ratio + 1e-3

@@ -193,3 +193,23 @@ def test_what_cannot_be_is_told(network, batch):
     with pytest.raises(UserError, match=r'stage\.network: Transformer sees only what came before'):
         certainty_forcing(context(causal), block=BLOCK)
     assert masked.mask_of(network) == K
+
+
+@pytest.mark.parametrize('tail', [True, False])
+def test_a_row_without_an_answer_teaches_nothing_of_its_prompt(tail):
+    """Traps: a block before the prompt's end, or from the first token on."""
+    length, block = 8, 3
+    prompts = jnp.array([8, 11, 7])
+    keys = jax.random.split(jax.random.key(0), 64)
+    drawn = jax.vmap(
+        lambda key: dparallel.losses.block_mask(key, prompts, length, block=block, tail=tail)
+    )(keys)
+    hidden, second, after = (np.asarray(x) for x in drawn)
+    for each in (hidden, second, after):
+        assert not each[:, :2].any()
+        assert not each[:, 2, :7].any()
+    # With a token of an answer there is one.
+    assert (hidden | second)[:, 2, 7].any()
+    mask = np.array([[0, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
+    found = dparallel.prompt_length({'response_mask': jnp.asarray(mask)})
+    np.testing.assert_array_equal(found, [2, 4, 0])

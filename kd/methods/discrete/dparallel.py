@@ -24,10 +24,14 @@ from kd.sampling.masked import logits_function
 
 
 def prompt_length(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """int [B]: the field of this name, or of text the place of the first token of the answer."""
+    """int [B]: the field of this name, or of text the place of the first token of the answer.
+
+    Of a row without an answer it is the whole row.
+    """
     if 'prompt_length' in batch:
         return batch['prompt_length']
-    return jnp.argmax(batch['response_mask'], axis=-1)
+    answer = batch['response_mask']
+    return jnp.where(answer.any(-1), jnp.argmax(answer, axis=-1), answer.shape[-1])
 
 
 def certainty_forcing(
