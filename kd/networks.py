@@ -236,21 +236,27 @@ def trained_network(
 def _merged(of: Trained, base: Trained) -> Trained:
     """A network whose adapters are part of its kernels, which is one of the base's kind."""
     module: Any = of.network.module
-    network = from_linen(module.clone(adapter=None), *of.network.inputs)
-    scale = module.adapter.scale
+    network = from_linen(adapters.plain(module), *of.network.inputs)
+    scale, heads = module.adapter.scale, adapters.MOMENTUM
+    own = of.abstract['params']
+    params = {**base.abstract['params'], **({heads: own[heads]} if heads in own else {})}
 
     def verify() -> None:
         base.verify()
         of.verify()
 
     def restore() -> Any:
-        places = jax.tree.map(lambda x: x.sharding, base.abstract['params'])
+        places = jax.tree.map(lambda x: x.sharding, params)
         merge = jax.jit(lambda below, own: adapters.merged(below, own, scale), out_shardings=places)
         below, own = base.restore(), of.restore()
         return {**below, 'params': merge(below['params'], own['params'])}
 
     return dataclasses.replace(
-        of, network=network, abstract=base.abstract, verify=verify, restore=restore
+        of,
+        network=network,
+        abstract={**base.abstract, 'params': params},
+        verify=verify,
+        restore=restore,
     )
 
 
@@ -276,7 +282,7 @@ def described_network(
     if adapters.adapter_of(network.module):
         adapters.check_merges(network.module, where)
         module: Any = network.module
-        network = from_linen(module.clone(adapter=None), *network.inputs)
+        network = from_linen(adapters.plain(module), *network.inputs)
     return network
 
 

@@ -43,6 +43,7 @@ LARGE = (
     *('oftsr.py:ffhq256', 'oftsr.py:div2k', 'oftsr.py:imagenet256'),
     *('yonos_sr.py:x4', 'yonos_sr.py:x8'),
     *('afhq64.py', 'celeba64.py', 'hyper_sd.py:cifar10', 'slimflow.py:cifar10'),
+    *('hyper_sd.py:sd15', 'hyper_sd.py:sdxl', 'arcflow.py:qwen_image'),
     *(
         'slimflow.py:cifar10,3.4M',
         'cifar10.py:few_steps',

@@ -34,7 +34,7 @@ from kd import files
 from kd.data import latents
 from kd.errors import UserError
 from kd.process import command, path_argument
-from kd.sampling.denoiser import NULL
+from kd.sampling.velocity import NULL
 
 # What texts stand in, as pipelines of diffusers have it; of the last the first tokens are cut off.
 LUMINA2 = (

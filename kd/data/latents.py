@@ -32,7 +32,7 @@ from kd.data.context import SourceContext
 from kd.data.sources import Batch, DataError
 from kd.io import safetensors as safetensors_lib
 from kd.ranges import Count
-from kd.sampling.denoiser import NULL
+from kd.sampling.velocity import NULL
 
 __all__ = ['MANIFEST', 'PER_FILE', 'file_of', 'latents', 'write']
 

@@ -17,6 +17,7 @@ from kd.losses.flow_map import flow_map, sample_triangle
 from kd.network import Network
 from kd.ranges import Count, Finite, Positive, Seed
 from kd.sampling import denoiser as denoisers
+from kd.sampling import times
 from kd.sampling.flow import draw_noise, time_grid
 from kd.sampling.velocity import fields_of, noise_scale, velocity_function
 from kd.state import State
@@ -32,6 +33,7 @@ def flow_samples(
     batch: Count = 500,
     guidance: Finite = 1.0,
     scale: Positive | None = None,
+    shift: Positive = 1.0,
     support: str = '',
     classifier: str = '',
     feature: str = 'features',
@@ -60,6 +62,7 @@ def flow_samples(
       batch: samples made at a time.
       guidance: scale of classifier-free guidance; the classes are those of the split's examples.
       scale: standard deviation of the noise; None for the network's `data_scale`.
+      shift: of noise levels, above 1 towards noise, see `kd.methods.flow.arcflow.arcflow`.
       support: import path of `inside(points [N, 2]) -> bool [N]`, such as
         'kd.evaluators.distribution.in_checkerboard'.
       classifier: name of one of the stage's `references`, a classifier of the same data.
@@ -77,7 +80,7 @@ def flow_samples(
         def by_steps(variables, x, condition, key):
             del key
             told = fields_of(network, condition)
-            for s, t in itertools.pairwise(time_grid(n)):
+            for s, t in itertools.pairwise(times.moved(time_grid(n), 1 / shift)):
                 x = advance(variables, s, t, x, condition.get('label'), told)
             return x
 

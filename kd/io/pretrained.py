@@ -31,6 +31,7 @@ from kd.io import (
     gguf_decoders,
     hf_decoders,
     mae_names,
+    shape_names,
     torch_weights,
     vgg_names,
 )
@@ -46,6 +47,8 @@ from kd.models.latent_dit import LatentDiT
 from kd.models.masked_autoencoder import Encoder
 from kd.models.mmdit import MMDiT
 from kd.models.next_dit import NextDiT
+from kd.models.one_time import OneTime
+from kd.models.shape_dit import ShapeDiT, VoxelDiT
 from kd.models.unet_conditional import UNetConditional
 from kd.models.vgg_features import VGGFeatures
 from kd.models.wan import Wan
@@ -152,6 +155,13 @@ FAMILIES: dict[str, dict[str, Family]] = {
             _NEXT,
         ),
         'WanTransformer3DModel': _latent(Wan, diffusion_settings.wan, 'heads', 'epsilon'),
+        'SparseStructureFlowModel': Family(
+            ShapeDiT, shape_names.structure, shape_names.find, ('heads',)
+        ),
+        'SLatFlowModel': Family(VoxelDiT, shape_names.latents, shape_names.find, ('heads', 'side')),
+        'ElasticSLatFlowModel': Family(
+            VoxelDiT, shape_names.latents, shape_names.find, ('heads', 'side')
+        ),
         'AutoencoderKL': _latent(
             AutoencoderKL, autoencoder_settings.autoencoder, 'groups', 'scale', 'shift'
         ),
@@ -260,14 +270,14 @@ def check_agreement(described: Description, module: nn.Module, given: Mapping[st
 
     Args:
       described: of the file.
-      module: the network, of a preset for example, or a denoiser around it.
+      module: the network, of a preset for example, or a denoiser or flow around it.
       given: attributes that were set on purpose; they may differ. Those of a denoiser's network are
         in its own block, `network`.
 
     Raises:
       UserError: another kind of module, or an attribute that differs.
     """
-    if isinstance(module, Denoised):
+    if isinstance(module, Denoised | OneTime):
         module, given = module.inner, given.get('network', {})
     family = described.family
     theirs = family.network(**described.arguments)

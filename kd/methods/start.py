@@ -38,7 +38,13 @@ def whole(reference: PyTree, own: PyTree) -> PyTree:
     return reference
 
 
-def from_reference(init: Init, context: Context, *, transform: Transform | None = None) -> Init:
+def from_reference(
+    init: Init,
+    context: Context,
+    *,
+    transform: Transform | None = None,
+    beside: Transform | None = None,
+) -> Init:
     """`init` with the variables of `references.start`, if the stage has one.
 
     Of a network with adapters that reference stays the base, and the adapters alone are what a
@@ -50,6 +56,8 @@ def from_reference(init: Init, context: Context, *, transform: Transform | None 
       context: of the stage.
       transform: see above; by default the reference is the network, or where the method has
         several parts, the part that is the stage's result.
+      beside: of a network with adapters, how these and its new heads begin; as they are drawn
+        without.
 
     Raises:
       UserError: the variables are not of the names and shapes of the method's own.
@@ -57,7 +65,7 @@ def from_reference(init: Init, context: Context, *, transform: Transform | None 
     network = context.optional_network
     adapter = adapters.adapter_of(network.module) if network else None
     if adapter is not None:
-        return _adapters(init, context, transform, adapter.targets)
+        return _adapters(init, context, transform, beside, adapter.targets)
     if START not in context.references:
         return init
 
@@ -75,7 +83,13 @@ def from_reference(init: Init, context: Context, *, transform: Transform | None 
     return started
 
 
-def _adapters(init: Init, context: Context, transform: Transform | None, targets: str) -> Init:
+def _adapters(
+    init: Init,
+    context: Context,
+    transform: Transform | None,
+    beside: Transform | None,
+    targets: str,
+) -> Init:
     """`init` of the adapters of the result alone."""
     where = f'{context.stage}.references.{START}'
     if START not in context.references or transform is not None:
@@ -89,8 +103,10 @@ def _adapters(init: Init, context: Context, transform: Transform | None, targets
         whole = made if 'params' in made else made[context.config.result]
         _check({**whole, 'params': adapters.without(whole['params'])}, frozen[START], where)
         ours = {**whole, 'params': adapters.own(whole['params'])}
-        if not ours['params']:
+        if not set(ours['params']) - {adapters.MOMENTUM}:
             raise UserError(f"{context.stage}.network.targets='{targets}' matches no kernel.")
+        if beside is not None:
+            ours = as_own(ours, beside(frozen[START], ours), where)
         return ours if 'params' in made else {**made, context.config.result: ours}
 
     return started

@@ -3,7 +3,7 @@
     h = W x + (alpha / rank) B A x          A [rank, in] random, B [out, rank] zero at the start
 
 A network with an `adapter` has leaves `lora_a` [in, rank] and `lora_b` [rank, out] beside the
-kernels that are targets. In a recipe
+kernels that are targets; any network with dense layers has one as `Adapted`. In a recipe
 
     network=dict(name='kd.models.adapters.lora', base=dict(...), rank=16, targets='attention/')
 
@@ -35,6 +35,8 @@ from kd.state import path_name
 DOWN, UP = 'lora_a', 'lora_b'
 # Modules beside a layer begin so, see `kd.models.guided`.
 GUIDANCE = 'guidance_'
+# New heads, see `kd.models.momentum_mmdit`.
+MOMENTUM = 'momentum'
 # Which kernels have them unless a recipe says so.
 TARGETS = r'attention/(query|key|value|output)/kernel$'
 
@@ -83,18 +85,81 @@ class Dense(nn.Dense):
         out = super().__call__(inputs)
         if self.adapter is None or not self.adapter.takes(self.path):
             return out
-        down = self.param(DOWN, _UNIFORM, (inputs.shape[-1], self.adapter.rank), jnp.float32)
-        up = self.param(UP, nn.initializers.zeros, (self.adapter.rank, self.features), jnp.float32)
         # Between them all ranks are whole.
         narrow = layout.Product(inputs=self.dot_general.inputs)
         wide = layout.Product(outputs=self.dot_general.outputs)
-        last = (((inputs.ndim - 1,), (0,)), ((), ()))
-        inner = narrow(inputs.astype(out.dtype), down.astype(out.dtype), last)
-        return out + self.adapter.scale * wide(inner, up.astype(out.dtype), last)
+        return out + _product(self, self.adapter, inputs, out, narrow, wide)
 
 
 # In +- 1 / sqrt(in), as PEFT draws A.
 _UNIFORM = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def _product(
+    layer: nn.Module, adapter: Adapter, inputs: jax.Array, out: jax.Array, narrow: Any, wide: Any
+) -> jax.Array:
+    """(alpha / rank) B A x, by factors that are the layer's own parameters."""
+    shapes = (inputs.shape[-1], adapter.rank), (adapter.rank, out.shape[-1])
+    down = layer.param(DOWN, _UNIFORM, shapes[0], jnp.float32)
+    up = layer.param(UP, nn.initializers.zeros, shapes[1], jnp.float32)
+    last = (((inputs.ndim - 1,), (0,)), ((), ()))
+    inner = narrow(inputs.astype(out.dtype), down.astype(out.dtype), last)
+    return adapter.scale * wide(inner, up.astype(out.dtype), last)
+
+
+class Adapted(nn.Module):
+    """A network whose dense layers have adapters, in its parameters and beside them.
+
+    Attributes:
+      base: the network, that of `diffusers` for example; convolutions have no adapters.
+      adapter: which of its layers are targets.
+    """
+
+    base: nn.Module
+    adapter: Adapter
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of the network, as all else that it says of itself."""
+        return getattr(self.base, 'num_classes', None)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Fields of a batch that it is told."""
+        own = ('label',) if self.num_classes is not None else ()
+        return tuple(getattr(self.base, 'conditions', own))
+
+    @property
+    def data_scale(self) -> float:
+        """Deviation of the noise."""
+        return getattr(self.base, 'data_scale', 1.0)
+
+    @property
+    def modes(self) -> int:
+        """Of a mixture of momenta; 0 for a network that says none."""
+        return getattr(self.base, 'modes', 0)
+
+    def example_inputs(self, spec: Mapping[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of a batch of one."""
+        base: Any = self.base
+        return base.example_inputs(spec)
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.base)
+
+    def __call__(self, *inputs: jax.Array, **told: Any) -> Any:
+        """What the network says with its adapters."""
+
+        def beside(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            out, layer = call(*args, **kwargs), context.module
+            dense = type(layer) is nn.Dense and context.method_name == '__call__'
+            if not dense or not self.adapter.takes(layer.path):
+                return out
+            plain = jax.lax.dot_general
+            return out + _product(layer, self.adapter, args[0], out, plain, plain)
+
+        with nn.intercept_methods(beside):
+            return self.base(*inputs, **told)
 
 
 def lora(
@@ -113,20 +178,21 @@ def lora(
       rank, alpha, targets: see `Adapter`.
 
     Raises:
-      UserError: a network that can have none, or an expression that is none.
+      UserError: an expression that is none.
     """
     block = dict(base)
     takes = inspect.signature(callables.resolve(block.get('name', ''))).parameters
     if num_classes is not None and 'num_classes' in takes:
         block.setdefault('num_classes', num_classes)
     module = config.build(block, where='base')
-    if 'adapter' not in type(module).__dataclass_fields__:
-        raise UserError(f'base: a {type(module).__name__} can have no adapters.')
     try:
         re.compile(targets)
     except re.error as error:
         raise UserError(f"targets='{targets}' is no regular expression: {error}.") from error
-    return module.clone(adapter=Adapter(rank, alpha, targets))
+    adapter = Adapter(rank, alpha, targets)
+    if 'adapter' in type(module).__dataclass_fields__:
+        return module.clone(adapter=adapter)
+    return Adapted(module, adapter)
 
 
 def adapter_of(module: nn.Module) -> Any:
@@ -135,6 +201,15 @@ def adapter_of(module: nn.Module) -> Any:
     None for a network that is trained itself.
     """
     return getattr(module, 'adapter', None)
+
+
+def plain(module: Any) -> Any:
+    """A network without its adapters, which has the parameters of its base."""
+    if isinstance(module, Adapted):
+        return module.base
+    if 'adapter' in type(module).__dataclass_fields__:
+        return module.clone(adapter=None)
+    return module.clone(inner=plain(module.inner))
 
 
 def check_merges(module: nn.Module, where: str) -> None:
@@ -152,27 +227,29 @@ def check_merges(module: nn.Module, where: str) -> None:
 
 
 def own(params: Tree) -> dict[str, Any]:
-    """The adapters in a tree, without all else."""
-    found = {}
-    for name, x in params.items():
-        if _beside(name):
-            found[name] = x
-        elif isinstance(x, Mapping) and (inside := own(x)):
-            found[name] = inside
-    return found
+    """What is trained in a tree, the adapters and new heads, without all else."""
+    return _kept(params, True)
 
 
 def without(params: Tree) -> dict[str, Any]:
-    """A tree without the adapters in it."""
-    return {
-        name: without(x) if isinstance(x, Mapping) else x
-        for name, x in params.items()
-        if not _beside(name)
-    }
+    """A tree without what `own` takes."""
+    return _kept(params, False)
 
 
-def _beside(name: str) -> bool:
-    return name in (DOWN, UP) or name.startswith(GUIDANCE)
+def _kept(params: Tree, beside: bool, top: bool = True) -> dict[str, Any]:
+    found = {}
+    for name, x in params.items():
+        # Networks have modules of such names further down: 'guidance_embedder'.
+        of_top = top and (name == MOMENTUM or name.startswith(GUIDANCE))
+        if name in (DOWN, UP) or of_top:
+            if beside:
+                found[name] = x
+        elif not isinstance(x, Mapping):
+            if not beside:
+                found[name] = x
+        elif (inside := _kept(x, beside, False)) or not beside:
+            found[name] = inside
+    return found
 
 
 def drawn(key: jax.Array, params: Tree, adapter: Adapter) -> dict[str, Any]:
@@ -211,12 +288,14 @@ def _down(key: jax.Array, shape: tuple[int, ...], rank: int) -> jax.Array:
 def merged(base: Tree, adapters: Tree, scale: float) -> dict[str, Any]:
     """The base's parameters with W + scale A B for each kernel W [..., in, out] that has adapters.
 
-    In float32, or in the base's type if that is wider, and then in the base's type. Also of stacked
-    blocks, [depth, in, out].
+    Heads that the base does not have stay what they are. In float32, or in the base's type if that
+    is wider, and then in the base's type. Also of stacked blocks, [depth, in, out].
     """
     made = dict(base)
     for name, x in adapters.items():
-        if isinstance(x, Mapping):
+        if name == MOMENTUM:
+            made[name] = x
+        elif isinstance(x, Mapping):
             made[name] = merged(base[name], x, scale)
     if DOWN in adapters:
         kernel = jnp.asarray(base['kernel'])

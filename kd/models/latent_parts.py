@@ -21,9 +21,13 @@ __all__ = [
 ]
 
 # For `sharding` of a recipe, of stacked blocks: 'tensor' cuts heads and hidden units, 'fsdp' the
-# rest.
+# rest; adapters along their layers' sides, the rank stays whole.
 _STACKED = r'(blocks(_from_\d+)?|layers|_refiner)'
 SHARDING = (
+    (_STACKED + r'/.*lora_a$', (None, 'fsdp')),
+    (_STACKED + r'/.*lora_b$', (None, None, 'fsdp')),
+    (r'lora_a$', ('fsdp',)),
+    (r'lora_b$', (None, 'fsdp')),
     (_STACKED + r'/.*(to_[qkv]|add_[qkv]_proj|proj|proj_mlp|linear(_[13])?)/kernel$',
      (None, 'fsdp', 'tensor')),
     (_STACKED + r'/.*(to_out_0|to_add_out|net_2|proj_out|linear_2)/kernel$',

@@ -125,6 +125,10 @@ class MMDiT(nn.Module):
         """
         del train
         carry, context = self.embedded(t, x, text=text, mask=mask, pooled=pooled, guidance=guidance)
+        return self.said(self.through(carry, context, gates), context)
+
+    def through(self, carry: Any, context: Any, gates: jax.Array | None = None) -> Any:
+        """What comes of all blocks."""
         names = list(self.blocks)
         for group, members in self.groups.items():
             block, alone = getattr(self, group), (group,) == members
@@ -134,7 +138,7 @@ class MMDiT(nn.Module):
                 lambda *inputs, gates, block=block: block(*inputs, gates), group, carry, context,
                 gates=own, train=False,
             )  # fmt: skip
-        return self.said(carry, context)
+        return carry
 
     def _group(self, group: str, members: tuple[str, ...]) -> Any:
         kind, settings, own = self._kind(members[0])
@@ -247,11 +251,15 @@ class MMDiT(nn.Module):
     def said(self, carry, context):
         """F like x."""
         condition, *_, x = context
-        if self.single:
-            tokens = (x.shape[1] // PATCH[0]) * (x.shape[2] // PATCH[1])
-            carry = _one(carry)
-            return self.last(carry[:, carry.shape[1] - tokens :], condition, x)
-        return self.last(carry[0], condition, x)
+        return self.last(self.tokens(carry, x), condition, x)
+
+    def tokens(self, carry: Any, x: jax.Array) -> jax.Array:
+        """Those of x, without the text."""
+        if not self.single:
+            return carry[0]
+        count = (x.shape[1] // PATCH[0]) * (x.shape[2] // PATCH[1])
+        carry = _one(carry)
+        return carry[:, carry.shape[1] - count :]
 
 
 def _one(carry: Any) -> jax.Array:

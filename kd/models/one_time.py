@@ -21,12 +21,24 @@ class OneTime(nn.Module):
     Attributes:
       inner: F.
       scale: of what F is told.
+      backward: F runs the other way: v(s, t, x) = -F(scale (1 - s), x).
       data_scale: deviation of the noise.
     """
 
     inner: nn.Module
     scale: float = 1.0
     data_scale: float = 1.0
+    backward: bool = False
+
+    @property
+    def valid(self) -> str:
+        """The field of a batch that says which rows of an example there are; '' for all."""
+        return getattr(self.inner, 'valid', '')
+
+    @property
+    def adapter(self) -> Any:
+        """What is trained beside F; None where F is trained itself."""
+        return getattr(self.inner, 'adapter', None)
 
     @property
     def num_classes(self) -> int | None:
@@ -51,7 +63,9 @@ class OneTime(nn.Module):
     ) -> jax.Array:
         """Velocity [B, ...] like x from times [B] and points [B, ...]; the end t is not told."""
         del t
-        return self.inner(self.scale * s, x, train=train, **condition).astype(x.dtype)
+        told = self.scale * (1 - s if self.backward else s)
+        said = self.inner(told, x, train=train, **condition).astype(x.dtype)
+        return -said if self.backward else said
 
 
 def one_time(
@@ -59,6 +73,7 @@ def one_time(
     network: Mapping[str, Any],
     scale: Positive = 1.0,
     data_scale: Positive = 1.0,
+    backward: bool = False,
     num_classes: Count | None = None,
 ) -> OneTime:
     """A flow of one of the image networks of `kd.models.edm`, whose variables are its own.
@@ -67,8 +82,10 @@ def one_time(
       network: block of F, `F(c [B], x, **condition)`.
       scale: what F is told is so many times the house's time, 0 at noise and 1 at data.
       data_scale: standard deviation of the noise.
+      backward: F is of times that are 1 at noise and 0 at data, and says noise less data, as most
+        released flows do.
       num_classes: of F; None for a network without classes.
     """
     given = {} if num_classes is None else {'num_classes': num_classes}
     inner = config_lib.build({**network, **given}, where='network.network')
-    return OneTime(inner, scale, data_scale)
+    return OneTime(inner, scale, data_scale, backward)

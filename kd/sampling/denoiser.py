@@ -13,7 +13,7 @@ from kd.errors import UserError
 from kd.losses.interpolant import get_interpolant
 from kd.losses.schedule import Schedule, of_interpolant
 from kd.network import Network
-from kd.sampling.velocity import noise_scale, num_classes
+from kd.sampling.velocity import NULL, noise_scale, num_classes
 from kd.state import PyTree
 
 # Fields of a batch by name; {} for none.
@@ -22,8 +22,6 @@ Condition = Mapping[str, jax.Array]
 
 # The field of a network that is told the scale of its guidance.
 GUIDANCE = 'guidance'
-# 'null_text' is what an empty text has in the place of 'text', a field of the data.
-NULL = 'null_'
 
 
 class Prediction(NamedTuple):

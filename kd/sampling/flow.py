@@ -8,7 +8,7 @@ type of the state, which is that in which the velocity is asked for and the samp
 in the eight bits of bfloat16 the times .998 and 1 are one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import diffrax
 import jax
@@ -171,10 +171,10 @@ def adaptive_sample(
 
 def guided(
     conditional: Callable[..., jax.Array],
-    label: jax.Array,
+    condition: Mapping[str, jax.Array],
     scale: ArrayLike,
     *,
-    null_label: int,
+    null: Mapping[str, ArrayLike],
 ) -> VelocityFunction:
     """Classifier-free guidance: v_0 + scale (v_c - v_0), in one network call on a doubled batch.
 
@@ -184,24 +184,30 @@ def guided(
     field.
 
     Args:
-      conditional: (s[2B], t[2B], x[2B, ...], label int[2B]) -> [2B, ...].
-      label: classes int [B].
+      conditional: (s[2B], t[2B], x[2B, ...], condition [2B, ...] by name) -> [2B, ...].
+      condition: fields [B, ...] by name, `label` for example.
       scale: scalar or [B].
-      null_label: the class that means none, `num_classes` for the networks here.
+      null: what means none in the place of a field, a row or all of them; `num_classes` for the
+        label of the networks here. Fields without one stay.
 
     Returns:
       A velocity function for batches of B.
     """
-    labels = jnp.concatenate([label, jnp.full_like(label, null_label)])
+    told = {
+        name: jnp.concatenate(
+            [x, jnp.broadcast_to(jnp.asarray(null.get(name, x), x.dtype), x.shape)]
+        )
+        for name, x in condition.items()
+    }
 
     def vfn(s, t, x):
         both = conditional(
-            jnp.concatenate([s, s]), jnp.concatenate([t, t]), jnp.concatenate([x, x]), labels
+            jnp.concatenate([s, s]), jnp.concatenate([t, t]), jnp.concatenate([x, x]), told
         )
-        with_label, without = jnp.split(both, 2)
+        with_it, without = jnp.split(both, 2)
         weight = jnp.broadcast_to(jnp.asarray(scale, x.dtype), x.shape[:1])
         weight = weight.reshape(weight.shape + (1,) * (x.ndim - 1))
-        return without + weight * (with_label - without)
+        return without + weight * (with_it - without)
 
     return vfn
 

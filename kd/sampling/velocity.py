@@ -13,6 +13,9 @@ from kd.network import Network
 from kd.sampling.flow import guided
 from kd.state import PyTree
 
+# 'null_text' is what an empty text has in the place of 'text', a field of the data.
+NULL = 'null_'
+
 
 def velocity_function(
     network: Network,
@@ -31,26 +34,34 @@ def velocity_function(
       variables: of the network.
       label: int [B], ignored by a network without classes; None is the null class.
       told: other fields of a batch that the network is conditioned on, by name, see `fields_of`.
-      guidance: scale of classifier-free guidance, see `kd.sampling.flow.guided`; 1 for none.
+      guidance: scale of classifier-free guidance, see `kd.sampling.flow.guided`; 1 for none. What
+        is compared with is the null class, and of other fields those that `told` has beside them
+        as 'null_NAME'.
       train: whether dropout acts; it then needs the key.
       key: of the dropout.
     """
-    classes = num_classes(network)
+    classes, told = num_classes(network), told or {}
+    condition = {name: x for name, x in told.items() if not name.startswith(NULL)}
+    null = {name[len(NULL) :]: x for name, x in told.items() if name.startswith(NULL)}
+    if classes is not None and label is not None:
+        condition, null = {**condition, 'label': label}, {**null, 'label': classes}
 
-    def conditional(s, t, x, label):
-        known = dict(told or {}) if classes is None else {**(told or {}), 'label': label}
-        return network.apply(variables, s, t, x, train=train, key=key, **known).logits
+    def conditional(s, t, x, condition):
+        return network.apply(variables, s, t, x, train=train, key=key, **condition).logits
 
-    if told and guidance != 1.0:
-        raise UserError('Guidance is of networks that are told a class alone.')
-    if classes is None or label is None or guidance == 1.0:
-        bound = None if classes is None else label
-        return lambda s, t, x: conditional(s, t, x, bound)
-    return guided(conditional, label, guidance, null_label=classes)
+    if guidance == 1.0 or not condition:
+        return lambda s, t, x: conditional(s, t, x, condition)
+    if not null:
+        raise UserError(
+            'guidance compares with a network that is told nothing: give it num_classes, or data '
+            'with the embedding of an empty text beside.'
+        )
+    return guided(conditional, condition, guidance, null=null)
 
 
 def fields_of(network: Network, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a batch, besides the label, that a velocity network is conditioned on.
+    """The fields of a batch, besides the label, that a velocity network is conditioned on, and
+    those of a null condition.
 
     Raises:
       UserError: the data lack one.
@@ -61,7 +72,8 @@ def fields_of(network: Network, batch: Mapping[str, Any]) -> dict[str, Any]:
             f'the network is conditioned on {missing[0]!r}, which the data do not have; they have '
             f'{sorted(batch)}.'
         )
-    return {name: batch[name] for name in named}
+    nulls = (f'{NULL}{name}' for name in named)
+    return {name: batch[name] for name in (*named, *nulls) if name in batch}
 
 
 def num_classes(network: Network) -> int | None:

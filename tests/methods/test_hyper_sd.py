@@ -15,6 +15,8 @@ from kd.losses.flow_map import flow_map
 from kd.losses.flow_map_family import consistency_trajectory_residual
 from kd.method import with_ema
 from kd.methods.flow.hyper_sd import tscd
+from kd.models import denoiser as denoiser_lib
+from kd.network import from_linen
 from kd.sampling import times
 from kd.sampling.velocity import velocity_function
 
@@ -148,6 +150,80 @@ def test_with_the_last_end_it_is_consistency_distillation_to_the_end_of_the_phas
     np.testing.assert_allclose(
         metrics['loss'].total / metrics['loss'].count, jnp.mean(step**2), rtol=1e-4
     )
+
+
+def denoising(of, *, kind='scaled_linear', **settings):
+    """Perceptrons that say eps, at the times of Stable Diffusion."""
+    block = dict(
+        network=dict(name='kd.models.velocity_mlp.VelocityMLP', width=8, depth=1, beside=('text',)),
+        schedule=dict(name='kd.losses.schedule.discrete', kind=kind, **settings),
+        kind='eps',
+    )
+    module = denoiser_lib.denoiser(**block)
+    spec = dict.fromkeys(('input', 'text'), jax.ShapeDtypeStruct((2,), jnp.float32))
+    network = from_linen(module, *module.example_inputs(spec))
+    variables = jax.jit(network.init)(jax.random.key(of))
+    draw = lambda x: 0.3 * jax.random.normal(jax.random.key(of + 1), x.shape)  # noqa: E731
+    return network, jax.tree.map(draw, variables)
+
+
+def test_of_denoisers_a_step_is_ddims_from_any_time_to_any():
+    """By NumPy: x' = alpha' x0 + sigma' eps, of a guided teacher, then of both students."""
+    network, params = denoising(0)
+    _, average = denoising(2)
+    _, teacher = denoising(4)
+    context = seeds.context(
+        network=network, teacher=network, tx=optax.sgd(1.0), ema={'slow': 0.5},
+        spec={'input': jax.ShapeDtypeStruct((2,), jnp.float32)},
+    )  # fmt: skip
+    made = tscd(context, phases=4, grid=16, target='slow', guidance=3.0)
+    method = with_ema(made, {'slow': 0.5})
+    state = jax.jit(method.init)(jax.random.key(0), {'teacher': teacher})
+    state = state.replace(
+        params={'network': params['params']}, ema={'slow': {'network': average['params']}}
+    )
+    rng = np.random.default_rng(0)
+    fields = ('input', 'text', 'null_text')
+    batch = {name: rng.normal(size=(64, 2)).astype('f4') for name in fields}
+    _, metrics = jax.jit(method.step)(state, batch)
+
+    times_key, noise_key = jax.random.split(state.step_key())
+    indices = times.phase_times(times_key, 64, phases=4, grid=16)
+    first, middle, end = (np.round(999 * (1 - np.asarray(i) / 16)).astype(int) for i in indices)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha, sigma = np.sqrt(np.cumprod(1 - betas)), np.sqrt(1 - np.cumprod(1 - betas))
+
+    def eps(variables, x, t, text):
+        inner = network.module.inner
+        told = {'text': text}
+        return np.asarray(inner.apply(variables, jnp.float32(t), jnp.float32(t), x, **told))
+
+    def jump(x, said, t, to):
+        a, s, a2, s2 = (table[i][:, None] for i in (t, to) for table in (alpha, sigma))
+        return a2 * (x - s * said) / a + s2 * said
+
+    noise = np.asarray(jax.random.normal(noise_key, (64, 2)))
+    x = (alpha[first][:, None] * batch['input'] + sigma[first][:, None] * noise).astype('f4')
+    told, none = (eps(teacher, x, first, batch[name]) for name in ('text', 'null_text'))
+    ahead = jump(x, none + 3.0 * (told - none), first, middle).astype('f4')
+    said = jump(x, eps(params, x, first, batch['text']), first, end)
+    wanted = jump(ahead, eps(average, ahead, middle, batch['text']), middle, end)
+    loss = np.mean((said - wanted) ** 2)
+    np.testing.assert_allclose(metrics['loss'].total / metrics['loss'].count, loss, rtol=1e-3)
+
+
+def test_denoisers_of_other_schedules_are_refused():
+    def context(of, by):
+        return seeds.context(network=of, teacher=by, tx=optax.sgd(1.0))
+
+    network = denoising(0)[0]
+    with pytest.raises(UserError, match="of another schedule than the network's 'scaled_linear'"):
+        tscd(context(network, denoising(0, kind='linear')[0]))
+    with pytest.raises(UserError, match='noise_scale is of flows'):
+        tscd(context(network, network), noise_scale=2.0)
+    dark = denoising(0, zero_terminal=True)[0]
+    with pytest.raises(UserError, match="'scaled_linear' leaves nothing of the data at its last"):
+        tscd(context(dark, dark))
 
 
 def test_mistakes_are_refused_when_the_method_is_built(world):

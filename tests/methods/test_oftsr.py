@@ -250,8 +250,16 @@ def test_what_is_beside_an_image_is_further_channels_and_is_asked_for():
         velocity_function(net, variables)(s, s, x)
     with pytest.raises(ValueError, match=r"SongUNet is told \['low'\], not 'high'"):
         velocity_function(net, variables, told={'low': low, 'high': low})(s, s, x)
-    with pytest.raises(UserError, match='Guidance is of networks that are told a class alone'):
+    with pytest.raises(
+        UserError, match='a network that is told nothing: give it num_classes, or data'
+    ):
         velocity_function(net, variables, told={'low': low}, guidance=2.0)
+    # With what means none beside it, that is what guidance compares with.
+    told, none = {'low': low, 'null_low': 0 * low}, {'low': 0 * low}
+    guided = velocity_function(net, variables, told=told, guidance=2.0)(s, s, x)
+    plain = (velocity_function(net, variables, told=one)(s, s, x) for one in (told, none))
+    (given, without) = plain
+    np.testing.assert_allclose(guided, 2 * given - without, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,39 @@ def test_a_network_with_adapters_is_that_with_them_merged(changes):
     np.testing.assert_allclose(new, kernel + ALPHA / RANK * (down @ up), atol=1e-6)
 
 
+def test_any_network_with_dense_layers_has_adapters_also_in_stacked_and_repeated_blocks():
+    """Beside those of a UNet, under its own names: merged, they are the UNet."""
+    unet = dict(
+        name='kd.models.unet_conditional.preset', of='sd15', channels=(8, 8), depths=(2, 0),
+        heads=(2, 2), groups=2, context=6, blocks=1, remat=True,
+    )  # fmt: skip
+    given = dict(
+        name='kd.models.adapters.lora', base=unet, rank=RANK, alpha=ALPHA,
+        targets=r'(attn\d/(to_q|to_out_0)|net_2|linear_1)/kernel$',
+    )  # fmt: skip
+    module = kd_config.build(given, where='network')
+    spec = {'input': jax.ShapeDtypeStruct((4, 4, 2), jnp.float32)}
+    network = from_linen(module, *module.example_inputs(spec))
+    assert adapters.adapter_of(module).rank == RANK
+    assert module.conditions == ('text',)
+    params = drawn(network)['params']
+    own, base = adapters.own(params), adapters.without(params)
+    blocks = own['down_blocks_0']['attentions_0']['transformer_blocks']
+    assert blocks['attn1']['to_q']['lora_a'].shape == (2, 8, RANK)
+    assert own['time_embedding']['linear_1']['lora_b'].shape == (RANK, 32)
+    plain = adapters.plain(module)
+    wanted = jax.eval_shape(from_linen(plain, *network.inputs).init, jax.random.key(0))
+    assert paths(wanted['params']) == paths(base)
+    rng = np.random.default_rng(0)
+    t, x, text = np.array([3.0]), rng.normal(size=(1, 4, 4, 2)), rng.normal(size=(1, 3, 6))
+    x, text = x.astype('f4'), text.astype('f4')
+    found = jax.jit(module.apply)({'params': params}, t, x, text=text)
+    apply = jax.jit(plain.apply)
+    made = adapters.merged(base, own, ALPHA / RANK)
+    np.testing.assert_allclose(found, apply({'params': made}, t, x, text=text), atol=1e-5)
+    assert np.abs(found - apply({'params': base}, t, x, text=text)).max() > 0.03
+
+
 def test_a_step_changes_the_adapters_alone_and_the_base_is_a_free_reference():
     network = wrapped()
     base = adapters.without(drawn(network)['params'])
@@ -279,8 +312,8 @@ def test_what_cannot_be_is_told(tmp_path):
         distillation(context(network, start=other), soft_weight=0.0).init(
             jax.random.key(0), {'start': drawn(other)}
         )
-    with pytest.raises(UserError, match=r'a MLP can have no adapters'):
-        lora(3, base=dict(name='kd.models.mlp.MLP', widths=(4,)))
+    with pytest.raises(UserError, match=r"targets='\(' is no regular expression"):
+        lora(3, base=dict(name='kd.models.mlp.MLP', widths=(4,)), targets='(')
     gpt2 = decoders.preset('gpt2', depth=1, width=12, mlp_hidden=8, num_classes=V)
     gpt2 = gpt2.clone(adapter=adapters.Adapter())
     variables = drawn(from_linen(gpt2, *network.inputs))

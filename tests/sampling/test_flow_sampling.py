@@ -155,14 +155,16 @@ def test_trajectory_holds_every_state(noise, name):
 def test_guidance_extrapolates_from_the_null_class_in_one_call(noise):
     batches = []
 
-    def conditional(s, t, x, label):
+    def conditional(s, t, x, told):
         batches.append(x.shape[0])
-        return x * label[:, None] + s[:, None]
+        # A field without a null stays what it is.
+        np.testing.assert_array_equal(told['size'][:16], told['size'][16:])
+        return x * told['label'][:, None] + s[:, None]
 
     label, null = jnp.arange(16) % 3, 3
     s = t = jnp.full(16, 0.25)
     for scale in (0.0, 1.0, 2.5, jnp.linspace(0, 2, 16)):
-        v = flow.guided(conditional, label, scale, null_label=null)
+        v = flow.guided(conditional, {'label': label, 'size': noise}, scale, null={'label': null})
         weight = jnp.broadcast_to(jnp.asarray(scale), 16)[:, None]
         wanted = (1 - weight) * noise * null + weight * noise * label[:, None] + 0.25
         np.testing.assert_allclose(v(s, t, noise), wanted, atol=1e-12)

@@ -15,11 +15,12 @@ from kd.method import Batch, Method, Objective
 from kd.methods import start
 from kd.methods.flow import common
 from kd.metrics import mean
-from kd.models.momentum_mlp import MomentumMLP
+from kd.models import momentum_mmdit
+from kd.models.adapters import MOMENTUM, adapter_of
 from kd.ranges import Count, Decay, Finite, Fraction, Positive
 from kd.sampling import denoiser, times
+from kd.sampling.velocity import NULL
 from kd.sampling.velocity import noise_scale as scale_of
-from kd.sampling.velocity import velocity_function
 from kd.state import PyTree, State
 
 
@@ -50,9 +51,10 @@ def arcflow(
     The student is sampled as a flow map, in `segments` jumps: one call each, and no solver.
 
     Args:
-      context: the stage; its network is a `kd.models.momentum_mlp.MomentumMLP`, its teacher a flow
-        on the linear path. With `references.start`, a flow of the same layers, each mode begins as
-        a copy of its head.
+      context: the stage; its network is a `kd.models.momentum_mlp.MomentumMLP` or a
+        `kd.models.momentum_mmdit.MomentumMMDiT`, its teacher a flow on the linear path or a
+        denoiser of it. With `references.start`, a network of the same layers, each mode begins as a
+        copy of its head.
       segments: n.
       states: of a segment.
       window: at the end of the mean, in raw time.
@@ -62,7 +64,7 @@ def arcflow(
         has 3.2.
       data_free: begin in noise, and learn all segments in turn; without, begin on the paths of
         data, in a segment that is drawn.
-      guidance: of the teacher.
+      guidance: of the teacher; one that is told its scale by the data is asked as they say.
       noise_scale, micro_batches: as of `kd.methods.flow.flow_matching.flow_matching`.
 
     Raises:
@@ -71,10 +73,10 @@ def arcflow(
     The released loss is 30 times this, which Adam does not see and clipping does.
     """
     network = context.network
-    if not isinstance(network.module, MomentumMLP):
+    if not getattr(network.module, 'modes', 0):
         raise UserError(
-            f'{context.stage}.network: arcflow trains a MomentumMLP, which says a velocity for a '
-            f'whole segment; {type(network.module).__name__} says one for a time.'
+            f'{context.stage}.network: arcflow trains a MomentumMLP or MomentumMMDiT, which says a '
+            f'velocity for a whole segment; {type(network.module).__name__} says one for a time.'
         )
     if window * segments >= 1:
         raise UserError(
@@ -91,11 +93,10 @@ def arcflow(
 
     def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
         noise_key, place_key, key = jax.random.split(key, 3)
-        data, condition = batch['input'], denoiser.conditions(network, batch)
+        data, told = batch['input'], denoiser.conditions(network, batch)
+        condition = {name: x for name, x in told.items() if not name.startswith(NULL)}
         variables = common.variables_of(network, state, params)
-        field = velocity_function(
-            context.teacher, state.frozen['teacher'], batch.get('label'), guidance=guidance
-        )
+        field = common.teacher_field(context, state.frozen['teacher'], batch, guidance)
         share = jnp.maximum(1.0 - state.step / decay, 0.0)
         x = scale * jax.random.normal(noise_key, data.shape, data.dtype)
         tau = jnp.zeros(len(x))
@@ -127,8 +128,15 @@ def arcflow(
         each = {f'error_{j}': mean(error) for j, error in enumerate(errors)}
         return Objective(mean(0.5 * sum(errors) / len(errors)), each)
 
-    init = start.from_reference(network.init, context, transform=copied_head)
+    init = start.from_reference(network.init, context, **_begun(network.module))
     return common.minimized(context, loss, init, micro_batches)
+
+
+def _begun(module: Any) -> dict[str, Any]:
+    """How it starts from a flow."""
+    if adapter_of(module) is not None:
+        return {'beside': copied_beside}
+    return {'transform': copied_whole if hasattr(module, 'inner') else copied_head}
 
 
 def copied_head(reference: PyTree, own: PyTree) -> PyTree:
@@ -141,3 +149,16 @@ def copied_head(reference: PyTree, own: PyTree) -> PyTree:
 
     params['out'] = jax.tree.map(modes, theirs['out'], ours['out'])
     return {**own, 'params': params}
+
+
+def copied_beside(reference: PyTree, own: PyTree) -> PyTree:
+    """Adapters as they are drawn, and copies of the head of a network without momenta."""
+    params = dict(own['params'])
+    params[MOMENTUM] = momentum_mmdit.copied_head(reference['params'], params[MOMENTUM])
+    return {**own, 'params': params}
+
+
+def copied_whole(reference: PyTree, own: PyTree) -> PyTree:
+    """The layers of a network without momenta, and copies of its head."""
+    beside = copied_beside(reference, {'params': {MOMENTUM: own['params'][MOMENTUM]}})
+    return {**own, 'params': {**reference['params'], **beside['params']}}

@@ -15,13 +15,15 @@ from kd.errors import UserError
 from kd.losses.flow_map import VelocityFunction, uncertainty_weight
 from kd.losses.flow_map_algorithms import Algorithm, flow_map_errors
 from kd.losses.interpolant import Interpolant, check_same_interpolant, get_interpolant
+from kd.losses.schedule import Schedule, convert
 from kd.method import Batch, Init, Loss, Method, Objective, minimize, with_projection
 from kd.metrics import mean
 from kd.models.conditioning import log_variance
 from kd.models.magnitude_preserving import effective_weights, normalize_weights
 from kd.network import Network
 from kd.ranges import Count, Fraction, Positive
-from kd.sampling.velocity import fields_of, noise_scale, num_classes, velocity_function
+from kd.sampling import denoiser
+from kd.sampling.velocity import NULL, fields_of, noise_scale, num_classes, velocity_function
 from kd.state import PyTree, State
 
 # Splits the randomness of a step: augmentation, noise, dropped labels, dropout, times.
@@ -114,6 +116,27 @@ def variables_of(network: Network, state: State, params: PyTree) -> PyTree:
     return {**state.variables(params=params), 'effective': effective}
 
 
+def teacher_field(
+    context: Context, variables: PyTree, batch: Batch, guidance: float
+) -> VelocityFunction:
+    """v(t, t, x) of the teacher, guided: of a flow, or of a denoiser of the straight path."""
+    network = context.teacher
+    if not isinstance(getattr(network.module, 'schedule', None), Schedule):
+        told = fields_of(network, batch)
+        return velocity_function(
+            network, variables, batch.get('label'), told=told, guidance=guidance
+        )
+    own = denoiser.guided(denoiser.of_network(network), guidance)
+    condition = denoiser.conditions(network, batch)
+
+    def field(s: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+        del t
+        x0 = own.apply(variables, x, 1 - s, condition).x0
+        return -convert(own.schedule, x0, x, 1 - s, 'x0', 'flow').astype(x.dtype)
+
+    return field
+
+
 def mean_square(residual: jax.Array) -> jax.Array:
     """Of each example over all its elements, [B, ...] -> [B]."""
     return jnp.mean(jnp.square(residual), axis=tuple(range(1, residual.ndim)))
@@ -186,7 +209,14 @@ def _depends(jaxpr: core.Jaxpr, inputs: list[bool]) -> list[bool]:
 
 
 def check_teacher(context: Context, interpolant: Interpolant, *, two_times: bool) -> None:
-    """Refuses a teacher that is no flow, or one of another interpolant or noise."""
+    """Refuses a teacher that is no flow, or one of another interpolant or noise.
+
+    A denoiser of the straight path is one, of noise of deviation 1 and one time.
+    """
+    schedule = getattr(context.teacher.module, 'schedule', None)
+    if isinstance(schedule, Schedule):
+        _check_denoiser(context, interpolant, schedule, two_times)
+        return
     check_network(context.teacher, two_times=two_times, where=f'{context.stage}.teacher')
     block = context.trained_by.get('teacher')
     if block is None:  # A context made by hand.
@@ -197,6 +227,22 @@ def check_teacher(context: Context, interpolant: Interpolant, *, two_times: bool
     except ValueError as error:
         raise UserError(f'{context.stage}: {error}') from error
     check_noise(context, noise_scale(context.network, context.config.method.get('noise_scale')))
+
+
+def _check_denoiser(
+    context: Context, interpolant: Interpolant, schedule: Schedule, two_times: bool
+) -> None:
+    if two_times or schedule.name != 'flow' or interpolant.name != 'linear':
+        raise UserError(
+            f'{context.stage}.teacher is a denoiser of the schedule {schedule.name!r}; a flow on '
+            'the linear path is one of kd.losses.schedule.flow.'
+        )
+    own = noise_scale(context.network, context.config.method.get('noise_scale'))
+    if own != 1.0:
+        raise UserError(
+            f'{context.stage}: the noise has standard deviation {own:g}, that of the teacher 1; '
+            'give noise_scale=1.'
+        )
 
 
 def check_noise(context: Context, own: float) -> None:
@@ -211,11 +257,14 @@ def check_noise(context: Context, own: float) -> None:
 
 
 def check_guidance(context: Context, guidance: float) -> None:
-    """Refuses to guide a teacher without classes, or one that has never seen the null class."""
-    if guidance == 1.0:
+    """Refuses to guide a teacher with nothing to compare with, or one that has never seen it."""
+    if guidance == 1.0 or any(name.startswith(NULL) for name in context.spec):
         return
     if num_classes(context.teacher) is None:
-        raise UserError(f'{context.stage}: guidance needs a teacher with num_classes.')
+        raise UserError(
+            f'{context.stage}: guidance needs a teacher with num_classes, or data with the '
+            'embedding of an empty text beside.'
+        )
     if context.trained_by.get('teacher', {}).get('label_dropout') == 0:
         raise UserError(
             f'{context.stage}: guidance={guidance:g} takes the velocity without a class, which the '

@@ -22,9 +22,9 @@ from kd.methods import start
 from kd.methods.flow import common
 from kd.metrics import mean
 from kd.ranges import Count, Finite, NonNegative, Positive
-from kd.sampling import denoiser, times
+from kd.sampling import times
+from kd.sampling.velocity import fields_of, velocity_function
 from kd.sampling.velocity import noise_scale as scale_of
-from kd.sampling.velocity import velocity_function
 from kd.state import PyTree, State
 
 # Of the rest of noise that the released path keeps at the data.
@@ -59,7 +59,8 @@ def mdt_dist(
 
     Args:
       context: the stage; a velocity network and a flow as teacher, on the linear path. Starts from
-        `references.start`, if there is one.
+        `references.start`, if there is one. Of a network of voxels (`kd.models.shape_dit`) means
+        are over those that there are.
       target: of the first term; 'consistency' is the plain regression of end points,
         |X(x_s) - sg X(x_{s + step})|^2, to the end of the phase, which the paper compares with.
       step: of the derivative in time, and of consistency.
@@ -85,22 +86,20 @@ def mdt_dist(
     common.check_teacher(context, path, two_times=False)
     for scale in (guidance, distribution_guidance):
         common.check_guidance(context, scale)
-    deviation_of_noise = scale_of(network, noise_scale)
+    deviation_of_noise, valid = scale_of(network, noise_scale), getattr(network.module, 'valid', '')
     law = times.logit_normal(mean_logit, deviation, _LEAST + step, 1.0)
 
     def loss(params: PyTree, state: State, batch: Batch, key: jax.Array) -> Objective:
         keys = jax.random.split(key, 4)
-        data, condition = batch['input'], denoiser.conditions(network, batch)
-        vfn = common.one_time(
-            velocity_function(
-                network, common.variables_of(network, state, params), condition.get('label')
-            )
-        )
+        data, variables = batch['input'], common.variables_of(network, state, params)
+        told = fields_of(network, batch)
+        vfn = common.one_time(velocity_function(network, variables, batch.get('label'), told=told))
 
         def teacher(scale: float) -> VelocityFunction:
-            return velocity_function(
-                context.teacher, state.frozen['teacher'], batch.get('label'), guidance=scale
-            )
+            return common.teacher_field(context, state.frozen['teacher'], batch, scale)
+
+        # Rows that are not there have residuals of 0, and the mean is of those that are.
+        share = 1.0 if not valid else batch[valid].size / len(data) / batch[valid].sum(-1)
 
         s = 1.0 - law(keys[0], jnp.zeros(len(data)))
         noise = deviation_of_noise * jax.random.normal(keys[1], data.shape, data.dtype)
@@ -111,11 +110,11 @@ def mdt_dist(
             )
         else:
             residual = _consistency(vfn, s, x_s, teacher(guidance), step, phases)
-        matched = common.mean_square(residual)
+        matched = share * common.mean_square(residual)
         if not distribution:
             return Objective(mean(matched))
         z = deviation_of_noise * jax.random.normal(keys[2], data.shape, data.dtype)
-        distilled = distribution_loss(
+        distilled = share * distribution_loss(
             vfn, z, s, noise, teacher(distribution_guidance), path.point, step, constant
         )
         return Objective(
