@@ -112,8 +112,8 @@ FUNCTIONS = {'prepare': prepare, 'decode': decode}
 def certainty(vocabulary: int = 126_464, length: int = 384, block: int = 32) -> dict[str, float]:
     """Temporaries and operations of the head of certainty forcing, block alone over all positions.
 
-    Of the gradient of both terms in the hidden states and the head, as `certainty_forcing` asks
-    for them; the network below is left out.
+    Of the gradient of both terms as `certainty_forcing` asks for them, with a network of width 64
+    below the head.
     """
     of = Decoder(vocabulary, width=64, depth=1, heads=2, mlp_hidden=64, tied=False, causal=False)
     network = from_linen(of, jax.ShapeDtypeStruct((1, length), jnp.int32))

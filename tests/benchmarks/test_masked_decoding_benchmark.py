@@ -54,9 +54,9 @@ def test_rows_are_decoded_as_one_after_another_with_weights_under_their_paths(tm
 
 
 def test_sizes_are_those_of_the_programs():
-    # 3 of 24 positions: of dense logits [24, 4001], three numbers for each and more.
+    # 3 of 24 positions, and a network below that reads all of them.
     found = benchmark.certainty(4_001, 24, 3)
-    assert found['operations'] == pytest.approx(3 / 24, rel=0.2)
+    assert 3 / 24 < found['operations'] < 0.3
     assert found['temporaries'] < 0.3
     sizes = benchmark.coupled(501, (2, 16))
     assert sizes['uniform'] < 0.01
