@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 __all__ = ['attend', 'attend_away', 'attend_by_head']
 
+# Queries at a time, where no map of all may be held and there is no kernel.
+BLOCK = 512
+
 
 def attend(
     query: jax.Array,
@@ -32,7 +35,8 @@ def attend(
       mask: bool, of four dimensions that broadcast to [B, H, N, M]; True where a query sees a key.
         A query that sees none gets zeros.
       fused: lets a kernel that never holds the maps take over where there is one: cuDNN's, on GPUs,
-        for float16 and bfloat16. Elsewhere nothing changes.
+        for float16 and bfloat16. Elsewhere more than `BLOCK` queries go in blocks, whose maps are
+        computed again for the gradient.
       edit: a change of the maps, [B, H, N, M] -> the same, after softmax and mask, before values.
 
     Returns:
@@ -58,6 +62,8 @@ def attend(
     kernel = _kernel(query) if fused else None
     if kernel is not None:
         return _fused(query, key, value, mask, kernel)
+    if fused and query.shape[1] > BLOCK:
+        return _in_blocks(query, key, value, mask)
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     return jnp.swapaxes(attend_by_head(query, key, value, mask, edit), 1, 2)
 
@@ -124,6 +130,28 @@ def attend_by_head(
         weights = edit(weights)
     weights = weights.astype(value.dtype).reshape(batch, groups, -1, keys)
     return jnp.einsum('bgnm,bgme->bgne', weights, value).reshape(batch, heads, length, -1)
+
+
+def _in_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """`attend`, `BLOCK` queries at a time."""
+    batch, length = query.shape[:2]
+    missing = -length % BLOCK
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+        x = x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    own = mask is not None and mask.shape[2] > 1
+    parts = (split(query, 1), split(mask, 2)) if own and mask is not None else (split(query, 1),)
+
+    def of(query: jax.Array, seen: jax.Array | None = mask) -> jax.Array:
+        return attend(query, key, value, mask=seen)
+
+    out = jax.lax.map(lambda part: jax.checkpoint(of)(*part), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :length]
 
 
 def _kernel(query: jax.Array) -> Literal['cudnn'] | None:

@@ -123,3 +123,29 @@ def test_what_does_not_fit_is_refused():
         attend(query, key, value, mask=jnp.ones((N, M), bool))
     with pytest.raises(ValueError, match='holds no maps'):
         attend(query, key, value, fused=True, edit=lambda maps: maps)
+
+
+@pytest.mark.parametrize('kind', ['none', 'keys', 'each'])
+def test_many_queries_go_in_blocks_that_say_the_same(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, 4)), jnp.float32)
+               for n, h in ((7, 4), (6, 2), (6, 2)))  # fmt: skip
+    shape = {'none': None, 'keys': (2, 1, 1, 6), 'each': (1, 1, 7, 6)}[kind]
+    mask = None if shape is None else jnp.asarray(rng.random(shape) > 0.4)
+    weight = jnp.asarray(rng.normal(size=(2, 7, 4, 4)), jnp.float32)
+
+    def said(fused):
+        def loss(q, k, v):
+            out = attention.attend(q, k, v, mask=mask, fused=fused)
+            return jnp.sum(weight * out), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    whole = said(False)
+    monkeypatch.setattr(attention, 'BLOCK', 3)
+    text = str(jax.make_jaxpr(lambda q: attention.attend(q, k, v, mask=mask, fused=True))(q))
+    assert 'scan' in text
+    assert '[2,4,7,6]' not in text
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), said(True), whole
+    )
