@@ -140,12 +140,23 @@ def target_kl(
     """
     teacher_logits = signal.all_logits('target_kl', teacher)
     is_label = _is_label(teacher_logits, labels)
+    numerics.check_positive('temperature', temperature)
 
     def binary(logits):
-        log_probs = numerics.log_softmax(logits, temperature=temperature, where=where)
-        label = numerics.log_sum_exp(jnp.where(is_label, log_probs, -jnp.inf), axis=-1)
-        other = numerics.log_sum_exp(jnp.where(is_label, -jnp.inf, log_probs), axis=-1)
-        return jnp.stack([label, other], axis=-1)
+        """Log-probabilities of both, of one sweep over the others."""
+        logits = numerics.wide(logits)
+        possible = logits != -jnp.inf
+        if where is not None:
+            possible = possible & where
+        scaled = jnp.where(possible, logits, 0.0) / jnp.asarray(temperature, logits.dtype)
+        # Beside the largest of all, so that logits of 1e4 keep their digits.
+        peak = jnp.max(jnp.where(possible, scaled, -jnp.inf), axis=-1, keepdims=True)
+        scaled = scaled - jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0.0))
+        own = is_label & possible
+        label = jnp.where(own.any(-1), jnp.sum(jnp.where(own, scaled, 0.0), axis=-1), -jnp.inf)
+        other = jnp.where(possible & ~is_label, scaled, -jnp.inf)
+        other = numerics.log_sum_exp(other, axis=-1)
+        return numerics.log_softmax(jnp.stack([label, other], axis=-1))
 
     term = numerics.relative_entropy_term(binary(teacher_logits), binary(student_logits))
     outside = _outside(labels, teacher_logits.shape[-1], where)

@@ -80,7 +80,9 @@ def attention_map(features: ArrayLike, *, power: float = 2.0) -> jax.Array:
     """
     features = jnp.asarray(features)
     features = features.astype(numerics.accumulation_dtype(features))
-    energy = jnp.sum(jnp.abs(features) ** power, axis=-1).reshape(features.shape[0], -1)
+    # A square needs neither the size nor its sign in the gradient.
+    raised = features * features if power == 2 else jnp.abs(features) ** power
+    energy = jnp.sum(raised, axis=-1).reshape(features.shape[0], -1)
     length = numerics.norm(energy, axis=-1, keepdims=True)
     return energy / jnp.where(length > 0, length, 1.0)
 

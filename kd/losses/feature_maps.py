@@ -41,6 +41,9 @@ def pooled(features: ArrayLike, size: Sequence[int]) -> jax.Array:
     for axis, windows in enumerate(size, start=1):
         if windows == x.shape[axis]:
             continue
+        if x.shape[axis] % windows == 0:  # No position is in two windows.
+            x = x.reshape(*x.shape[:axis], windows, -1, *x.shape[axis + 1 :]).mean(axis + 1)
+            continue
         length, starts = x.shape[axis], jnp.arange(windows) * x.shape[axis]
         first, last = starts // windows, -(-(starts + length) // windows)
         position = jnp.arange(length)
@@ -260,11 +263,13 @@ def hierarchical_context(
     difference = student - teacher  # Pooling is linear.
     sizes = [difference.shape[1:-1]]
     sizes += [(level,) * len(sizes[0]) for level in levels if level < sizes[0][0]]
-    weights = [0.5**i for i in range(len(sizes))]
-    values = [
-        weight * jnp.mean(pooled(difference, size) ** 2, axis=tuple(range(1, difference.ndim)))
-        for weight, size in zip(weights, sizes, strict=True)
-    ]
+    weights, values, before = [0.5**i for i in range(len(sizes))], [], difference
+    for weight, size in zip(weights, sizes, strict=True):
+        # A mean of means, where the windows before lie apart and are parts of these.
+        sides = zip(difference.shape[1:-1], before.shape[1:-1], size, strict=True)
+        parts = all(whole % half == half % to == 0 for whole, half, to in sides)
+        before = pooled(before if parts else difference, size)
+        values.append(weight * jnp.mean(before**2, axis=tuple(range(1, before.ndim))))
     return sum(values[1:], values[0]) / sum(weights)
 
 
