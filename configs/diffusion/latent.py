@@ -147,14 +147,16 @@ def denoiser(network, schedule):
     )
 
 
-def flow(network, **more):
-    """One of rectified flow."""
+def flow(network, adapter=None):
+    """One of rectified flow, and with `adapter` its adapters beside it."""
+    network = dict(**network, dtype='bfloat16', remat=True, fused=True)
+    if adapter is not None:
+        network = dict(name='kd.models.adapters.lora', base=network, **adapter)
     return dict(
         name='kd.models.denoiser.denoiser',
-        network=dict(**network, dtype='bfloat16', remat=True, fused=True),
+        network=network,
         schedule=dict(name='kd.losses.schedule.flow'),
         kind='flow',
-        **more,
     )
 
 

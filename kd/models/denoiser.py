@@ -12,10 +12,8 @@ import jax.numpy as jnp
 
 from kd import config as config_lib
 from kd.losses.schedule import Kind, Schedule, convert
-from kd.models import adapters
-from kd.models.adapters import Adapter
+from kd.models.adapters import Adapted
 from kd.ranges import Count, Positive
-from kd.state import joined
 
 Precondition = Literal['none', 'edm', 'edm_shifted']
 
@@ -30,9 +28,6 @@ class Denoised(nn.Module):
       kind: what F predicts; of the precondition 'none' alone.
       precondition: see `denoiser`.
       sigma_data: deviation of the data, of the preconditions of EDM.
-      adapter: what is trained beside F: low-rank adapters, which become part of its kernels at
-        every call, or what F brings itself; None where F is trained itself. Of F with low-rank
-        adapters no features can be asked for.
     """
 
     inner: nn.Module
@@ -40,12 +35,6 @@ class Denoised(nn.Module):
     kind: Kind = 'x0'
     precondition: Precondition = 'none'
     sigma_data: float = 0.5
-    adapter: Any = None
-
-    def __post_init__(self) -> None:
-        if self.adapter is None:
-            object.__setattr__(self, 'adapter', getattr(self.inner, 'adapter', None))
-        super().__post_init__()
 
     @property
     def num_classes(self) -> int | None:
@@ -62,6 +51,11 @@ class Denoised(nn.Module):
     def variance(self) -> bool:
         """Whether F says something about variances too."""
         return self.precondition == 'none' and getattr(self.inner, 'variance', False)
+
+    @property
+    def adapter(self) -> Any:
+        """What is trained beside F; None where F is trained itself."""
+        return getattr(self.inner, 'adapter', None)
 
     @property
     def causal(self) -> int:
@@ -93,21 +87,20 @@ class Denoised(nn.Module):
         """
         asked = self.asked(t, x)
         if not variances:
-            return self.answered(self._said(*asked, train=train, **condition), t, x)
-        both = self._said(*asked, train=train, variances=True, **condition)
+            return self.answered(self.inner(*asked, train=train, **condition), t, x)
+        both = self.inner(*asked, train=train, variances=True, **condition)
         raw, share = jnp.split(both, 2, axis=-1)
         x0 = self.answered(raw, t, x)
         return jnp.concatenate([x0, 0.5 * (share + 1).astype(x0.dtype)], axis=-1)
 
     def say(self, t: jax.Array, x: jax.Array, memory: Any, number: jax.Array, **told) -> jax.Array:
         """E[x0 | x_t] of block `number` [B, causal, ...], of a causal F with its memory."""
-        said = self._said(*self.asked(t, x), memory, number, method='say', **told)
-        return self.answered(said, t, x)
+        return self.answered(self.inner.say(*self.asked(t, x), memory, number, **told), t, x)
 
     def remember(self, x: jax.Array, memory: Any, number: jax.Array, **told) -> Any:
         """Memory with that of a clean block [B, causal, ...]."""
         still = jnp.full(x.shape[:1], self.schedule.low, x.dtype)
-        return self._said(*self.asked(still, x), memory, number, method='remember', **told)
+        return self.inner.remember(*self.asked(still, x), memory, number, **told)
 
     def empty(self, z: jax.Array) -> Any:
         """Memory before the first block of videos like z [B, T, ...]."""
@@ -116,7 +109,8 @@ class Denoised(nn.Module):
     def asked(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         """What F is given: what it is told of the noise, once or twice, and its input."""
         told = self.schedule.condition(t).astype(x.dtype)
-        two_times = 's' in inspect.signature(type(self.inner).__call__).parameters
+        own = self.inner.base if isinstance(self.inner, Adapted) else self.inner
+        two_times = 's' in inspect.signature(type(own).__call__).parameters
         times = (told, told) if two_times else (told,)
         if self.precondition == 'none':
             return (*times, x)
@@ -131,25 +125,6 @@ class Denoised(nn.Module):
         # Shifted, the network is the identity at the least noise there is.
         apart = noise - (self.schedule.low if self.precondition == 'edm_shifted' else 0.0)
         return data**2 / (apart**2 + data**2) * clean + apart * data / total * raw
-
-    def _said(self, *given: Any, method: Any = '__call__', **told: Any) -> Any:
-        """What F says, with its adapters where it has some."""
-        if not isinstance(self.adapter, Adapter):
-            return getattr(self.inner, method)(*given, **told)
-        if self.is_initializing():
-            said, params = self.inner(*given, **told), self.variables['params']
-            beside = adapters.drawn(self.make_rng('params'), params, self.adapter)
-            for name, tree in beside.items():
-                self.put_variable('params', name, joined(params[name], tree))
-            return said
-        variables = dict(self.variables)
-        params = variables['params']
-        variables['params'] = adapters.merged(
-            adapters.without(params), adapters.own(params), self.adapter.scale
-        )
-        rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else None
-        plain = self.inner.clone(parent=None, name=None)
-        return plain.apply(variables, *given, method=method, rngs=rngs, **told)
 
     def _scales(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x_t and its noise where the data have the factor 1, and the deviation of both."""
@@ -166,7 +141,6 @@ def denoiser(
     precondition: Precondition = 'none',
     sigma_data: Positive = 0.5,
     num_classes: Count | None = None,
-    adapter: Mapping[str, Any] | None = None,
 ) -> Denoised:
     """A denoiser, whose variables are those of the network in it.
 
@@ -184,11 +158,8 @@ def denoiser(
         models (arXiv:2303.01469, appendix C) up to its root.
       sigma_data: d.
       num_classes: of F; None for a network without classes.
-      adapter: fields of a `kd.models.adapters.Adapter`, which alone is then trained beside F, the
-        stage's `references.start`; None for none.
     """
     given = {} if num_classes is None else {'num_classes': num_classes}
     inner = config_lib.build({**network, **given}, where='network.network')
     path = config_lib.build(schedule, where='network.schedule')
-    beside = None if adapter is None else Adapter(**adapter)
-    return Denoised(inner, path, kind, precondition, sigma_data, beside)
+    return Denoised(inner, path, kind, precondition, sigma_data)

@@ -11,7 +11,7 @@ from kd.losses import schedule
 from kd.method import with_base, with_result
 from kd.methods.diffusion.dmd import dmd
 from kd.models import adapters
-from kd.models.adapters import Adapter
+from kd.models.adapters import Adapted, Adapter
 from kd.models.denoiser import Denoised
 from kd.models.velocity_mlp import VelocityMLP
 from kd.network import from_linen
@@ -32,7 +32,9 @@ def test_a_denoiser_has_adapters_beside_the_kernels_of_any_network():
     path, spec = schedule.edm(0.02, 5.0), {'input': jax.ShapeDtypeStruct((2,), jnp.float32)}
 
     def denoiser_of(adapter):
-        module = Denoised(VelocityMLP(width=6, depth=2), path, 'flow', 'edm', adapter=adapter)
+        inner = VelocityMLP(width=6, depth=2)
+        inner = inner if adapter is None else Adapted(inner, adapter)
+        module = Denoised(inner, path, 'flow', 'edm')
         return from_linen(module, *module.example_inputs(spec))
 
     plain, network = denoiser_of(None), denoiser_of(Adapter(RANK, ALPHA, r'hidden'))
