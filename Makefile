@@ -45,9 +45,9 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) -m 'not slow' -o filterwarnings= --disable-warnings \
 		$(LOWEST_TESTS)
 
-# The site, docs/_build/index.html; a link that leads nowhere is an error.
+# The site, docs/_build/html/index.html; a link that leads nowhere is an error.
 docs: $(VENV)/.installed
-	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

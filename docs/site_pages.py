@@ -315,7 +315,11 @@ def api_pages(package: Path) -> Iterator[tuple[str, str]]:
     ]
     for module in modules:
         children = [m for m in modules if m.rpartition('.')[0] == module]
-        lines = [module, '=' * len(module), '', f'.. automodule:: {module}', '']
+        lines = [module, '=' * len(module), '', f'.. automodule:: {module}']
+        if children:
+            # A function that is called as its module is shown on the page of the module.
+            lines += [f'   :exclude-members: {", ".join(m.rpartition(".")[2] for m in children)}']
+        lines.append('')
         if children:
             lines += ['.. toctree::', '   :maxdepth: 1', '', *(f'   {m}' for m in children)]
         yield f'api/{module}.rst', '\n'.join(lines) + '\n'
