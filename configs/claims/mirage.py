@@ -53,7 +53,7 @@ def get_claim(smoke: bool = False) -> Claim:
         statement='Computation trees that often occur together teach as much as all graphs, and '
         'more than whole graphs of the same storage.',
         setting=f'{train} training and {test} test graphs of 4 to 7 motifs, new for each of '
-        f'{runs} seeds. GIN of two layers, width {WIDTH}, mean over roots; {steps} steps of AdamW '
+        f'{runs} seeds. GIN of two layers, width {WIDTH}, mean over roots; {steps} steps of Adam '
         f'1e-3, decay 1e-2, batches of {BATCH}, for every arm. Sets of trees of depth {DEPTH} in '
         'at least half of the graphs of a class; storage counts all nodes of the forests, shared '
         'or not. The last step counts, in every run.',
@@ -128,7 +128,7 @@ def areas(net, given, tests, seeds, steps):
     """[R], of networks that each learn from their own graphs."""
     context = seeds_lib.context(
         network=net, num_classes=motifs.CLASSES, steps=steps,
-        optimizer=dict(name='adamw', lr=1e-3, weight_decay=1e-2),
+        optimizer=dict(name='adam', lr=1e-3, weight_decay=1e-2),
     )  # fmt: skip
     state = seeds_lib.train(
         supervised(context), {}, seeds, steps=steps, batch_size=BATCH, per_run=stacked(given)
