@@ -160,8 +160,11 @@ def _move(
         mutables = objective.mutables.get(player.of, {})
         return grads, mutables, reported(objective, grads), objective.outputs
 
+    # Traced once, for the step and for what a player at rest gives in its place.
+    once = jax.jit(computed, inline=True)
+
     def rested():
-        *nothing, outputs = jax.eval_shape(computed)
+        *nothing, outputs = jax.eval_shape(once)
         zeros = metrics_lib.zeros_like(nothing)
         # Only what is put out is computed, without gradient.
         made = player.loss(params, state, batch, key).outputs if outputs else outputs
@@ -170,9 +173,7 @@ def _move(
     always = player.period == 1 and player.offset == 0
     since = state.step - player.offset
     due = (since >= 0) & (since % player.period == 0)
-    grads, mutables, metrics, outputs = (
-        computed() if always else jax.lax.cond(due, computed, rested)
-    )
+    grads, mutables, metrics, outputs = computed() if always else jax.lax.cond(due, once, rested)
 
     def change(state: State) -> State:
         own = state.params[player.of], state.opt_state[player.slot]

@@ -201,6 +201,8 @@ def over_parts(
     if micro_batches == 1:
         return differentiate(moving, state.mutables, batch, key)
     parts = split(batch, micro_batches, 'micro-batches; change batch_size or micro_batches')
+    # Traced once for the shapes of the sums and for the loop.
+    differentiate = jax.jit(differentiate, inline=True)
 
     def body(carry, part):
         grads, sums, mutables = carry

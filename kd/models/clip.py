@@ -181,6 +181,8 @@ class ClipVision(Tower, nn.Module):
                 variable_axes={'params': 0, 'intermediates': 0},
                 split_rngs={'params': True},
                 length=self.blocks,
+                # Traces a block twice, and what is drawn goes by that.
+                check_constancy_invariants=self.is_initializing(),
             )
             x, _ = scanned(of, name='blocks')(x)
         else:

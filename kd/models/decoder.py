@@ -121,6 +121,8 @@ class Decoder(Architecture, nn.Module):
                 split_rngs={'params': True},
                 in_axes=nn.broadcast,
                 length=self.depth,
+                # Traces a block twice, and what is drawn goes by that.
+                check_constancy_invariants=self.is_initializing(),
             )
             self.blocks = scanned(of, of.experts is not None)
         else:

@@ -245,7 +245,7 @@ class LatentDiT(nn.Module):
             shared = condition = _Embeddings(
                 self.width, self.num_classes, self.reached, self.dtype, name='emb'
             )(t, label, None)
-        block = stacked(Block, self.depth, self.remat, 3)(
+        block = stacked(Block, self.depth, self.remat, 3, begins=self.is_initializing())(
             self.heads, self.epsilon, self.fused, self.dtype, name='transformer_blocks'
         )
         y = self._said(block(y, shared, text, seen)[0], condition, 2 * x.shape[-1])

@@ -246,11 +246,18 @@ def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def stacked(
-    kind: type[nn.Module], depth: int, remat: bool, inputs: int, gated: bool = False
+    kind: type[nn.Module],
+    depth: int,
+    remat: bool,
+    inputs: int,
+    gated: bool = False,
+    *,
+    begins: bool,
 ) -> Any:
     """So many blocks as one with a leading axis: `kind(...)(x, *inputs) -> (x, None)`.
 
-    Where they are gated, a last input has one entry for each block.
+    Where they are gated, a last input has one entry for each block. A block is traced once, and
+    twice where the module `begins`, as what is drawn goes by that: see its `is_initializing`.
     """
     return nn.scan(
         nn.remat(kind, prevent_cse=False) if remat else kind,
@@ -258,6 +265,7 @@ def stacked(
         split_rngs={'params': True},
         in_axes=(nn.broadcast,) * inputs + (0,) * gated,
         length=depth,
+        check_constancy_invariants=begins,
     )
 
 

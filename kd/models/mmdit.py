@@ -145,7 +145,9 @@ class MMDiT(nn.Module):
         if (group,) == members:
             return (nn.remat(kind) if self.remat else kind)(*settings, **own)
         inputs = 2 if kind is SingleBlock else 3
-        return stacked(kind, len(members), self.remat, inputs, gated=True)(*settings, **own)
+        return stacked(
+            kind, len(members), self.remat, inputs, gated=True, begins=self.is_initializing()
+        )(*settings, **own)
 
     def _kind(self, name: str) -> tuple[type[nn.Module], tuple[Any, ...], dict[str, Any]]:
         """Class and settings of a block."""

@@ -240,7 +240,7 @@ class NextDiT(nn.Module):
         return -unpatched(y, sides, PATCH).astype(x.dtype)
 
     def _blocks(self, name: str, count: int) -> Any:
-        return stacked(Block, count, self.remat, 3)(
+        return stacked(Block, count, self.remat, 3, begins=self.is_initializing())(
             self.heads, self.groups, self.hidden, self.epsilon, self.activated, self.fused,
             self.dtype, name=name,
         )  # fmt: skip

@@ -170,7 +170,7 @@ class _Trunk(nn.Module):
 
     @nn.nowrap
     def _blocks(self, y, condition, text, mask):
-        blocks = stacked(Block, self.depth, self.remat, 3)(
+        blocks = stacked(Block, self.depth, self.remat, 3, begins=self.is_initializing())(
             self.heads, self.fused, self.dtype, name='blocks'
         )
         return blocks(y, condition, text, mask)[0]

@@ -78,9 +78,9 @@ class Transformer(nn.Module):
         size = x.shape[-1]
         y = group_norm(x, self.groups, 1e-6, self.dtype, 'norm')
         y = self._project(y, size, 'proj_in').reshape(x.shape[0], -1, size)
-        blocks = stacked(TransformerBlock, self.depth, self.remat, 2)(
-            self.heads, self.fused, self.dtype, name='transformer_blocks'
-        )
+        blocks = stacked(
+            TransformerBlock, self.depth, self.remat, 2, begins=self.is_initializing()
+        )(self.heads, self.fused, self.dtype, name='transformer_blocks')
         y = blocks(y, text, mask)[0].reshape(x.shape)
         return x + self._project(y, size, 'proj_out')
 

@@ -177,9 +177,14 @@ class Wan(nn.Module):
                     f'Wan: times of {t.shape[1]} frames of latents, there are {frames}.'
                 )
             shared, condition = (jnp.repeat(z, area, axis=1) for z in (shared, condition))
-        blocks = stacked(Block, self.depth, self.remat, 4, gated=memory is not None)(
-            self.heads, self.hidden, self.epsilon, self.fused, dtype, keeps, name='blocks'
-        )
+        blocks = stacked(
+            Block,
+            self.depth,
+            self.remat,
+            4,
+            gated=memory is not None,
+            begins=self.is_initializing(),
+        )(self.heads, self.hidden, self.epsilon, self.fused, dtype, keeps, name='blocks')
         if memory is None:
             y, kept = blocks(y, shared, text, self._seen(frames, area), self._turned(sides))
         else:

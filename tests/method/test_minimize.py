@@ -114,6 +114,18 @@ def test_micro_batches_train_like_one_batch(data):
         np.testing.assert_allclose(w_of(cut), w_of(whole), rtol=1e-5)
 
 
+def test_micro_batches_are_traced_once(data):
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return squared_error(*arguments)
+
+    method = minimize(counted, optax.adam(LR), initial, micro_batches=4)
+    jax.eval_shape(method.step, method.init(jax.random.key(0)), data[0])
+    assert len(traced) == 1
+
+
 def test_a_batch_with_nothing_to_count_does_not_move_the_parameters(data):
     batch = {**data[0], 'mask': np.zeros(8, bool)}
     for parts in (1, 4):

@@ -235,6 +235,23 @@ def test_a_player_moves_first_at_its_offset_and_puts_out_at_every_step():
 
 
 @pytest.mark.parametrize('micro_batches', [1, 4])
+def test_a_player_that_rests_is_traced_once(micro_batches):
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return pursue(*arguments)
+
+    players = {
+        'leader': Player(counted, optax.sgd(LR), period=2, micro_batches=micro_batches),
+        'follower': Player(follow, optax.sgd(LR)),
+    }
+    method = alternate(players, two_players)
+    jax.eval_shape(method.step, method.init(jax.random.key(0)), {'t': np.ones(8, np.float32)})
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize('micro_batches', [1, 4])
 def test_micro_batches_of_a_player_are_its_own(micro_batches):
     # Ragged counts: parts of the batch have 2, 2, 1 and 1 examples that count.
     def ragged(params, state, batch, key):

@@ -344,3 +344,18 @@ def test_weights_start_as_in_released_models_or_by_their_inputs():
     assert deviations() == pytest.approx(released, rel=0.1)
     inputs = {'embedding': 1.0, 'head': 32**-0.5, 'up': 32**-0.5, 'down': 128**-0.5 / 2}
     assert deviations(deviation=None) == pytest.approx(inputs, rel=0.1)
+
+
+def test_blocks_that_are_stacked_are_traced_once_for_all(monkeypatch):
+    traced, through = [], decoder.Block.__call__
+
+    def counted(*arguments, **named):
+        traced.append(1)
+        return through(*arguments, **named)
+
+    monkeypatch.setattr(decoder.Block, '__call__', counted)
+    made = module(stacked=True)
+    tree = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    traced.clear()
+    jax.eval_shape(made.apply, tree, jnp.zeros((1, 2), jnp.int32))
+    assert len(traced) == 1
