@@ -72,7 +72,13 @@ EXTRAS = {
     'docs': ['myst-nb>=1.4', 'sphinx>=9.0', 'sphinx-book-theme>=1.4'],
     'colab': [*LANGUAGE_MODELS, 'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10'],
     # What kd.benchmarks measures against, for a Python of its own: see kd/benchmarks/peers.
-    'peers': ['diffusers>=0.35', 'torch>=2.13', 'transformers>=5.24', 'trl>=1.16'],
+    'peers': [
+        'diffusers>=0.35',
+        'torch>=2.13',
+        'torchdistill>=1.1.5',
+        'transformers>=5.24',
+        'trl>=1.16',
+    ],
     'gpu': ['jax[cuda12]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
 }
