@@ -21,7 +21,8 @@ HEAD = """# Performance
 
 Ratios of kd to named peers, on the same work, weights and cores. Both sides take turns; a row is
 the median over rounds of the ratio within a round, with its range. Peers that are no package are
-written plainly by us, in `kd/benchmarks/plain`. A miss has its reason below the table.
+written plainly by us, in `kd/benchmarks/plain`. Where it is known why a target is
+missed, it stands below the table.
 
 Written by `python -m kd.benchmarks --page`; every table says when, where and from which commit it
 was measured, and names the command that measures it again.
