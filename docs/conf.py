@@ -55,7 +55,8 @@ html_theme_options = {
     'use_repository_button': True,
     'show_toc_level': 2,
     'show_navbar_depth': 1,
-    'collapse_navigation': True,
+    'collapse_navbar': True,
+    'max_navbar_depth': 2,
     'navigation_with_keys': False,
     'navbar_persistent': [],
 }

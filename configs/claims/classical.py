@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kd import callables, figures, metrics
 from kd import config as kd_config
-from kd import figures, metrics
 from kd.claims import seeds
 from kd.claims.claim import Check, Claim
 from kd.data import catalogue
@@ -178,7 +178,7 @@ def method_of(arm, student, teacher, steps, multiple):
         }
         block['soft_weight'] = multiple * block.get('soft_weight', 0.0)
         return feature_kd(context, **block)
-    return kd_config.resolve(block.pop('name'))(context, **block)
+    return callables.resolve(block.pop('name'))(context, **block)
 
 
 def in_a_loop(term):
