@@ -198,13 +198,14 @@ def _of_function(node: ast.FunctionDef, module: str) -> tuple[str, str | None]:
 
 
 class _Named(ast.NodeTransformer):
-    """Classes of kd in annotations by their whole name, shown as its last part: `~kd.x.Y`.
+    """Classes and aliases of kd in annotations by their whole name, shown as its last part:
+    `~kd.x.Y`.
 
-    Several modules may have a class of one name.
+    Several modules may have one of one name.
     """
 
     def __init__(self, names: Mapping[str, Any]) -> None:
-        self.names = names
+        self.names, self.aliases = names, _aliases(names['__name__'])
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         if node.annotation is not None:
@@ -212,17 +213,35 @@ class _Named(ast.NodeTransformer):
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self._whole(node, self.names.get(node.id))
+        return self._whole(node, self.names.get(node.id), self.aliases.get(node.id, ''))
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         owner = self.names.get(node.value.id) if isinstance(node.value, ast.Name) else None
-        return self._whole(node, getattr(owner, node.attr, None))
+        own = getattr(owner, '__name__', '').startswith('kd.') and hasattr(owner, node.attr)
+        alias = f'{owner.__name__}.{node.attr}' if own else ''
+        return self._whole(node, getattr(owner, node.attr, None), alias)
 
-    def _whole(self, node: ast.expr, thing: Any) -> ast.expr:
-        if not isinstance(thing, type) or not thing.__module__.startswith('kd.'):
-            return node
-        whole = ast.parse(f'~{thing.__module__}.{thing.__qualname__}', mode='eval')
-        return whole.body
+    def _whole(self, node: ast.expr, thing: Any, alias: str) -> ast.expr:
+        if isinstance(thing, type):
+            named = thing.__module__.startswith('kd.')
+            alias = f'{thing.__module__}.{thing.__qualname__}' if named else ''
+        return ast.parse(f'~{alias}', mode='eval').body if alias else node
+
+
+@functools.cache
+def _aliases(module: str) -> dict[str, str]:
+    """{name: whole name} of what a module of kd sets or takes from another module of kd."""
+    file = getattr(sys.modules.get(module), '__file__', None)
+    if not file or not module.startswith('kd'):
+        return {}
+    found = {}
+    for node in _tree(Path(file)).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('kd.'):
+            found |= {name.asname or name.name: f'{node.module}.{name.name}' for name in node.names}
+        elif isinstance(node, ast.Assign):
+            targets = [target for target in node.targets if isinstance(target, ast.Name)]
+            found |= {target.id: f'{module}.{target.id}' for target in targets}
+    return found
 
 
 def _is_init(node: ast.AST) -> bool:

@@ -59,11 +59,13 @@ def test_a_table_is_one_and_one_with_bars_in_its_cells_stays_as_it_is():
 
 def test_signatures_are_those_of_the_source():
     arguments, returned = docstrings.signature(divergence.forward_kl)
-    assert arguments.startswith('(student_logits: ArrayLike, teacher: Teacher, *, temperature: ')
+    assert arguments.startswith(
+        '(student_logits: ArrayLike, teacher: ~kd.losses.divergence.Teacher, *, temperature: '
+    )
     assert returned == 'jax.Array'
     assert docstrings.signature(minimize)[1] == '~kd.method.base.Method'
     assert docstrings.signature(Objective)[0].startswith(
-        '(loss: ~kd.metrics.Mean, metrics: Metrics = {}, '
+        '(loss: ~kd.metrics.Mean, metrics: ~kd.metrics.Metrics = {}, '
     )
     # Fields without a default come first.
     assert docstrings.signature(Context)[0].startswith('(stage: str, ')

@@ -1,13 +1,4 @@
-"""Compares kd with peers, and writes the page of performance.
-
-    python -m kd.benchmarks --page
-    python -m kd.benchmarks loop quickstart --page --peers=peers/bin/python
-
-Without names all comparisons are made. With `--page` their tables replace those of
-docs/performance.md and of the JSON beside it; others stay, with their own dates. A comparison is a
-function `rows(options)` of a module of `kd.benchmarks`, of options `peers`, `rounds`, `core` and
-`weights`, that returns `kd.benchmarks.page.Row`s, none where the peer is not there.
-"""
+"""The command of `kd.benchmarks`: comparisons with peers, and the page of performance."""
 
 from __future__ import annotations
 
@@ -18,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd import process
+from kd import benchmarks, process
 from kd.benchmarks import page, turns, weights
 from kd.errors import UserError, did_you_mean
 
@@ -41,7 +32,7 @@ TITLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; exit status 1 if a target is missed."""
-    parser = turns.parser('kd.benchmarks', __doc__)
+    parser = turns.parser('kd.benchmarks', str(benchmarks.__doc__))
     weights.add_argument(parser)
     parser.add_argument('names', nargs='*', metavar='NAME', help=', '.join(TITLES))
     parser.add_argument('--page', action='store_true', help='write the tables there')

@@ -194,7 +194,7 @@ def _check(case: str, form: str, ours: dict[str, Any], theirs: dict[str, Any]) -
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios; see `kd.benchmarks.__main__`."""
+    """Its ratios; see `kd.benchmarks`."""
     if not options.peers:
         return []
     with turns.sides('kd.benchmarks.classical', peer_lib.__name__, options) as (workers, peer):

@@ -178,7 +178,7 @@ FUNCTIONS = {'prepare': prepare, 'step': step, 'gradient': gradient}
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios: see `kd.benchmarks.__main__`."""
+    """Its ratios: see `kd.benchmarks`."""
     if not options.peers:
         return []
     return [row for case in CASES for row in compared(case, options)]

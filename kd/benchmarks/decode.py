@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios: see `kd.benchmarks.__main__`."""
+    """Its ratios: see `kd.benchmarks`."""
     if not options.peers:
         return []
     found, agreements, peer = compare(

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios, of SmolLM2 alone: see `kd.benchmarks.__main__`."""
+    """Its ratios, of SmolLM2 alone: see `kd.benchmarks`."""
     if not (options.peers and options.weights):
         return []
     found, length = [], 256

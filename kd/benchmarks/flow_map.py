@@ -178,7 +178,7 @@ def against_plain(
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios to the losses written plainly: see `kd.benchmarks.__main__`."""
+    """Its ratios to the losses written plainly: see `kd.benchmarks`."""
     peer, found = f'written plainly, jax {jax.__version__}', []
     for name, target in PLAIN.items():
         network, shape, batch = NETWORKS[name]

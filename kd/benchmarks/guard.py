@@ -70,7 +70,7 @@ def steps(width: int, batch: int) -> dict[str, Step]:
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios: see `kd.benchmarks.__main__`."""
+    """Its ratios: see `kd.benchmarks`."""
     made = steps(WIDTH, BATCH)
     took = turns.seconds({name: partial(step) for name, step in made.items()}, options.rounds, 10)
     work = f'supervised step, MLP of width {WIDTH}, batch {BATCH}, AdamW'

@@ -18,7 +18,7 @@ TARGET = 1.2
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratio: see `kd.benchmarks.__main__`."""
+    """Its ratio: see `kd.benchmarks`."""
     commands = {name: [sys.executable, '-c', f'import {name}'] for name in ('kd.losses', 'optax')}
     askers = {name: partial(turns.process_seconds, of) for name, of in commands.items()}
     took = turns.take_turns(askers, options.rounds)

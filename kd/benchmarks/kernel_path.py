@@ -132,7 +132,7 @@ def measure(grid: Grid, chains: int) -> dict[str, float]:
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratio to a refit per point: see `kd.benchmarks.__main__`."""
+    """Its ratio to a refit per point: see `kd.benchmarks`."""
     with jax.enable_x64(True):
         grid = make_grid(1000, 200, 20, 50, 50)
         alphas, lam = grid.alphas[25:26], grid.lams[25]

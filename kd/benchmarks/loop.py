@@ -119,7 +119,7 @@ def measure(
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratios, in CPU seconds of all threads: see `kd.benchmarks.__main__`."""
+    """Its ratios, in CPU seconds of all threads: see `kd.benchmarks`."""
     found = []
     for name, (milliseconds, target) in TARGETS.items():
         steps = max(int(1000 / milliseconds), 20)

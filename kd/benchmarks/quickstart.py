@@ -41,7 +41,7 @@ def run(command: Sequence[str], folder: Path) -> float:
 
 
 def rows(options: argparse.Namespace) -> list[turns.Row]:
-    """Its ratio: see `kd.benchmarks.__main__`."""
+    """Its ratio: see `kd.benchmarks`."""
     with tempfile.TemporaryDirectory() as folder:
         askers = {
             name: partial(run, command, Path(folder))

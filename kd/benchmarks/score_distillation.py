@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows(options: Any) -> list[turns.Row]:
-    """Its ratio to torch: see `kd.benchmarks.__main__`."""
+    """Its ratio to torch: see `kd.benchmarks`."""
     found = against_torch(options, [])
     if not found:
         return []

@@ -198,7 +198,7 @@ class Description:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding: the tokenizer's, or more."""
+        """Symbols of the embedding, one a row: the tokenizer's, or more."""
         return self.arguments['num_classes']
 
     @property
