@@ -289,7 +289,9 @@ def test_further_players_are_seen_by_terms_and_may_move_the_generator(network, t
         UserError, match=r"the critic begins as 'none', and references are \['other"
     ):
         assembled(network, start='none')
-    with pytest.raises(UserError, match=r'method\.coupling: a critic of adapters is not of the'):
+    with pytest.raises(
+        UserError, match=r'method\.coupling: of adapters critic and generator are not of one form'
+    ):
         assembled(network, coupling=0.9, adapter=Adapter(2, 4.0, 'hidden'))
 
 
