@@ -116,7 +116,7 @@ def test_any_scale_enlarges_first_and_crops_where_sides_are_no_multiples(folder)
         (['--input=a.png', '--scale=0'], 'Give --scale, a whole number.'),
         (['--input=a.png', '--weights=x'], '--weights needs --network.'),
         (['--input=a.png', '--network=kd.models.imdn.IMDN'], '--network needs --weights.'),
-        (['--input=a.png', '--run=runs/none'], "--run='runs/none' is not the directory of a"),
+        (['--input=a.png', '--run=runs/none'], "'runs/none' is not the directory of a"),
         (['--input=a.png', '--scale=2', '--protocol=x'], "There is no protocol 'x', only"),
         (['--input=none.png', '--scale=2'], 'none.png cannot be read as a picture'),
     ],
