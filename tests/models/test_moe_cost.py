@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from kd.models import moe
-from kd.models.decoder import Decoder, Mlp
+from kd.models.decoder import Decoder
+from kd.models.decoder_parts import Mlp
 
 SIZES = dict(num_classes=13, depth=1, heads=2, width=32, mlp_hidden=128, mlp='gelu')
 

@@ -15,7 +15,7 @@ from kd.losses import classification, divergence
 from kd.method import Method, Objective, minimize
 from kd.methods import teacher
 from kd.metrics import mean
-from kd.ranges import Count, NonNegative, Positive
+from kd.ranges import Count, Finite, NonNegative, Positive
 from kd.state import NETWORK, PyTree
 
 TEMPERATURE = 'temperature'
@@ -36,7 +36,7 @@ def ctkd(
     curriculum_steps: Count,
     low: Positive = 1.0,
     span: Positive = 20.0,
-    start: float = 1.0,
+    start: Finite = 1.0,
     hard_weight: NonNegative = 0.1,
     soft_weight: NonNegative = 0.9,
     augmentation: tuple = (),
