@@ -43,7 +43,7 @@ def conv(tensors, name, x, stride=1):
     """[C, H, W], zeros around it, as PyTorch does it."""
     kernel = tensors[f'{name}.weight'].astype(float)
     pad = kernel.shape[-1] // 2
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+    x = np.pad(x.astype(float), ((0, 0), (pad, pad), (pad, pad)))
     planes = [
         sum(signal.correlate(a, k, 'valid') for a, k in zip(x, one, strict=True)) for one in kernel
     ]
